@@ -1,0 +1,1 @@
+"""llavakit: every published system of the LLaVA family in one library."""

@@ -1,0 +1,125 @@
+"""The contract of connectors: feature grids to visual tokens.
+
+A connector never decides where tokens go. It works on ragged batches: one flat tensor of tokens with the grid of
+every entry, never padded to the longest.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llavakit.views.plan import Plan
+
+Grid = tuple[int, int, int]  # depth, rows, columns
+
+
+def tokens_in(grid: Grid) -> int:
+    """Number of tokens of a grid."""
+    return grid[0] * grid[1] * grid[2]
+
+
+@dataclass
+class Features:
+    """Ragged batch of feature grids.
+
+    Attributes:
+        values: [sum of tokens, width], entries one after another, each row-major (depth, rows, columns).
+        grids: Grid of every entry.
+        owners: For every entry the index of the visual (image, video, volume) that it belongs to, ascending.
+    """
+
+    values: Tensor
+    grids: list[Grid]
+    owners: list[int]
+
+    def split(self) -> list[Tensor]:
+        """One tensor [tokens, width] per entry."""
+        return list(self.values.split([tokens_in(grid) for grid in self.grids]))
+
+    def groups(self) -> Iterator[tuple[list[int], Tensor, Grid]]:
+        """Entries of equal grid together: (entry numbers, [entries, tokens, width], grid)."""
+        by_grid: dict[Grid, list[int]] = defaultdict(list)
+        for entry, grid in enumerate(self.grids):
+            by_grid[grid].append(entry)
+        if len(by_grid) == 1:
+            grid, entries = next(iter(by_grid.items()))
+            yield entries, self.values.view(len(entries), tokens_in(grid), -1), grid
+            return
+        parts = self.split()
+        for grid, entries in by_grid.items():
+            yield entries, torch.stack([parts[entry] for entry in entries]), grid
+
+    def of_visual(self, visual: int) -> list[int]:
+        """Numbers of the entries that belong to a visual."""
+        return [entry for entry, owner in enumerate(self.owners) if owner == visual]
+
+    @classmethod
+    def join(cls, parts: Mapping[int, Tensor], grids: Sequence[Grid], owners: Sequence[int]) -> Features:
+        """Features from one [tokens, width] tensor per entry number."""
+        values = torch.cat([parts[entry] for entry in range(len(parts))])
+        return cls(values, list(grids), list(owners))
+
+
+@dataclass
+class Prompt:
+    """What a connector that reads the prompt gets to see.
+
+    Attributes:
+        embeds: Token embeddings [batch, length, hidden]; visual positions hold the placeholder's embedding.
+        ids: Token ids [batch, length], expanded (one placeholder id per visual token).
+        visible: True where a position is a real token [batch, length].
+        visual: True at positions that visual tokens will fill [batch, length].
+        labels: Labels [batch, length] or None; a position whose label is not -100 is an answer.
+        segments: Number of the packed sample that a position belongs to [batch, length].
+    """
+
+    embeds: Tensor
+    ids: Tensor
+    visible: Tensor
+    visual: Tensor
+    labels: Tensor | None
+    segments: Tensor
+
+
+class Connector(nn.Module):
+    """Base class; subclasses are registered in `llavakit.registry.CONNECTORS`.
+
+    Args:
+        vision_width: Channels of the encoder's features.
+        hidden_size: Width of the language model.
+        text_config: Configuration of the language model, for connectors that use its layers.
+
+    Attributes:
+        needs_prompt: Whether `forward` gets a `Prompt` and returns changed prompt embeddings too.
+    """
+
+    needs_prompt = False
+
+    def __init__(self, *, vision_width: int, hidden_size: int, text_config: Any = None) -> None:
+        super().__init__()
+        self.vision_width, self.hidden_size = vision_width, hidden_size
+
+    @classmethod
+    def token_grids(cls, options: Mapping[str, Any], plan: Plan, grids: Sequence[Grid]) -> list[Grid]:
+        """Grids of the tokens that come out for a visual whose views have the feature grids `grids`.
+
+        Pure arithmetic on the configuration, so that token counts are known without a model. The default keeps
+        every token.
+        """
+        return list(grids)
+
+    def forward(self, features: Features, plans: Sequence[Plan], prompt: Prompt | None = None) -> Any:
+        """Tokens of width `hidden_size` as `Features`; with `needs_prompt` a pair (tokens, embeddings).
+
+        Args:
+            features: Encoder features of all views of the batch.
+            plans: Plan of every visual; `features.owners` points into it.
+            prompt: Given only if `needs_prompt`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward")

@@ -1,0 +1,38 @@
+"""The exceptions that a user may see.
+
+Everything that a user can mend is a `UserError`: one line that names the file, record or field and says what
+would be right. The command line prints it without a traceback and exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in the user's input; the message stands alone as one clear line."""
+
+
+class MediaError(UserError):
+    """An image, video or volume that cannot be read, or that breaks a limit."""
+
+
+class RecordError(UserError):
+    """A broken record in a data file.
+
+    Args:
+        file: The data file.
+        line: Line number in a JSONL file, or index in a JSON list, counted from 1.
+        field: The field that is wrong, as a dotted path (`conversations.1.value`).
+        problem: What is wrong and what would be right.
+    """
+
+    def __init__(self, file: str, line: int, field: str, problem: str) -> None:
+        super().__init__(f"{file}:{line}: {field}: {problem}")
+        self.file, self.line, self.field, self.problem = file, line, field, problem
+
+
+class CheckpointError(UserError):
+    """A model folder that is not one, or whose tensors do not fit the configuration."""
+
+
+class RecipeError(UserError):
+    """An unknown key or a wrong type in a recipe."""

@@ -1,0 +1,63 @@
+"""Arrangements: how the visual tokens of one medium are laid out in the prompt.
+
+An arrangement is chosen by name in the configuration (`media.KIND.arrange`). It knows two things about a plan: the
+layout as arithmetic (for the processor, which writes the placeholder ids) and the same layout as tensors (for the
+model, which fills them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llavakit.connectors.base import Grid, tokens_in
+from llavakit.registry import ARRANGEMENTS
+from llavakit.views.plan import Plan
+
+
+class Run(NamedTuple):
+    """A stretch of the layout: `visual` positions to fill, or literal token ids written between them."""
+
+    visual: int = 0
+    ids: tuple[int, ...] = ()
+
+
+class Arrangement:
+    """Base class; subclasses are registered in `llavakit.registry.ARRANGEMENTS`.
+
+    Attributes:
+        uses_newline: Whether the model must own a learned `image_newline` vector.
+    """
+
+    uses_newline = False
+
+    def layout(self, plan: Plan, grids: Sequence[Grid]) -> list[Run]:
+        """The layout of one medium whose connector output has the grids `grids`."""
+        raise NotImplementedError(f"{type(self).__name__} must define layout")
+
+    def arrange(
+        self, plan: Plan, grids: Sequence[Grid], tokens: Sequence[Tensor], newline: Tensor | None = None
+    ) -> Tensor:
+        """The vectors of all visual positions in order, [visual tokens, hidden].
+
+        Args:
+            tokens: One tensor [tokens, hidden] per grid.
+            newline: The learned separator [hidden], if `uses_newline`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define arrange")
+
+
+@ARRANGEMENTS.register("flat")
+class Flat(Arrangement):
+    """All tokens of all views one after another (LLaVA-1.5)."""
+
+    def layout(self, plan: Plan, grids: Sequence[Grid]) -> list[Run]:
+        return [Run(visual=sum(tokens_in(grid) for grid in grids))]
+
+    def arrange(
+        self, plan: Plan, grids: Sequence[Grid], tokens: Sequence[Tensor], newline: Tensor | None = None
+    ) -> Tensor:
+        return torch.cat(list(tokens))

@@ -1,0 +1,122 @@
+"""System cards: what llavakit knows of a published system without importing its code.
+
+Every folder of `llavakit.systems` and every entry point of the group `llavakit.systems` provides one `SYSTEM`.
+A card is plain data; whatever needs PyTorch is named as "module:attribute" and imported on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llavakit import registry
+from llavakit.errors import UserError
+
+ENTRY_POINT_GROUP = "llavakit.systems"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and where it can be re-tested."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One published system.
+
+    Args:
+        slug: Name on the command line and in golden cases ("llava-1.5").
+        title: Name in the literature.
+        paper: arXiv number of the paper.
+        summary: One sentence: what a user gets from it.
+        claims: What the paper claims; the miniature re-tests the first.
+        checkpoints: Hub ids of published weights.
+        parts: Registry name -> {part name -> "module:attribute"} of the parts that only this system has.
+        parity: "module:attribute" of a dict from golden component names to adapters, see `llavakit.parity`.
+        cost: "module:function" that returns a `llavakit.cost.CostReport`.
+        miniature: "module:function" that returns a `llavakit.miniature.Verdict`.
+        checkpoint: "module:attribute" of the `llavakit.model.layouts.Layout` of its published files.
+        recipe: The YAML file of every training stage at published scale.
+        readme: The system's page.
+    """
+
+    slug: str
+    title: str
+    paper: str
+    summary: str
+    claims: tuple[Claim, ...] = ()
+    checkpoints: tuple[str, ...] = ()
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    parity: str | None = None
+    cost: str | None = None
+    miniature: str | None = None
+    checkpoint: str | None = None
+    recipe: Path | None = None
+    readme: Path | None = None
+
+    def load(self, what: str) -> Callable[..., Any] | Any:
+        """The object behind `parity`, `cost`, `miniature` or `checkpoint`.
+
+        Raises:
+            UserError: If this system has none.
+        """
+        target = getattr(self, what)
+        if target is None:
+            raise UserError(f"system {self.slug!r} has no {what} yet; `llavakit systems {self.slug}` shows what it has")
+        return registry.resolve(target)
+
+
+_REGISTRIES = {
+    "planners": registry.PLANNERS,
+    "arrangements": registry.ARRANGEMENTS,
+    "connectors": registry.CONNECTORS,
+    "adapters": registry.ADAPTERS,
+    "templates": registry.TEMPLATES,
+    "benchmarks": registry.BENCHMARKS,
+    "worlds": registry.WORLDS,
+    "codecs": registry.CODECS,
+    "layouts": registry.LAYOUTS,
+}
+
+
+@functools.cache
+def systems() -> dict[str, System]:
+    """All systems by slug; registers their parts on the first call.
+
+    Raises:
+        ValueError: If two systems share a slug, or register the same part name.
+    """
+    found: dict[str, System] = {}
+    package = importlib.import_module("llavakit.systems")
+    modules = [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__) if m.ispkg]
+    cards = [importlib.import_module(name).SYSTEM for name in sorted(modules)]
+    cards += [point.load() for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)]
+    for card in cards:
+        if found.get(card.slug, card) is not card:
+            raise ValueError(f"two systems are called {card.slug!r}")
+        found[card.slug] = card
+        for kind, parts in card.parts.items():
+            for name, target in parts.items():
+                _REGISTRIES[kind].add(name, target)
+    return found
+
+
+def get_system(slug: str) -> System:
+    """The system called `slug`.
+
+    Raises:
+        UserError: If there is none; the message names the nearest.
+    """
+    known = systems()
+    if slug not in known:
+        raise UserError(f"unknown system {slug!r}{registry.nearest(slug, list(known))}")
+    return known[slug]

@@ -1,0 +1,90 @@
+"""Plans: which pixels of a medium go into the encoder, as pure arithmetic.
+
+A planner knows sizes, never pixels of a network or text. `plan` needs only the size of a medium, so token counts
+are known before anything is decoded; `cut` then makes the encoder inputs that the plan describes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class MediumSize(NamedTuple):
+    """Size of a medium: frames of a video or slices of a volume (1 for an image), then pixels."""
+
+    depth: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One encoder input.
+
+    Attributes:
+        height, width: Pixels of the encoder input.
+        depth: Slices of a 3D encoder input; 1 for a 2D encoder.
+        role: "whole" (the only or the squashed overview of an image), "tile", "frame" or "volume".
+        row, col: Place in the grid of tiles.
+        index: Frame or slice number inside the medium.
+    """
+
+    height: int
+    width: int
+    depth: int = 1
+    role: str = "whole"
+    row: int = 0
+    col: int = 0
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one medium is cut.
+
+    Attributes:
+        kind: "image", "video" or "volume".
+        size: Size of the original medium.
+        views: Encoder inputs in the order in which they are encoded.
+        rows, cols: Grid of tiles; 0 x 0 if the medium is not tiled.
+        canvas: (height, width) of the resized image that tiles are cut from, if there is one.
+        content: (left, top, right, bottom) of the image on that canvas, if it is padded.
+    """
+
+    kind: str
+    size: MediumSize
+    views: tuple[View, ...]
+    rows: int = 0
+    cols: int = 0
+    canvas: tuple[int, int] | None = None
+    content: tuple[int, int, int, int] | None = None
+
+
+class Planner(ABC):
+    """Base class of planners; subclasses are registered in `llavakit.registry.PLANNERS`.
+
+    Constructor options are keyword-only, JSON-able and saved with the checkpoint under
+    `media.KIND.views` of the configuration.
+    """
+
+    kind = "image"
+
+    @abstractmethod
+    def plan(self, size: MediumSize) -> Plan:
+        """The plan for a medium of this size."""
+
+    @abstractmethod
+    def cut(self, medium: Any, plan: Plan) -> list[np.ndarray]:
+        """The encoder inputs of `plan.views`, normalised.
+
+        Args:
+            medium: `PIL.Image.Image` for an image; sequence of them for a video; float array
+                [depth, height, width] for a volume.
+
+        Returns:
+            One float32 array [channels, height, width] (or [channels, depth, height, width]) per view.
+        """
