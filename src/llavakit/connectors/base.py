@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Prompt:
         visual: True at positions that visual tokens will fill [batch, length].
         labels: Labels [batch, length] or None; a position whose label is not -100 is an answer.
         segments: Number of the packed sample that a position belongs to [batch, length].
+        media: For every medium that the connector gets, its number among all media of the batch in prompt order.
     """
 
     embeds: Tensor
@@ -85,6 +86,7 @@ class Prompt:
     visual: Tensor
     labels: Tensor | None
     segments: Tensor
+    media: list[int] = field(default_factory=list)
 
 
 class Connector(nn.Module):

@@ -1,0 +1,104 @@
+"""The configuration of the one model class: parts by registered name, media by kind.
+
+media:
+  image:                     # kind of medium: image, video, volume, or multi_image (an image among several)
+    tower: vision_tower      # which encoder (default) ...
+    connector: multi_modal_projector   # ... and which connector it goes through (default)
+    views: {type: pad, size: 336}      # planner and its options
+    arrange: {type: flat}              # layout of the visual tokens in the prompt
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+DEFAULT_MEDIA = {"image": {"views": {"type": "pad", "size": 336}, "arrange": {"type": "flat"}}}
+
+
+def build_config(config: dict[str, Any] | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
+    """A transformers configuration from its dict form; None gives the defaults of `default_type`."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    options = dict(config or {})
+    return CONFIG_MAPPING[options.pop("model_type", default_type)](**options)
+
+
+@strict
+class LlavakitConfig(PreTrainedConfig):
+    """Configuration of `LlavakitForConditionalGeneration`.
+
+    Args:
+        text_config: Any transformers causal language model.
+        vision_config: The main encoder (`model.vision_tower`), any transformers vision model.
+        connector: `{"type": name, **options}` of the main connector (`model.multi_modal_projector`).
+        media: Per kind of medium how it is cut, encoded and laid out; see the module's docstring.
+        extra_towers: Further encoders by attribute name: `{"config": {...}, "layer": -2, "strategy": "default"}`.
+        extra_connectors: Further connectors by attribute name, each with the `tower` it reads from.
+        language_adapter: `{"type": name, **options}` of an adapter that runs the decoder, or None.
+        vision_feature_layer: Hidden state(s) of the main encoder that the connector reads.
+        vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps them.
+        image_token_id: Placeholder id; one per visual token in expanded prompts.
+        template: Name of the chat template the weights were trained with.
+        system: Slug of the published system, or None for a free combination.
+        extras: Values that only a system's own parts read (declared in the system's documentation).
+    """
+
+    model_type = "llavakit"
+    attribute_map = {"image_token_index": "image_token_id"}
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    connector: dict | None = None
+    media: dict | None = None
+    extra_towers: dict | None = None
+    extra_connectors: dict | None = None
+    language_adapter: dict | None = None
+    vision_feature_layer: int | list | tuple = -2
+    vision_feature_select_strategy: str = "default"
+    image_token_id: int = 32000
+    template: str = "v1"
+    system: str | None = None
+    extras: dict | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = build_config(self.text_config, "llama")
+        self.vision_config = build_config(self.vision_config, "clip_vision_model")
+        self.connector = self.connector or {"type": "mlp"}
+        self.media = self.media or DEFAULT_MEDIA
+        self.extra_towers = self.extra_towers or {}
+        self.extra_connectors = self.extra_connectors or {}
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(
+            getattr(self.text_config, "tie_word_embeddings", False)
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model."""
+        return self.text_config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the language model's embedding."""
+        return self.text_config.vocab_size
+
+    def tower_config(self, name: str) -> tuple[PreTrainedConfig, int | list, str]:
+        """Configuration, feature layer and select strategy of an encoder by attribute name."""
+        if name == "vision_tower":
+            return self.vision_config, self.vision_feature_layer, self.vision_feature_select_strategy
+        extra = self.extra_towers[name]
+        config = build_config(extra["config"], "clip_vision_model")
+        return config, extra.get("layer", -2), extra.get("strategy", "default")
+
+    def connector_options(self, name: str) -> dict[str, Any]:
+        """`{"type": ..., **options}` of a connector by attribute name, without its `tower`."""
+        options = self.connector if name == "multi_modal_projector" else self.extra_connectors[name]
+        return {key: value for key, value in options.items() if key != "tower"}
+
+
+__all__ = ["LlavakitConfig"]

@@ -1,0 +1,111 @@
+"""What a checkpoint does to each kind of medium, as arithmetic: plan, feature grids, token grids, layout.
+
+Processor and model share this, so that the processor's placeholder ids and the model's visual tokens agree by
+construction. Nothing here runs a network.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from llavakit import parts  # noqa: F401  registers the built-in parts
+from llavakit.connectors.base import Connector, Grid
+from llavakit.errors import UserError
+from llavakit.model.arrange import Arrangement, Run
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
+from llavakit.system import systems
+from llavakit.views.plan import MediumSize, Plan, Planner
+from llavakit.vision.geometry import Geometry, geometry_of
+
+KINDS = ("image", "video", "volume", "multi_image")
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one kind of medium goes through the model."""
+
+    kind: str
+    tower: str
+    connector: str
+    planner: Planner
+    arrangement: Arrangement
+    geometry: Geometry
+    keep_prefix: bool
+    connector_cls: type[Connector]
+    connector_options: dict[str, Any]
+
+    def feature_grids(self, plan: Plan) -> list[Grid]:
+        """Grid of the encoder's features for every view."""
+        return [self.geometry.grid(view, self.keep_prefix) for view in plan.views]
+
+    def token_grids(self, plan: Plan) -> list[Grid]:
+        """Grids that come out of the connector."""
+        return self.connector_cls.token_grids(self.connector_options, plan, self.feature_grids(plan))
+
+    def layout(self, plan: Plan) -> list[Run]:
+        """The stretch of prompt that a medium becomes."""
+        return self.arrangement.layout(plan, self.token_grids(plan))
+
+
+class MediaSpec:
+    """The routes of a configuration.
+
+    Args:
+        config: Model configuration.
+    """
+
+    def __init__(self, config: LlavakitConfig) -> None:
+        systems()  # systems register the parts that a configuration may name
+        self.routes = {kind: self._route(config, kind, options) for kind, options in config.media.items()}
+        self.plan = functools.lru_cache(maxsize=4096)(self._plan)
+        self.layout = functools.lru_cache(maxsize=4096)(self._layout)
+
+    @staticmethod
+    def _route(config: LlavakitConfig, kind: str, options: dict[str, Any]) -> Route:
+        if kind not in KINDS:
+            raise UserError(f"config.media: unknown kind of medium {kind!r}; known: {', '.join(KINDS)}")
+        tower = options.get("tower", "vision_tower")
+        connector = options.get("connector", "multi_modal_projector")
+        tower_config, _, strategy = config.tower_config(tower)
+        connector_options = config.connector_options(connector)
+        return Route(
+            kind=kind,
+            tower=tower,
+            connector=connector,
+            planner=PLANNERS.build(options["views"]),
+            arrangement=ARRANGEMENTS.build(options.get("arrange", {"type": "flat"})),
+            geometry=geometry_of(tower_config),
+            keep_prefix=strategy == "full",
+            connector_cls=CONNECTORS.get(connector_options["type"]),
+            connector_options=connector_options,
+        )
+
+    def route(self, kind: str) -> Route:
+        """The route of a kind of medium.
+
+        Raises:
+            UserError: If the model does not take this kind.
+        """
+        if kind == "multi_image" and kind not in self.routes:
+            kind = "image"
+        if kind not in self.routes:
+            raise UserError(f"this model takes no {kind}; it takes: {', '.join(self.routes)}")
+        return self.routes[kind]
+
+    def _plan(self, kind: str, size: MediumSize) -> Plan:
+        return self.route(kind).planner.plan(size)
+
+    def _layout(self, kind: str, size: MediumSize) -> tuple[Run, ...]:
+        return tuple(self.route(kind).layout(self.plan(kind, size)))
+
+    def count(self, kind: str, size: MediumSize) -> int:
+        """Prompt positions that a medium takes, literal separators included."""
+        return sum(run.visual + len(run.ids) for run in self.layout(kind, size))
+
+    @property
+    def uses_newline(self) -> bool:
+        """Whether any arrangement needs the learned `image_newline`."""
+        return any(route.arrangement.uses_newline for route in self.routes.values())

@@ -1,0 +1,526 @@
+"""The one model: encoders, connectors, splice, language model.
+
+    pixel_values ─▶ vision_tower ─▶ multi_modal_projector ─▶ arrange ─▶ scatter into embeddings ─▶ language_model
+
+Parts are chosen by the configuration. The model knows of media kinds and plans; it does not know which published
+system it is. Names of weights follow transformers' LLaVA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+
+from llavakit.connectors.base import Connector, Features, Grid, Prompt
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.media import KINDS, MediaSpec
+from llavakit.model.splice import IGNORE, scatter
+from llavakit.registry import ADAPTERS, CONNECTORS
+from llavakit.views.plan import MediumSize, Plan
+from llavakit.vision.encode import encode_views
+from llavakit.vision.geometry import geometry_of
+
+
+@dataclass
+class LlavakitModelOutput(ModelOutput):
+    """Output of `LlavakitModel`; `aux_loss` is what a language adapter adds to the loss."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class LlavakitOutput(ModelOutput):
+    """Output of `LlavakitForConditionalGeneration`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class Visuals:
+    """The media of a batch on their way through the model.
+
+    Attributes:
+        kinds: Kind of every medium.
+        plans: Plan of every medium.
+        features: Per connector the encoder features that it reads; `owners` count among its own media only.
+    """
+
+    kinds: list[str]
+    plans: list[Plan]
+    features: dict[str, Features]
+
+
+class LlavakitPreTrainedModel(PreTrainedModel):
+    config_class = LlavakitConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.MultiheadAttention):
+            init.xavier_uniform_(module.in_proj_weight)
+            init.zeros_(module.in_proj_bias)
+        if isinstance(module, LlavakitModel) and module.image_newline is not None:
+            init.normal_(module.image_newline, std=self.config.hidden_size**-0.5)
+        if hasattr(module, "init_parameters"):  # parts with bare parameters say how to initialise them
+            module.init_parameters()
+
+
+class LlavakitModel(LlavakitPreTrainedModel):
+    """Encoders, connectors and decoder without the language-model head."""
+
+    def __init__(self, config: LlavakitConfig) -> None:
+        super().__init__(config)
+        self.media = MediaSpec(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = self._build_connector("multi_modal_projector", "vision_tower")
+        for name in config.extra_towers:
+            setattr(self, name, AutoModel.from_config(config.tower_config(name)[0]))
+        for name, options in config.extra_connectors.items():
+            setattr(self, name, self._build_connector(name, options.get("tower", "vision_tower")))
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.image_newline = nn.Parameter(torch.zeros(config.hidden_size)) if self.media.uses_newline else None
+        self.language_adapter = (
+            ADAPTERS.build(config.language_adapter, text_config=config.text_config) if config.language_adapter else None
+        )
+        self.post_init()
+
+    def _build_connector(self, name: str, tower: str) -> Connector:
+        vision_config, layer, _ = self.config.tower_config(tower)
+        layers = 1 if isinstance(layer, int) else len(layer)
+        return CONNECTORS.build(
+            self.config.connector_options(name),
+            vision_width=geometry_of(vision_config).width * layers,
+            hidden_size=self.config.hidden_size,
+            text_config=self.config.text_config,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a connector reads the prompt, so that visual tokens cannot be computed from pixels alone."""
+        return any(route.connector_cls.needs_prompt for route in self.media.routes.values())
+
+    def plan_media(
+        self, pixel_values: Tensor | Sequence[Tensor], visual_sizes: Tensor | None, visual_kinds: Tensor | None
+    ) -> tuple[list[str], list[Plan]]:
+        """Kinds and plans of the media of a batch; without sizes every row of `pixel_values` is one square image."""
+        if visual_sizes is None:
+            sizes = [MediumSize(1, int(view.shape[-2]), int(view.shape[-1])) for view in pixel_values]
+        else:
+            sizes = [MediumSize(*size) for size in visual_sizes.tolist()]
+        kinds = ["image"] * len(sizes) if visual_kinds is None else [KINDS[kind] for kind in visual_kinds.tolist()]
+        return kinds, [self.media.plan(kind, size) for kind, size in zip(kinds, sizes, strict=True)]
+
+    def encode_media(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        visual_sizes: Tensor | None = None,
+        visual_kinds: Tensor | None = None,
+    ) -> Visuals:
+        """Encoder features of all views; views of one shape and tower are encoded together.
+
+        Args:
+            pixel_values: [views, channels, (depth,) height, width], or a list of such views of several shapes.
+            visual_sizes: Original (depth, height, width) of every medium [media, 3].
+            visual_kinds: Index into `llavakit.model.media.KINDS` of every medium [media].
+        """
+        kinds, plans = self.plan_media(pixel_values, visual_sizes, visual_kinds)
+        owners = [number for number, plan in enumerate(plans) for _ in plan.views]
+        if len(owners) != len(pixel_values):
+            raise ValueError(f"{len(pixel_values)} views in pixel_values, but the plans need {len(owners)}")
+        groups: dict[tuple, list[int]] = {}
+        for view, owner in enumerate(owners):
+            tower = self.media.route(kinds[owner]).tower
+            groups.setdefault((tower, tuple(pixel_values[view].shape)), []).append(view)
+        encoded: dict[int, Tensor] = {}
+        for (name, _), views in groups.items():
+            config, layer, strategy = self.config.tower_config(name)
+            whole = len(views) == len(owners) and isinstance(pixel_values, Tensor)
+            pixels = pixel_values if whole else torch.stack([pixel_values[view] for view in views])
+            tower = getattr(self, name)
+            tokens = encode_views(tower, pixels.to(tower.dtype), layer, strategy, geometry_of(config))
+            encoded |= dict(zip(views, tokens, strict=True))
+        return self.gather_media(kinds, plans, [encoded[view] for view in range(len(owners))])
+
+    def gather_media(self, kinds: list[str], plans: list[Plan], views: Sequence[Tensor]) -> Visuals:
+        """Visuals from the encoder features of every view, [tokens, width] each, in the order of the plans."""
+        tokens: dict[str, list[Tensor]] = {}
+        grids: dict[str, list[Grid]] = {}
+        owners: dict[str, list[int]] = {}
+        media: dict[str, int] = {}
+        remaining = iter(views)
+        for kind, plan in zip(kinds, plans, strict=True):
+            route = self.media.route(kind)
+            number = media.get(route.connector, 0)
+            media[route.connector] = number + 1
+            tokens.setdefault(route.connector, []).extend(next(remaining) for _ in plan.views)
+            grids.setdefault(route.connector, []).extend(route.feature_grids(plan))
+            owners.setdefault(route.connector, []).extend([number] * len(plan.views))
+        features = {name: Features(torch.cat(tokens[name]), grids[name], owners[name]) for name in tokens}
+        return Visuals(kinds, plans, features)
+
+    def connect(self, visuals: Visuals, prompt: Prompt | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Visual vectors of every medium in prompt order, and the prompt's embeddings if a connector changed them.
+
+        Returns:
+            One [visual tokens, hidden] tensor per medium, and [batch, length, hidden] or None.
+        """
+        vectors: dict[int, Tensor] = {}
+        changed = None
+        routes = [self.media.route(kind) for kind in visuals.kinds]
+        for name, features in visuals.features.items():
+            media = [medium for medium, route in enumerate(routes) if route.connector == name]
+            plans = [visuals.plans[medium] for medium in media]
+            connector = getattr(self, name)
+            dtype = next((parameter.dtype for parameter in connector.parameters()), features.values.dtype)
+            features = replace(features, values=features.values.to(dtype))
+            if connector.needs_prompt:
+                if prompt is None:
+                    raise ValueError(f"connector {name!r} reads the prompt, which was not given")
+                own = replace(prompt, media=media)
+                tokens, prompt.embeds = connector(features, plans, own)
+                changed = prompt.embeds
+            else:
+                tokens = connector(features, plans)
+            split = tokens.split()
+            for number, medium in enumerate(media):
+                own_entries = tokens.of_visual(number)
+                vectors[medium] = routes[medium].arrangement.arrange(
+                    visuals.plans[medium],
+                    [tokens.grids[entry] for entry in own_entries],
+                    [split[entry] for entry in own_entries],
+                    self.image_newline,
+                )
+        return [vectors[medium] for medium in range(len(visuals.kinds))], changed
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        visual_sizes: Tensor | None = None,
+        visual_kinds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens of every medium.
+
+        Returns:
+            `pooler_output` is a list with one [visual tokens, hidden] tensor per medium.
+        """
+        visuals = self.encode_media(pixel_values, visual_sizes, visual_kinds)
+        vectors, _ = self.connect(visuals)
+        return BaseModelOutputWithPooling(pooler_output=vectors)
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """True at visual positions [batch, length]."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        visual_sizes: Tensor | None = None,
+        visual_kinds: Tensor | None = None,
+        visuals: Visuals | None = None,
+        vectors: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The embedded prompt with its visual tokens in place.
+
+        Args:
+            visuals: Features that were encoded before (a frozen encoder's cache), instead of `pixel_values`.
+            vectors: Visual vectors that were computed before, one tensor per medium.
+
+        Returns:
+            Embeddings [batch, length, hidden], visual mask [batch, length] or None, visual vectors or None.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if visuals is None and pixel_values is not None:
+            visuals = self.encode_media(pixel_values, visual_sizes, visual_kinds)
+        if visuals is None and vectors is None:
+            return inputs_embeds, None, None
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if vectors is None:
+            prompt = None
+            if self.reads_prompt:
+                batch, length = mask.shape
+                visible = torch.ones_like(mask)
+                if attention_mask is not None and attention_mask.dim() == 2:
+                    visible = attention_mask[:, -length:].bool()
+                if segments is None:
+                    segments = torch.zeros(batch, length, dtype=torch.long, device=mask.device)
+                prompt = Prompt(inputs_embeds, input_ids, visible, mask, labels, segments)
+            vectors, changed = self.connect(visuals, prompt)
+            inputs_embeds = inputs_embeds if changed is None else changed
+        flat = torch.cat(list(vectors))
+        return scatter(inputs_embeds, mask, flat), mask, flat
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        visual_sizes: Tensor | None = None,
+        visual_kinds: Tensor | None = None,
+        visuals: Visuals | None = None,
+        visual_mask: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> LlavakitModelOutput:
+        """Run the pipeline up to the last hidden state.
+
+        Args:
+            input_ids: Expanded prompt [batch, length].
+            pixel_values: Views of all media of the batch, see `encode_media`.
+            attention_mask: [batch, length so far]; leave it out for packed rows.
+            position_ids: [batch, length]; positions that start again at 0 mark packed samples.
+            visual_mask: Visual positions, if `inputs_embeds` are given that hold visual tokens already.
+            labels: Only connectors and adapters that treat answers in a special way look at them here.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        segments = packed_segments(position_ids, attention_mask, past_key_values)
+        if segments is not None:
+            kwargs["use_cache"] = False  # the decoder only sees that rows are packed while it has no cache
+        given = (mm_encoder_outputs or {}).get("image")
+        inputs_embeds, mask, vectors = self.embed(
+            input_ids,
+            inputs_embeds,
+            pixel_values=pixel_values,
+            visual_sizes=visual_sizes,
+            visual_kinds=visual_kinds,
+            visuals=visuals,
+            vectors=None if given is None else given.pooler_output,
+            attention_mask=attention_mask,
+            labels=labels,
+            segments=segments,
+        )
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            positions = attention_mask.long().cumsum(-1) - 1
+            position_ids = positions.clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        aux_loss = None
+        if self.language_adapter is None:
+            outputs = self.language_model(**inputs, **kwargs)
+        else:
+            outputs, aux_loss = self.language_adapter(
+                self.language_model,
+                **inputs,
+                visual=mask if mask is not None else visual_mask,
+                input_ids=input_ids,
+                labels=labels,
+                segments=segments,
+                **kwargs,
+            )
+        return LlavakitModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=vectors,
+            aux_loss=aux_loss,
+        )
+
+
+def packed_segments(
+    position_ids: Tensor | None, attention_mask: Tensor | None, past_key_values: Any = None
+) -> Tensor | None:
+    """Number of the packed sample at every position [batch, length]; None if rows are not packed."""
+    if position_ids is None or attention_mask is not None or past_key_values is not None:
+        return None
+    starts = torch.ones_like(position_ids[:, :1])
+    segments = (torch.diff(position_ids, prepend=position_ids[:, :1] - starts, dim=-1) != 1).cumsum(-1)
+    return segments if bool((segments[:, -1] > 0).any()) else None
+
+
+class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin):
+    """The model with its language-model head; what `llavakit.load` and `AutoModelForImageTextToText` return."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: LlavakitConfig) -> None:
+        super().__init__(config)
+        self.model = LlavakitModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=_head_has_bias(text))
+        names = {id(module): name for name, module in self.named_modules()}
+        table = names[id(self.get_input_embeddings())]
+        self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"} if config.tie_word_embeddings else {}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `LlavakitModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        visual_sizes: Tensor | None = None,
+        visual_kinds: Tensor | None = None,
+        visuals: Visuals | None = None,
+        visual_mask: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> LlavakitOutput | tuple:
+        """Logits and loss.
+
+        Args:
+            labels: [batch, length], -100 where nothing is to be learned.
+            logits_to_keep: Compute logits of the last so many positions only (0: all).
+            skip_logits: With `labels`, compute logits only where there is a label and do not return them.
+            num_items_in_batch: Number of labels over all accumulated batches, the loss's denominator.
+
+        Returns:
+            Loss is the mean next-token cross entropy over labels, plus the adapter's own term.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual_sizes=visual_sizes,
+            visual_kinds=visual_kinds,
+            visuals=visuals,
+            visual_mask=visual_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
+            labels=labels,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None and skip_logits:
+            loss = self._supervised_loss(hidden, labels, num_items_in_batch)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep] if logits_to_keep is not None else hidden)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                )
+        if loss is not None and outputs.aux_loss is not None:
+            loss = loss + outputs.aux_loss
+        result = LlavakitOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            aux_loss=outputs.aux_loss,
+        )
+        as_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        return result if as_dict else result.to_tuple()
+
+    def _supervised_loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        """Cross entropy from the supervised positions alone: prompt and visual positions never reach the head."""
+        targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].reshape(-1)
+        chosen = torch.nonzero(targets != IGNORE).squeeze(-1)
+        logits = self.lm_head(hidden.reshape(-1, hidden.shape[-1])[chosen]).float()
+        total = F.cross_entropy(logits, targets[chosen], reduction="sum")
+        return total / (items if items is not None else max(len(chosen), 1))
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`; see `GenerationMixin.generate`.
+
+        A connector that reads the prompt runs once here, in front of prefill; a language adapter brings its cache.
+        """
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if self.model.reads_prompt and kwargs.get("pixel_values") is not None:
+            media = {name: kwargs.pop(name, None) for name in ("pixel_values", "visual_sizes", "visual_kinds")}
+            embeds, mask, _ = self.model.embed(input_ids, attention_mask=kwargs.get("attention_mask"), **media)
+            kwargs |= {"inputs_embeds": embeds, "visual_mask": mask}
+        adapter = self.model.language_adapter
+        if adapter is not None and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+            cache = adapter.make_cache()
+            if cache is not None:
+                kwargs["past_key_values"] = cache
+        if input_ids is not None:
+            kwargs["input_ids"] = input_ids
+        return super().generate(**kwargs)
+
+
+def _head_has_bias(text_config: Any) -> bool:
+    """Whether this family's head has a bias, asked of a one-layer copy without memory."""
+    small = type(text_config)(**{**text_config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
+    with torch.device("meta"):
+        head = AutoModelForCausalLM.from_config(small).get_output_embeddings()
+    return getattr(head, "bias", None) is not None
+
+
+__all__ = ["LlavakitForConditionalGeneration", "LlavakitModel", "LlavakitPreTrainedModel", "Visuals"]

@@ -1,0 +1,68 @@
+"""Run any transformers vision encoder and select the features that a connector reads.
+
+Layers that no feature depends on are not run: reading layer -2 of a 24-layer CLIP tower runs 23 layers and no
+post-layernorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llavakit.vision.geometry import Geometry
+
+
+def _is_sequential_vit(tower: nn.Module) -> bool:
+    return hasattr(tower, "embeddings") and hasattr(getattr(tower, "encoder", None), "layers")
+
+
+def _hidden_states_vit(tower: nn.Module, pixel_values: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Hidden states of a CLIP- or SigLIP-like tower; index 0 is the embedding, as in `output_hidden_states`."""
+    count = len(tower.encoder.layers)
+    wanted = [layer if layer >= 0 else count + 1 + layer for layer in layers]
+    size = getattr(tower.config, "image_size", None)
+    native = pixel_values.shape[-2:] == (size, size)
+    hidden = tower.embeddings(pixel_values, interpolate_pos_encoding=not native)
+    if hasattr(tower, "pre_layrnorm"):  # transformers' own spelling, CLIP only
+        hidden = tower.pre_layrnorm(hidden)
+    kept = {0: hidden}
+    for number, layer in enumerate(tower.encoder.layers[: max(wanted)], start=1):
+        hidden = layer(hidden, None)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        kept[number] = hidden
+    return [kept[number] for number in wanted]
+
+
+def hidden_states(tower: nn.Module, pixel_values: Tensor, layers: Sequence[int], **kwargs: Any) -> list[Tensor]:
+    """The hidden states called for, each [views, tokens, width].
+
+    Args:
+        tower: A transformers vision model.
+        pixel_values: [views, channels, height, width] (or with depth before height).
+        layers: Indices into the tuple of hidden states; 0 is the embedding.
+    """
+    inner = getattr(tower, "vision_model", tower)
+    if _is_sequential_vit(inner):
+        return _hidden_states_vit(inner, pixel_values, layers)
+    states = tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
+    chosen = [states[layer] for layer in layers]
+    return [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in chosen]
+
+
+def encode_views(
+    tower: nn.Module, pixel_values: Tensor, layer: int | Sequence[int], strategy: str, geometry: Geometry
+) -> Tensor:
+    """Features of views of one size, [views, tokens, width x number of layers].
+
+    Args:
+        layer: Which hidden state to read; several are concatenated along channels.
+        strategy: "default" drops class and register tokens, "full" keeps them.
+    """
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    states = hidden_states(tower, pixel_values, layers)
+    if strategy == "default":
+        states = [state[:, geometry.prefix_tokens :] for state in states]
+    return states[0] if len(states) == 1 else torch.cat(states, dim=-1)

@@ -1,0 +1,95 @@
+"""Geometry of vision encoders: pixels in, grid of features out, as arithmetic on the configuration.
+
+Any transformers vision encoder can be used. Families whose geometry follows from their configuration are listed
+here; llavakit's own encoders declare theirs as the configuration attributes `feature_stride`, `prefix_tokens` and
+`feature_width`; any other encoder is built once on the meta device and asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llavakit.connectors.base import Grid
+from llavakit.errors import UserError
+from llavakit.views.plan import View
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What an encoder does to sizes.
+
+    Attributes:
+        stride: Pixels per feature along (depth, height, width); depth 1 for a 2D encoder.
+        prefix_tokens: Class and register tokens in front of the grid.
+        width: Channels of the features.
+        volumetric: Whether the encoder takes [batch, channels, depth, height, width].
+    """
+
+    stride: tuple[int, int, int]
+    prefix_tokens: int
+    width: int
+    volumetric: bool = False
+
+    def grid(self, view: View, keep_prefix: bool = False) -> Grid:
+        """The feature grid of one view; with `keep_prefix` a single row that counts the prefix tokens too."""
+        depth, height, width = self.stride
+        grid = (max(view.depth // depth, 1), view.height // height, view.width // width)
+        if keep_prefix and self.prefix_tokens:
+            return (1, 1, grid[0] * grid[1] * grid[2] + self.prefix_tokens)
+        return grid
+
+
+def _patch(config: Any, prefix: int) -> Geometry:
+    return Geometry((1, config.patch_size, config.patch_size), prefix, config.hidden_size)
+
+
+def _convnext(config: Any) -> Geometry:
+    stride = config.patch_size * 2 ** (len(config.depths) - 1)
+    return Geometry((1, stride, stride), 0, config.hidden_sizes[-1])
+
+
+_FAMILIES = {
+    "clip_vision_model": lambda c: _patch(c, 1),
+    "siglip_vision_model": lambda c: _patch(c, 0),
+    "dinov2": lambda c: _patch(c, 1),
+    "dinov2_with_registers": lambda c: _patch(c, 1 + c.num_register_tokens),
+    "convnext": _convnext,
+    "convnextv2": _convnext,
+}
+
+
+def geometry_of(config: Any) -> Geometry:
+    """The geometry of the encoder that a transformers vision configuration describes.
+
+    Raises:
+        UserError: If the encoder cannot be built from its configuration alone.
+    """
+    if hasattr(config, "feature_stride"):
+        stride = tuple(config.feature_stride)
+        return Geometry(stride, config.prefix_tokens, config.feature_width, volumetric=stride[0] > 1)
+    if config.model_type in _FAMILIES:
+        return _FAMILIES[config.model_type](config)
+    return _probe(config.model_type, json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=32)
+def _probe(model_type: str, serialised: str) -> Geometry:
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    config = CONFIG_MAPPING[model_type](**json.loads(serialised))
+    try:
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        with torch.device("meta"):
+            tower = AutoModel.from_config(config)
+            hidden = tower(torch.zeros(1, getattr(config, "num_channels", 3), size, size)).last_hidden_state
+    except Exception as error:
+        raise UserError(f"vision encoder {model_type!r} cannot be used: {type(error).__name__}: {error}") from error
+    if hidden.dim() == 4:
+        return Geometry((1, size // hidden.shape[2], size // hidden.shape[3]), 0, hidden.shape[1])
+    rows = int(hidden.shape[1] ** 0.5)
+    return Geometry((1, size // rows, size // rows), hidden.shape[1] - rows * rows, hidden.shape[2])
