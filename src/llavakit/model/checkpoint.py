@@ -1,0 +1,268 @@
+"""Checkpoint files: read any published form lazily, write safetensors atomically.
+
+Knows files and tensors, not what the names mean (that is `layouts`). Pickled files are read with weights-only
+loading; only safetensors are written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llavakit.errors import CheckpointError
+
+SHARD_BYTES = 5 * 1024**3
+
+
+class LazyState(Mapping[str, Tensor]):
+    """Tensors by name, read from disk when they are asked for.
+
+    Args:
+        readers: Name -> function that reads the tensor.
+        origin: Name -> file that holds it, for messages.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]], origin: Mapping[str, str]) -> None:
+        self._readers, self.origin = dict(readers), dict(origin)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> LazyState:
+        """The same tensors under other names; those renamed to None are left out."""
+        readers, origin = {}, {}
+        for old, read in self._readers.items():
+            new = rename(old)
+            if new is None:
+                continue
+            if new in readers:
+                raise CheckpointError(f"{self.origin[old]}: tensors {old!r} and another both become {new!r}")
+            readers[new], origin[new] = read, self.origin.get(old, "")
+        return LazyState(readers, origin)
+
+    def joined(self, other: Mapping[str, Tensor]) -> LazyState:
+        """These tensors and others; the others win."""
+        if not isinstance(other, LazyState):
+            other = LazyState({name: (lambda t=tensor: t) for name, tensor in other.items()}, {})
+        return LazyState(self._readers | other._readers, self.origin | other.origin)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, with a clear error."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a model folder holds config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); it should hold one object") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__}, it should hold one object")
+    return data
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """A state dict from a pickled file, weights only."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable state dict ({type(error).__name__}: {error})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, it should hold a state dict")
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def read_file(path: Path) -> LazyState:
+    """All tensors of one .safetensors or pickled file."""
+    if path.suffix != ".safetensors":
+        state = read_pickle(path)
+        return LazyState({n: (lambda t=t: t) for n, t in state.items()}, dict.fromkeys(state, path.name))
+    try:
+        with safe_open(path, framework="pt") as handle:
+            names = list(handle.keys())
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            with safe_open(path, framework="pt") as handle:
+                return handle.get_tensor(name)
+
+        return read
+
+    return LazyState({name: reader(name) for name in names}, dict.fromkeys(names, path.name))
+
+
+def read_folder(folder: Path, stem: str | None = None) -> LazyState:
+    """All tensors of a model folder: sharded or single, safetensors or pickled.
+
+    Args:
+        folder: The folder.
+        stem: Read only `stem.safetensors` or `stem.bin` ("adapter_model", "mm_projector", ...).
+
+    Raises:
+        CheckpointError: If there are no weights, or a shard that the index names is missing.
+    """
+    stems = [stem] if stem else ["model", "pytorch_model"]
+    for name in stems:
+        for suffix in ("safetensors", "bin"):
+            index = folder / f"{name}.{suffix}.index.json"
+            if index.is_file():
+                return _read_shards(folder, index)
+            if (folder / f"{name}.{suffix}").is_file():
+                return read_file(folder / f"{name}.{suffix}")
+    wanted = f"{stem}.safetensors or {stem}.bin" if stem else "model.safetensors, a sharded index or pytorch_model.bin"
+    raise CheckpointError(f"{folder}: no weights; it should hold {wanted}")
+
+
+def _read_shards(folder: Path, index: Path) -> LazyState:
+    weight_map = read_json(index).get("weight_map", {})
+    state = LazyState({}, {})
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder / shard}: missing; {index.name} names it")
+        state = state.joined(read_file(folder / shard))
+    missing = sorted(set(weight_map) - set(state))
+    if missing:
+        raise CheckpointError(f"{index}: names {missing[0]!r}, but {weight_map[missing[0]]} does not hold it")
+    return state
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that replaces it only if everything in it was written.
+
+    If writing fails (a full disk, an interrupt) the previous content of `target` stays whole and the half-written
+    folder is removed.
+
+    Raises:
+        CheckpointError: If the file system refuses, with its reason.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    previous = target.parent / f".{target.name}.previous"
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            target.rename(previous)
+        scratch.rename(target)
+        shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        if not target.exists() and previous.exists():
+            previous.rename(target)
+        raise CheckpointError(
+            f"{target}: could not be written ({error.strerror or error}); nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_state(folder: Path, state: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as `model.safetensors`, or as numbered shards with an index when they exceed `shard_bytes`.
+
+    Tensors are taken one by one, so a lazily read checkpoint is converted within the memory of one shard.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    names: list[list[str]] = []
+    total = size = 0
+
+    def flush() -> None:
+        number = len(names) + 1
+        save_file(shards[0], folder / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})
+        names.append(list(shards[0]))
+        shards[0] = {}
+
+    for name, tensor in state:
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[0] and size + nbytes > shard_bytes:
+            flush()
+            size = 0
+        shards[0][name] = tensor.detach().contiguous().clone() if tensor.requires_grad else tensor.contiguous()
+        size += nbytes
+        total += nbytes
+    flush()
+    if len(names) == 1:
+        (folder / "shard-00001.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, shard in enumerate(names, start=1):
+        final = f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"shard-{number:05d}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(shard, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def assign_state(
+    model: nn.Module,
+    state: LazyState,
+    *,
+    where: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    optional: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """Give a model (usually on the meta device) its tensors, strictly.
+
+    Args:
+        where: Folder or file, for messages.
+        dtype: Convert floating-point tensors to this.
+        optional: Names that may be absent from the file; they are returned, still without weights.
+
+    Raises:
+        CheckpointError: If a tensor is missing, superfluous or has the wrong shape; the model is not changed.
+    """
+    own = dict(model.state_dict(keep_vars=True))
+    tied = {name for name in getattr(model, "_tied_weights_keys", None) or {} if name not in state}
+    missing = [name for name in own if name not in state and name not in tied and not optional(name)]
+    extra = [name for name in state if name not in own]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{where}: tensor {missing[0]!r} is missing{more}; the configuration calls for it")
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        file = state.origin.get(extra[0], "")
+        raise CheckpointError(f"{where}/{file}: tensor {extra[0]!r} is unknown to the configuration{more}")
+    absent = []
+    for name, slot in own.items():
+        if name not in state:
+            if name not in tied:
+                absent.append(name)
+            continue
+        tensor = state[name]
+        if tuple(tensor.shape) != tuple(slot.shape):
+            raise CheckpointError(
+                f"{where}/{state.origin.get(name, '')}: tensor {name!r} has shape {list(tensor.shape)}, "
+                f"the configuration calls for {list(slot.shape)}"
+            )
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        _assign(model, name, tensor.to(device), slot)
+    return absent
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, slot: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(slot, nn.Parameter):
+        module.register_parameter(attribute, nn.Parameter(tensor, requires_grad=slot.requires_grad))
+    else:
+        module.register_buffer(attribute, tensor)
