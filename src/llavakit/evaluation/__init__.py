@@ -1,1 +1,36 @@
+"""Evaluation: answer processors, metrics, benchmarks in their published file formats, judges, runs and scores.
 
+    processors      text of an answer -> what is compared
+    metrics         answers and references -> numbers
+    text_metrics    BLEU, ROUGE, CIDEr
+    benchmarks/     one module per benchmark: questions, prompts, submissions, scores
+    score           `score(task, predictions, gold)`: a finished predictions file -> metrics
+    run             `evaluate(model, task, questions)`: a model -> predictions file -> metrics
+    judge           a language model as judge, over an OpenAI-compatible API
+
+Importing this package registers the benchmarks by name and loads nothing heavy.
+"""
+
+from llavakit.registry import BENCHMARKS
+
+_BENCHMARKS = {
+    "vqav2": "vqa:VQAv2",
+    "vizwiz": "vqa:VizWiz",
+    "gqa": "gqa:GQA",
+    "textvqa": "textvqa:TextVQA",
+    "scienceqa": "scienceqa:ScienceQA",
+    "pope": "pope:POPE",
+    "mmbench": "mmbench:MMBench",
+    "mmbench-cn": "mmbench:MMBenchChinese",
+    "seed": "seed:SEEDBench",
+    "mme": "mme:MME",
+    "mmvet": "judged:MMVet",
+    "llava-bench": "judged:LLaVABench",
+    "exact_match": "generic:ExactMatch",
+    "phantom": "generic:Phantom",
+    "anls": "generic:ANLS",
+    "relaxed_accuracy": "generic:RelaxedAccuracy",
+}
+
+for _name, _target in _BENCHMARKS.items():
+    BENCHMARKS.add(_name, f"llavakit.evaluation.benchmarks.{_target}")

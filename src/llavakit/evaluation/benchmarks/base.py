@@ -1,0 +1,161 @@
+"""What every benchmark offers: questions to ask, a score for the answers, a file for its server.
+
+Options of `score`, `questions` and `submission` are keyword arguments; a benchmark that does not know one refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llavakit.errors import UserError
+from llavakit.evaluation.records import Record, read_records
+
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CHINESE = "请直接回答选项字母。"
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as a model gets it.
+
+    Attributes:
+        question_id: As in the published file.
+        text: The user's text, with hints and the response-format sentence.
+        media: Content parts that come before the text: `{"type": "image", "image": PATH or PIL image}`.
+        stored: Further fields to keep with the prediction (the prompt, the round of a circular question).
+    """
+
+    question_id: str | int
+    text: str
+    media: tuple[Mapping[str, Any], ...] = ()
+    stored: Mapping[str, Any] = field(default_factory=dict)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The question as one user message."""
+        return [{"role": "user", "content": [*self.media, {"type": "text", "text": self.text}]}]
+
+
+class Benchmark:
+    """A benchmark; subclasses say how its files look.
+
+    Attributes:
+        title: Name in the literature.
+        max_new_tokens: Longest answer in the published evaluation.
+        columns: Metrics of the headline, in order, for the printed table; the rest follows.
+    """
+
+    title: ClassVar[str]
+    max_new_tokens: ClassVar[int] = 128
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
+        """The questions of a published question file.
+
+        Args:
+            path: The file.
+            images: Folder that image names are relative to; by default the folder of the file.
+
+        Raises:
+            RecordError: If a record lacks a field.
+        """
+        raise UserError(f"{self.title}: asking its questions is not supported; score a predictions file instead")
+
+    def score(self, predictions: str | Path, gold: str | Path | None, **options: Any) -> dict[str, Any]:
+        """Metrics of a predictions file (JSONL of `question_id` and `text`) against a gold file.
+
+        Returns:
+            Metric name -> number, None where undefined, or a table {row: {column: number}}. Rates are in percent.
+
+        Raises:
+            RecordError: If a record is broken, or predictions and gold do not belong together.
+        """
+        raise NotImplementedError
+
+    def submission(
+        self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any
+    ) -> Path:
+        """Write the file that the benchmark's server or official script takes.
+
+        Args:
+            questions: The test split, where the submission must hold every question of it.
+
+        Raises:
+            UserError: If the benchmark has no such file, or predictions are missing that it needs.
+        """
+        raise UserError(f"{self.title}: has no submission file; its score is computed locally")
+
+
+def text_of(prediction: Record | None) -> str | None:
+    """A prediction's text; None for a question without one."""
+    return None if prediction is None else prediction.get("text", str)
+
+
+def need_gold(gold: str | Path | None, title: str, what: str) -> Path:
+    """The gold path.
+
+    Raises:
+        UserError: If there is none; the message says what it should be.
+    """
+    if gold is None:
+        raise UserError(f"{title}: give --gold FILE ({what})")
+    return Path(gold)
+
+
+def image_part(record: Record, folder: Path, name: str = "image") -> tuple[dict[str, Any], ...]:
+    """The content parts for a record's image field: one part, several for a list, none if it is absent."""
+    value = record.get(name, (str, list), None)
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    return tuple({"type": "image", "image": str(folder / item)} for item in names)
+
+
+def folder_of(path: str | Path, images: str | Path | None) -> Path:
+    """The folder that image names are relative to."""
+    return Path(images) if images is not None else Path(path).parent
+
+
+def percent(fraction: float | None) -> float | None:
+    """100 x fraction; None stays None."""
+    return None if fraction is None else 100 * fraction
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a JSON file and give back its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write a JSONL file and give back its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def stored_questions(
+    path: str | Path, images: str | Path | None, suffix: str = "", keep: tuple[str, ...] = ()
+) -> list[Question]:
+    """The questions of a JSONL in LLaVA's format: `question_id`, `image`, `text` with the prompt in it.
+
+    Args:
+        suffix: Response-format sentence to append as a line where the text does not have it yet.
+        keep: Fields to keep with the prediction.
+    """
+    folder = folder_of(path, images)
+    questions = []
+    for record in read_records(path):
+        text = record.get("text", str).replace("<image>", "").strip()
+        if suffix and suffix not in text:
+            text = f"{text}\n{suffix}"
+        kept = {name: record.data[name] for name in keep if name in record.data}
+        stored = {"prompt": text, **kept}
+        questions.append(Question(record.get("question_id", (str, int)), text, image_part(record, folder), stored))
+    return questions

@@ -1,0 +1,105 @@
+"""Scores of a finished predictions file, and how they are printed.
+
+    score("scienceqa", "predictions.jsonl", "gold.jsonl") -> {"task": "scienceqa", "metrics": {"accuracy": 90.9, ...}}
+
+Rates are in percent. What a metric means is in the benchmark's module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llavakit import evaluation  # noqa: F401  registers the benchmarks
+from llavakit.errors import UserError
+from llavakit.evaluation.benchmarks.base import Benchmark
+from llavakit.registry import BENCHMARKS, nearest
+
+
+def benchmark(task: str) -> Benchmark:
+    """The benchmark called `task`.
+
+    Raises:
+        UserError: If there is none; the message names the nearest.
+    """
+    return BENCHMARKS.get(task)()
+
+
+def checked(function: Any, options: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """`options` if `function` takes them all as keywords.
+
+    Raises:
+        UserError: If it does not know one.
+    """
+    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{task}: unknown option {name!r}{nearest(name, known)}")
+    return dict(options)
+
+
+def score(
+    task: str, predictions_path: str | Path, gold_path: str | Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """Score predictions against gold answers.
+
+    Args:
+        task: Name of a benchmark (`llavakit.registry.BENCHMARKS`).
+        predictions_path: JSONL of `{"question_id", "text"}`; further fields are allowed.
+        gold_path: The benchmark's published annotation file, or the JSONL form that its module describes.
+        options: The benchmark's own; for most `missing` ("error" or "wrong") and `extra` ("error" or "ignore").
+
+    Returns:
+        {"task": task, "metrics": {name: number, None, or {row: {column: number}}}}; rates in percent.
+
+    Raises:
+        UserError: For an unknown task or option.
+        RecordError: For a broken record, and for questions without prediction or the reverse.
+    """
+    chosen = benchmark(task)
+    return {"task": task, "metrics": chosen.score(predictions_path, gold_path, **checked(chosen.score, options, task))}
+
+
+def show(value: Any) -> str:
+    """A metric for people: floats with up to three decimals, "-" for an undefined one."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """A result as rich tables: the single metrics first, then one table per group."""
+    task, metrics = result["task"], result["metrics"]
+    title = benchmark(task).title if task in BENCHMARKS else task
+    main = Table("metric", title=title)
+    main.add_column("value", justify="right")
+    found = [main]
+    for name, value in metrics.items():
+        if not isinstance(value, Mapping):
+            main.add_row(name, show(value))
+            continue
+        rows = {row: cells if isinstance(cells, Mapping) else {"value": cells} for row, cells in value.items()}
+        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+        table = Table(name)
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row, cells in rows.items():
+            table.add_row(str(row), *(show(cells.get(column)) for column in columns))
+        found.append(table)
+    return found if main.row_count else found[1:]
+
+
+def print_result(result: Mapping[str, Any], as_json: bool = False, console: Console | None = None) -> None:
+    """Print a result as tables, or as one JSON object."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+        return
+    console = console or Console()
+    for table in tables(result):
+        console.print(table)
