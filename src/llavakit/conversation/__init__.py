@@ -1,1 +1,6 @@
+"""Conversations: messages, chat templates, token ids and label masks. Nothing here sees pixels."""
 
+from llavakit.conversation.messages import from_llava, media_of, normalise, to_llava
+from llavakit.conversation.template import Template, get_template
+
+__all__ = ["Template", "from_llava", "get_template", "media_of", "normalise", "to_llava"]

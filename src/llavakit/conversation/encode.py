@@ -1,0 +1,161 @@
+"""Encoding: messages to token ids and labels, with one tokenisation for both.
+
+A prompt is tokenised in pieces: the text between two media is a text of its own, as in the original LLaVA
+(`tokenizer_image_token`), so a piece starts a new word and a begin token is kept only in front of the first. Every
+medium is one placeholder id, which the processor expands when it knows how many tokens the medium takes. Labels
+follow from the characters that a token covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llavakit.conversation.messages import Message, Part, is_medium, normalise
+from llavakit.conversation.template import PLACEHOLDER, Span, Template, get_template, restore
+from llavakit.errors import UserError
+
+IMAGE_PLACEHOLDER = -200
+IGNORE = -100
+
+
+@dataclass
+class Encoded:
+    """A conversation as the model reads it, media not yet expanded.
+
+    Attributes:
+        ids: Token ids; `IMAGE_PLACEHOLDER` stands for one medium of any kind.
+        labels: The id where the model is to learn it, else -100.
+        media: The media parts in the order of their placeholders; `boxes` that belong to one are in it.
+        text: The rendered text.
+        blanked: Whether the label policy gave the whole sample up (policy "rounds" only).
+    """
+
+    ids: list[int]
+    labels: list[int]
+    media: list[Part] = field(default_factory=list)
+    text: str = ""
+    blanked: bool = False
+
+
+def encode(
+    messages: Sequence[Message],
+    template: str | Template,
+    tokenizer: Any,
+    *,
+    add_generation_prompt: bool = False,
+    placement: str | None = None,
+    labels: str | None = None,
+    max_length: int | None = None,
+) -> Encoded:
+    """Token ids, labels and media of a conversation.
+
+    Args:
+        messages: Messages in any form that `normalise` takes.
+        template: Template or its registered name.
+        tokenizer: A transformers tokenizer with offsets (every "fast" one).
+        add_generation_prompt: Whether the prompt ends where the assistant is to answer; without it the conversation
+            is a training sample.
+        placement: "front" or "keep" instead of the template's own.
+        labels: Label policy instead of the template's own.
+        max_length: Cut text-only conversations to so many tokens (others are cut once their media are expanded).
+
+    Raises:
+        UserError: If the messages or the template do not fit.
+    """
+    template = get_template(template)
+    messages = _turns(normalise(messages), template)
+    text, spans = template.render(
+        messages, add_generation_prompt=add_generation_prompt, training=not add_generation_prompt, placement=placement
+    )
+    media = collect_media(messages)
+    if text.count(PLACEHOLDER) != len(media):
+        raise UserError(
+            f"template {template.name!r} wrote {text.count(PLACEHOLDER)} placeholders for {len(media)} media; "
+            "it does not take media in this place"
+        )
+    from llavakit.conversation.labels import label
+
+    ids, offsets = tokenize(text, tokenizer)
+    if template.bos_once and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids, offsets = ids[1:], offsets[1:]
+    if max_length is not None and not media:
+        ids, offsets = ids[:max_length], offsets[:max_length]
+    learnt, blanked = label(
+        labels or template.labels, template, tokenizer, text, spans, ids, offsets, max_length=max_length
+    )
+    return Encoded(ids, learnt, media, restore(text), blanked)
+
+
+def _turns(messages: list[Message], template: Template) -> list[Message]:
+    first = 1 if messages[0]["role"] == "system" else 0
+    if not template.learns_first and messages[first:] and messages[first]["role"] == "assistant":
+        return messages[:first] + messages[first + 1 :]
+    return messages
+
+
+def collect_media(messages: Sequence[Message]) -> list[Part]:
+    """The media of normalised messages, each with the boxes that were given for it.
+
+    Raises:
+        UserError: If boxes stand in a message without a medium.
+    """
+    media: list[Part] = []
+    for index, message in enumerate(messages):
+        own = [dict(part) for part in message["content"] if is_medium(part)]
+        seen = 0
+        for part in message["content"]:
+            seen += is_medium(part)
+            if part["type"] == "boxes":
+                if not own:
+                    raise UserError(f"messages.{index}.content: boxes need an image in the same message")
+                owner = own[max(seen - 1, 0)]
+                owner["boxes"] = owner.get("boxes", []) + part["boxes"]
+        media += own
+    return media
+
+
+def tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    """Ids of a rendered text and the characters [start, end) that each covers.
+
+    Pieces between placeholders are tokenised one by one; the begin token stays in front of the first piece only.
+
+    Raises:
+        UserError: If the tokenizer gives no offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{type(tokenizer).__name__} gives no character offsets; use the fast tokenizer of this model")
+    ids: list[int] = []
+    offsets: list[Span] = []
+    position = 0
+    has_bos = False
+    for number, piece in enumerate(text.split(PLACEHOLDER)):
+        if number:
+            ids.append(IMAGE_PLACEHOLDER)
+            offsets.append((position, position + len(PLACEHOLDER)))
+            position += len(PLACEHOLDER)
+        piece_ids, piece_offsets = _piece(restore(piece), tokenizer)
+        if number == 0:
+            has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id
+        begin = int(has_bos and number > 0)
+        ids += piece_ids[begin:]
+        offsets += [(position + start, position + end) for start, end in piece_offsets[begin:]]
+        position += len(piece)
+    return ids, offsets
+
+
+def _piece(piece: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    # SentencePiece puts a word mark in front of every text; its stand-in "Metaspace, prepend first" leaves it out
+    # where the text begins with a space, so such a text gets one more.
+    extra = int(piece[:1] in (" ", "▁") and marks_first_word(tokenizer))
+    encoded = tokenizer(" " * extra + piece, return_offsets_mapping=True, return_attention_mask=False)
+    offsets = [(max(start - extra, 0), max(end - extra, 0)) for start, end in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), offsets
+
+
+def marks_first_word(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a word mark in front of a text only if it does not begin with a space already."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    steps = getattr(backend, "pre_tokenizer", None)
+    return getattr(steps, "prepend_scheme", None) == "first"

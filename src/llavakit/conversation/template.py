@@ -1,0 +1,208 @@
+"""Chat templates: how messages become one string, and which stretches of it the model is to learn.
+
+A template is a Jinja file in the dialect of transformers' chat templates; several names share one file and differ in
+values (system text, end marker). `{% generation %}` marks what the assistant says, so the same text serves as
+prompt, as label mask and, saved as `chat_template.jinja`, as the template of a server. This module knows no
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+from llavakit.conversation.messages import Message, Part, is_medium
+from llavakit.errors import UserError
+from llavakit.registry import TEMPLATES
+
+PLACEHOLDER = "<image>"
+# Stands for "<" of a placeholder that a user typed as text; of equal length, so that positions stay.
+_TYPED, _ESCAPED = PLACEHOLDER, "\ue000" + PLACEHOLDER[1:]
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How the original code counts labels: it cuts the text into rounds and tokenises each one again.
+
+    Args:
+        end: String that ends a round (`</s>`).
+        answer: String after which the answer of a round begins.
+        grouped: Pieces between `end` strings that make one round (user and assistant: 2); the first round has one
+            more, for the system text.
+        counts_end: Whether the end string is tokenised and added to the round's length; otherwise the begin token
+            that every tokenised round carries stands for it.
+        answer_offset: Added to the number of masked tokens of a round.
+        later_offset: Added to both counts from the second round on, if the tokenizer does not restart a word after a
+            special token (`legacy=False`).
+    """
+
+    end: str
+    answer: str
+    grouped: int = 1
+    counts_end: bool = False
+    answer_offset: int = 0
+    later_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template.
+
+    Args:
+        name: Registered name.
+        file: Jinja file in `templates/`, without suffix.
+        system: System text if the messages bring none.
+        stop: Strings at which the assistant's turn is over.
+        values: Further values of the Jinja file.
+        placement: "front": a message's only medium is put in front of its text as `<image>\\n`; "keep": media stay
+            where they are.
+        labels: Label policy, see `llavakit.conversation.labels`.
+        rounds: For the policy "rounds".
+        learns_first: Whether an assistant turn in front of the first user turn is kept (otherwise it is dropped).
+        bos_once: Whether a begin token written by the template replaces the tokenizer's own.
+        training: File that writes finished conversations, if it is another one.
+    """
+
+    name: str
+    file: str
+    system: str = ""
+    stop: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+    placement: str = "front"
+    labels: str = "spans"
+    rounds: Rounds | None = None
+    learns_first: bool = False
+    bos_once: bool = False
+    training: str | None = None
+
+    @functools.cached_property
+    def source(self) -> str:
+        """The whole Jinja text, complete in itself: what `chat_template.jinja` of a checkpoint holds."""
+        return self._source(self.file)
+
+    def _source(self, file: str) -> str:
+        values = {"default_system": self.system, "default_placement": self.placement, **self.values}
+        head = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items())
+        return head + _read("_content") + _read(file)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        training: bool = False,
+        placement: str | None = None,
+    ) -> tuple[str, list[Span]]:
+        """The text of normalised messages and the character spans that the assistant says.
+
+        Every medium is `<image>`; `<image>` that a user typed into a text is escaped, see `restore`.
+
+        Args:
+            add_generation_prompt: Whether the text ends where the assistant is to go on.
+            training: Whether to write the conversation in the form of training samples, where that differs.
+            placement: Instead of the template's own.
+
+        Raises:
+            UserError: If the template cannot express the conversation.
+        """
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        source = self._source(self.training) if training and self.training else self.source
+        bare = [{"role": m["role"], "content": [_bare(part) for part in m["content"]]} for m in messages]
+        options = {} if placement is None else {"placement": placement}
+        try:
+            (text,), (spans,) = render_jinja_template(
+                [bare],
+                chat_template=source,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=True,
+                bos_token="",
+                **options,
+            )
+        except TemplateError as error:
+            raise UserError(f"template {self.name!r}: {error}") from error
+        return text, [(start, end) for start, end in spans if end > start]
+
+
+def _bare(part: Part) -> Part:
+    """A part as the Jinja file sees it: without the medium itself, and with typed placeholders escaped."""
+    if part["type"] == "text":
+        return {"type": "text", "text": part["text"].replace(_TYPED, _ESCAPED)}
+    return {"type": part["type"] if is_medium(part) else "boxes"}
+
+
+def restore(text: str) -> str:
+    """Text in which escaped placeholders are again what the user typed."""
+    return text.replace(_ESCAPED, _TYPED)
+
+
+@functools.cache
+def _read(file: str) -> str:
+    return (resources.files("llavakit.conversation") / "templates" / f"{file}.jinja").read_text(encoding="utf-8")
+
+
+def get_template(template: str | Template) -> Template:
+    """The template of that name; a template comes back as it is.
+
+    Raises:
+        UserError: If there is none; the message names the nearest known name.
+    """
+    return template if isinstance(template, Template) else TEMPLATES.get(template)
+
+
+# Built-in templates
+
+_CURIOUS_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_CURIOUS_HUMAN = _CURIOUS_USER.replace("curious user", "curious human").replace("the user's", "the human's")
+_MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, and assist the user with a "
+    "variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAVA = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+_VICUNA = Template(
+    "vicuna_v1",
+    "vicuna",
+    _CURIOUS_USER,
+    stop=("</s>",),
+    values={"end": "</s>"},
+    rounds=Rounds(end="</s>", answer=" ASSISTANT: ", answer_offset=-2, later_offset=-1),
+)
+_PLAIN = Template("plain", "plain", stop=("\n",))
+_QWEN = Template(
+    "qwen_1_5",
+    "chatml",
+    "You are a helpful assistant.",
+    stop=("<|im_end|>",),
+    values={"between": "\n"},
+)
+
+
+def _register(template: Template, *aliases: str) -> Template:
+    for name in (template.name, *aliases):
+        TEMPLATES.add(name, template)
+    return template
+
+
+_register(_VICUNA, "v1")
+_register(replace(_VICUNA, name="llava_v1", system=_CURIOUS_HUMAN))
+_register(_PLAIN, "v0_plain")
+_register(_QWEN, "qwen_2")
+_register(
+    replace(_QWEN, name="qwen_2_5", system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
+)

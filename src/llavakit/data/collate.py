@@ -1,0 +1,133 @@
+"""Collation: processed samples to one batch, padded or packed.
+
+A processed sample is a dict with `input_ids` (media expanded), `labels`, and for its media `pixel_values` (one tensor
+per view), `visual_sizes` (depth, height, width) and `visual_kinds` (index into `llavakit.model.media.KINDS`). The
+collator lays tokens side by side and media one after another; it knows neither tokenizer nor model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llavakit.data.packing import first_fit_decreasing
+from llavakit.errors import UserError
+
+IGNORE = -100
+
+
+class Collator:
+    """Makes batches of processed samples.
+
+    Padded batches have `input_ids`, `labels` and `attention_mask` [samples, longest]. Packed batches have `input_ids`,
+    `labels` and `position_ids` [rows, max_length] and no mask: positions restart at 0 with every sample, which is
+    how the model tells samples apart; the unused tail of a row is a segment of its own. Media come as `pixel_values`
+    ([views, channels, height, width] if all views have one shape, else a list of tensors), `visual_sizes` [media, 3]
+    and `visual_kinds` [media], in the order of their placeholders.
+
+    Args:
+        pad_token_id: Id written where there is no token.
+        max_length: Samples are cut to so many tokens; the length of packed rows. None leaves them whole.
+        padding_side: "right" or "left"; padded batches only.
+        packing: Whether to pack. The samples of a batch are distributed over as few rows as first-fit-decreasing
+            finds.
+        mask_by_pad_id: Whether a token that equals the padding id is masked wherever it stands, as the original
+            LLaVA does (there a real `<unk>` disappears).
+        pad_to_multiple_of: Round the length of padded batches up.
+
+    Raises:
+        UserError: If the options contradict each other.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int,
+        max_length: int | None = None,
+        padding_side: str = "right",
+        packing: bool = False,
+        *,
+        mask_by_pad_id: bool = False,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        if padding_side not in ("right", "left"):
+            raise UserError(f"padding_side: must be 'right' or 'left', not {padding_side!r}")
+        if packing and max_length is None:
+            raise UserError("packing: needs max_length, the number of tokens in a row")
+        self.pad_token_id, self.max_length, self.padding_side = pad_token_id, max_length, padding_side
+        self.packing, self.mask_by_pad_id, self.pad_to_multiple_of = packing, mask_by_pad_id, pad_to_multiple_of
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One batch.
+
+        Raises:
+            ValueError: If a sample's ids and labels differ in length.
+        """
+        rows = [self._tokens(sample) for sample in samples]
+        if not self.packing:
+            return self._pad(rows) | self._media(samples)
+        plan = first_fit_decreasing([len(ids) for ids, _ in rows], self.max_length)
+        in_order = [samples[index] for row in plan for index in row]
+        return self._pack([[rows[index] for index in row] for row in plan]) | self._media(in_order)
+
+    def _tokens(self, sample: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        ids = torch.as_tensor(sample["input_ids"], dtype=torch.long)[: self.max_length]
+        labels = sample.get("labels")
+        labels = torch.full_like(ids, IGNORE) if labels is None else torch.as_tensor(labels, dtype=torch.long)
+        labels = labels[: self.max_length]
+        if ids.shape != labels.shape or ids.dim() != 1:
+            raise ValueError(f"input_ids {list(ids.shape)} and labels {list(labels.shape)} must be equal rows")
+        return ids, labels
+
+    def _pad(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        longest = max(len(ids) for ids, _ in rows)
+        longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = torch.full((len(rows), longest), self.pad_token_id)
+        labels = torch.full((len(rows), longest), IGNORE)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for row, (ids, own) in enumerate(rows):
+            place = slice(0, len(ids)) if self.padding_side == "right" else slice(longest - len(ids), longest)
+            input_ids[row, place], labels[row, place], mask[row, place] = ids, own, 1
+        if self.mask_by_pad_id:
+            mask = input_ids.ne(self.pad_token_id).long()
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+
+    def _pack(self, rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+        shape = (len(rows), self.max_length)
+        input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE)
+        positions = torch.zeros(shape, dtype=torch.long)
+        for row, samples in enumerate(rows):
+            begin = 0
+            for ids, own in samples:
+                end = begin + len(ids)
+                input_ids[row, begin:end], positions[row, begin:end] = ids, torch.arange(len(ids))
+                # The first token follows nothing of its own sample, so the shifted loss must not see it.
+                labels[row, begin + 1 : end] = own[1:]
+                begin = end
+            positions[row, begin:] = torch.arange(self.max_length - begin)
+        return {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+
+    @staticmethod
+    def _media(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        views: list[Tensor] = []
+        sizes: list[Sequence[int]] = []
+        kinds: list[int] = []
+        for sample in samples:
+            views += [torch.as_tensor(view) for view in _listed(sample, "pixel_values")]
+            sizes += [[int(x) for x in size] for size in _listed(sample, "visual_sizes")]
+            kinds += [int(kind) for kind in _listed(sample, "visual_kinds")]
+        if not views:
+            return {}
+        same = all(view.shape == views[0].shape for view in views)
+        return {
+            "pixel_values": torch.stack(views) if same else views,
+            "visual_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 3),
+            "visual_kinds": torch.tensor(kinds, dtype=torch.long),
+        }
+
+
+def _listed(sample: Mapping[str, Any], name: str) -> Sequence[Any]:
+    value = sample.get(name)
+    return [] if value is None else value
