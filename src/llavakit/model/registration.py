@@ -8,8 +8,10 @@ def register_config() -> None:
     from transformers import AutoConfig
 
     from llavakit.model.configuration import LlavakitConfig
+    from llavakit.vision.multiscale import MultiscaleConfig
 
-    AutoConfig.register(LlavakitConfig.model_type, LlavakitConfig, exist_ok=True)
+    for config in (LlavakitConfig, MultiscaleConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def register_models() -> None:
@@ -18,7 +20,9 @@ def register_models() -> None:
 
     from llavakit.model.configuration import LlavakitConfig
     from llavakit.model.modeling import LlavakitForConditionalGeneration, LlavakitModel
+    from llavakit.vision.multiscale import MultiscaleConfig, MultiscaleTower
 
+    AutoModel.register(MultiscaleConfig, MultiscaleTower, exist_ok=True)
     AutoModel.register(LlavakitConfig, LlavakitModel, exist_ok=True)
     AutoModelForImageTextToText.register(LlavakitConfig, LlavakitForConditionalGeneration, exist_ok=True)
 

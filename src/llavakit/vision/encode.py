@@ -60,7 +60,11 @@ def encode_views(
     Args:
         layer: Which hidden state to read; several are concatenated along channels.
         strategy: "default" drops class and register tokens, "full" keeps them.
+
+    llavakit's own encoders may define `features(pixel_values, layer, strategy)` themselves.
     """
+    if hasattr(tower, "features"):
+        return tower.features(pixel_values, layer, strategy)
     layers = [layer] if isinstance(layer, int) else list(layer)
     states = hidden_states(tower, pixel_values, layers)
     if strategy == "default":

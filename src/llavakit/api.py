@@ -1,0 +1,144 @@
+"""`llavakit.load`: a checkpoint in any known layout, ready to chat.
+
+model = llavakit.load("runs/demo/final")
+print(model.chat([{"role": "user", "content": [{"type": "image", "image": "x.png"},
+                                               {"type": "text", "text": "What is this?"}]}]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llavakit.conversation.template import get_template
+from llavakit.errors import UserError
+from llavakit.generation.engine import Engine, Handle, Request
+from llavakit.generation.sampling import SamplingParams
+from llavakit.model.convert import build, load_processor, local_folder, open_checkpoint
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.processing import LlavakitProcessor
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Chat:
+    """A model with its processor and a generation engine.
+
+    Args:
+        model: The network, in evaluation mode.
+        processor: Its processor.
+        name: What to call it in messages.
+        max_batch: Requests that are decoded together.
+    """
+
+    def __init__(
+        self,
+        model: LlavakitForConditionalGeneration,
+        processor: LlavakitProcessor,
+        name: str = "model",
+        max_batch: int = 16,
+    ) -> None:
+        self.model, self.processor, self.name = model, processor, name
+        self.engine = Engine(model, max_batch=max_batch, tokenizer=processor.tokenizer)
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    def request(self, messages: Messages, **sampling: Any) -> Request:
+        """Messages as a request for the engine.
+
+        Args:
+            sampling: Fields of `SamplingParams` (`max_new_tokens`, `temperature`, `top_p`, `stop`, `seed`, ...).
+        """
+        sample = self.processor.encode(messages, add_generation_prompt=True)
+        template = get_template(self.processor.template)
+        stop = [*sampling.pop("stop", ()), *template.stop]
+        device, dtype = self.model.device, self.model.dtype
+        views = [view.to(device, dtype) for view in sample["pixel_values"]]
+        return Request(
+            input_ids=torch.tensor(sample["input_ids"], device=device),
+            pixel_values=views or None,
+            visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
+            visual_kinds=torch.tensor(sample["visual_kinds"]) if views else None,
+            params=SamplingParams(stop=tuple(stop), eos_token_ids=self.eos_token_ids, **sampling),
+        )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the tokenizer's and those of the generation configuration."""
+        configured = self.model.generation_config.eos_token_id
+        configured = configured if isinstance(configured, (list, tuple)) else [configured]
+        return tuple(sorted({i for i in [self.processor.tokenizer.eos_token_id, *configured] if i is not None}))
+
+    def submit(self, messages: Messages, **sampling: Any) -> Handle:
+        """Queue a conversation; the handle yields text as it is generated."""
+        return self.engine.submit(self.request(messages, **sampling))
+
+    def chat(self, messages: Messages, **sampling: Any) -> str:
+        """The assistant's next turn."""
+        return self.chat_batch([messages], **sampling)[0]
+
+    def chat_batch(self, conversations: Sequence[Messages], **sampling: Any) -> list[str]:
+        """The next turn of several conversations, generated together."""
+        handles = [self.submit(messages, **sampling) for messages in conversations]
+        self.engine.run()
+        return [handle.result().text.strip() for handle in handles]
+
+    def stream(self, messages: Messages, **sampling: Any) -> Iterator[str]:
+        """The next turn piece by piece."""
+        yield from self.submit(messages, **sampling)
+
+    def generate(self, messages: Messages, **options: Any) -> str:
+        """The next turn by transformers' `generate`, with all its options (`num_beams`, ...)."""
+        request = self.request(messages)
+        inputs: dict[str, Any] = {"input_ids": request.input_ids[None]}
+        if request.pixel_values is not None:
+            views = request.pixel_values
+            inputs["pixel_values"] = torch.stack(views) if len({v.shape for v in views}) == 1 else views
+            inputs |= {"visual_sizes": request.visual_sizes, "visual_kinds": request.visual_kinds}
+        options.setdefault("eos_token_id", list(self.eos_token_ids) or None)
+        out = self.model.generate(**inputs, **options)
+        return self.processor.tokenizer.decode(out[0, request.input_ids.shape[0] :], skip_special_tokens=True).strip()
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    max_batch: int = 16,
+) -> Chat:
+    """Load a checkpoint: llavakit's own, the authors' layout of a known system, or transformers'.
+
+    Args:
+        model: Local folder or hub id.
+        base: The language model, for LoRA and connector-only files.
+        vision_tower: The encoder, for files that do not contain it.
+        dtype: "float32", "bfloat16" or "float16"; default float32 on a CPU, bfloat16 on a GPU.
+        device: Default the first GPU if there is one.
+        max_batch: Requests that are decoded together.
+
+    Raises:
+        UserError: One clear line if the folder is not a model or its tensors do not fit.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    checkpoint = open_checkpoint(model, base=base, vision_tower=vision_tower)
+    processor = load_processor(checkpoint, local_folder(base) if base is not None else None)
+    net = build(checkpoint, dtype=dtype, device=device)
+    return Chat(net, processor, name=str(model), max_batch=max_batch)

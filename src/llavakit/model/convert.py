@@ -1,0 +1,234 @@
+"""Open any checkpoint that llavakit knows, and write it in another layout.
+
+`open_checkpoint` gives configuration and lazily read tensors; `build` makes a model of them; `convert` streams the
+tensors from one layout to another without building a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llavakit.errors import CheckpointError, UserError
+from llavakit.model import layouts
+from llavakit.model.checkpoint import LazyState, assign_state, atomic_folder, read_folder, read_json, write_state
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.processing import LlavakitProcessor
+
+FORMS = ("llavakit", "hf", "original")
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        folder: Where its files are.
+        layout: "llavakit" or the name of the published layout.
+        config: llavakit's configuration.
+        state: Tensors under llavakit's names, read when asked for.
+    """
+
+    folder: Path
+    layout: str
+    config: LlavakitConfig
+    state: LazyState
+
+
+def local_folder(model: str | Path) -> Path:
+    """A local folder for a folder or a hub id; a hub id is downloaded into the hub's cache (safetensors preferred).
+
+    Raises:
+        CheckpointError: If it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; a model is a folder that holds config.json and weights")
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such folder; name a model folder or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{model}: not a local folder, and the hub did not deliver it ({reason})") from None
+
+
+def open_checkpoint(
+    model: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None
+) -> Checkpoint:
+    """Open a checkpoint in any known layout.
+
+    Args:
+        model: Folder or hub id.
+        base: Folder or hub id of the language model, for LoRA and connector-only files.
+        vision_tower: Folder or hub id of the encoder, for files that do not contain it.
+
+    Raises:
+        CheckpointError: One clear line.
+    """
+    folder = local_folder(model)
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") == LlavakitConfig.model_type:
+        try:
+            config = LlavakitConfig.from_dict(raw)
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[-1]}") from None
+        return Checkpoint(folder, "llavakit", config, _native_names(read_folder(folder)))
+    layout = layouts.detect(folder, raw)
+    given = {"base": base, "tower": vision_tower}
+    sources = {name: local_folder(place) for name, place in given.items() if place is not None}
+    config, state = layout.read(folder, raw, sources)
+    return Checkpoint(folder, f"{layout.system} ({layout.form})", config, state)
+
+
+def _native_names(state: LazyState) -> LazyState:
+    """Some transformers releases wrap CLIP and SigLIP towers in one more level; names on disk never have it."""
+    return state.renamed(lambda name: name.replace("_tower.vision_model.", "_tower."))
+
+
+def _names_in_memory(model: torch.nn.Module, state: LazyState) -> LazyState:
+    wrapped = any("_tower.vision_model." in name for name in model.state_dict())
+    return state.renamed(lambda n: n.replace("_tower.", "_tower.vision_model.", 1)) if wrapped else state
+
+
+def build(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> LlavakitForConditionalGeneration:
+    """The model of an opened checkpoint, in evaluation mode; every tensor is checked.
+
+    Raises:
+        CheckpointError: If a tensor is missing, superfluous or misshaped.
+    """
+    with torch.device("meta"):
+        model = LlavakitForConditionalGeneration(checkpoint.config)
+    state = _names_in_memory(model, checkpoint.state)
+    assign_state(model, state, where=str(checkpoint.folder), dtype=dtype, device=device)
+    _materialise_buffers(model, device)
+    model.tie_weights()
+    return model.eval()
+
+
+def _materialise_buffers(model: torch.nn.Module, device: str | torch.device) -> None:
+    """Buffers that no file holds (rotary frequencies, position ids) are computed by their modules' constructors.
+
+    A module that owns such buffers is constructed again off the meta device from the configuration it keeps.
+    """
+    for module in model.modules():
+        pending = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        if not pending:
+            continue
+        fresh = type(module)(module.config)
+        for name in pending:
+            module.register_buffer(name, fresh._buffers[name].to(device), persistent=False)
+
+
+def load_tokenizer(folder: Path, base: Path | None = None) -> Any:
+    """The tokenizer in a model folder.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    for place in (folder, base):
+        if place is not None and any(
+            (place / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
+        ):
+            return AutoTokenizer.from_pretrained(place)
+    raise CheckpointError(f"{folder}: no tokenizer; it should hold tokenizer.json, tokenizer.model or vocab.json")
+
+
+def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> LlavakitProcessor:
+    """The processor of an opened checkpoint: its own, or the one that its layout implies."""
+    if (checkpoint.folder / "processor_config.json").is_file() and checkpoint.layout == "llavakit":
+        return LlavakitProcessor.from_pretrained(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder, base)
+    extras = checkpoint.config.extras or {}
+    return LlavakitProcessor.from_config(checkpoint.config, tokenizer, **extras.get("processor", {}))
+
+
+def save(model_state: Mapping[str, torch.Tensor], config: LlavakitConfig, processor: Any, folder: str | Path) -> None:
+    """Write a llavakit checkpoint; if anything fails, what was there before stays whole."""
+    with atomic_folder(Path(folder)) as scratch:
+        raw = config.to_dict() | {"architectures": [LlavakitForConditionalGeneration.__name__]}
+        (scratch / "config.json").write_text(json.dumps(raw, indent=2, default=str) + "\n", encoding="utf-8")
+        names = ((name.replace("_tower.vision_model.", "_tower."), tensor) for name, tensor in model_state.items())
+        write_state(scratch, names)
+        if processor is not None:
+            processor.save_pretrained(scratch)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint in another layout.
+
+    Args:
+        src: Folder or hub id in any known layout.
+        dst: New folder; must not exist or be empty.
+        to: "llavakit", "hf" (transformers' class, which vLLM reads too) or "original".
+
+    Returns:
+        What was done: layouts, number of tensors, parameters.
+    """
+    if to not in FORMS:
+        raise UserError(f"--to {to}: unknown layout; known: {', '.join(FORMS)}")
+    dst = Path(dst)
+    if dst.exists() and any(dst.iterdir()):
+        raise UserError(f"{dst}: is not empty; name a new folder")
+    checkpoint = open_checkpoint(src, base=base, vision_tower=vision_tower)
+    base_folder = local_folder(base) if base is not None else None
+    _check_names(checkpoint)
+    try:
+        processor = load_processor(checkpoint, base_folder)
+    except CheckpointError:
+        processor = None  # weights alone can be converted; the result says so
+    if to == "llavakit":
+        save(checkpoint.state, checkpoint.config, processor, dst)
+    else:
+        layout = layouts.layout_for(checkpoint.config, to)
+        with atomic_folder(dst) as scratch:
+            raw = layout.write_config(checkpoint.config)
+            (scratch / "config.json").write_text(json.dumps(raw, indent=2, default=str) + "\n", encoding="utf-8")
+            write_state(scratch, layout.write_state(checkpoint.config, checkpoint.state))
+            if processor is not None:
+                layout.write_processor(processor, checkpoint.config, scratch)
+    return {
+        "from": checkpoint.layout,
+        "to": to,
+        "folder": str(dst),
+        "tensors": len(checkpoint.state),
+        "tokenizer": processor is not None,
+    }
+
+
+def _check_names(checkpoint: Checkpoint) -> None:
+    """Missing or unknown tensors are errors before anything is written."""
+    with torch.device("meta"):
+        model = LlavakitForConditionalGeneration(checkpoint.config)
+    own = {name.replace("_tower.vision_model.", "_tower.") for name in model.state_dict()}
+    tied = set(model._tied_weights_keys or {})
+    missing = sorted(own - set(checkpoint.state) - tied)
+    extra = sorted(set(checkpoint.state) - own)
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder}: tensor {missing[0]!r} is missing; the configuration calls for it")
+    if extra:
+        file = checkpoint.state.origin.get(extra[0], "")
+        raise CheckpointError(f"{checkpoint.folder}/{file}: tensor {extra[0]!r} is unknown to the configuration")

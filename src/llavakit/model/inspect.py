@@ -1,0 +1,72 @@
+"""What is in a model: parts, parameters by part, template, tokens per medium. Reads no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llavakit.model.convert import open_checkpoint
+from llavakit.model.media import MediaSpec
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.views.plan import MediumSize
+
+EXAMPLES = {
+    "image": [MediumSize(1, 336, 336), MediumSize(1, 480, 640), MediumSize(1, 1080, 1920)],
+    "multi_image": [MediumSize(1, 480, 640)],
+    "video": [MediumSize(8, 480, 640)],
+    "volume": [MediumSize(32, 256, 256)],
+}
+
+
+def inspect_model(model: str | Path, **sources: Any) -> dict[str, Any]:
+    """Facts about a checkpoint in any known layout.
+
+    Args:
+        model: Folder or hub id.
+        sources: `base` and `vision_tower`, see `open_checkpoint`.
+
+    Returns:
+        JSON-able: layout, system, template, parts with type and parameters, tokens of example media.
+    """
+    checkpoint = open_checkpoint(model, **sources)
+    config = checkpoint.config
+    with torch.device("meta"):
+        net = LlavakitForConditionalGeneration(config)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.model.named_children()}
+    if net.model.image_newline is not None:
+        parts["image_newline"] = net.model.image_newline.numel()
+    if not config.tie_word_embeddings:
+        parts["lm_head"] = sum(p.numel() for p in net.lm_head.parameters())
+    types = {
+        "vision_tower": config.vision_config.model_type,
+        "multi_modal_projector": config.connector["type"],
+        "language_model": config.text_config.model_type,
+        "language_adapter": (config.language_adapter or {}).get("type"),
+    }
+    types |= {name: config.tower_config(name)[0].model_type for name in config.extra_towers}
+    types |= {name: options["type"] for name, options in config.extra_connectors.items()}
+    spec = MediaSpec(config)
+    tokens = []
+    for kind, route in spec.routes.items():
+        for size in EXAMPLES[kind]:
+            plan = spec.plan(kind, size)
+            tokens.append(
+                {
+                    "kind": kind,
+                    "size": list(size),
+                    "planner": type(route.planner).__name__,
+                    "views": len(plan.views),
+                    "tokens": spec.count(kind, size),
+                }
+            )
+    return {
+        "folder": str(checkpoint.folder),
+        "layout": checkpoint.layout,
+        "system": config.system,
+        "template": config.template,
+        "parts": [{"name": n, "type": types.get(n), "parameters": count} for n, count in parts.items()],
+        "parameters": sum(parts.values()),
+        "tokens": tokens,
+    }

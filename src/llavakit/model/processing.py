@@ -1,0 +1,247 @@
+"""The processor: messages in, expanded ids and views out.
+
+It owns everything that turns files into model inputs (planners, sampling of frames, template, tokenizer) and is
+saved with the checkpoint. Two doors lead in: `encode` takes messages and is what training, chat and serving use;
+`__call__` is transformers' door (text with `<image>` and a list of images).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import make_flat_list_of_images, to_numpy_array
+from transformers.processing_utils import MultiModalData
+
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER, encode
+from llavakit.conversation.template import get_template
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.media import KINDS, MediaSpec
+from llavakit.model.splice import expand
+from llavakit.views import media as readers
+from llavakit.views.plan import MediumSize
+
+IMAGE_TOKEN = "<image>"
+MEDIA_TYPES = ("image", "video", "volume")
+
+
+def architecture_of(config: LlavakitConfig) -> dict[str, Any]:
+    """The part of a configuration that decides sizes, plans and token counts."""
+    return {
+        "vision_config": config.vision_config.to_dict(),
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "connector": config.connector,
+        "media": config.media,
+        "extra_towers": config.extra_towers,
+        "extra_connectors": config.extra_connectors,
+    }
+
+
+class LlavakitImageProcessorPil(BaseImageProcessor):
+    """Images to views by the planner of the configuration; the image half of `LlavakitProcessor`.
+
+    Args:
+        architecture: See `architecture_of`.
+    """
+
+    model_input_names = ["pixel_values", "visual_sizes", "visual_kinds"]
+
+    def __init__(self, architecture: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.architecture = dict(architecture or {})
+        self._spec: MediaSpec | None = None
+
+    @property
+    def spec(self) -> MediaSpec:
+        """Plans and layouts; built on first use."""
+        if self._spec is None:
+            self._spec = MediaSpec(LlavakitConfig(**self.architecture))
+        return self._spec
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if not key.startswith("_spec")}
+
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, kind: str = "image", **kwargs: Any
+    ) -> BatchFeature:
+        """Views of every image.
+
+        Returns:
+            `pixel_values`: views of all images, stacked if they share a shape, else a list;
+            `visual_sizes`: original (depth, height, width) of every image [images, 3];
+            `visual_kinds`: kind of every image [images].
+        """
+        views: list[np.ndarray] = []
+        sizes: list[MediumSize] = []
+        for image in make_flat_list_of_images(images):
+            image = readers.load_image(_as_pil(image))
+            size = MediumSize(1, image.height, image.width)
+            plan = self.spec.plan(kind, size)
+            views += self.spec.route(kind).planner.cut(image, plan)
+            sizes.append(size)
+        data = {"visual_sizes": np.array(sizes), "visual_kinds": np.full(len(sizes), KINDS.index(kind))}
+        stacked = len({view.shape for view in views}) <= 1
+        if stacked:
+            return BatchFeature({"pixel_values": np.stack(views), **data}, tensor_type=return_tensors)
+        features = BatchFeature(data, tensor_type=return_tensors)
+        features["pixel_values"] = [torch.from_numpy(view) for view in views] if return_tensors == "pt" else views
+        return features
+
+
+def _as_pil(image: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        array = to_numpy_array(image)
+        if array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
+            array = array.transpose(1, 2, 0)
+        if array.dtype != np.uint8:
+            array = (array * 255).round() if array.max() <= 1.0 else array
+        return Image.fromarray(array.astype(np.uint8).repeat(3 if array.shape[-1] == 1 else 1, axis=-1))
+    return image
+
+
+class LlavakitProcessor(ProcessorMixin):
+    """Messages to model inputs.
+
+    Args:
+        image_processor: Holds planners and sizes.
+        tokenizer: The language model's tokenizer; `<image>` is added if it has none.
+        template: Name of the conversation template; see `llavakit.conversation.templates`.
+        sampling: How frames of a video are chosen, see `llavakit.views.media.load_video`.
+        reading: Options of the media readers by type, e.g. `{"volume": {"window": [-1000, 1000]}}`.
+    """
+
+    def __init__(
+        self,
+        image_processor: LlavakitImageProcessorPil | None = None,
+        tokenizer: Any = None,
+        template: str = "v1",
+        sampling: dict[str, Any] | None = None,
+        reading: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.template = template
+        self.sampling = sampling
+        self.reading = reading
+        self.image_token = IMAGE_TOKEN
+        if IMAGE_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
+            )
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or get_template(template).source)
+
+    @classmethod
+    def from_config(cls, config: LlavakitConfig, tokenizer: Any, **options: Any) -> LlavakitProcessor:
+        """The processor of a model configuration."""
+        image_processor = LlavakitImageProcessorPil(architecture_of(config))
+        return cls(image_processor, tokenizer, template=options.pop("template", config.template), **options)
+
+    @property
+    def spec(self) -> MediaSpec:
+        """Plans and layouts of the configuration."""
+        return self.image_processor.spec
+
+    # llavakit's door: messages
+
+    def read_medium(self, part: Mapping[str, Any]) -> tuple[Any, MediumSize]:
+        """Open the medium of a content part: a path, bytes or an object that is open already.
+
+        Returns:
+            Image, frames or volume, and its size.
+        """
+        kind = part["type"]
+        source = part[kind]
+        options = (self.reading or {}).get(kind, {})
+        if kind == "image":
+            image = readers.load_image(source, **options)
+            return image, MediumSize(1, image.height, image.width)
+        if kind == "video":
+            video = readers.load_video(source, sampling=self.sampling, **options)
+            return video.frames, video.size
+        volume = readers.load_volume(source, **options)
+        return volume.values, MediumSize(*volume.values.shape)
+
+    def views_of(self, kind: str, medium: Any, size: MediumSize) -> list[torch.Tensor]:
+        """Encoder inputs of a medium, float32 [channels, (depth,) height, width] each."""
+        plan = self.spec.plan(kind, size)
+        return [torch.from_numpy(view) for view in self.spec.route(kind).planner.cut(medium, plan)]
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        pixels: bool = True,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """One sample: expanded ids, labels and views.
+
+        Args:
+            messages: OpenAI-style messages with media parts.
+            add_generation_prompt: End with the opening of an assistant turn.
+            pixels: Cut and normalise the views; False gives ids and sizes alone.
+            options: Passed on to `llavakit.conversation.encode.encode`.
+
+        Returns:
+            `input_ids`, `labels` (lists), `pixel_values` (list of views), `visual_sizes` (list of triples),
+            `visual_kinds` (list of indices into `KINDS`).
+        """
+        encoded = encode(
+            messages, self.template, self.tokenizer, add_generation_prompt=add_generation_prompt, **options
+        )
+        several = sum(part["type"] == "image" for part in encoded.media) > 1
+        layouts, views, sizes, kinds = [], [], [], []
+        for part in encoded.media:
+            medium, size = self.read_medium(part)
+            kind = "multi_image" if several and part["type"] == "image" else part["type"]
+            layouts.append(self.spec.layout(kind, size))
+            sizes.append(size)
+            kinds.append(KINDS.index(kind))
+            if pixels:
+                views += self.views_of(kind, medium, size)
+        spliced = expand(
+            encoded.ids,
+            encoded.labels,
+            layouts,
+            placeholder=IMAGE_PLACEHOLDER,
+            image_token_id=self.image_token_id,
+        )
+        return {
+            "input_ids": spliced.ids,
+            "labels": spliced.labels,
+            "pixel_values": views,
+            "visual_sizes": sizes,
+            "visual_kinds": kinds,
+        }
+
+    # transformers' door: text and images
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        size = MediumSize(*(int(side) for side in image_inputs["visual_sizes"][image_idx]))
+        runs = self.spec.layout(kwargs.get("kind", "image"), size)
+        return "".join(IMAGE_TOKEN * run.visual + self.tokenizer.decode(list(run.ids)) for run in runs)
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Token and view counts of images by (height, width); used by vLLM."""
+        if image_sizes is None:
+            return MultiModalData()
+        sizes = [MediumSize(1, int(height), int(width)) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[sum(run.visual for run in self.spec.layout("image", size)) for size in sizes],
+            num_image_patches=[len(self.spec.plan("image", size).views) for size in sizes],
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+
+__all__ = ["LlavakitImageProcessorPil", "LlavakitProcessor"]
