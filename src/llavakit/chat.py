@@ -1,0 +1,169 @@
+"""A conversation with a model in the terminal: history, attached media, streaming.
+
+This module knows lines of text and messages. How a message becomes tokens, and where media may come from, is the
+model's business.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from llavakit.errors import UserError
+
+MEDIA = ("image", "video", "volume")
+HELP = """/image FILE    attach an image to the next message; /video and /volume likewise
+/reset         forget the conversation and what is attached
+/help          this text
+/exit          leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+
+class Streams(Protocol):
+    """What a model must offer here; `llavakit.load` gives one."""
+
+    def stream(self, messages: list[dict[str, Any]], **options: Any) -> Iterator[str]:
+        """Yield the pieces of the answer to `messages`."""
+
+
+def attachment(kind: str, place: str) -> dict[str, Any]:
+    """A content part for a medium.
+
+    Args:
+        kind: "image", "video" or "volume".
+        place: File, folder (of a volume's slices), or URL.
+
+    Raises:
+        UserError: If there is nothing at `place`.
+    """
+    local = Path(place).expanduser()
+    if not place.startswith(("http://", "https://", "data:")):
+        if not local.exists():
+            raise UserError(f"{place}: no such {kind} file")
+        place = str(local)
+    return {"type": kind, kind: place}
+
+
+class Session:
+    """One conversation.
+
+    Args:
+        model: Answers messages.
+        options: Keywords of every `model.stream` call (`max_new_tokens`, `temperature`).
+        system: System message, or None for the template's own.
+        write: Takes pieces of text as they come.
+    """
+
+    def __init__(
+        self,
+        model: Streams,
+        options: Mapping[str, Any] | None = None,
+        system: str | None = None,
+        write: Callable[[str], Any] | None = None,
+    ) -> None:
+        self.model, self.options, self.system = model, dict(options or {}), system
+        self.write = write or _write
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation and what is attached."""
+        self.messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+        self.attached: list[dict[str, Any]] = []
+
+    def attach(self, kind: str, place: str) -> None:
+        """Attach a medium to the next message.
+
+        Raises:
+            UserError: If there is nothing at `place`.
+        """
+        self.attached.append(attachment(kind, place))
+
+    def say(self, text: str) -> str:
+        """Send a message with what is attached, write the answer as it comes, and return it.
+
+        Ctrl-C ends the answer; what was said until then is kept.
+
+        Raises:
+            UserError: If the message cannot be answered; the conversation is as it was before, attachments dropped.
+        """
+        attached, self.attached = self.attached, []
+        turn = {"role": "user", "content": [*attached, {"type": "text", "text": text}]}
+        pieces: list[str] = []
+        try:
+            for piece in self.model.stream([*self.messages, turn], **self.options):
+                pieces.append(piece)
+                self.write(piece)
+        except KeyboardInterrupt:
+            self.write(" [stopped]")
+        self.write("\n")
+        answer = "".join(pieces).strip()
+        self.messages += [turn, {"role": "assistant", "content": answer}]
+        return answer
+
+    def handle(self, line: str) -> bool:
+        """Deal with one line of input; False when the user wants to leave.
+
+        Raises:
+            UserError: If the line is an unknown command, or its message cannot be answered.
+        """
+        line = line.strip()
+        if not line.startswith("/"):
+            if line:
+                self.say(line)
+            return True
+        command, _, argument = line[1:].partition(" ")
+        argument = argument.strip().strip("'\"")
+        if command in ("exit", "quit"):
+            return False
+        if command in MEDIA:
+            if not argument:
+                raise UserError(f"/{command}: name a file, as in /{command} FILE")
+            self.attach(command, argument)
+            self.write(f"[{command} attached to the next message]\n")
+        elif command == "reset":
+            self.reset()
+            self.write("[new conversation]\n")
+        elif command == "help":
+            self.write(HELP + "\n")
+        else:
+            raise UserError(f"/{command}: unknown command; /help lists them")
+        return True
+
+
+def interact(session: Session, lines: Iterable[str] | None = None) -> None:
+    """Answer line after line until the input ends or the user leaves; a failing line ends nothing.
+
+    Args:
+        lines: Input; None asks at the terminal.
+    """
+    source = iter(_ask() if lines is None else lines)
+    while True:
+        try:
+            line = next(source, None)
+        except KeyboardInterrupt:
+            line = None
+        if line is None:
+            return
+        try:
+            if not session.handle(line):
+                return
+        except UserError as error:
+            print(error, file=sys.stderr)
+
+
+def _ask() -> Iterator[str]:
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("Type a message; /help lists the commands.")
+    while True:
+        try:
+            yield input("> " if terminal else "")
+        except EOFError:
+            return
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
