@@ -40,6 +40,14 @@ def _requirements() -> list[tuple[Requirement, str | None]]:
     return found
 
 
+def extra_with(module: str) -> str | None:
+    """The extra that brings an importable module, None if no extra does."""
+    for requirement, extra in _requirements():
+        if extra is not None and requirement.name.replace("-", "_").lower() == module.lower():
+            return extra
+    return None
+
+
 def _devices() -> dict[str, Any]:
     """Devices by PyTorch's names.
 
@@ -125,6 +133,7 @@ def examine() -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> Table:
     """The report for a terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
     out = Table(show_header=False, box=None, pad_edge=False)
@@ -135,9 +144,9 @@ def table(report: dict[str, Any]) -> Table:
     out.add_row("threads", f"{report['threads']['torch']} of {report['threads']['cores']} cores")
     for name, extra in report["extras"].items():
         missing = ", ".join(extra["missing"])
-        out.add_row(f"extra {name}", f"missing {missing}; {extra['install']}" if missing else "complete")
+        out.add_row(f"extra {name}", escape(f"missing {missing}; {extra['install']}") if missing else "complete")
     writable = "writable" if report["cache"]["writable"] else "NOT writable"
     out.add_row("model cache", f"{report['cache']['path']}, {writable}{', offline' if report['offline'] else ''}")
     for problem in report["problems"]:
-        out.add_row("problem", problem)
+        out.add_row("problem", escape(problem))
     return out

@@ -1,0 +1,516 @@
+"""The command line: parses arguments, calls the library, prints.
+
+Nothing heavy is imported until a command runs. A mistake of the user is one line on standard error and exit status 2.
+Machine-readable output goes to standard output alone, so that it can be piped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llavakit.errors import UserError
+
+if TYPE_CHECKING:
+    from llavakit.parity import Report
+    from llavakit.system import System
+
+app = typer.Typer(
+    name="llavakit",
+    help="Train, ask, check, compare and serve the models of the LLaVA family.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.")]
+Slug = Annotated[str, typer.Argument(metavar="SLUG", help="Name of a system; `llavakit systems` lists them.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1, mps. Default: the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: what fits the device.")]
+Base = Annotated[str | None, typer.Option(help="Language model of a LoRA or connector-only checkpoint.")]
+Tower = Annotated[str | None, typer.Option(help="Encoder of a checkpoint that does not contain it.")]
+
+
+class Form(StrEnum):
+    """Layouts that a checkpoint can be written in."""
+
+    llavakit = "llavakit"
+    hf = "hf"
+    original = "original"
+
+
+class OnBadRecord(StrEnum):
+    """What to do with a broken record."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given; the library's defaults apply to the others."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _assignments(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` arguments, the values read as YAML.
+
+    Raises:
+        UserError: If one has no `=`, or its value is not YAML.
+    """
+    import yaml
+
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"{pair}: not an assignment; write key=value")
+        try:
+            found[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{pair}: the value is not YAML") from None
+    return found
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def _print(*renderables: Any) -> None:
+    from rich.console import Console
+
+    console = Console(soft_wrap=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    for item in renderables:
+        console.print(item)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import llavakit
+
+        print(f"llavakit {llavakit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Train, ask, check, compare and serve the models of the LLaVA family.
+
+    \b
+    Start here:
+      llavakit doctor
+      llavakit systems
+      llavakit chat MODEL --image photo.jpg --prompt "What is this?"
+    """
+
+
+@app.command()
+def chat(
+    model: Model,
+    image: Annotated[list[str] | None, typer.Option(help="Image file or URL; may be repeated.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video file; may be repeated.")] = None,
+    volume: Annotated[list[str] | None, typer.Option(help="NIfTI file or DICOM folder; may be repeated.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and leave.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message; default: the template's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 or not given: always the likeliest token.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    base: Base = None,
+    vision_tower: Tower = None,
+) -> None:
+    """Ask a model about pictures, once or in a conversation.
+
+    In a conversation, /image FILE attaches an image to the next message, /reset forgets, /exit leaves.
+
+    \b
+    Examples:
+      llavakit chat runs/demo --image scan.png --prompt "Is there an effusion?"
+      llavakit chat llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg
+      echo "What is in the picture?" | llavakit chat MODEL --image a.jpg
+    """
+    from llavakit.chat import Session, attachment, interact
+
+    places = [("image", image), ("video", video), ("volume", volume)]
+    attached = [attachment(kind, place) for kind, given in places for place in given or ()]
+    import llavakit
+
+    loaded = llavakit.load(model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower))
+    settings = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    session = Session(loaded, settings, system)
+    session.attached = attached
+    if prompt is not None:
+        session.say(prompt)
+    else:
+        interact(session)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of parts, data and stages.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values by dotted path.")
+    ] = None,
+    on_bad_record: Annotated[
+        OnBadRecord | None, typer.Option(help="Stop at a broken record, or skip it and list it at the end.")
+    ] = None,
+) -> None:
+    """Train a model through the stages of a recipe.
+
+    After a kill, the same command continues where training was.
+
+    \b
+    Examples:
+      llavakit train recipe.yaml
+      llavakit train recipe.yaml output=runs/mine stages.1.epochs=2 stages.1.learning_rate=1e-5
+      accelerate launch --config_file fsdp2.yaml -m llavakit.cli train recipe.yaml
+    """
+    from llavakit.training.run import train as run_training
+
+    extra = [f"data.on_bad_record={on_bad_record}"] if on_bad_record else []
+    run_training(recipe, [*(overrides or ()), *extra])
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Benchmark, for instance scienceqa, vqav2, pope.")],
+    predictions: Annotated[Path, typer.Option(help='JSONL of {"question_id", "text"}.')],
+    gold: Annotated[Path | None, typer.Option(help="The benchmark's answers.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE of the benchmark.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score existing predictions, without a model.
+
+    \b
+    Examples:
+      llavakit score scienceqa --predictions answers.jsonl --gold gold.jsonl
+      llavakit score pope --predictions answers.jsonl --gold coco_pope_random.json --json
+      llavakit score gqa --predictions answers.jsonl --gold gold.jsonl -o missing=wrong
+    """
+    from llavakit.evaluation.score import print_result
+    from llavakit.evaluation.score import score as compute
+
+    print_result(compute(task, predictions, gold, **_assignments(option or ())), as_json)
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder or hub id, in any known layout.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
+    to: Annotated[Form, typer.Option(help="hf is what transformers and vLLM read; original is the paper's own.")],
+    base: Base = None,
+    vision_tower: Tower = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in another layout.
+
+    \b
+    Examples:
+      llavakit convert liuhaotian/llava-v1.5-7b mine --to llavakit --vision-tower openai/clip-vit-large-patch14-336
+      llavakit convert lora-folder mine --to llavakit --base lmsys/vicuna-7b-v1.5
+      llavakit convert runs/demo exported --to hf
+    """
+    from llavakit.model.convert import convert as run_conversion
+
+    done = run_conversion(src, dst, to=to.value, **_given(base=base, vision_tower=vision_tower))
+    if as_json:
+        _print_json(done)
+    else:
+        print(f"{src} ({done['from']}) -> {dst} ({done['to']}), {done['tensors']} tensors")
+        if not done.get("tokenizer", True):
+            print("no tokenizer was found, so none was written; name one with --base", file=sys.stderr)
+
+
+@app.command()
+def inspect(model: Model, base: Base = None, vision_tower: Tower = None, as_json: Json = False) -> None:
+    """Show what a checkpoint consists of.
+
+    Parts, parameters by part, template, tokens per image; weights are not read.
+
+    \b
+    Examples:
+      llavakit inspect runs/demo
+      llavakit inspect llava-hf/llava-1.5-7b-hf --json
+    """
+    from llavakit.model.inspect import inspect_model
+
+    facts = inspect_model(model, **_given(base=base, vision_tower=vision_tower))
+    if as_json:
+        _print_json(facts)
+        return
+    from rich.table import Table
+
+    head = Table(show_header=False, box=None, pad_edge=False)
+    for name in ("folder", "layout", "system", "template"):
+        head.add_row(name, str(facts[name] or "-"))
+    parts = Table("part", "type", title=f"{facts['parameters']:,} parameters", title_justify="left")
+    parts.add_column("parameters", justify="right")
+    for part in facts["parts"]:
+        parts.add_row(part["name"], part["type"] or "-", f"{part['parameters']:,}")
+    tokens = Table("medium", "size", "planner", title="visual tokens of some media", title_justify="left")
+    tokens.add_column("views", justify="right")
+    tokens.add_column("tokens", justify="right")
+    for row in facts["tokens"]:
+        size = " x ".join(map(str, row["size"]))
+        tokens.add_row(row["kind"], size, row["planner"], str(row["views"]), str(row["tokens"]))
+    _print(head, parts, tokens)
+
+
+def _works(system: System) -> dict[str, bool]:
+    return {name: getattr(system, name) is not None for name in ("parity", "cost", "miniature", "recipe", "checkpoint")}
+
+
+@app.command("systems")
+def list_systems(
+    slug: Annotated[str | None, typer.Argument(metavar="[SLUG]", help="Show all about one system.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the published systems, or show one.
+
+    \b
+    Examples:
+      llavakit systems
+      llavakit systems llava-1.5
+      llavakit systems --json
+    """
+    from llavakit.system import get_system, systems
+
+    cards = list(systems().values()) if slug is None else [get_system(slug)]
+    if as_json:
+        rows = [_card(card) for card in sorted(cards, key=lambda card: card.slug)]
+        _print_json(rows if slug is None else rows[0])
+    elif slug is None:
+        from rich.table import Table
+
+        table = Table("system", "title", "paper", *_works(cards[0])) if cards else Table("system")
+        for card in sorted(cards, key=lambda card: card.slug):
+            works = ("yes" if there else "-" for there in _works(card).values())
+            table.add_row(card.slug, card.title, f"arXiv:{card.paper}" if card.paper else "-", *works)
+        _print(table)
+    else:
+        facts = _card(cards[0])
+        works = ", ".join(name for name, there in facts.pop("works").items() if there)
+        for name, value in (facts | {"works": works}).items():
+            lines = value if isinstance(value, list) else [value]
+            for line in lines:
+                print(f"{name:12}{line}")
+
+
+def _card(card: System) -> dict[str, Any]:
+    parts = [f"{kind}: {', '.join(sorted(names))}" for kind, names in card.parts.items()]
+    return {
+        "slug": card.slug,
+        "title": card.title,
+        "paper": card.paper,
+        "summary": card.summary,
+        "claims": [f"{claim.text} ({claim.source})" for claim in card.claims],
+        "checkpoints": list(card.checkpoints),
+        "parts": parts,
+        "recipe": str(card.recipe) if card.recipe else None,
+        "readme": str(card.readme) if card.readme else None,
+        "works": _works(card),
+    }
+
+
+@app.command()
+def parity(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Golden cases, or folders of them.")],
+    only: Annotated[str | None, typer.Option(metavar="SLUG", help="Only cases of this system.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Show where an adapter raised.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Recompute golden cases and compare.
+
+    One line per case; exit status 1 if one fails.
+
+    \b
+    Examples:
+      llavakit parity tests/golden
+      llavakit parity path/to/golden --only llava-1.5
+      llavakit parity path/to/golden/llava-1.5/projector --json
+    """
+    from llavakit.parity import run_parity, summary
+
+    reports = []
+    for report in run_parity(paths, only):
+        reports.append(report)
+        if not as_json:
+            print(_line(report), flush=True)
+        if trace and report.traceback:
+            print(report.traceback, file=sys.stderr)
+    result = summary(reports)
+    if as_json:
+        _print_json(result)
+    else:
+        print(f"{result['passed']} passed, {result['failed']} failed, {result['declined']} declined")
+    if result["failed"]:
+        raise typer.Exit(1)
+
+
+def _line(report: Report) -> str:
+    colours = {"passed": "green", "failed": "red", "declined": "yellow"}
+    status = f"{report.status:9}"
+    if sys.stdout.isatty():
+        status = typer.style(status, fg=colours[report.status])
+    error = "" if report.max_abs_error is None else f"{report.max_abs_error:.1e}"
+    line = f"{status} {report.component:28} {error:8} {report.path}"
+    return f"{line}: {report.reason}" if report.reason else line
+
+
+@app.command()
+def cost(slug: Slug, as_json: Json = False) -> None:
+    """Count FLOPs, visual tokens and cache bytes.
+
+    At published size, beside the paper's claim.
+
+    \b
+    Examples:
+      llavakit cost llava-1.5
+      llavakit cost llava-1.5 --json
+    """
+    from llavakit.system import get_system
+
+    report = get_system(slug).load("cost")()
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print(report.table())
+
+
+@app.command()
+def reproduce(
+    slug: Slug,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; default: the miniature's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Re-test a paper's main claim with tiny models.
+
+    Ends with a verdict: supported, not supported or inconclusive.
+
+    \b
+    Examples:
+      llavakit reproduce llava-1.5
+      llavakit reproduce llava-1.5 --seeds 5 --json
+    """
+    from llavakit.system import get_system
+
+    chosen = _given(seeds=range(seeds) if seeds else None)
+    verdict = get_system(slug).load("miniature")(**chosen, progress=lambda line: print(line, file=sys.stderr))
+    if as_json:
+        _print_json(verdict.to_dict())
+    else:
+        _print(verdict.table())
+
+
+@app.command()
+def phantom(
+    world: Annotated[str, typer.Argument(metavar="WORLD", help="thorax, scene, ...")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    assignments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the world.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of cases (patients, scenes).")] = 100,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same data.")] = 0,
+) -> None:
+    """Write data of a procedural world.
+
+    Media, records in LLaVA's format, and the truth about every case.
+
+    \b
+    Examples:
+      llavakit phantom thorax data/thorax --n 1000 --seed 0
+      llavakit phantom scene data/scene --n 200 --seed 7 size=64
+    """
+    from llavakit.phantom.write import write_world
+
+    written = write_world(world, out, n=n, seed=seed, **_assignments(assignments or ()))
+    if isinstance(written, dict):
+        _print_json(written)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this installation.
+
+    Versions, devices and extras, and what to install where something is missing.
+
+    \b
+    Examples:
+      llavakit doctor
+      llavakit doctor --json
+    """
+    from llavakit.doctor import examine, table
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+    else:
+        _print(table(report))
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Mistakes of the user end as one line on standard error and status 2; set LLAVAKIT_DEBUG=1 to see where they arose.
+    """
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage; click's class or typer's copy of it
+            error.show()
+            return error.exit_code
+        line = _user_line(error)
+        if line is None or os.environ.get("LLAVAKIT_DEBUG"):
+            raise
+        print(f"llavakit: {line}", file=sys.stderr)
+        return 2
+
+
+def _user_line(error: Exception) -> str | None:
+    """What to tell the user, or None if the fault is ours."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return f"{error.filename or 'output'}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        from llavakit.doctor import extra_with
+
+        extra = extra_with(error.name.partition(".")[0])
+        return extra and f"this needs {error.name}: pip install 'llavakit[{extra}]'"
+    return None
+
+
+def main() -> None:
+    """Entry point of the `llavakit` command."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()
