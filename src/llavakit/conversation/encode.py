@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llavakit.conversation.labels import by_marks, by_rounds, by_spans, check_policy
 from llavakit.conversation.messages import Message, Part, is_medium, normalise
 from llavakit.conversation.template import PLACEHOLDER, Span, Template, get_template, restore
 from llavakit.errors import UserError
 
 IMAGE_PLACEHOLDER = -200
-IGNORE = -100
 
 
 @dataclass
@@ -45,6 +45,7 @@ def encode(
     tokenizer: Any,
     *,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
     placement: str | None = None,
     labels: str | None = None,
     max_length: int | None = None,
@@ -55,9 +56,10 @@ def encode(
         messages: Messages in any form that `normalise` takes.
         template: Template or its registered name.
         tokenizer: A transformers tokenizer with offsets (every "fast" one).
-        add_generation_prompt: Whether the prompt ends where the assistant is to answer; without it the conversation
-            is a training sample.
-        placement: "front" or "keep" instead of the template's own.
+        add_generation_prompt: Whether the prompt ends where the assistant is to answer.
+        continue_final_message: Whether the prompt ends inside the last message, for the assistant to go on with it.
+            With neither the conversation is a training sample.
+        placement: "front", "lead" or "keep" instead of the template's own.
         labels: Label policy instead of the template's own.
         max_length: Cut text-only conversations to so many tokens (others are cut once their media are expanded).
 
@@ -65,9 +67,16 @@ def encode(
         UserError: If the messages or the template do not fit.
     """
     template = get_template(template)
+    policy = labels or template.labels
+    check_policy(policy, template)
     messages = _turns(normalise(messages), template)
+    training = not (add_generation_prompt or continue_final_message)
     text, spans = template.render(
-        messages, add_generation_prompt=add_generation_prompt, training=not add_generation_prompt, placement=placement
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        training=training,
+        placement=placement,
     )
     media = collect_media(messages)
     if text.count(PLACEHOLDER) != len(media):
@@ -75,22 +84,33 @@ def encode(
             f"template {template.name!r} wrote {text.count(PLACEHOLDER)} placeholders for {len(media)} media; "
             "it does not take media in this place"
         )
-    from llavakit.conversation.labels import label
-
     ids, offsets = tokenize(text, tokenizer)
-    if template.bos_once and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+    once = template.bos == "once" or (template.bos == "once_in_training" and training)
+    if once and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids, offsets = ids[1:], offsets[1:]
     if max_length is not None and not media:
         ids, offsets = ids[:max_length], offsets[:max_length]
-    learnt, blanked = label(
-        labels or template.labels, template, tokenizer, text, spans, ids, offsets, max_length=max_length
-    )
+    blanked = False
+    if policy == "spans":
+        learnt = by_spans(spans, ids, offsets)
+    elif policy == "marks":
+        learnt = by_marks(template.marks, tokenizer, text, spans, ids, offsets)
+    else:
+        learnt, blanked = by_rounds(
+            template.rounds,
+            text,
+            ids,
+            lambda piece: len(tokenize(piece, tokenizer)[0]),
+            real=sum(token != tokenizer.pad_token_id for token in ids),
+            limit=tokenizer.model_max_length if max_length is None else max_length,
+            continues_words=marks_first_word(tokenizer),
+        )
     return Encoded(ids, learnt, media, restore(text), blanked)
 
 
 def _turns(messages: list[Message], template: Template) -> list[Message]:
     first = 1 if messages[0]["role"] == "system" else 0
-    if not template.learns_first and messages[first:] and messages[first]["role"] == "assistant":
+    if not template.keeps_first_answer and messages[first:] and messages[first]["role"] == "assistant":
         return messages[:first] + messages[first + 1 :]
     return messages
 

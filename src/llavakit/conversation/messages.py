@@ -212,6 +212,31 @@ def _record_media(record: Mapping[str, Any], where: str) -> list[Part]:
     return media
 
 
+def media_first(
+    messages: Sequence[Message], *, before: str = "", after: str = "", collapse: bool = False
+) -> list[Message]:
+    """Messages in which the media of a turn stand in front of its text, each on a line of its own.
+
+    Args:
+        before, after: Text around every medium (`<Image>` and `</Image>`).
+        collapse: Whether several media of a turn become one, as in the original LLaVA (the others are lost).
+    """
+    moved = []
+    for message in normalise(messages):
+        media = [part for part in message["content"] if is_medium(part)][: 1 if collapse else None]
+        if media:
+            text = text_of(message).strip()
+            content: list[Part] = []
+            for number, part in enumerate(media, start=1):
+                end = after + ("\n" if number < len(media) or text else "")
+                content += [{"type": "text", "text": before}, part, {"type": "text", "text": end}]
+            content.append({"type": "text", "text": text})
+            boxes = [part for part in message["content"] if part["type"] == "boxes"]
+            message = message | {"content": [part for part in content if part.get("text") != ""] + boxes}
+        moved.append(message)
+    return moved
+
+
 def to_llava(messages: Sequence[Message]) -> dict[str, Any]:
     """A LLaVA record of messages: `conversations` and, per kind of medium, one value or a list."""
     literal = {"image": "<image>", "video": "<video>", "volume": "<image3d>"}

@@ -11,11 +11,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from llavakit.conversation.messages import Message, Part, is_medium
+from llavakit.conversation.messages import Message, Part
 from llavakit.errors import UserError
 from llavakit.registry import TEMPLATES
 
@@ -31,12 +31,13 @@ class Rounds:
     """How the original code counts labels: it cuts the text into rounds and tokenises each one again.
 
     Args:
-        end: String that ends a round (`</s>`).
+        end: String that ends a turn (`</s>`).
         answer: String after which the answer of a round begins.
-        grouped: Pieces between `end` strings that make one round (user and assistant: 2); the first round has one
-            more, for the system text.
-        counts_end: Whether the end string is tokenised and added to the round's length; otherwise the begin token
-            that every tokenised round carries stands for it.
+        grouped: Turns that make one round between `end` strings; the first round of grouped turns has one more, for
+            the system text.
+        begin: Tokens in front of the first round that no round counts.
+        counts_end: Whether the tokens of `end` are added to every round; otherwise the begin token that every round
+            gets when tokenised alone stands for them.
         answer_offset: Added to the number of masked tokens of a round.
         later_offset: Added to both counts from the second round on, if the tokenizer does not restart a word after a
             special token (`legacy=False`).
@@ -45,9 +46,25 @@ class Rounds:
     end: str
     answer: str
     grouped: int = 1
+    begin: int = 1
     counts_end: bool = False
     answer_offset: int = 0
     later_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is learnt beside the answers where role marks are learnt too (LLaVA-OneVision).
+
+    Args:
+        header: String that opens an assistant turn; learnt with the turn.
+        after: String between an answer's end and the next turn; learnt with the turn.
+        everywhere: Strings of one token each that are learnt wherever they stand.
+    """
+
+    header: str
+    after: str
+    everywhere: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,13 +77,15 @@ class Template:
         system: System text if the messages bring none.
         stop: Strings at which the assistant's turn is over.
         values: Further values of the Jinja file.
-        placement: "front": a message's only medium is put in front of its text as `<image>\\n`; "keep": media stay
-            where they are.
+        placement: "front": a message's only medium is put in front of its text as `<image>\\n`; "lead": the same,
+            unless it stands in front already; "keep": media stay where they are.
         labels: Label policy, see `llavakit.conversation.labels`.
         rounds: For the policy "rounds".
-        learns_first: Whether an assistant turn in front of the first user turn is kept (otherwise it is dropped).
-        bos_once: Whether a begin token written by the template replaces the tokenizer's own.
-        training: File that writes finished conversations, if it is another one.
+        marks: For the policy "marks".
+        keeps_first_answer: Whether an assistant turn in front of the first user turn is kept; else it is dropped.
+        bos: What happens to the tokenizer's begin token if the template writes one too: "double" keeps both, "once"
+            drops one, "once_in_training" drops it from training samples only.
+        training: File that writes training samples, if it is another one.
     """
 
     name: str
@@ -77,8 +96,9 @@ class Template:
     placement: str = "front"
     labels: str = "spans"
     rounds: Rounds | None = None
-    learns_first: bool = False
-    bos_once: bool = False
+    marks: Marks | None = None
+    keeps_first_answer: bool = False
+    bos: str = "double"
     training: str | None = None
 
     @functools.cached_property
@@ -96,15 +116,17 @@ class Template:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         training: bool = False,
         placement: str | None = None,
     ) -> tuple[str, list[Span]]:
         """The text of normalised messages and the character spans that the assistant says.
 
-        Every medium is `<image>`; `<image>` that a user typed into a text is escaped, see `restore`.
+        Every medium is `<image>`; an `<image>` that stands in a text part is escaped, see `restore`.
 
         Args:
-            add_generation_prompt: Whether the text ends where the assistant is to go on.
+            add_generation_prompt: Whether the text ends where the assistant is to answer.
+            continue_final_message: Whether the last message is left open, for the assistant to go on with it.
             training: Whether to write the conversation in the form of training samples, where that differs.
             placement: Instead of the template's own.
 
@@ -122,20 +144,21 @@ class Template:
                 [bare],
                 chat_template=source,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 return_assistant_tokens_mask=True,
                 bos_token="",
                 **options,
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             raise UserError(f"template {self.name!r}: {error}") from error
-        return text, [(start, end) for start, end in spans if end > start]
+        return text, [(start, min(end, len(text))) for start, end in spans if start < min(end, len(text))]
 
 
 def _bare(part: Part) -> Part:
     """A part as the Jinja file sees it: without the medium itself, and with typed placeholders escaped."""
     if part["type"] == "text":
         return {"type": "text", "text": part["text"].replace(_TYPED, _ESCAPED)}
-    return {"type": part["type"] if is_medium(part) else "boxes"}
+    return {"type": part["type"]}
 
 
 def restore(text: str) -> str:
@@ -155,54 +178,3 @@ def get_template(template: str | Template) -> Template:
         UserError: If there is none; the message names the nearest known name.
     """
     return template if isinstance(template, Template) else TEMPLATES.get(template)
-
-
-# Built-in templates
-
-_CURIOUS_USER = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_CURIOUS_HUMAN = _CURIOUS_USER.replace("curious user", "curious human").replace("the user's", "the human's")
-_MMTAG = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant is able to understand the visual content that the user provides, and assist the user with a "
-    "variety of tasks using natural language."
-    "The visual content will be provided with the following format: <Image>visual content</Image>."
-)
-_LLAVA = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-
-_VICUNA = Template(
-    "vicuna_v1",
-    "vicuna",
-    _CURIOUS_USER,
-    stop=("</s>",),
-    values={"end": "</s>"},
-    rounds=Rounds(end="</s>", answer=" ASSISTANT: ", answer_offset=-2, later_offset=-1),
-)
-_PLAIN = Template("plain", "plain", stop=("\n",))
-_QWEN = Template(
-    "qwen_1_5",
-    "chatml",
-    "You are a helpful assistant.",
-    stop=("<|im_end|>",),
-    values={"between": "\n"},
-)
-
-
-def _register(template: Template, *aliases: str) -> Template:
-    for name in (template.name, *aliases):
-        TEMPLATES.add(name, template)
-    return template
-
-
-_register(_VICUNA, "v1")
-_register(replace(_VICUNA, name="llava_v1", system=_CURIOUS_HUMAN))
-_register(_PLAIN, "v0_plain")
-_register(_QWEN, "qwen_2")
-_register(
-    replace(_QWEN, name="qwen_2_5", system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
-)

@@ -1,0 +1,163 @@
+"""Order of samples that keeps padding small: samples of like length, and of one modality, in one batch.
+
+The rule is the original LLaVA's (`group_by_modality_length`). Lengths are any measure of a sample's size; their sign
+says whether it has media (positive) or is text only (negative). Orders depend on the generators alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from llavakit.errors import UserError
+
+
+def word_length(record: Mapping[str, Any]) -> int:
+    """Whitespace-separated words of a LLaVA record, negative if the record has no `image` or `video`."""
+    words = sum(len(turn["value"].split()) for turn in record["conversations"])
+    return words if "image" in record or "video" in record else -words
+
+
+def length_with_media(record: Mapping[str, Any], tokens_per_image: int = 128) -> int:
+    """Words of a LLaVA record plus a flat allowance if it has an image; for grouping without modality."""
+    return abs(word_length(record)) + (tokens_per_image if "image" in record else 0)
+
+
+def even_chunks(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
+    """`indices` dealt to `chunks` ranks of like total length.
+
+    Every index goes to the rank with the smallest total that is not full (ties: the first). If the number of indices
+    is not divisible, they are dealt in turn instead.
+    """
+    if len(indices) % chunks:
+        return [list(indices[rank::chunks]) for rank in range(chunks)]
+    full = len(indices) // chunks
+    dealt: list[list[int]] = [[] for _ in range(chunks)]
+    totals = [0.0] * chunks
+    for index in indices:
+        rank = totals.index(min(totals))
+        dealt[rank].append(index)
+        totals[rank] = float("inf") if len(dealt[rank]) == full else totals[rank] + lengths[index]
+    return dealt
+
+
+def length_grouped(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None
+) -> list[int]:
+    """All sample numbers, shuffled; inside a megabatch (world_size * batch_size) dealt by length, longest first."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    size = world_size * batch_size
+    grouped: list[int] = []
+    for begin in range(0, len(order), size):
+        for chunk in even_chunks(_longest_first(order[begin : begin + size], lengths), lengths, world_size):
+            grouped += chunk
+    return grouped
+
+
+def widely_grouped(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None
+) -> list[int]:
+    """All sample numbers, sorted by length inside stretches of up to 50 megabatches, megabatches shuffled.
+
+    transformers' length grouping in front of the one above, as LLaVA-NeXT's `auto` samplers have it; lengths of a
+    batch are closer to each other than with `length_grouped`.
+    """
+    size = world_size * batch_size
+    stretch = size * (min(len(lengths) // (size * 4), 50) or 1)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    stretches = [_longest_first(order[n : n + stretch], lengths) for n in range(0, len(order), stretch)]
+    # The longest sample of all goes first, so that running out of memory shows at once.
+    longest = max(range(len(stretches)), key=lambda number: lengths[stretches[number][0]])
+    stretches[0][0], stretches[longest][0] = stretches[longest][0], stretches[0][0]
+    order = [index for part in stretches for index in part]
+    megabatches = [_longest_first(order[n : n + size], lengths) for n in range(0, len(order), size)]
+    shuffled = torch.randperm(len(megabatches), generator=generator).tolist()
+    return [i for n in shuffled for chunk in even_chunks(megabatches[n], lengths, world_size) for i in chunk]
+
+
+def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(indices, key=lambda index: lengths[index], reverse=True)
+
+
+def modality_grouped(
+    lengths: Sequence[int],
+    batch_size: int,
+    world_size: int,
+    generator: torch.Generator | None,
+    *,
+    order_generator: torch.Generator | None = None,
+    group: Callable[..., list[int]] = length_grouped,
+    drop_remainder: bool = False,
+) -> list[int]:
+    """All sample numbers, megabatches of one modality each.
+
+    The incomplete last megabatches of both modalities are joined, sorted by number and put at the very end.
+
+    Args:
+        lengths: Positive with media, negative without.
+        generator: Shuffles the samples of each modality.
+        order_generator: Shuffles the megabatches; `generator` goes on if it is not given.
+        group: How each modality is grouped by length: `length_grouped` or `widely_grouped`.
+        drop_remainder: Whether to leave the joined remainder out.
+
+    Raises:
+        UserError: If a length is 0, which has no sign.
+    """
+    if not all(lengths):
+        raise UserError(f"sample {list(lengths).index(0)} has length 0; leave empty samples out of the data")
+    with_media = [index for index, length in enumerate(lengths) if length > 0]
+    text_only = [index for index, length in enumerate(lengths) if length < 0]
+    if not with_media or not text_only:
+        return group(lengths, batch_size, world_size, order_generator or generator)
+    size = world_size * batch_size
+    megabatches: list[list[int]] = []
+    remainder: list[int] = []
+    for members in (with_media, text_only):
+        own = [abs(lengths[index]) for index in members]
+        order = [members[place] for place in group(own, batch_size, world_size, generator)]
+        parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        megabatches += parts[:-1]
+        remainder += parts[-1]
+    shuffled = torch.randperm(len(megabatches), generator=order_generator or generator).tolist()
+    grouped = [index for number in shuffled for index in megabatches[number]]
+    return grouped if drop_remainder else grouped + sorted(remainder)
+
+
+class GroupedSampler(Sampler[int]):
+    """Sampler over `modality_grouped` or `length_grouped`; the order depends on (seed, epoch) only.
+
+    Args:
+        lengths: Length of every sample; with `by_modality` negative for text only.
+        batch_size: Samples per device and step.
+        world_size: Number of processes times gradient accumulation steps.
+        by_modality: Whether batches hold one modality each.
+        seed: Any integer.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, world_size: int = 1, *, by_modality: bool = True, seed: int = 0
+    ) -> None:
+        self.lengths, self.batch_size, self.world_size = list(lengths), batch_size, world_size
+        self.by_modality, self.seed, self.epoch = by_modality, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def order(self) -> list[int]:
+        """All sample numbers in the order of this epoch."""
+        from llavakit.data.mixing import generator_of
+
+        generator = generator_of(self.seed, self.epoch)
+        if self.by_modality:
+            return modality_grouped(self.lengths, self.batch_size, self.world_size, generator)
+        return length_grouped([abs(x) for x in self.lengths], self.batch_size, self.world_size, generator)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order())
+
+    def __len__(self) -> int:
+        return len(self.lengths)
