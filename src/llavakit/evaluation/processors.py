@@ -15,9 +15,8 @@ from importlib.resources import files
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-NUMBER_WORDS = {
-    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 ARTICLES = frozenset(("a", "an", "the"))
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 

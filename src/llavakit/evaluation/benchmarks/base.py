@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llavakit.errors import UserError
+from llavakit.conversation.messages import is_medium, split_literals
+from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.records import Record, read_records
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -37,8 +38,19 @@ class Question:
     stored: Mapping[str, Any] = field(default_factory=dict)
 
     def messages(self) -> list[dict[str, Any]]:
-        """The question as one user message."""
-        return [{"role": "user", "content": [*self.media, {"type": "text", "text": self.text}]}]
+        """The question as one user message.
+
+        Media stand where the text has their literals (`<image>`), if it has as many; otherwise before the text.
+        """
+        parts = split_literals(self.text)
+        places = [part for part in parts if is_medium(part)]
+        if [place["type"] for place in places] == [medium["type"] for medium in self.media]:
+            media = iter(self.media)
+            content = [next(media) if is_medium(part) else part for part in parts]
+        else:
+            text = "".join(part["text"] for part in parts if not is_medium(part)).strip()
+            content = [*self.media, {"type": "text", "text": text}]
+        return [{"role": "user", "content": [dict(part) for part in content]}]
 
 
 class Benchmark:
@@ -107,11 +119,16 @@ def need_gold(gold: str | Path | None, title: str, what: str) -> Path:
     return Path(gold)
 
 
-def image_part(record: Record, folder: Path, name: str = "image") -> tuple[dict[str, Any], ...]:
-    """The content parts for a record's image field: one part, several for a list, none if it is absent."""
-    value = record.get(name, (str, list), None)
-    names = [] if value is None else [value] if isinstance(value, str) else value
-    return tuple({"type": "image", "image": str(folder / item)} for item in names)
+def media_parts(record: Record, folder: Path) -> tuple[dict[str, Any], ...]:
+    """The content parts for a record's fields `image`, `video` and `volume`: a file name or a list of them each."""
+    parts = []
+    for kind in ("image", "video", "volume"):
+        value = record.get(kind, (str, list), None)
+        names = [] if value is None else [value] if isinstance(value, str) else value
+        if not all(isinstance(name, str) for name in names):
+            raise record.error(kind, "must be a file name or a list of file names")
+        parts += [{"type": kind, kind: str(folder / name)} for name in names]
+    return tuple(parts)
 
 
 def folder_of(path: str | Path, images: str | Path | None) -> Path:
@@ -152,10 +169,18 @@ def stored_questions(
     folder = folder_of(path, images)
     questions = []
     for record in read_records(path):
-        text = record.get("text", str).replace("<image>", "").strip()
+        text = record.get("text", str)
         if suffix and suffix not in text:
             text = f"{text}\n{suffix}"
         kept = {name: record.data[name] for name in keep if name in record.data}
-        stored = {"prompt": text, **kept}
-        questions.append(Question(record.get("question_id", (str, int)), text, image_part(record, folder), stored))
+        name = record.get("question_id", (str, int))
+        questions.append(Question(name, text, media_parts(record, folder), {"prompt": text, **kept}))
     return questions
+
+
+def is_lines(path: str | Path) -> bool:
+    """Whether a question file is JSONL in LLaVA's format rather than the benchmark's own JSON."""
+    try:
+        return all(isinstance(record.data.get("text"), str) for record in read_records(path)[:1])
+    except RecordError:
+        return False

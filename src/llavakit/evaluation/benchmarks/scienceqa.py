@@ -48,6 +48,7 @@ class ScienceQA(Benchmark):
                     raise record.error("conversations.0.value", "is missing; give the question's text")
                 name, text = record.data.get("id"), turns[0]["value"]
             elif "choices" in record.data:
+                record.get("question", str), record.get("choices", list)
                 name, text = record.get("question_id", (str, int)), prompt(record.data)
             else:
                 name, text = record.get("question_id", (str, int)), record.get("text", str)

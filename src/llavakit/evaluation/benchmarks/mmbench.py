@@ -1,0 +1,217 @@
+"""MMBench: multiple-choice questions, asked again with rotated options ("circular": all rounds must be right).
+
+Published file: a TSV with `index`, `question`, `hint`, `A` to `D`, `answer`, `category` and the image in base64. The
+official server extracts choices with a language model and computes circular accuracy; `score` does it locally with
+plain rules, on the splits whose answers are public (dev). Source: spec of LLaVA-1.5, section 7.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import io
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image, UnidentifiedImageError
+
+from llavakit.errors import UserError
+from llavakit.evaluation.benchmarks.base import (
+    LETTER,
+    LETTER_CHINESE,
+    Benchmark,
+    Question,
+    folder_of,
+    need_gold,
+    percent,
+)
+from llavakit.evaluation.metrics import grouped_mean, mean
+from llavakit.evaluation.processors import option_letter
+from llavakit.evaluation.records import Record, pair, read_records, read_table
+
+LETTERS = ("A", "B", "C", "D")
+_CIRCULAR_STRIDE = 1_000_000  # copies of a question with rotated options have index + k * stride
+_NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of the table counts as empty: None, NaN, "nan", "none"."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return isinstance(value, str) and value.lower() in ("nan", "none")
+
+
+def rounds(
+    row: Mapping[str, Any], all_rounds: bool = False, chinese: bool = False, letters: Sequence[str] = LETTERS
+) -> list[dict[str, Any]]:
+    """The prompts of one row: one, or with `all_rounds` one per option.
+
+    Options stop at the first missing one. Each round rotates them left by one while the printed letters stay in
+    order; `option_char` are the original letters in the order shown.
+
+    Returns:
+        Per round: round_id, prompt (stored), message (with placeholder and letter sentence), options, option_char.
+    """
+    options = []
+    for letter in letters:
+        if is_missing(row.get(letter)):
+            break
+        options.append(row[letter])
+    chars = list(letters[: len(options)])
+    question = row["question"] if is_missing(row.get("hint")) else f"{row['hint']}\n{row['question']}"
+    sentence = LETTER_CHINESE if chinese else LETTER
+    found = []
+    for turn in range(len(options) if all_rounds else 1):
+        shown = options[turn:] + options[:turn]
+        lines = [f"{letter}. {option}" for letter, option in zip(letters, shown, strict=False)]
+        prompt = "\n".join([question, *lines])
+        found.append(
+            {
+                "round_id": turn,
+                "prompt": prompt,
+                "message": f"<image>\n{prompt}\n{sentence}",
+                "options": shown,
+                "option_char": chars[turn:] + chars[:turn],
+            }
+        )
+    return found
+
+
+def _image(row: Record, folder: Path) -> Any:
+    """The row's image: decoded from base64, or a file of the folder."""
+    data = row.get("image", str, None)
+    if data is None:
+        raise row.error("image", "is missing; give base64 data or a file name")
+    if len(data) < 256:
+        return str(folder / data)
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    except (binascii.Error, UnidentifiedImageError, OSError) as error:
+        raise row.error("image", f"is not a base64 image: {error}") from error
+
+
+class MMBench(Benchmark):
+    """Accuracy of single rounds, and circular accuracy where all rounds were asked."""
+
+    title = "MMBench"
+    max_new_tokens = 1024
+    columns = ("accuracy", "circular_accuracy", "count")
+    chinese: ClassVar[bool] = False
+
+    def questions(
+        self, path: str | Path, images: str | Path | None = None, *, all_rounds: bool = False, **options: Any
+    ) -> list[Question]:
+        """Questions of the published TSV.
+
+        Args:
+            all_rounds: Ask every rotation of the options too.
+        """
+        folder, found = folder_of(path, images), []
+        for row in read_table(path, ("index", "question", "A")):
+            name = row.get("index", str)
+            media = ({"type": "image", "image": _image(row, folder)},)
+            for turn in rounds(row.data, all_rounds, self.chinese):
+                stored = {key: turn[key] for key in ("round_id", "prompt", "options", "option_char")}
+                found.append(Question(int(name) if name.isdigit() else name, turn["message"], media, stored))
+        return found
+
+    def score(
+        self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
+    ) -> dict[str, Any]:
+        """Accuracy over rounds, circular accuracy over questions, and accuracy by category.
+
+        Args:
+            gold: The TSV with `index` and `answer`. Rotated copies that it holds (index + k * 1,000,000) count as
+                rounds of one question, as do the rounds of the predictions file.
+        """
+        gold = need_gold(gold, self.title, "the TSV with index and answer")
+        asked: dict[str, list[Record]] = defaultdict(list)
+        for record in read_records(predictions):
+            asked[record.id].append(record)
+        first = [records[0] for records in asked.values()]
+        rows = read_table(gold, ("index", "answer"))
+        hits: list[tuple[str, bool]] = []  # (base question, round right)
+        categories: list[tuple[str, bool]] = []
+        for row, prediction in pair(
+            rows, first, gold_key=lambda row: row.get("index", str), missing=missing, extra=extra
+        ):
+            answer = row.get("answer", str)
+            records = asked[prediction.id] if prediction is not None else [None]
+            for record in records:
+                hit = record is not None and _chosen(record) == answer
+                hits.append((_base(row.data["index"]), hit))
+                if row.data.get("category"):
+                    categories.append((row.data["category"], hit))
+        metrics: dict[str, Any] = {"accuracy": percent(mean(hit for _, hit in hits)), "count": len(hits)}
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for base, hit in hits:
+            groups[base].append(hit)
+        if len(groups) < len(hits):
+            metrics["circular_accuracy"] = percent(mean(all(group) for group in groups.values()))
+            metrics["circular_count"] = len(groups)
+        if categories:
+            metrics["by_category"] = {name: percent(value) for name, value in grouped_mean(categories).items()}
+        return metrics
+
+    def submission(
+        self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any
+    ) -> Path:
+        """The server's table: the question file without hint, category, source and image, with `prediction`.
+
+        Written as TSV, or as XLSX (which the server wants) if the output ends so and openpyxl is installed.
+        """
+        if questions is None:
+            raise UserError(f"{self.title}: give the TSV as the question file; the upload repeats its rows")
+        rows = read_table(questions, ("index", "question"))
+        texts = {record.id: record.get("text", str) for record in reversed(read_records(predictions))}
+        header = [name for name in rows[0].data if name not in _NOT_SUBMITTED] if rows else []
+        header.insert(6, "prediction")
+        lines = []
+        for row in rows:
+            if row.data["index"] not in texts:
+                raise row.error("index", f"{row.data['index']!r} has no prediction; MMBench takes complete files only")
+            values = {**row.data, "prediction": texts[row.data["index"]]}
+            lines.append([values[name] for name in header])
+        return _write_table(Path(output), header, lines)
+
+
+class MMBenchChinese(MMBench):
+    """MMBench-CN: the same with Chinese questions and letter sentence."""
+
+    title = "MMBench-CN"
+    chinese = True
+
+
+def _base(index: str) -> str:
+    return str(int(index) % _CIRCULAR_STRIDE) if index.isdigit() else index
+
+
+def _chosen(record: Record) -> str | None:
+    """The original letter of the option that a prediction chose."""
+    letter = option_letter(record.get("text", str), LETTERS)
+    order = record.get("option_char", list, list(LETTERS))
+    place = LETTERS.index(letter) if letter else len(order)
+    return order[place] if place < len(order) else None
+
+
+def _write_table(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".xlsx":
+        try:
+            from openpyxl import Workbook
+        except ImportError as error:
+            raise UserError(
+                f"{path}: writing XLSX needs openpyxl (pip install openpyxl); or name a .tsv file"
+            ) from error
+        book = Workbook()
+        for line in (header, *lines):
+            book.active.append(list(line))
+        book.save(path)
+        return path
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *lines])
+    return path

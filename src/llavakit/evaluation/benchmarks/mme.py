@@ -1,0 +1,110 @@
+"""MME: two yes/no questions per image in fourteen sub-tasks; the score adds accuracy and accuracy+.
+
+Published files: a folder per sub-task with `IMAGE.txt` of `question TAB answer` lines, and LLaVA's question JSONL with
+`question_id` = `SUBTASK/IMAGE.png` for both questions of an image. Source: spec of LLaVA-1.5, section 7.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llavakit.errors import UserError
+from llavakit.evaluation.benchmarks.base import (
+    SHORT_ANSWER,
+    Benchmark,
+    Question,
+    need_gold,
+    stored_questions,
+    text_of,
+)
+from llavakit.evaluation.metrics import mme_scores
+from llavakit.evaluation.records import Record, pair, read_records, read_text
+
+_YES_OR_NO = "Please answer yes or no."
+
+
+def _question(text: str) -> str:
+    """A question without the sentences that prompts append and without doubled spaces, for looking it up."""
+    return " ".join(text.replace(SHORT_ANSWER, "").replace(_YES_OR_NO, "").split())
+
+
+def _read_folder(folder: Path) -> list[Record]:
+    """The official folder: SUBTASK/IMAGE.txt or SUBTASK/questions_answers_YN/IMAGE.txt."""
+    records = []
+    for file in sorted(folder.rglob("*.txt")):
+        place = file.relative_to(folder).parts
+        if len(place) < 2:
+            continue
+        for number, line in enumerate(read_text(file).splitlines(), 1):
+            if not line.strip():
+                continue
+            question, tab, answer = line.partition("\t")
+            row = {"category": place[0], "image": file.stem, "text": question, "answer": answer.strip()}
+            record = Record(str(file), number, row)
+            if not tab or row["answer"].lower() not in ("yes", "no"):
+                raise record.error("(line)", "must be a question, a tab, and Yes or No")
+            records.append(record)
+    if not records:
+        raise UserError(f"{folder}: holds no SUBTASK/IMAGE.txt; give MME_Benchmark_release_version")
+    return records
+
+
+def _place(record: Record) -> tuple[str, str]:
+    """Sub-task and image stem of a record, from its own fields or from `SUBTASK/IMAGE.png` as the id."""
+    path = PurePosixPath(record.data["question_id"]) if isinstance(record.data.get("question_id"), str) else None
+    parts = path.parts if path is not None else ()
+    category = record.data.get("category") or (parts[0] if len(parts) > 1 else None)
+    image = record.data.get("image") or (path.name if path is not None else None)
+    if not isinstance(category, str) or not isinstance(image, str):
+        raise record.error("question_id", "must be SUBTASK/IMAGE; or give category and image")
+    return category, PurePosixPath(image).stem
+
+
+class MME(Benchmark):
+    """Perception (at most 2000), cognition (at most 800), and every sub-task."""
+
+    title = "MME"
+    columns = ("perception", "cognition", "count")
+
+    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
+        """Questions of LLaVA's JSONL."""
+        return stored_questions(path, images, SHORT_ANSWER, keep=("category",))
+
+    def score(
+        self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
+    ) -> dict[str, Any]:
+        """Sums and sub-tasks.
+
+        Predictions that repeat an id (both questions of an image) are told apart by their `prompt`.
+
+        Args:
+            gold: The official folder, or a JSONL of `question_id`, `answer` (yes or no), `category`, `image`, and
+                `text` where ids repeat.
+        """
+        gold = need_gold(gold, self.title, "the official folder, or JSONL of question_id, category, image, answer")
+        answers = read_records(predictions)
+        rows = _read_folder(gold) if gold.is_dir() else read_records(gold)
+        by_text = gold.is_dir() or len({row.id for row in rows}) < len(rows)
+        if by_text:
+            pairs = pair(
+                rows,
+                answers,
+                key=lambda record: (*_place(record), _question(record.get("prompt", str))),
+                gold_key=lambda record: (*_place(record), _question(record.get("text", str))),
+                missing=missing,
+                extra=extra,
+            )
+        else:
+            pairs = pair(rows, answers, missing=missing, extra=extra)
+        items = []
+        for question, prediction in pairs:
+            answer = str(question.data.get("answer", question.data.get("label", ""))).strip().lower()
+            if answer not in ("yes", "no"):
+                raise question.error("answer", f"must be yes or no, is {answer!r}")
+            category, image = _place(question)
+            items.append((category, image, text_of(prediction) or "", answer))
+        metrics = mme_scores(items)
+        return {"perception": metrics["perception"], "cognition": metrics["cognition"], "count": len(items)} | {
+            "by_task": metrics["by_task"]
+        }

@@ -1,0 +1,253 @@
+"""Golden cases of LLaVA-1.5's evaluation: metrics, prompts and submission files.
+
+The one component `metric` covers five metrics; which one a case is about shows in the shape of its inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llavakit.errors import UserError
+from llavakit.evaluation import metrics, processors
+from llavakit.evaluation.benchmarks import gqa, judged, mmbench, scienceqa, seed, vqa
+from llavakit.evaluation.judge import parse_pair, review_content, review_record
+from llavakit.evaluation.records import Record, as_records
+from llavakit.parity import Case, Result
+
+
+def metric(case: Case) -> Result:
+    """POPE, ScienceQA, SEED-Bench, TextVQA or the TextVQA prompt, by the inputs' fields."""
+    inputs = case.json()
+    for field, compute in (
+        ("labels", _pope),
+        ("problems", _scienceqa),
+        ("annotation", _seed),
+        ("prompts", _textvqa_prompt),
+        ("strings", _textvqa),
+        ("textvqa", _textvqa),
+        ("stvqa", _textvqa),
+    ):
+        if field in inputs:
+            return Result(json=compute(inputs, case.config))
+    raise UserError(f"{case.path}: inputs are of no known metric; fields {', '.join(inputs)}")
+
+
+def _pope(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    parsed = [processors.pope_answer(text) for text in inputs["answers"]]
+    labels = ["no" if label == "no" else "yes" for label in inputs["labels"]]
+    found = metrics.binary_metrics(parsed, labels)
+    summary = [found[name] for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")]
+    return {
+        "parsed": parsed,
+        "TP": found["tp"],
+        "FP": found["fp"],
+        "TN": found["tn"],
+        "FN": found["fn"],
+        "Accuracy": found["accuracy"],
+        "Precision": found["precision"],
+        "Recall": found["recall"],
+        "F1 score": found["f1"],
+        "Yes ratio": found["yes_ratio"],
+        "summary_line": ", ".join(f"{value:.3f}" for value in summary),
+    }
+
+
+def _scienceqa(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    options = config.get("options", list(scienceqa.OPTIONS))
+    predictions = {row["question_id"]: row for row in inputs["predictions"]}
+    parsed, indices, hits, image_hits = {}, {}, [], []
+    for name, problem in inputs["problems"].items():
+        row = predictions.get(name, {"text": "FAILED", "prompt": "Unknown"})
+        letter = processors.scienceqa_letter(row["text"], options)
+        parsed[name] = letter or "FAILED"
+        # As published, a letter is looked up in the options of this question.
+        indices[name] = metrics.scienceqa_index(letter or "FAILED", len(problem["choices"]), options)
+        hits.append(indices[name] == problem["answer"])
+        if "<image>" in row.get("prompt", ""):
+            image_hits.append(hits[-1])
+    accuracy = 100 * (metrics.mean(hits) or 0.0)
+    image_accuracy = metrics.mean(image_hits)
+    printed = f"Total: {len(hits)}, Correct: {sum(hits)}, Accuracy: {accuracy:.2f}%"
+    if image_accuracy is not None:
+        printed += f", IMG-Accuracy: {100 * image_accuracy:.2f}%"
+    return {
+        "printed": printed,
+        "acc": accuracy,
+        "correct": sum(hits),
+        "count": len(hits),
+        "pred_index": indices,
+        "parsed": parsed,
+    }
+
+
+def _seed(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    questions = as_records("annotation", inputs["annotation"]["questions"])
+    names = {number: name for name, number in inputs["annotation"]["question_type"].items()}
+    texts = {str(row["question_id"]): row["text"] for row in inputs["results"]}
+    pairs = [(question, texts.get(question.id)) for question in questions]
+    printed: list[str] = []
+    error = None
+    try:
+        for data_type in (None, "image", "video"):
+            printed += _seed_lines(
+                [pair for pair in pairs if data_type in (None, pair[0].data["data_type"])], names, data_type
+            )
+        upload = seed.seed_submission(as_records("results", inputs["results"]), questions)
+    except (KeyError, ZeroDivisionError) as stopped:
+        error, upload = type(stopped).__name__, None
+    return {"printed": printed, "error": error, "upload": upload}
+
+
+def _seed_lines(pairs: list[tuple[Record, str | None]], names: dict[int, str], data_type: str | None) -> list[str]:
+    """What the published script prints; it stops where a question type was answered without one right answer.
+
+    llavakit's own score says 0 there.
+    """
+    by_type, _, total = seed.accuracies(pairs, names)
+    for question, _ in pairs:
+        same = [pair for pair in pairs if pair[0].data["question_type_id"] == question.data["question_type_id"]]
+        if all(text is not None and text != row.data["answer"] for row, text in same):
+            raise KeyError(question.data["question_type_id"])
+    if total is None:
+        raise ZeroDivisionError
+    if data_type is not None:
+        return [f"{data_type} accuracy: {100 * total:.2f}%"]
+    return [*(f"{name}: {100 * value:.2f}%" for name, value in by_type.items()), f"Total accuracy: {100 * total:.2f}%"]
+
+
+def _textvqa(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    outputs: dict[str, Any] = {}
+    if "strings" in inputs:
+        outputs["normalised"] = [processors.vqa_answer(text) for text in inputs["strings"]]
+    if "textvqa" in inputs:
+        items = inputs["textvqa"]
+        values = [metrics.vqa_accuracy(item["pred_answer"], item["gt_answers"]) for item in items]
+        outputs["textvqa_per_item"] = values
+        outputs["textvqa_accuracy"] = metrics.mean(values)
+        outputs["textvqa_unique_scores"] = [metrics.consensus_scores(item["gt_answers"]) for item in items]
+    if "stvqa" in inputs:
+        items = inputs["stvqa"]
+        values = [metrics.anls(item["pred_answer"], item["gt_answers"]) for item in items]
+        outputs["anls_items"] = values
+        outputs["stvqa_anls"] = metrics.mean(values)
+        outputs["stvqa_accuracy"] = metrics.mean(
+            metrics.any_match(item["pred_answer"], item["gt_answers"]) for item in items
+        )
+    return outputs
+
+
+def _textvqa_prompt(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    return {"questions": [processors.stored_question(prompt) for prompt in inputs["prompts"]]}
+
+
+def gpt_judge(case: Case) -> Result:
+    """LLaVA-Bench: parsing of reviews, summary lines, what the judge is shown, the record that is kept."""
+    inputs = case.json()
+    reviews = [
+        (row.get("category"), row.get("tuple", row.get("score")), row["question_id"]) for row in inputs["tuples"]
+    ]
+    outputs: dict[str, Any] = {
+        "parsed": [parse_pair(text) for text in inputs["reviews"]],
+        "summary_printed": _summary_lines((category, scores) for category, scores, _ in reviews),
+    }
+    # The question that a summary leaves out is named only by the summary's key.
+    for name in case.expected_json or {}:
+        left_out = re.fullmatch(r"summary_ignore_question_(\d+)", name)
+        if left_out:
+            kept = [(category, scores) for category, scores, number in reviews if number != int(left_out.group(1))]
+            outputs[name] = _summary_lines(kept)
+    example = inputs.get("content_example")
+    if example is not None:
+        question = example["question"]
+        outputs["judge_content"] = review_content(
+            example["context"]["caption"], question["text"], example["answer1"], example["answer2"], "RULE TEXT"
+        )
+        # The judge's reply and the ids of the answers are kept in the recorded review only.
+        kept = (case.expected_json or {}).get("review_record")
+        if kept is not None:
+            outputs["review_record"] = review_record(
+                kept["id"],
+                question,
+                kept["answer1_id"],
+                kept["answer2_id"],
+                f"llava_bench_{question['category']}",
+                kept["content"],
+            )
+    return Result(json=outputs)
+
+
+def _summary_lines(reviews: Any) -> list[str]:
+    summary = judged.summarise(reviews)
+    rows = {"all": summary, **summary.get("by_category", {})}
+    return [
+        f"{name} {row['relative_score']} {row['reference']} {row['candidate']}" for name, row in sorted(rows.items())
+    ]
+
+
+def submission_files(case: Case) -> Result:
+    """GQA, VQAv2, VizWiz and MM-Vet files from one predictions file that has a broken line."""
+    inputs = case.json()
+    split = as_records("test_split", inputs["test_split"])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "answers.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in inputs["answers"]) + "{broken\n", encoding="utf-8")
+        answers, broken = vqa.read_predictions(file, "skip")
+    answered = {record.id for record in answers}
+    complete: list[Record] = [question for question in split if question.id in answered]
+    return Result(
+        json={
+            "gqa": gqa.gqa_submission(answers),
+            "vqav2": vqa.vqav2_submission(answers, split),
+            "vqav2_printed": f"total results: {len(answers)}, total split: {len(split)}, error_line: {broken}",
+            "vizwiz": vqa.vizwiz_submission(answers, complete),
+            "mmvet": judged.mmvet_submission(answers),
+        }
+    )
+
+
+def evaluation_prompt(case: Case) -> Result:
+    """MMBench prompts: all rotations in English, the first in Chinese."""
+    rows = case.json()["rows"]
+    names = ("prompt", "message", "options", "option_char")
+    english = [[{name: turn[name] for name in names} for turn in mmbench.rounds(row, all_rounds=True)] for row in rows]
+    return Result(
+        json={"en": english, "cn_first_round": [mmbench.rounds(row, chinese=True)[0]["message"] for row in rows]}
+    )
+
+
+def data_conversion(case: Case) -> Result:
+    """ScienceQA problems as input and output texts, and as LLaVA's training records.
+
+    Formats are named by the keys of the outputs; `is_test` ones ask with the caption and without the answer.
+    """
+    problems, expected = case.json(), case.expected_json or {}
+    options = case.config.get("options", list(scienceqa.OPTIONS))
+    outputs: dict[str, Any] = {"prompts": {}}
+    for name in expected.get("prompts", scienceqa.FORMATS):
+        form, _, mode = name.partition(" ")
+        test = "is_test" in mode
+        caption = test or "caption" in mode
+        outputs["prompts"][name] = {
+            key: list(scienceqa.conversion(problem, form, options, use_caption=caption, is_test=test))
+            for key, problem in problems.items()
+        }
+    for name in expected:
+        if name.startswith("llava_train_"):
+            form = name.removeprefix("llava_train_")
+            outputs[name] = [
+                scienceqa.training_record(key, problem, form, options) for key, problem in problems.items()
+            ]
+    return Result(json=outputs)
+
+
+ADAPTERS = {
+    "metric": metric,
+    "metric_gpt_judge": gpt_judge,
+    "submission_files": submission_files,
+    "evaluation_prompt": evaluation_prompt,
+    "data_conversion": data_conversion,
+}
