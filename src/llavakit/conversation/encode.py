@@ -14,7 +14,7 @@ from typing import Any
 
 from llavakit.conversation.labels import by_marks, by_rounds, by_spans, check_policy
 from llavakit.conversation.messages import Message, Part, is_medium, normalise
-from llavakit.conversation.template import PLACEHOLDER, Span, Template, get_template, restore
+from llavakit.conversation.template import PLACEHOLDER, Span, Template, get_template
 from llavakit.errors import UserError
 
 IMAGE_PLACEHOLDER = -200
@@ -105,7 +105,7 @@ def encode(
             limit=tokenizer.model_max_length if max_length is None else max_length,
             continues_words=marks_first_word(tokenizer),
         )
-    return Encoded(ids, learnt, media, restore(text), blanked)
+    return Encoded(ids, learnt, media(text), blanked)
 
 
 def _turns(messages: list[Message], template: Template) -> list[Message]:
@@ -155,7 +155,7 @@ def tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
             ids.append(IMAGE_PLACEHOLDER)
             offsets.append((position, position + len(PLACEHOLDER)))
             position += len(PLACEHOLDER)
-        piece_ids, piece_offsets = _piece(restore(piece), tokenizer)
+        piece_ids, piece_offsets = _piece(piece, tokenizer)
         if number == 0:
             has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id
         begin = int(has_bos and number > 0)

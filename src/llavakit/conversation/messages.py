@@ -21,6 +21,20 @@ from llavakit.errors import UserError
 Part = dict[str, Any]
 Message = dict[str, Any]
 
+
+class FieldError(UserError):
+    """A wrong field of a conversation.
+
+    Args:
+        field: Dotted path (`conversations.1.value`).
+        problem: What is wrong and what would be right.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field, self.problem = field, problem
+
+
 ROLES = ("system", "user", "assistant", "tool")
 MEDIA = ("image", "video", "volume")
 LITERALS = {"<image>": "image", "<video>": "video", "<image3d>": "volume"}
@@ -64,42 +78,42 @@ def normalise(messages: Any, *, where: str = "messages") -> list[Message]:
         where: Name of the field in error messages.
 
     Raises:
-        UserError: If a field is missing or of the wrong type; the message names it by its dotted path.
+        FieldError: If a field is missing or of the wrong type; the message names it by its dotted path.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise UserError(f"{where}: must be a list of messages, not {type(messages).__name__}")
+        raise FieldError(where, f"must be a list of messages, not {type(messages).__name__}")
     if not messages:
-        raise UserError(f"{where}: must hold at least one message")
+        raise FieldError(where, "must hold at least one message")
     normalised = [_message(message, f"{where}.{index}") for index, message in enumerate(messages)]
     for index, message in enumerate(normalised[1:], start=1):
         if message["role"] == "system":
-            raise UserError(f"{where}.{index}.role: a system message must be the first")
+            raise FieldError(f"{where}.{index}.role", "a system message must be the first")
     return normalised
 
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
-        raise UserError(f"{where}: must be an object with role and content, not {type(message).__name__}")
+        raise FieldError(where, f"must be an object with role and content, not {type(message).__name__}")
     role = message.get("role")
     if role not in ROLES:
-        raise UserError(f"{where}.role: must be one of {', '.join(ROLES)}, not {role!r}")
+        raise FieldError(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {role!r}")
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     elif content is None and role == "assistant":
         content = []
     if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
-        raise UserError(f"{where}.content: must be a string or a list of parts, not {type(content).__name__}")
+        raise FieldError(f"{where}.content", f"must be a string or a list of parts, not {type(content).__name__}")
     return {"role": role, "content": [_part(part, f"{where}.content.{n}") for n, part in enumerate(content)]}
 
 
 def _part(part: Any, where: str) -> Part:
     if not isinstance(part, Mapping):
-        raise UserError(f"{where}: must be an object with a type, not {type(part).__name__}")
+        raise FieldError(where, f"must be an object with a type, not {type(part).__name__}")
     kind = part.get("type")
     if kind in ("text", "input_text"):
         if not isinstance(part.get("text"), str):
-            raise UserError(f"{where}.text: must be a string, not {type(part.get('text')).__name__}")
+            raise FieldError(f"{where}.text", f"must be a string, not {type(part.get('text')).__name__}")
         return {"type": "text", "text": part["text"]}
     if kind == "boxes":
         return {"type": "boxes", "boxes": _boxes(part.get("boxes"), f"{where}.boxes")}
@@ -107,7 +121,7 @@ def _part(part: Any, where: str) -> Part:
         value = part.get(kind, part.get("image_url"))
         value = value.get("url") if isinstance(value, Mapping) else value
         if not isinstance(value, str):
-            raise UserError(f"{where}.{kind}: must be an object with a url")
+            raise FieldError(f"{where}.{kind}", "must be an object with a url")
         return {"type": _OPENAI[kind], _OPENAI[kind]: value}
     if kind in MEDIA:
         inner = dict(part)
@@ -116,16 +130,16 @@ def _part(part: Any, where: str) -> Part:
                 inner.setdefault(kind, inner.pop(alias))
         return inner
     known = ("text", *MEDIA, "boxes", "image_url", "video_url")
-    raise UserError(f"{where}.type: must be one of {', '.join(known)}, not {kind!r}")
+    raise FieldError(f"{where}.type", f"must be one of {', '.join(known)}, not {kind!r}")
 
 
 def _boxes(boxes: Any, where: str) -> list[list[float]]:
     if not isinstance(boxes, Sequence) or isinstance(boxes, str):
-        raise UserError(f"{where}: must be a list of boxes [x1, y1, x2, y2]")
+        raise FieldError(where, "must be a list of boxes [x1, y1, x2, y2]")
     for index, box in enumerate(boxes):
         numbers = isinstance(box, Sequence) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
         if not numbers:
-            raise UserError(f"{where}.{index}: must be four numbers [x1, y1, x2, y2]")
+            raise FieldError(f"{where}.{index}", "must be four numbers [x1, y1, x2, y2]")
     return [list(map(float, box)) for box in boxes]
 
 
@@ -151,65 +165,67 @@ def split_literals(value: str, literals: Mapping[str, str] = LITERALS) -> list[P
     return parts
 
 
-def from_llava(record: Mapping[str, Any], *, where: str = "") -> list[Message]:
+def from_llava(record: Mapping[str, Any]) -> list[Message]:
     """Messages of a LLaVA record.
 
     Media are the values of `image`, `images`, `video`, `volume` or `image3d` (one or a list), taken in order by the
-    literals in the text. `<image>` stands for the next medium of any kind, since published video and volume records
-    write it too.
+    literals in the text. `<image>` takes the next image, and where a record has none left, the next video or volume:
+    published video and volume records write it too.
 
     Args:
         record: `{"conversations": [{"from", "value"}], ...}`; further keys are ignored.
-        where: Prefix of field names in error messages.
 
     Raises:
-        UserError: If a field is missing, a speaker is unknown, or literals and media differ in number.
+        FieldError: If a field is missing, a speaker is unknown, or literals and media differ in number.
     """
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}conversations: must be a list of turns with from and value")
-    media = _record_media(record, where)
-    messages: list[Message] = []
+        raise FieldError("conversations", "must be a list of turns with from and value")
+    waiting = _record_media(record)
+    total = len(waiting)
     taken = 0
+    messages: list[Message] = []
     for index, turn in enumerate(turns):
-        field = f"{where}conversations.{index}"
+        field = f"conversations.{index}"
         if not isinstance(turn, Mapping):
-            raise UserError(f"{field}: must be an object with from and value, not {type(turn).__name__}")
+            raise FieldError(field, f"must be an object with from and value, not {type(turn).__name__}")
         role = _FROM.get(turn.get("from"))
         if role is None:
-            raise UserError(f"{field}.from: must be human or gpt, not {turn.get('from')!r}")
+            raise FieldError(f"{field}.from", f"must be human or gpt, not {turn.get('from')!r}")
         value = turn.get("value")
         if not isinstance(value, str):
-            raise UserError(f"{field}.value: must be a string, not {type(value).__name__}")
+            raise FieldError(f"{field}.value", f"must be a string, not {type(value).__name__}")
         parts = split_literals(value)
-        for part in parts:
-            if not is_medium(part):
-                continue
-            if taken < len(media):
-                if part["type"] not in ("image", media[taken]["type"]):
-                    raise UserError(
-                        f"{field}.value: medium {taken + 1} is written as {part['type']}, but the record gives "
-                        f"{media[taken]['type']}"
-                    )
-                part |= media[taken]
-            taken += 1
+        for place, part in enumerate(parts):
+            if is_medium(part):
+                taken += 1
+                parts[place] = _take(waiting, part["type"]) or part
         messages.append({"role": role, "content": parts})
-    if taken != len(media):
-        raise UserError(f"{where}conversations: {taken} <image> in the text, but {len(media)} media in the record")
+    if taken != total:
+        raise FieldError("conversations", f"{taken} <image> in the text, but {total} media in the record")
+    if waiting:
+        raise FieldError("conversations", f"no place in the text for the {waiting[0]['type']} of the record")
     return messages
 
 
-def _record_media(record: Mapping[str, Any], where: str) -> list[Part]:
+def _record_media(record: Mapping[str, Any]) -> list[Part]:
     media: list[Part] = []
     for key, kind in _MEDIA_KEYS.items():
         value = record.get(key)
         if value is None:
             continue
         values = list(value) if isinstance(value, (list, tuple)) else [value]
-        if any(item is None or item == "" for item in values):
-            raise UserError(f"{where}{key}: must name a file, or the key must be left out")
+        if any(item is None or (isinstance(item, str) and not item) for item in values):
+            raise FieldError(key, "must name a file, or the key must be left out")
         media += [{"type": kind, kind: item} for item in values]
     return media
+
+
+def _take(waiting: list[Part], kind: str) -> Part | None:
+    fitting = [place for place, part in enumerate(waiting) if part["type"] == kind]
+    if not fitting and kind == "image" and waiting:
+        fitting = [0]
+    return waiting.pop(fitting[0]) if fitting else None
 
 
 def media_first(

@@ -20,8 +20,7 @@ from llavakit.errors import UserError
 from llavakit.registry import TEMPLATES
 
 PLACEHOLDER = "<image>"
-# Stands for "<" of a placeholder that a user typed as text; of equal length, so that positions stay.
-_TYPED, _ESCAPED = PLACEHOLDER, "\ue000" + PLACEHOLDER[1:]
+TYPED = "[image]"  # what becomes of a placeholder that stands in a text: text must never call for a medium
 
 Span = tuple[int, int]
 
@@ -122,7 +121,7 @@ class Template:
     ) -> tuple[str, list[Span]]:
         """The text of normalised messages and the character spans that the assistant says.
 
-        Every medium is `<image>`; an `<image>` that stands in a text part is escaped, see `restore`.
+        Every medium is `<image>`; an `<image>` that stands in a text part becomes `[image]`.
 
         Args:
             add_generation_prompt: Whether the text ends where the assistant is to answer.
@@ -155,15 +154,10 @@ class Template:
 
 
 def _bare(part: Part) -> Part:
-    """A part as the Jinja file sees it: without the medium itself, and with typed placeholders escaped."""
+    """A part as the Jinja file sees it: without the medium itself."""
     if part["type"] == "text":
-        return {"type": "text", "text": part["text"].replace(_TYPED, _ESCAPED)}
+        return {"type": "text", "text": part["text"].replace(PLACEHOLDER, TYPED)}
     return {"type": part["type"]}
-
-
-def restore(text: str) -> str:
-    """Text in which escaped placeholders are again what the user typed."""
-    return text.replace(_ESCAPED, _TYPED)
 
 
 @functools.cache
