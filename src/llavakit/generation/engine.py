@@ -1,0 +1,486 @@
+"""The engine: many requests decoded together, each as if it were alone.
+
+One step admits waiting requests (prefill, one prompt at a time, nothing padded), then decodes one token for every
+active row. A row that finishes leaves at once and the last row takes its place, so a step computes active rows
+only. The chat API, evaluation and the server all use this one class.
+
+Prompts with media, sampling and text are the neighbours' business (`prompt`, `sampling`, `streaming`); this file
+schedules.
+"""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from llavakit.errors import UserError
+from llavakit.generation.cache import PrefixStore, RowCache, one_row_cache, shared_prefix, stack_layers
+from llavakit.generation.prompt import Prompt, PromptReader
+from llavakit.generation.request import Handle, Piece, Request, SamplingParams, TokenLogprob
+from llavakit.generation.sampling import BatchSampler, Randomness
+from llavakit.generation.stopping import StopStrings
+from llavakit.generation.streaming import TextStream
+
+_LEAST_REUSE = 16  # copying a shorter prefix costs more than computing it
+
+
+class _Row:
+    """One reply in progress.
+
+    Attributes:
+        last: The newest token, which the next step feeds.
+        written: Positions whose states the cache holds.
+        solo: The cache of a row that cannot share one, else None.
+    """
+
+    def __init__(self, handle: Handle, index: int, prompt: Prompt, budget: int, eos: frozenset[int]) -> None:
+        self.handle, self.index, self.prompt = handle, index, prompt
+        self.params: SamplingParams = handle.request.sampling
+        self.budget, self.eos = budget, eos
+        self.new: list[int] = []
+        self.last = 0
+        self.written = prompt.length
+        self.solo: Any = None
+        self.text: TextStream | None = None
+        self.stop: StopStrings | None = None
+        self.randomness = Randomness(self.params.seed, index) if self.params.temperature > 0 else None
+        self.seen: Tensor | None = None
+
+
+class Engine:
+    """Continuous batching of ragged multimodal requests.
+
+    Args:
+        model: A `LlavakitForConditionalGeneration` in eval mode.
+        tokenizer: For texts and stop strings; without one the engine speaks token ids.
+        max_batch: Most replies decoded together.
+        max_length: Most positions of prompt and reply; None takes the decoder's own limit.
+        device: Where to run; None leaves the model where it is.
+        prefix_bytes: Memory for states of finished requests, reused by prompts that begin in the same way.
+        feature_bytes: Memory for visual vectors, reused by prompts with the same medium.
+        max_prefill_tokens: Prompt positions to compute in one step before the active rows go on.
+
+    Raises:
+        UserError: If the decoder cannot be run in rows, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_batch: int = 16,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        prefix_bytes: int = 256 << 20,
+        feature_bytes: int = 256 << 20,
+        max_prefill_tokens: int = 4096,
+    ) -> None:
+        self.model = (model if device is None else model.to(device)).eval()
+        self.core = self.model.model
+        self.tokenizer = tokenizer
+        self.device = self.core.device
+        self.max_batch, self.max_prefill_tokens = max_batch, max_prefill_tokens
+        limit = position_limit(self.core.config.text_config)
+        if max_length is not None and limit is not None and max_length > limit:
+            raise UserError(f"max_length {max_length} is more than the decoder's {limit} positions")
+        self.max_length = max_length or limit or 4096
+        self.prompts = PromptReader(self.core, feature_bytes)
+        self.prefixes = PrefixStore(prefix_bytes)
+        self._alone = self.core.language_adapter is not None
+        self._window = _sliding_window(self.core.config.text_config)
+        if not self._alone:
+            _check_attention(self.core.language_model)
+        generation = getattr(self.model, "generation_config", None)
+        self._eos = _id_set(getattr(generation, "eos_token_id", None))
+        suppressed = getattr(generation, "suppress_tokens", None)
+        self._suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
+        self._waiting: deque[Handle] = deque()
+        self._rows: list[_Row] = []
+        self._solo: list[_Row] = []
+        self._cache: RowCache | None = None
+        self._sampler: BatchSampler | None = None
+        self._stepping = threading.RLock()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    # ------------------------------------------------------------------ what callers use
+
+    def submit(
+        self, request: Request, *, stream: bool = True, listener: Callable[[Piece], None] | None = None
+    ) -> Handle:
+        """Queue a request; may be called from any thread.
+
+        Args:
+            stream: Whether pieces carry text as it comes; without it the last piece carries all of it, cheaper.
+            listener: Called in the stepping thread with every piece.
+
+        Raises:
+            UserError: If the request cannot be run.
+        """
+        length = len(request.ids()) if request.inputs_embeds is None else request.inputs_embeds.shape[0]
+        if not 0 < length < self.max_length:
+            raise UserError(f"request: the prompt has {length} positions, allowed are 1 to {self.max_length - 1}")
+        if request.sampling.n > self.max_batch:
+            raise UserError(f"sampling: n is {request.sampling.n}, this engine holds {self.max_batch} replies")
+        if request.sampling.stop and self.tokenizer is None:
+            raise UserError("sampling: stop strings need an engine with a tokenizer")
+        handle = Handle(self, request)
+        handle.prompt_tokens, handle.listener, handle.stream = length, listener, stream
+        with self._wake:
+            self._waiting.append(handle)
+            self._wake.notify()
+        return handle
+
+    def step(self) -> bool:
+        """Admit, decode one token for every active row, retire; False if nothing was left to do."""
+        with self._stepping, torch.inference_mode():
+            self._purge()
+            self._admit()
+            if self._rows:
+                self._decode()
+            for row in list(self._solo):
+                self._decode_alone(row)
+            return self.busy
+
+    def run(self) -> None:
+        """Step until every submitted request is finished."""
+        while self.step():
+            pass
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is waiting or active."""
+        return bool(self._waiting or self._rows or self._solo)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not yet admitted."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Replies being decoded."""
+        return len(self._rows) + len(self._solo)
+
+    def generate(self, requests: Sequence[Request]) -> list[Any]:
+        """Results of many requests, in order.
+
+        Raises:
+            RequestFailed: If one of them failed.
+        """
+        handles = [self.submit(request, stream=False) for request in requests]
+        return [handle.result() for handle in handles]
+
+    def start(self) -> None:
+        """Step in a thread of the engine's own from now on."""
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._loop, name="llavakit-engine", daemon=True)
+            self._thread.start()
+
+    def stop(self, *, drain: bool = True) -> None:
+        """End the thread; with `drain` after all submitted requests are finished, else they are cancelled."""
+        if self._thread is None:
+            return
+        if not drain:
+            for handle in [*self._waiting, *(row.handle for row in self._rows + self._solo)]:
+                handle.cancel()
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+        self._thread = None
+
+    def wait_for(self, pieces: queue.SimpleQueue[Piece]) -> Piece:
+        """The next piece of a handle; steps if no thread does."""
+        while self._thread is None:
+            try:
+                return pieces.get_nowait()
+            except queue.Empty:
+                if not self.step() and pieces.empty():
+                    raise RuntimeError("the engine has no work left, but the request is not finished") from None
+        return pieces.get()
+
+    # ------------------------------------------------------------------ admission
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self.busy and not self._stopping:
+                    self._wake.wait()
+                if self._stopping and not self.busy:
+                    return
+            self.step()
+
+    def _purge(self) -> None:
+        """Let cancelled requests go before anything is computed for them."""
+        for handle in [handle for handle in self._waiting if handle.cancelled]:
+            self._waiting.remove(handle)
+            for reply in handle.replies:
+                handle.deliver(Piece(reply.index, (), finish_reason="cancelled"))
+        for row in [row for row in self._rows + self._solo if row.handle.cancelled]:
+            self._finish(row, "cancelled")
+
+    def _admit(self) -> None:
+        spent = 0
+        while self._waiting and spent < self.max_prefill_tokens:
+            if self.active + self._waiting[0].request.sampling.n > self.max_batch:
+                return
+            handle = self._waiting.popleft()
+            try:
+                rows, logits = self._prefill(handle)
+            except Exception as error:  # whatever a prompt does, it fails alone
+                self._fail(handle, error)
+                continue
+            spent += handle.prompt_tokens - handle.reused_tokens
+            self._advance(rows, logits.expand(len(rows), -1))
+
+    def _prefill(self, handle: Handle) -> tuple[list[_Row], Tensor]:
+        """Compute a prompt once and place one row per reply; logits of its last position [1, vocabulary]."""
+        prompt = self.prompts.read(handle.request)
+        params = handle.request.sampling
+        budget = min(params.max_new_tokens, self.max_length - prompt.length)
+        eos = self._eos if params.eos_token_ids is None else frozenset(params.eos_token_ids)
+        rows = [_Row(handle, index, prompt, budget, eos) for index in range(params.n)]
+        if self._alone:
+            cache, logits = self._prefill_alone(prompt)
+            states = None
+        else:
+            states, logits = self._prefill_states(handle, prompt)
+        if not bool(torch.isfinite(logits.max())):
+            raise FloatingPointError("the model gave logits that are not finite for this prompt")
+        for row in rows:
+            if params.repetition_penalty != 1:
+                row.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
+                row.seen[torch.tensor(prompt.ids, dtype=torch.long, device=self.device)] = True
+            if self.tokenizer is not None and (handle.stream or params.stop):
+                row.text = TextStream(self.tokenizer, params.skip_special_tokens)
+                row.stop = StopStrings(params.stop)
+            if states is None:
+                row.solo = cache if row.index == 0 else copy.deepcopy(cache)
+                self._solo.append(row)
+            else:
+                self._place(row, states)
+        return rows, logits
+
+    def _prefill_states(self, handle: Handle, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        shared, states = self._find_prefix(prompt)
+        handle.reused_tokens = shared
+        embeds = self.prompts.embed(prompt, shared)
+        cache = one_row_cache(states)
+        positions = torch.arange(shared, prompt.length, device=self.device).unsqueeze(0)
+        hidden = self.core.language_model(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return stack_layers(cache), self.model.lm_head(hidden[:, -1])
+
+    def _find_prefix(self, prompt: Prompt) -> tuple[int, Tensor | None]:
+        """States of the longest known beginning of a prompt; its last position is always computed anew."""
+        if prompt.keys is None or not self.prefixes.enabled:
+            return 0, None
+        keys = prompt.keys[:-1]
+        best, states = self.prefixes.find(keys)
+        for number, row in enumerate(self._rows):
+            if row.prompt.keys is not None and len(row.prompt.keys) > best:
+                shared = shared_prefix(row.prompt.keys, keys)
+                if shared > best:
+                    best, states = shared, self._cache.read(number, shared)
+        return (best, states) if best >= _LEAST_REUSE else (0, None)
+
+    def _place(self, row: _Row, states: Tensor) -> None:
+        if self._cache is None:
+            self._cache = RowCache(states, max_rows=self.max_batch, max_length=self.max_length, window=self._window)
+        self._cache.insert(len(self._rows), states)
+        self._rows.append(row)
+        self._sampler = None
+
+    # ------------------------------------------------------------------ decoding
+
+    def _decode(self) -> None:
+        """One token for every row of the shared cache."""
+        rows = list(self._rows)
+        try:
+            logits = self._forward([row.last for row in rows])
+        except Exception as error:  # no row can be blamed, and the cache may be half written
+            for row in rows:
+                self._fail(row.handle, error)
+            self._cache = None
+            return
+        for row in rows:
+            row.written += 1
+        if self._sampler is None:
+            self._sampler = BatchSampler([row.params for row in rows], self.device)
+        self._advance(rows, logits, self._sampler)
+
+    def _forward(self, tokens: list[int]) -> Tensor:
+        """Logits [rows, vocabulary] after one more token per row."""
+        cache = self._cache
+        cache.begin_step(len(tokens))
+        ids = torch.tensor(tokens, device=self.device).unsqueeze(-1)
+        hidden = self.core.language_model(
+            inputs_embeds=self.core.get_input_embeddings()(ids),
+            attention_mask=self._masks(cache),
+            position_ids=cache.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        cache.end_step()
+        return self.model.lm_head(hidden[:, -1])
+
+    def _masks(self, cache: RowCache) -> Any:
+        kinds = set(getattr(self.core.config.text_config, "layer_types", None) or ())
+        if len(kinds) > 1:
+            return {"full_attention": cache.mask, "sliding_attention": cache.window_mask}
+        return cache.window_mask if self._window is not None else cache.mask
+
+    def _prefill_alone(self, prompt: Prompt) -> tuple[Any, Tensor]:
+        """Prefill of a model whose adapter keeps states of its own: the cache and logits [1, vocabulary]."""
+        cache = self.core.language_adapter.make_cache() or one_row_cache()
+        inputs: dict[str, Any] = {"attention_mask": torch.ones(1, prompt.length, dtype=torch.long, device=self.device)}
+        if prompt.embeds is not None:
+            inputs |= {"inputs_embeds": prompt.embeds, "visual_mask": prompt.visual}
+        else:
+            inputs["input_ids"] = torch.tensor([prompt.ids], device=self.device)
+            if prompt.media:
+                vectors = self.prompts.vectors(prompt.media)
+                inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=vectors)}
+        output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.past_key_values, output.logits[:, -1]
+
+    def _decode_alone(self, row: _Row) -> None:
+        """One token for a row with a cache of its own."""
+        try:
+            output = self.model(
+                input_ids=torch.tensor([[row.last]], device=self.device),
+                attention_mask=torch.ones(1, row.written + 1, dtype=torch.long, device=self.device),
+                past_key_values=row.solo,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        except Exception as error:
+            self._fail(row.handle, error)
+            return
+        row.written += 1
+        self._advance([row], output.logits[:, -1])
+
+    def _advance(self, rows: list[_Row], logits: Tensor, sampler: BatchSampler | None = None) -> None:
+        """Choose every row's next token and hand it on; retire rows that are finished."""
+        if self._suppressed is not None:
+            logits = logits.index_fill(-1, self._suppressed, -torch.inf)
+        sampler = sampler or BatchSampler([row.params for row in rows], self.device)
+        tokens, sound, logprobs = sampler.choose(logits, [row.randomness for row in rows], [row.seen for row in rows])
+        for number, (row, token, good) in enumerate(zip(rows, tokens, sound, strict=True)):
+            if row.handle.done:  # an earlier reply of the same request failed, and with it all of them
+                continue
+            if not good:
+                self._fail(row.handle, FloatingPointError("the model gave logits that are not finite"))
+                continue
+            row.last = token
+            row.new.append(token)
+            if row.seen is not None:
+                row.seen[token] = True
+            self._hand_on(row, token, logprobs.get(number))
+
+    def _hand_on(self, row: _Row, token: int, logprob: TokenLogprob | None) -> None:
+        ended = token in row.eos
+        text = ""
+        if row.text is not None:
+            text, stopped = row.stop.push(row.text.push(token))
+            ended |= stopped
+        reason = "stop" if ended else "length" if len(row.new) >= row.budget else None
+        self._tell(row, Piece(row.index, (token,), text, () if logprob is None else (logprob,)), reason)
+
+    def _tell(self, row: _Row, piece: Piece, reason: str | None) -> None:
+        """Deliver a piece; with a reason it is the row's last one."""
+        if reason is not None:
+            self._retire(row, keep=True)
+            piece = Piece(piece.index, piece.token_ids, piece.text + self._rest(row), piece.logprobs, reason)
+        try:
+            row.handle.deliver(piece)
+        except Exception:  # a listener that breaks is a client that went away
+            row.handle.listener = None
+            row.handle.cancel()
+
+    def _rest(self, row: _Row) -> str:
+        """Text of a finished row that is not out yet."""
+        if self.tokenizer is None:
+            return ""
+        if row.text is None:
+            return self.tokenizer.decode(
+                row.new, skip_special_tokens=row.params.skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        if row.stop.met:
+            return ""
+        text, stopped = row.stop.push(row.text.flush())
+        return text if stopped else text + row.stop.flush()
+
+    def _finish(self, row: _Row, reason: str) -> None:
+        self._tell(row, Piece(row.index, ()), reason)
+
+    def _retire(self, row: _Row, *, keep: bool) -> None:
+        """Free a row; the last row takes its place. `keep` its states for prompts that begin in the same way."""
+        if row.solo is not None:
+            self._solo.remove(row)
+            return
+        number, last = self._rows.index(row), len(self._rows) - 1
+        if not keep:
+            self._cache.clear(number)
+        elif row.prompt.keys is not None and self.prefixes.enabled:
+            new = np.array(row.new, dtype=np.int64)
+            keys = np.concatenate([row.prompt.keys, new])[: row.written]
+            self.prefixes.put(keys, self._cache.read(number))
+        if number != last:
+            self._cache.move(last, number)
+            self._rows[number] = self._rows[last]
+            if not keep:  # the row that moved may be unsound too
+                self._cache.clear(last)
+        self._rows.pop()
+        self._sampler = None
+
+    def _fail(self, handle: Handle, error: Exception) -> None:
+        """End all replies of a request with an error."""
+        handle.error = error
+        for row in [row for row in self._rows + self._solo if row.handle is handle]:
+            self._retire(row, keep=False)
+        for reply in handle.replies:
+            if reply.finish_reason is None:
+                handle.deliver(Piece(reply.index, (), finish_reason="error"))
+
+
+def position_limit(text_config: Any) -> int | None:
+    """Positions up to which a row's rotary frequencies or position table do not depend on its neighbours."""
+    limit = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # these rescale by the longest row of the batch
+        limit = rope.get("original_max_position_embeddings") or limit
+    return limit
+
+
+def _sliding_window(text_config: Any) -> int | None:
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(f"the engine cannot run decoder layers of type {', '.join(sorted(unknown))}; use generate")
+    window = getattr(text_config, "sliding_window", None)
+    return window if not kinds or "sliding_attention" in kinds else None
+
+
+def _check_attention(decoder: Any) -> None:
+    kind = decoder.config._attn_implementation
+    if kind not in ("sdpa", "eager"):
+        raise UserError(f"the engine needs attn_implementation 'sdpa' or 'eager', the model was loaded with {kind!r}")
+
+
+def _id_set(ids: int | Sequence[int] | None) -> frozenset[int]:
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)

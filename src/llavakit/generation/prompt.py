@@ -1,0 +1,163 @@
+"""A request's prompt on its way into the decoder: media to visual vectors (each computed once), ids to embeddings.
+
+Visual vectors are kept by the content of the medium, so that a picture that is asked about twice is encoded once. A
+connector that reads the prompt gives other vectors for every prompt; then the encoder's features are kept instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llavakit.errors import UserError
+from llavakit.generation.cache import ByteBounded, content_digest, prompt_keys
+from llavakit.generation.request import Request
+from llavakit.model.media import KINDS
+from llavakit.model.splice import scatter
+
+
+@dataclass
+class Medium:
+    """One medium of a request: its kind, plan, own views and what names its content."""
+
+    kind: str
+    plan: Any
+    views: list[Tensor]
+    size: Tensor | None
+    digest: bytes
+    tokens: int
+
+
+@dataclass
+class Prompt:
+    """A prompt before the decoder.
+
+    Attributes:
+        ids: Expanded ids; empty if the request gave embeddings only.
+        length: Positions.
+        keys: Content keys [length] for prefix reuse, None if its states belong to this prompt alone.
+        media: The media, in prompt order.
+        embeds: The whole embedded prompt [1, length, hidden] if it had to be computed or was given, else None.
+        visual: With `embeds`: True at visual positions [1, length], or None.
+    """
+
+    ids: list[int]
+    length: int
+    keys: np.ndarray | None
+    media: list[Medium]
+    embeds: Tensor | None = None
+    visual: Tensor | None = None
+
+
+class PromptReader:
+    """Reads requests for one model.
+
+    Args:
+        core: The `LlavakitModel`.
+        feature_bytes: Most bytes of visual vectors to keep.
+    """
+
+    def __init__(self, core: Any, feature_bytes: int) -> None:
+        self.core = core
+        self.features = ByteBounded(feature_bytes)
+        self.encoded = 0  # media that went through an encoder, as opposed to those that were remembered
+
+    def read(self, request: Request) -> Prompt:
+        """The prompt of a request; encoders run only if a connector has to see the prompt.
+
+        Raises:
+            UserError: If ids and media do not fit together.
+        """
+        core, device = self.core, self.core.device
+        ids = request.ids()
+        image_token = core.config.image_token_id
+        if request.inputs_embeds is not None:
+            embeds = request.inputs_embeds.to(device, core.dtype).unsqueeze(0)
+            visual = torch.tensor([ids], device=device) == image_token if ids else None
+            return Prompt(ids, embeds.shape[1], None, [], embeds, visual)
+        media = self._media(request)
+        if not media:
+            return Prompt(ids, len(ids), np.array(ids, dtype=np.int64), [])
+        placeholders, tokens = ids.count(image_token), sum(medium.tokens for medium in media)
+        if placeholders != tokens:
+            raise UserError(
+                f"request: input_ids hold {placeholders} visual positions (id {image_token}), "
+                f"but the {len(media)} media need {tokens}"
+            )
+        if core.reads_prompt:
+            views = [view for medium in media for view in self._views(medium)]
+            visuals = core.gather_media([one.kind for one in media], [one.plan for one in media], views)
+            embeds, visual, _ = core.embed(torch.tensor([ids], device=device), visuals=visuals)
+            return Prompt(ids, len(ids), None, media, embeds, visual)
+        keys = prompt_keys(ids, image_token, [(medium.tokens, medium.digest) for medium in media])
+        return Prompt(ids, len(ids), keys, media)
+
+    def embed(self, prompt: Prompt, start: int = 0) -> Tensor:
+        """Embeddings from a position on, [1, length - start, hidden]; encodes what these positions need."""
+        if prompt.embeds is not None:
+            return prompt.embeds[:, start:]
+        ids = torch.tensor([prompt.ids[start:]], device=self.core.device)
+        embeds = self.core.get_input_embeddings()(ids)
+        if not prompt.media:
+            return embeds
+        mask = ids == self.core.config.image_token_id
+        wanted = int(mask.sum())
+        if not wanted:
+            return embeds
+        vectors = torch.cat(self.vectors(prompt.media))
+        return scatter(embeds, mask, vectors[len(vectors) - wanted :])
+
+    def vectors(self, media: list[Medium]) -> list[Tensor]:
+        """Visual vectors of every medium, [visual tokens, hidden] each."""
+        held = {medium.digest: self.features.get(medium.digest) for medium in media}
+        missing = {medium.digest: medium for medium in media if held[medium.digest] is None}
+        if missing:
+            fresh = list(missing.values())
+            vectors, _ = self.core.connect(self._encode(fresh))
+            for medium, own in zip(fresh, vectors, strict=True):
+                held[medium.digest] = own
+                self.features.put(medium.digest, own, own.numel() * own.element_size())
+        return [held[medium.digest] for medium in media]
+
+    def _views(self, medium: Medium) -> list[Tensor]:
+        """Encoder features of every view of a medium, [tokens, width] each."""
+        views = self.features.get(medium.digest)
+        if views is None:
+            (features,) = self._encode([medium]).features.values()
+            views = features.split()
+            self.features.put(medium.digest, views, sum(view.numel() * view.element_size() for view in views))
+        return views
+
+    def _encode(self, media: list[Medium]) -> Any:
+        self.encoded += len(media)
+        device = self.core.device
+        views = [view.to(device) for medium in media for view in medium.views]
+        pixels = torch.stack(views) if len({view.shape for view in views}) == 1 else views
+        sizes = None if media[0].size is None else torch.stack([medium.size for medium in media])
+        kinds = torch.tensor([KINDS.index(medium.kind) for medium in media])
+        return self.core.encode_media(pixels, sizes, kinds)
+
+    def _media(self, request: Request) -> list[Medium]:
+        if request.pixel_values is None or not len(request.pixel_values):
+            return []
+        kinds, plans = self.core.plan_media(request.pixel_values, request.visual_sizes, request.visual_kinds)
+        views = list(request.pixel_values)
+        needed = sum(len(plan.views) for plan in plans)
+        if needed != len(views):
+            raise UserError(f"request: pixel_values hold {len(views)} views, but the media need {needed}")
+        media, start = [], 0
+        for number, (kind, plan) in enumerate(zip(kinds, plans, strict=True)):
+            own = views[start : start + len(plan.views)]
+            start += len(plan.views)
+            size = None if request.visual_sizes is None else request.visual_sizes[number]
+            digest = content_digest(kind, () if size is None else size.tolist(), own)
+            tokens = sum(run.visual for run in self.core.media.route(kind).layout(plan))
+            media.append(Medium(kind, plan, own, size, digest, tokens))
+        return media
+
+
+__all__ = ["Medium", "Prompt", "PromptReader"]

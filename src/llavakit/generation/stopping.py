@@ -1,0 +1,45 @@
+"""Stop strings in streamed text: what may be shown already, and when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Watches a growing text; never lets out a character that may belong to a stop string.
+
+    Args:
+        stops: The stop strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.met = False  # whether a stop string has come
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Add text.
+
+        Returns:
+            Text that is safe to show, and whether a stop string was met (the text ends in front of it).
+        """
+        self._held += text
+        found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            self.met = True
+            return shown, True
+        kept = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - kept
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def flush(self) -> str:
+        """What was held back; no stop string came after all."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """Longest end of the held text that begins the stop string."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if stop.startswith(self._held[-size:])), 0)
