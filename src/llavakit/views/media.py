@@ -1,0 +1,226 @@
+"""Reading of media files: images, videos, volumes.
+
+Files come from users and from the web: nothing here trusts them. Whatever is wrong with one becomes a single
+`MediaError` line that names the file. Limits are checked on the header, before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llavakit.errors import MediaError
+from llavakit.views.plan import MediumSize
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview
+
+# Formats whose decoders run inside Pillow; EPS and the like would start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB")
+_WANTED = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before it is decoded.
+
+    Attributes:
+        pixels: Pixels of an image or of one video frame. The default is where Pillow itself refuses.
+        side: Longest side in pixels.
+        file_bytes: Size of the file.
+        frames: Frames taken from one video.
+        voxels: Voxels of a volume.
+    """
+
+    pixels: int = 178_956_970
+    side: int = 65_536
+    file_bytes: int = 4 * 1024**3
+    frames: int = 4096
+    voxels: int = 2**30
+
+
+def name_of(source: Any) -> str:
+    """What a message calls a source."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<{len(source)} bytes>"
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
+
+
+def check_file(source: Source, limits: Limits, wanted: str) -> None:
+    """Refuse what is no file, empty or too large.
+
+    Raises:
+        MediaError: With the reason.
+    """
+    name = name_of(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        size = len(source)
+    else:
+        if "://" in name:
+            raise MediaError(f"{name}: is an address; give a file")
+        path = Path(source)
+        if path.is_dir():
+            raise MediaError(f"{name}: is a folder; give a file ({wanted})")
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise MediaError(
+                f"{name}: {(error.strerror or 'cannot be read').lower()}; give a file ({wanted})"
+            ) from None
+    if size == 0:
+        raise MediaError(f"{name}: is empty (0 bytes); it should be {wanted}")
+    if size > limits.file_bytes:
+        raise MediaError(f"{name}: has {size:,} bytes, the limit is {limits.file_bytes:,}")
+
+
+def looks_like(source: Source) -> str:
+    """What the first bytes of a file say about it, for messages about files that are not what their name says."""
+    head = bytes(source[:512]) if isinstance(source, (bytes, bytearray, memoryview)) else _head(Path(source))
+    text = head.lstrip()[:60]
+    if text[:1] == b"<":
+        return "it holds HTML or XML, perhaps an error page that was saved in its place"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the real file with `git lfs pull`"
+    printable = sum(32 <= byte < 127 or byte in b"\t\r\n" for byte in head)
+    if head and printable > 0.95 * len(head):
+        return f"it holds text ({text.splitlines()[0].decode('ascii', 'replace')[:30]!r}...)"
+    return f"it starts with bytes {head[:8].hex(' ')}"
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(512)
+
+
+# Images
+
+
+def _open(source: Source | Image.Image, limits: Limits) -> Image.Image:
+    """The image with its header read and its limits checked."""
+    if isinstance(source, Image.Image):
+        _check_pixels(name_of(source), *source.size, limits)
+        return source
+    check_file(source, limits, _WANTED)
+    name = name_of(source)
+    handle = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own warning at half the limit
+            image = Image.open(handle, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise MediaError(f"{name}: is not an image; {looks_like(source)}; it should be {_WANTED}") from None
+    except Image.DecompressionBombError:
+        raise MediaError(f"{name}: has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is refused") from None
+    except Exception as error:
+        raise MediaError(f"{name}: its header cannot be read ({_reason(error)}); it should be {_WANTED}") from None
+    _check_pixels(name, *image.size, limits)
+    return image
+
+
+def _check_pixels(name: str, width: int, height: int, limits: Limits) -> None:
+    if width < 1 or height < 1:
+        raise MediaError(f"{name}: is {width} x {height}; it should have at least one pixel")
+    if width * height > limits.pixels:
+        raise MediaError(f"{name}: is {width} x {height} = {width * height:,} pixels, the limit is {limits.pixels:,}")
+    if max(width, height) > limits.side:
+        raise MediaError(f"{name}: is {width} x {height}, no side may exceed {limits.side:,} pixels")
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else ""
+    return text or type(error).__name__
+
+
+def image_size(source: Source | Image.Image, *, limits: Limits = Limits(), exif_transpose: bool = True) -> MediumSize:
+    """The size that `load_image` would give, from the header alone.
+
+    Raises:
+        MediaError: If it is no image or breaks a limit.
+    """
+    image = _open(source, limits)
+    width, height = image.size
+    if exif_transpose and image.getexif().get(0x0112) in (5, 6, 7, 8):  # orientation: a quarter turn
+        width, height = height, width
+    if image is not source:
+        image.close()
+    return MediumSize(1, height, width)
+
+
+def load_image(
+    source: Source | Image.Image,
+    *,
+    limits: Limits = Limits(),
+    exif_transpose: bool = True,
+    background: tuple[int, int, int] | list[int] | None = (255, 255, 255),
+) -> Image.Image:
+    """An image as 8-bit RGB.
+
+    Of an animation the first frame counts. CMYK is converted, grey of 16 or 32 bits is brought to 8 (see
+    `grey_to_8_bit`), palettes are resolved.
+
+    Args:
+        source: Path, content of a file, or a Pillow image.
+        limits: What is refused.
+        exif_transpose: Turn the image upright as its camera noted. The published code never does; switch it off to
+            repeat its numbers on such files.
+        background: Colour behind transparent pixels. None drops the alpha channel as the published code does, which
+            shows whatever colour lies under transparent pixels.
+
+    Raises:
+        MediaError: If it cannot be decoded completely, or breaks a limit.
+    """
+    image, name = _open(source, limits), name_of(source)
+    try:
+        image.load()
+    except Exception as error:
+        hint = "it is cut off" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "it is damaged"
+        raise MediaError(f"{name}: {hint} and cannot be decoded ({_reason(error)}); copy it again") from None
+    try:
+        if exif_transpose:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image, background)
+    except (ValueError, OSError, MemoryError) as error:
+        raise MediaError(f"{name}: cannot be converted from mode {image.mode} to RGB ({_reason(error)})") from None
+
+
+def _to_rgb(image: Image.Image, background: Any) -> Image.Image:
+    if image.mode == "RGB" and (background is None or "transparency" not in image.info):
+        return image
+    if image.mode[0] in "IF":
+        image = grey_to_8_bit(image)
+    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    if not transparent or background is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return image.convert("RGB")
+    canvas = Image.new("RGB", image.size, tuple(background))
+    canvas.paste(image.convert("RGB"), mask=alpha)
+    return canvas
+
+
+def grey_to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or floating point as 8-bit grey.
+
+    Integers are scaled by the depth that their largest value needs (8, 12 or 16 bits: 12-bit radiographs are commonly
+    stored in 16-bit files); values that need more, and negative ones, by their range. Floats from 0 to 1 are scaled by
+    255, from 0 to 255 kept, anything else by its range; values that are no numbers become black.
+    """
+    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F":
+        tops = (1.0, 255.0)
+    else:
+        tops = (255.0, 4095.0, 65535.0)
+    top = next((top for top in tops if high <= top), None)
+    if low < 0 or top is None:
+        values, top = values - low, max(high - low, 1e-12)
+    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))

@@ -1,0 +1,161 @@
+"""Pixels: resizing, padding, cropping, normalising of 8-bit RGB images, exactly as the published processors do it.
+
+Knows nothing of planners or tokens. Everything stays 8-bit until one table lookup per channel, which gives the very
+float32 numbers that "times 1/255, minus mean, over std" gives (transformers computes these in the same order and
+types), at a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from llavakit.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_BAND_PIXELS = 2**20  # rows are padded and shrunk in bands of about this many pixels
+_LARGEST_RESIZE = 2**26  # pixels of a resized image of which only the middle is kept
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+def resampling(name: str | int) -> Image.Resampling:
+    """Pillow's filter by name, or by the number that preprocessor files use.
+
+    Raises:
+        UserError: If there is no such filter.
+    """
+    if isinstance(name, int) and name in set(_FILTERS.values()):
+        return Image.Resampling(name)
+    if name not in _FILTERS:
+        raise UserError(f"resample: unknown filter {name!r}; known: {', '.join(_FILTERS)}")
+    return _FILTERS[name]
+
+
+class Normaliser:
+    """8-bit pixels to normalised float32 by one table of 256 entries per channel.
+
+    Args:
+        mean, std: Per channel, in units of the rescaled pixel (0 to 1).
+        rescale: Factor before normalising.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], rescale: float = 1 / 255) -> None:
+        if len(mean) != 3 or len(std) != 3:
+            raise UserError(f"image_mean and image_std need 3 numbers each, not {len(mean)} and {len(std)}")
+        grey = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)
+        self.tables = [(grey - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
+
+    def into(self, image: Image.Image, out: np.ndarray) -> None:
+        """Write a normalised RGB image into `out`, float32 [3, height, width]."""
+        for table, channel, plane in zip(self.tables, image.split(), out, strict=True):
+            if plane.flags.c_contiguous:
+                np.take(table, np.asarray(channel), out=plane, mode="clip")  # "clip" writes without a buffer
+            else:
+                plane[...] = table[np.asarray(channel)]
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """A normalised RGB image, float32 [3, height, width]."""
+        out = np.empty((3, image.height, image.width), np.float32)
+        self.into(image, out)
+        return out
+
+
+def pad_colour(mean: Sequence[float]) -> tuple[int, ...]:
+    """The 8-bit padding colour of the LLaVA family, int(255 * mean)."""
+    return tuple(int(255 * channel) for channel in mean)
+
+
+def square_offset(width: int, height: int) -> tuple[int, int]:
+    """Left and top of an image on the square of its long side; an odd pixel goes right or below."""
+    side = max(width, height)
+    return (side - width) // 2, (side - height) // 2
+
+
+def pad_to_square(image: Image.Image, colour: Sequence[int]) -> Image.Image:
+    """The image in the middle of a square of its long side."""
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    canvas = Image.new("RGB", (side, side), tuple(colour))
+    canvas.paste(image, square_offset(*image.size))
+    return canvas
+
+
+def pad_and_resize(
+    image: Image.Image, colour: Sequence[int], side: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """`pad_to_square(image, colour).resize((side, side))`, pixel for pixel, without the large square.
+
+    Pillow resizes rows first, rounds to 8 bit, then columns. Rows of pure padding stay the padding colour in the
+    first pass, so only the image's own rows go through it (in bands that bound the memory of very tall images).
+    """
+    if image.width == image.height or resample == Image.Resampling.NEAREST:
+        return pad_to_square(image, colour).resize((side, side), resample)
+    long = max(image.size)
+    left, top = square_offset(*image.size)
+    column = Image.new("RGB", (side, long), tuple(colour))
+    if image.width == long:
+        column.paste(image.resize((side, image.height), resample), (0, top))
+    else:
+        rows = min(image.height, max(1, _BAND_PIXELS // long))
+        band = Image.new("RGB", (long, rows), tuple(colour))
+        for y in range(0, image.height, rows):
+            count = min(rows, image.height - y)
+            band.paste(image.crop((0, y, image.width, y + count)), (left, 0))
+            whole = band if count == rows else band.crop((0, 0, long, count))
+            column.paste(whole.resize((side, count), resample), (0, y))
+    return column.resize((side, side), resample)
+
+
+def shortest_edge(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) with the short side at `size` and the aspect ratio kept, long side truncated."""
+    if width <= height:
+        return size, int(size * height / width)
+    return int(size * width / height), size
+
+
+def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of an image; where it is smaller than that, black around it."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    if left >= 0 and top >= 0:
+        return image if (left, top, width, height) == (0, 0, *image.size) else _crop(image, left, top, width, height)
+    # transformers first centres on a black canvas (odd pixel left and above), then crops that.
+    canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)))
+    pad_left, pad_top = math.ceil((canvas.width - image.width) / 2), math.ceil((canvas.height - image.height) / 2)
+    canvas.paste(image, (pad_left, pad_top))
+    return _crop(canvas, max(left + pad_left, 0), max(top + pad_top, 0), width, height)
+
+
+def _crop(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
+    return image.crop((left, top, left + width, top + height))
+
+
+def resize_and_crop(
+    image: Image.Image, size: int, crop: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The classic CLIP view: short side to `size`, then the middle `crop` x `crop` pixels.
+
+    A strip so long that its resized form would be huge is reduced to its middle first; its pixels may then differ
+    from the long way round in the last bit.
+    """
+    width, height = shortest_edge(*image.size, size)
+    if (width, height) == image.size:
+        return centre_crop(image, crop, crop)
+    if width * height <= _LARGEST_RESIZE or crop > size:
+        return centre_crop(image.resize((width, height), resample), crop, crop)
+    left, top = (width - crop) // 2, (height - crop) // 2
+    x, y = image.width / width, image.height / height
+    return image.resize((crop, crop), resample, box=(left * x, top * y, (left + crop) * x, (top + crop) * y))
