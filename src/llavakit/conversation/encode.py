@@ -105,7 +105,7 @@ def encode(
             limit=tokenizer.model_max_length if max_length is None else max_length,
             continues_words=marks_first_word(tokenizer),
         )
-    return Encoded(ids, learnt, media(text), blanked)
+    return Encoded(ids, learnt, media, text, blanked)
 
 
 def _turns(messages: list[Message], template: Template) -> list[Message]:
