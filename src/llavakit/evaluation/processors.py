@@ -139,6 +139,15 @@ def bracket_letter(text: str) -> str:
     return text if end < 0 else text[max(end - 1, 0) : end]
 
 
+def bracket_question(question: str, candidates: Sequence[str], answer: str) -> tuple[str, str]:
+    """MVBench and MLVU: the question with its options as lines "(A) text", and the answer as "(B) text"."""
+    lines = [f"Question: {question}", "Options:"]
+    lines += [f"({letter}) {candidate}" for letter, candidate in zip(LETTERS, candidates, strict=False)]
+    # The published template takes the last of equal candidates, and "(@)" if none equals the answer.
+    places = [place for place, candidate in enumerate(candidates) if candidate == answer]
+    return "\n".join(lines).rstrip(), f"({chr(ord('A') + (places[-1] if places else -1))}) {answer}"
+
+
 def stored_question(prompt: str) -> str | None:
     """The lower-cased question inside a stored TextVQA prompt, by which its annotation is looked up.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,33 +91,35 @@ def _seed(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     texts = {str(row["question_id"]): row["text"] for row in inputs["results"]}
     pairs = [(question, texts.get(question.id)) for question in questions]
     printed: list[str] = []
-    error = None
+    outputs: dict[str, Any] = {"printed": printed, "error": None}
     try:
         for data_type in (None, "image", "video"):
-            printed += _seed_lines(
-                [pair for pair in pairs if data_type in (None, pair[0].data["data_type"])], names, data_type
-            )
-        upload = seed.seed_submission(as_records("results", inputs["results"]), questions)
+            chosen = [(row, text) for row, text in pairs if data_type in (None, row.data["data_type"])]
+            printed.extend(_seed_lines(chosen, names, data_type))
+        outputs["upload"] = seed.seed_submission(as_records("results", inputs["results"]), questions)
     except (KeyError, ZeroDivisionError) as stopped:
-        error, upload = type(stopped).__name__, None
-    return {"printed": printed, "error": error, "upload": upload}
+        outputs["error"] = type(stopped).__name__
+    return outputs
 
 
-def _seed_lines(pairs: list[tuple[Record, str | None]], names: dict[int, str], data_type: str | None) -> list[str]:
-    """What the published script prints; it stops where a question type was answered without one right answer.
+def _seed_lines(pairs: list[tuple[Record, str | None]], names: dict[int, str], data_type: str | None) -> Iterator[str]:
+    """What the published script prints for all questions or one data type.
 
-    llavakit's own score says 0 there.
+    It stops at a question type that was answered without one right answer, and at a data type without questions;
+    llavakit's own score gives 0 and nothing there.
     """
-    by_type, _, total = seed.accuracies(pairs, names)
-    for question, _ in pairs:
-        same = [pair for pair in pairs if pair[0].data["question_type_id"] == question.data["question_type_id"]]
-        if all(text is not None and text != row.data["answer"] for row, text in same):
-            raise KeyError(question.data["question_type_id"])
+    _, _, total = seed.accuracies(pairs, names)
+    types = {row.data["question_type_id"] for row, _ in pairs}
+    for kind in sorted(types):
+        texts = [(row.data["answer"], text) for row, text in pairs if row.data["question_type_id"] == kind]
+        right = sum(answer == text for answer, text in texts)
+        if not right and all(text is not None for _, text in texts):
+            raise KeyError(kind)
+        if data_type is None:
+            yield f"{names[kind]}: {100 * right / len(texts):.2f}%"
     if total is None:
         raise ZeroDivisionError
-    if data_type is not None:
-        return [f"{data_type} accuracy: {100 * total:.2f}%"]
-    return [*(f"{name}: {100 * value:.2f}%" for name, value in by_type.items()), f"Total accuracy: {100 * total:.2f}%"]
+    yield f"{data_type or 'Total'} accuracy: {100 * total:.2f}%"
 
 
 def _textvqa(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
