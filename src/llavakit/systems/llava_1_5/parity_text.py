@@ -1,0 +1,357 @@
+"""Golden components of LLaVA-1.5 that concern text and data: templates, ids, labels, samplers, optimiser groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llavakit.conversation.encode import Encoded, encode, tokenize
+from llavakit.conversation.messages import Message, from_llava, media_first, split_literals, to_llava
+from llavakit.conversation.names import inferred_template, model_name
+from llavakit.conversation.stop import KeywordStop
+from llavakit.conversation.template import Rounds, Template, get_template
+from llavakit.data import scienceqa
+from llavakit.data.collate import Collator
+from llavakit.data.sampler import even_chunks, length_grouped, length_with_media, modality_grouped, word_length
+from llavakit.parity import Case, Result
+
+SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+BYTE_LEVEL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+FILES = {
+    "legacy": "tokenizer-sp/tokenizer_legacy.json",
+    "nonlegacy": "tokenizer-sp/tokenizer_nonlegacy.json",
+    "bpe": "tokenizer-bpe/tokenizer_bpe.json",
+}
+
+
+def load_tokenizer(name: str, file: Path) -> Any:
+    """The tokenizer that the cases call legacy, nonlegacy or bpe."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **(BYTE_LEVEL if name == "bpe" else SENTENCEPIECE))
+
+
+def tokenizers(case: Case, names: Sequence[str] = tuple(FILES)) -> dict[str, Any]:
+    """Tokenizers of the neighbouring cases by name."""
+    return {name: load_tokenizer(name, case.sibling(FILES[name])) for name in names}
+
+
+# Templates and tokenisation
+
+
+def conversation(case: Case) -> dict[str, Any]:
+    """Prompt strings of all templates."""
+    dialogues = case.json()
+    return {
+        name: {key: _prompt(get_template(name), facts, turns) for key, turns in dialogues.items()}
+        for name, facts in case.config["templates"].items()
+    }
+
+
+def _prompt(template: Template, facts: Mapping[str, Any], turns: Sequence[Sequence[Any]]) -> Any:
+    written = [turn for turn in turns if turn[1]]
+    if facts["sep_style"] == "PLAIN" and len(written) > 1:
+        return {"error": "TypeError"}  # the original adds a missing separator; ours writes the caption
+    messages = [_said(role, text) for role, text in written]
+    if written and isinstance(written[0][1], list):
+        if "mmtag" in facts["version"]:
+            messages[0] = _said(0, _chat_text(written[0][1]).replace("<image>", "").strip())
+            messages = [_said(0, "<Image><image></Image>"), _said(1, "Received."), *messages]
+        else:
+            messages[:1] = media_first(messages[:1], collapse=True)
+    open_end = turns[-1][0] == 1 and not turns[-1][1]
+    return template.render(messages, add_generation_prompt=open_end, placement="keep")[0]
+
+
+def _chat_text(text: Any) -> str:
+    return text[0] if isinstance(text, list) else text
+
+
+def _said(role: int, text: Any) -> Message:
+    return {"role": ("user", "assistant")[role], "content": split_literals(_chat_text(text))}
+
+
+def prompt_tokenisation(case: Case) -> dict[str, Any]:
+    """Ids of prompts with placeholders."""
+    prompts = case.json()["prompts"]
+    return {name: [tokenize(text, tok)[0] for text in prompts] for name, tok in tokenizers(case).items()}
+
+
+def tokenizer(case: Case) -> dict[str, Any]:
+    """Ids and pieces of strings."""
+    strings = case.json()["strings"]
+    found: dict[str, Any] = {}
+    for name, file in case.config["files"].items():
+        tok = load_tokenizer(name, case.path / file if (case.path / file).exists() else case.sibling(FILES[name]))
+        ids = [tokenize(text, tok)[0] for text in strings]
+        found[name] = ids
+        found[f"pieces_{name}"] = [tok.convert_ids_to_tokens(row) for row in ids]
+    if len(case.config["files"]) == 1:
+        found["ids"] = found[next(iter(case.config["files"]))]
+    return found
+
+
+def stopping(case: Case) -> dict[str, Any]:
+    """Whether a stop string is found after every generated token."""
+    prompt, keywords = case.config["prompt_ids"], case.config["keywords"]
+    known = tokenizers(case, ("nonlegacy", "legacy"))
+    tok = next((tok for tok in known.values() if _writes(tok, prompt)), known["nonlegacy"])
+    stop = KeywordStop(keywords, tok)
+    return {
+        "stop_after_step": [
+            [stop([*prompt, *row[: step + 1]], len(prompt)) for step in range(len(row))]
+            for row in case.json()["generated"]
+        ]
+    }
+
+
+def _writes(tok: Any, ids: Sequence[int]) -> bool:
+    return tokenize(tok.decode(ids, skip_special_tokens=False).removeprefix(tok.bos_token), tok)[0] == list(ids)
+
+
+def loading(case: Case) -> dict[str, Any]:
+    """Model names and the templates inferred from them."""
+    names = [model_name(path) for path in case.json()["paths"]]
+    return {"names": names, "conv_mode": [inferred_template(name) for name in names]}
+
+
+# Labels
+
+
+def messages_of(turns: Sequence[Mapping[str, str]]) -> list[Message]:
+    """Messages of LLaVA turns; their images are names only."""
+    images = sum(turn["value"].count("<image>") for turn in turns)
+    record = {"conversations": [{"from": "human", **turn} for turn in turns]}
+    return from_llava(record | ({"image": ["-"] * images} if images else {}))
+
+
+def label_masking(case: Case) -> dict[str, Any]:
+    """Ids and labels of training samples."""
+    inputs, config = case.json(), case.config
+    symbol = case.meta["source"]["symbol"]
+    if symbol.startswith("preprocess_plain"):
+        samples = [messages_of(turns) for turns in inputs["samples"]]
+        return {
+            name: [_ids_and_labels(encode(m, config["template"], tok)) for m in samples]
+            for name, tok in tokenizers(case).items()
+        }
+    counted = not symbol.startswith("preprocess (")
+    at_head = case.meta["source"]["repo"] == "haotian-liu/LLaVA"
+
+    def labels(template: Template, tok: Any, turns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        if symbol.startswith("preprocess_mpt") and at_head:
+            template = replace(template, rounds=forgets_the_end(template.rounds))
+        encoded = encode(
+            _collapsed(messages_of(turns)),
+            template,
+            tok,
+            labels="rounds" if counted else None,
+            max_length=config["model_max_length"],
+        )
+        return _ids_and_labels(encoded) | {"mismatch_warning": encoded.blanked}
+
+    by_template = {
+        name: {
+            kind: {key: labels(get_template(name), tok, turns) for key, turns in inputs.items()}
+            for kind, tok in tokenizers(case, config.get("tokenizers", ("legacy", "nonlegacy"))).items()
+        }
+        for name in config["templates"]
+    }
+    return by_template if "tokenizers" in config else by_template[config["templates"][0]]
+
+
+def forgets_the_end(rounds: Rounds) -> Rounds:
+    """The count of the later original code, which forgets the token that closes a round."""
+    return replace(rounds, counts_end=False, answer_offset=-1)
+
+
+def _collapsed(messages: list[Message]) -> list[Message]:
+    return media_first(messages, collapse=True)
+
+
+def _ids_and_labels(encoded: Encoded) -> dict[str, Any]:
+    return {"input_ids": encoded.ids, "labels": encoded.labels}
+
+
+# Training data
+
+
+def training_data(case: Case) -> dict[str, Any]:
+    """Placement of images in turns, or the collator."""
+    inputs = case.json()
+    if "sources" in inputs:
+        return {"runs": [_placed(run, inputs["sources"]) for run in case.expected_json["runs"]]}
+    collator = Collator(case.config["pad_token_id"], case.config["model_max_length"], mask_by_pad_id=True)
+    samples = [
+        {"input_ids": ids, "labels": labels} for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True)
+    ]
+    return {name: value.tolist() for name, value in collator(samples).items()}
+
+
+def _placed(run: Mapping[str, Any], sources: Sequence[Any]) -> dict[str, Any]:
+    before, after = ("<Image>", "</Image>") if "mmtag" in run["template"] else ("", "")
+    if run["mm_use_im_start_end"]:
+        before, after = before + "<im_start>", "<im_end>" + after
+    placed = [
+        to_llava(media_first(messages_of(turns), before=before, after=after, collapse=True))["conversations"]
+        for turns in sources
+    ]
+    return {key: run[key] for key in ("template", "mm_use_im_start_end")} | {"result": placed}
+
+
+def data_conversion(case: Case) -> dict[str, Any]:
+    """ScienceQA problems as prompts and LLaVA records; formats are named by the outputs."""
+    problems, letters = case.json(), case.config["options"]
+    found: dict[str, Any] = {"prompts": {}}
+    for name in case.expected_json["prompts"]:
+        form, _, flag = name.partition(" ")
+        test = flag == "is_test"
+        found["prompts"][name] = {
+            key: list(scienceqa.prompt(problem, form, use_caption=test, test=test, letters=letters))
+            for key, problem in problems.items()
+        }
+    for name in case.expected_json:
+        if name.startswith("llava_train_"):
+            found[name] = scienceqa.to_llava(problems, form=name.removeprefix("llava_train_"))
+    return found
+
+
+# Sampler
+
+
+def sampler(case: Case) -> dict[str, Any]:
+    """Orders of length- and modality-grouped samplers, their chunks and lengths."""
+    inputs = case.json()
+    if "calls" in inputs:
+        chunks = [even_chunks(call["indices"], call["lengths"], call["num_chunks"]) for call in inputs["calls"]]
+        return {"chunks": chunks}
+    if "data" in inputs:
+        data = inputs["data"]
+        return {"lengths": list(map(length_with_media, data)), "modality_lengths": list(map(word_length, data))}
+    found: dict[str, Any] = {"runs": [_orders(run) for run in inputs["runs"]]}
+    if "single_modality" in inputs:
+        found["single_modality"] = _orders(inputs["single_modality"])["modality_global_seed"]
+    return found
+
+
+def _orders(run: Mapping[str, Any]) -> dict[str, list[int]]:
+    lengths, sizes = run["lengths"], (run["batch_size"], run["world_size"])
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    orders = {
+        "modality_global_seed": modality_grouped(lengths, *sizes, seeded(run["seed"])),
+        "length_only_global_seed": length_grouped([abs(x) for x in lengths], *sizes, seeded(run["seed"])),
+    }
+    if "generator_seed" in run:
+        own = seeded(run["generator_seed"])
+        orders["modality_with_generator"] = modality_grouped(lengths, *sizes, seeded(run["seed"]), order_generator=own)
+    return orders
+
+
+# Optimiser groups
+
+
+def optimizer_groups(case: Case) -> dict[str, Any]:
+    """Parameter groups of both stages for a model with the case's parameter names."""
+    names = case.expected_json["all_parameters"]
+    model = skeleton(names)
+    config = case.config
+    tower = re.compile(r"\bvision_tower\b")
+    stage_2 = [name for name in names if not tower.search(name)]
+    stage_1 = [name for name in names if "mm_projector" in name]
+
+    def groups(trained: Sequence[str], projector_rate: float | None = None) -> list[dict[str, Any]]:
+        return param_groups(
+            model, trained, config["learning_rate"], config["weight_decay"], {"mm_projector": projector_rate}
+        )
+
+    found: dict[str, Any] = {
+        "all_parameters": [name for name, _ in model.named_parameters()],
+        "lora_targets": lora_targets(model),
+        "stage2_groups_no_projector_lr": groups(stage_2),
+        "stage1_trainable": stage_1,
+        "stage1_groups": groups(stage_1),
+    }
+    for key in case.expected_json:
+        if rate := re.fullmatch(r"stage2_groups_projector_lr_(.+)", key):
+            found[key] = groups(stage_2, float(rate[1]))
+    return found
+
+
+def skeleton(names: Sequence[str]) -> nn.Module:
+    """A module with exactly these parameters, one number each; norms, embeddings and linear layers by their names."""
+    root = nn.Module()
+    for name in names:
+        *path, last = name.split(".")
+        module = root
+        for depth, part in enumerate(path):
+            if part not in module._modules:
+                module.add_module(part, _layer(part) if depth == len(path) - 1 else nn.Module())
+            module = module._modules[part]
+        module.register_parameter(last, nn.Parameter(torch.zeros(1)))
+    return root
+
+
+def _layer(name: str) -> nn.Module:
+    kind: Callable[[], nn.Module]
+    if "norm" in name or "layrnorm" in name:
+        kind = lambda: nn.LayerNorm(1, elementwise_affine=False)  # noqa: E731
+    elif "embed" in name:
+        kind = nn.Module
+    else:
+        kind = lambda: nn.Linear(1, 1, bias=False)  # noqa: E731
+    layer = kind()
+    layer._parameters.clear()
+    return layer
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """Last names of all linear layers of the language model, without its head."""
+    outside = ("mm_projector", "vision_tower", "vision_resampler")
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return sorted({n.split(".")[-1] for n in linear if not any(part in n for part in outside)} - {"lm_head"})
+
+
+def param_groups(
+    model: nn.Module, trained: Sequence[str], rate: float, decay: float, own_rates: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    """Groups by decay (neither norm nor bias) and by parts with a rate of their own; empty groups are left out."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    own = {part: value for part, value in own_rates.items() if value is not None}
+    found = []
+    for part, value in [(None, rate), *own.items()]:
+        inside = [n for n in trained if (part in n if part else not any(p in n for p in own))]
+        decayed = [n for n in inside if "bias" not in n and n.rsplit(".", 1)[0] not in norms]
+        plain = [n for n in inside if n not in decayed]
+        found += [
+            {"lr": value, "weight_decay": weight, "params": sorted(members)}
+            for weight, members in ((decay, decayed), (0.0, plain))
+            if members
+        ]
+    return found
+
+
+def _json(adapter: Callable[[Case], Any]) -> Callable[[Case], Result]:
+    return lambda case: Result(json=adapter(case))
+
+
+ADAPTERS: dict[str, Callable[[Case], Result]] = {
+    "conversation": _json(conversation),
+    "prompt_tokenisation": _json(prompt_tokenisation),
+    "tokenizer": _json(tokenizer),
+    "decoding": _json(stopping),
+    "loading": _json(loading),
+    "label_masking": _json(label_masking),
+    "training_data": _json(training_data),
+    "data_conversion": _json(data_conversion),
+    "sampler": _json(sampler),
+    "training": _json(optimizer_groups),
+}
