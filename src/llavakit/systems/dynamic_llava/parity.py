@@ -1,0 +1,426 @@
+"""Golden components of Dynamic-LLaVA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from llavakit.model.arrange import Run
+from llavakit.model.checkpoint import LazyState
+from llavakit.model.convert import Checkpoint, build
+from llavakit.model.layouts import rename_with
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.splice import IGNORE, Spliced, expand
+from llavakit.parity import Case, Result
+from llavakit.systems.dynamic_llava.adapter import Decisions, DynamicSparsification, Sample
+from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, masked_softmax
+from llavakit.systems.dynamic_llava.cache import SelectiveCache
+from llavakit.systems.dynamic_llava.checkpoint import Classic
+from llavakit.systems.dynamic_llava.cost import paper_flops
+from llavakit.systems.dynamic_llava.decisions import rate_penalty, temperature, threshold_keep, top_keep
+from llavakit.systems.dynamic_llava.predictors import ImagePredictor, TextPredictor
+from llavakit.systems.dynamic_llava.roles import USER_MARKER, token_roles
+
+PLACEHOLDER = -200
+IMAGE = -1  # stands for visual positions where no embedding is looked up
+
+
+def image_predictor(case: Case) -> Result:
+    """Logits of the image predictor."""
+    model = ImagePredictor(**case.config)
+    model.load_state_dict(case.weights())
+    inputs = case.tensors()
+    with torch.no_grad():
+        return Result(tensors={"logits": model(inputs["x"], inputs.get("policy"))})
+
+
+def text_predictor(case: Case) -> Result:
+    """Logits and decisions of a text predictor."""
+    model = TextPredictor(**case.config)
+    model.load_state_dict(case.weights())
+    with torch.no_grad():
+        logits = model(case.tensors()["x"])
+    return Result(tensors={"logits": logits, "keep": threshold_keep(logits).to(torch.uint8)})
+
+
+def softmax(case: Case) -> Result:
+    """The masked softmax on given scores."""
+    inputs = case.tensors()
+    return Result(tensors={"probs": masked_softmax(inputs["scores"], inputs["policy"], case.config.get("eps", EPS))})
+
+
+def decoder_layer(case: Case) -> Result:
+    """One decoder layer with a policy and without."""
+    config = LlamaConfig(**case.config, num_hidden_layers=1, attn_implementation="sdpa")
+    layer = LlamaDecoderLayer(config, 0).train()
+    layer.load_state_dict(case.weights())
+    inputs = case.tensors()
+    hidden, policy, positions = inputs["x"], inputs["policy"], inputs["position_ids"]
+    rotary = LlamaRotaryEmbedding(config)(hidden, positions)
+    allowed = allowed_pairs(hidden.shape[1], hidden.device)
+    mask = PolicyMask.of(allowed, policy[..., 0])
+    with torch.no_grad():
+        weighted = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+        plain = layer(hidden, attention_mask=allowed, position_ids=positions, position_embeddings=rotary)
+    return Result(tensors={"out": weighted, "out_no_policy": plain})
+
+
+def selective_cache(case: Case) -> Result:
+    """One selective layer: what each step attends to, and what stays."""
+    inputs, lengths = case.tensors(), []
+    cache = SelectiveCache(layers=1, sparse_layer=0)
+    for step, decisions in enumerate(case.json()["decisions"]):
+        keys, values = inputs[f"k{step}"], inputs[f"v{step}"]
+        batch, _, columns, _ = keys.shape
+        cache.rows.begin([columns] * batch, columns)
+        attended, _ = cache.update(keys, values, 0)
+        cache.commit(None if decisions is None else torch.tensor(decisions).view(batch, columns))
+        lengths.append({"attended_length": attended.shape[2], "stored_length": cache.layers[0].keys.shape[2]})
+    layer = cache.layers[0]
+    return Result(json={"lengths": lengths}, tensors={"keys": layer.keys, "values": layer.values})
+
+
+def regulariser(case: Case) -> Result:
+    """The keep-rate penalty of given masks."""
+    config, inputs = case.config, case.json()
+    terms = (
+        ("image_masks", "vision_keep_rate", 0),
+        ("answer_masks", "output_text_keep_rate", config["output_text_len_for_training"]),
+        ("instruct_masks", "instruct_keep_rate", config["instruct_len_for_training"]),
+    )
+    penalty = sum(
+        float(rate_penalty([torch.tensor(mask) for mask in inputs[name]], config[rate], shortest))
+        for name, rate, shortest in terms
+        if inputs.get(name) is not None
+    )
+    return Result(json={"penalty": config["mask_loss_weight"] * penalty})
+
+
+def tau(case: Case) -> Result:
+    """The Gumbel temperature schedule."""
+    return Result(json={"tau": [temperature(*item) for item in case.json()["items"]]})
+
+
+def flops(case: Case) -> Result:
+    """The paper's own FLOPs convention."""
+    keys = ("layers", "hidden", "tokens_before", "tokens_after", "full_layers")
+    rows = case.json()["rows"]
+    return Result(json={"flops": [paper_flops(**{key: row[key] for key in keys}) for row in rows]})
+
+
+# Prompts
+
+
+def splice(
+    ids: Sequence[int], mask: Sequence[int] | None, labels: Sequence[int] | None, count: int, image_id: int
+) -> Spliced:
+    """One row without padding and with its image laid out."""
+    real = [place for place in range(len(ids)) if mask is None or mask[place]]
+    own = [ids[place] for place in real]
+    wanted = None if labels is None else [labels[place] for place in real]
+    layouts = [[Run(visual=count)]] * own.count(PLACEHOLDER)
+    return expand(own, wanted, layouts, placeholder=PLACEHOLDER, image_token_id=image_id)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> list[list[int]]:
+    """Rows filled to the longest."""
+    longest = max(map(len, rows))
+    return [
+        [value] * (longest - len(row)) + list(row) if side == "left" else list(row) + [value] * (longest - len(row))
+        for row in rows
+    ]
+
+
+def roles(case: Case) -> Result:
+    """Role stretches of spliced samples."""
+    config, batches = case.config, []
+    side = config.get("tokenizer_padding_side") or "right"
+    limit = config.get("tokenizer_model_max_length")
+    marker = config.get("user_marker") or USER_MARKER
+    for sample in case.json()["samples"]:
+        ids, labels, mask = sample["input_ids"], sample.get("labels"), sample.get("attention_mask")
+        rows = [
+            splice(
+                ids[row],
+                mask and mask[row],
+                labels and labels[row],
+                config["num_image_tokens"],
+                IMAGE,
+            )
+            for row in range(len(ids))
+        ]
+        cut = [Spliced(row.ids[:limit], row.labels[:limit]) for row in rows]
+        longest = max(len(row.ids) for row in cut)
+        indices = []
+        for whole, kept in zip(rows, cut, strict=True):
+            visual = [token == IMAGE for token in whole.ids]
+            found = token_roles(visual, whole.labels if labels else None, whole.ids, marker)
+            found = found if limit is None else found.clipped(limit)
+            found = found.shifted(longest - len(kept.ids)) if side == "left" else found
+            indices.append({name: list(span) for name, span in found._asdict().items()})
+        batches.append(
+            {
+                "indices": indices,
+                "spliced_length": longest,
+                "labels": pad([row.labels for row in cut], IGNORE, side) if labels else None,
+                "attention_mask": pad([[1] * len(row.ids) for row in cut], 0, side),
+            }
+        )
+    return Result(json={"samples": batches})
+
+
+# The whole model
+
+
+class RecordingAdapter(DynamicSparsification):
+    """Uses recorded noise and remembers what was decided."""
+
+    recorded: Mapping[str, Tensor]
+    decisions: Decisions
+    samples: list[Sample]
+
+    def noise(self, role: str, logits: Tensor) -> Tensor:
+        names = [name for name in self.recorded if name.startswith("gumbel_noise.") and role in name]
+        found = self.recorded[names[0]]
+        attribute = {"instruct": "last_instruct"}.get(role, role)
+        counts = [len(getattr(sample, attribute)) for sample in self.samples]
+        return torch.cat([found[row, :count] for row, count in enumerate(counts)])
+
+    def decide(self, hidden: Tensor, samples: list[Sample]) -> Decisions:
+        self.samples = samples
+        self.decisions = super().decide(hidden, samples)
+        return self.decisions
+
+
+class _CaseLayout(Classic):
+    """The published layout with the encoder's configuration given instead of named."""
+
+    def __init__(self, vision: Mapping[str, Any]) -> None:
+        self.vision = dict(vision)
+
+    def tower_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
+        return self.vision | {"model_type": "clip_vision_model"}
+
+
+def tiny_model(case: Case) -> LlavakitForConditionalGeneration:
+    """The case's model through the published layout."""
+    raw = {**case.config["llm"], "sparse_config": case.config["sparse_config"], "attn_implementation": "sdpa"}
+    layout = _CaseLayout(case.config["vision"])
+    config = layout.read_config(raw, {})
+    config.image_token_id = unused_id(case, config.vocab_size)
+    weights = case.weights()
+    state = LazyState({name: functools.partial(weights.get, name) for name in weights}, {})
+    state = layout.drop_unused(config, state.renamed(rename_with(layout.renames_in())))
+    return build(Checkpoint(case.path, layout.system, config, state))
+
+
+def unused_id(case: Case, vocabulary: int) -> int:
+    """An id that the case never feeds, as placeholder: published vocabularies have no image token."""
+    chunks = [case.tensors()["input_ids"].flatten().tolist(), case.config.get("fed_tokens", [])]
+    used = set().union(*chunks, *case.config.get("chunks", []))
+    return next((token for token in range(vocabulary) if token not in used), vocabulary)
+
+
+def image_tokens(case: Case) -> int:
+    """Visual tokens of one image."""
+    vision = case.config["vision"]
+    extra = case.config["llm"].get("mm_vision_select_feature") == "cls_patch"
+    return (vision["image_size"] // vision["patch_size"]) ** 2 + extra
+
+
+def spliced_batch(case: Case, inputs: Mapping[str, Tensor], image_id: int) -> dict[str, Tensor]:
+    """The case's ids, mask and labels with images laid out."""
+    llm = case.config["llm"]
+    limit, side = llm.get("tokenizer_model_max_length"), llm.get("tokenizer_padding_side") or "right"
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    rows = [
+        splice(
+            inputs["input_ids"][row].tolist(),
+            None if mask is None else mask[row].tolist(),
+            None if labels is None else labels[row].tolist(),
+            image_tokens(case),
+            image_id,
+        )
+        for row in range(len(inputs["input_ids"]))
+    ]
+    batch = {
+        "input_ids": torch.tensor(pad([row.ids[:limit] for row in rows], 0, side)),
+        "attention_mask": torch.tensor(pad([[1] * len(row.ids[:limit]) for row in rows], 0, side)),
+    }
+    if labels is not None:
+        batch["labels"] = torch.tensor(pad([row.labels[:limit] for row in rows], IGNORE, side))
+    return batch
+
+
+def train_step(case: Case) -> Result:
+    """Loss, logits, decisions and gradients of one training step with recorded noise."""
+    inputs = case.tensors()
+    model = tiny_model(case).train()
+    adapter = model.model.language_adapter
+    adapter.__class__ = RecordingAdapter
+    adapter.recorded, adapter.tau = inputs, case.config["gumbel_tau"]
+    batch = spliced_batch(case, inputs, model.config.image_token_id)
+    output = model(**batch, pixel_values=inputs["images"])
+    output.loss.backward()
+    decisions = adapter.decisions
+    tensors = {
+        "loss": output.loss[None],
+        "ce_loss": (output.loss - output.aux_loss)[None],
+        "logits": output.logits,
+        "labels_after_splice": batch["labels"],
+    }
+    if decisions.image:
+        tensors["image_mask"] = torch.stack(decisions.image)
+    tensors |= {f"answer_mask.{number}": mask for number, mask in enumerate(decisions.answer)}
+    for name in ("instruct_mask", "last_instruct_mask"):
+        tensors |= {f"{name}.{number}": mask for number, mask in enumerate(decisions.instruct)}
+    renames = rename_with(Classic().renames_out(model.config))
+    tensors |= {f"grad.{renames(name)}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Result(tensors=tensors, mask={"logits": batch["attention_mask"][..., None].bool()})
+
+
+class Session:
+    """Step-by-step inference on one prompt, remembering decisions.
+
+    Args:
+        case: A golden case with `images` and `input_ids`.
+    """
+
+    def __init__(self, case: Case) -> None:
+        inputs = case.tensors()
+        self.model = tiny_model(case)
+        self.adapter = self.model.model.language_adapter
+        self.prompt = spliced_batch(case, inputs, self.model.config.image_token_id)
+        self.images = inputs["images"]
+        self.visual = self.prompt["input_ids"] == self.model.config.image_token_id
+        self.cache: SelectiveCache = self.adapter.make_cache()
+        self.decided: dict[str, list[Tensor]] = {"text_predictor": [], "instruct_predictor": [], "image_predictor": []}
+        for name, logits in self.decided.items():
+            predictor = getattr(self.adapter, name)
+            if predictor is not None:
+                predictor.register_forward_hook(self._recorder(logits))
+
+    @staticmethod
+    def _recorder(logits: list[Tensor]) -> Callable[..., None]:
+        def record(module: Any, args: Any, output: Tensor) -> None:
+            logits.append(output.detach())
+
+        return record
+
+    @torch.no_grad()
+    def prefill(self) -> Tensor:
+        """Logits [batch, prompt, vocabulary]."""
+        return self.model(**self.prompt, pixel_values=self.images, past_key_values=self.cache).logits
+
+    @torch.no_grad()
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [batch, tokens, vocabulary] of tokens behind the cache."""
+        ids = torch.tensor([list(tokens)]).expand(len(self.prompt["input_ids"]), -1)
+        return self.model(input_ids=ids, past_key_values=self.cache).logits
+
+    def lengths(self) -> list[int]:
+        """Entries per layer of the first row."""
+        return [rows[0] for rows in self.cache.stored()]
+
+
+def cached_decoding(case: Case) -> Result:
+    """Prefill and single-token steps with a cache."""
+    session = Session(case)
+    prefill = session.prefill()
+    lengths, steps = [session.lengths()], [prefill[:, -1]]
+    for token in case.json()["fed_tokens"]:
+        steps.append(session.feed([token])[:, -1])
+        lengths.append(session.lengths())
+    tensors: dict[str, Tensor] = {"step_logits": torch.stack(steps, dim=1)}
+    kept = session.visual.clone()[0]
+    if session.adapter.prunes_images:
+        logits = session.decided["image_predictor"][0]
+        index = top_keep(logits, session.adapter.vision_keep_rate)[0]
+        tensors |= {"image_predictor_logits": logits, "keep_index": index}
+        places = kept.nonzero().squeeze(-1)
+        kept[places] = False
+        kept[places[index]] = True
+        json_index = index.tolist()
+    else:
+        json_index = list(range(int(kept.sum())))
+    run = kept | ~session.visual[0]
+    if session.adapter.prunes_instructions:
+        run &= prefill[0].abs().sum(-1) > 0
+    tensors["prefill_logits"] = prefill[:, run]
+    decisions = [bool(threshold_keep(logits).flatten()[0]) for logits in session.decided["text_predictor"]]
+    decisions = decisions or [True] * (len(steps) - 1)
+    return Result(
+        json={"decisions": decisions, "cache_lengths_after_each_step": lengths, "keep_index": json_index},
+        tensors=tensors,
+    )
+
+
+def cached_turns(case: Case) -> Result:
+    """Prefill, single tokens, and a later user turn in one chunk."""
+    session = Session(case)
+    prefill = session.prefill()
+    lengths, steps = [session.lengths()], [prefill[0, -1]]
+    for chunk in case.json()["chunks"]:
+        steps.append(session.feed(chunk)[0, -1])
+        lengths.append(session.lengths())
+    decisions = [threshold_keep(logits).flatten().tolist() for logits in session.decided["instruct_predictor"]]
+    return Result(
+        json={
+            "cache_lengths": lengths,
+            "instruct_decisions": decisions,
+            "prefill_logits_length": lengths[0][-1],
+        },
+        tensors={"step_last_logits": torch.stack(steps)},
+    )
+
+
+def uncached_decoding(case: Case) -> Result:
+    """Decoding that recomputes everything at every step."""
+    session = Session(case)
+    ids, steps = session.prompt["input_ids"], []
+    prompt_length = ids.shape[1]
+    fed = case.json()["fed_tokens"]
+    with torch.no_grad():
+        for count in range(len(fed) + 1):
+            longer = torch.cat([ids, torch.tensor([fed[:count]], dtype=torch.long).expand(len(ids), -1)], dim=1)
+            output = session.model(
+                input_ids=longer, pixel_values=session.images, use_cache=False, prompt_length=prompt_length
+            )
+            steps.append(output.logits[:, -1])
+    decided = session.decided["text_predictor"]
+    kept = threshold_keep(decided[-1])[0] if decided else torch.ones(max(len(fed) - 1, 0), dtype=torch.bool)
+    logits = torch.stack(steps, dim=1)
+    expected = case.expected_tensors["step_logits"]
+    meaningful = torch.ones(expected.shape[:2], dtype=torch.bool)
+    meaningful[:, 0] = False  # the original's duplicated last prompt token; `first_step_logits_corrected` covers it
+    return Result(
+        json={"kept_answer_indices_last_step": kept.nonzero().squeeze(-1).tolist()},
+        tensors={"step_logits": logits, "first_step_logits_corrected": logits[:, 0]},
+        mask={"step_logits": meaningful[..., None]},
+    )
+
+
+ADAPTERS = {
+    "image_predictor": image_predictor,
+    "output_text_predictor": text_predictor,
+    "instruct_predictor": text_predictor,
+    "text_predictor": text_predictor,
+    "masked_softmax": softmax,
+    "decoder_layer_with_policy": decoder_layer,
+    "selective_kv_cache": selective_cache,
+    "keep_rate_regulariser": regulariser,
+    "gumbel_temperature_schedule": tau,
+    "paper_flops_convention": flops,
+    "token_role_indices": roles,
+    "train_step": train_step,
+    "inference_with_cache": cached_decoding,
+    "inference_multi_turn_cache": cached_turns,
+    "inference_without_cache": uncached_decoding,
+}
