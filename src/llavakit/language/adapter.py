@@ -46,6 +46,8 @@ class LanguageAdapter(nn.Module):
             decoder: The base model without head (`LlamaModel`, ...).
             visual: True at positions filled by visual tokens [batch, length]; None after the prompt.
             segments: Sample number of every position in packed rows [batch, length], None if not packed.
+            kwargs: What else the caller of the model passed; while text is generated without a cache,
+                `prompt_length` is the number of columns that were not generated.
 
         Returns:
             The decoder's output (`BaseModelOutputWithPast`) and an additional loss term or None.

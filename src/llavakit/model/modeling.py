@@ -426,6 +426,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         visual_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         labels: Tensor | None = None,
+        prompt_length: int | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
@@ -436,6 +437,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
 
         Args:
             labels: [batch, length], -100 where nothing is to be learned.
+            prompt_length: Number of columns that were not generated, for language adapters that ask for it.
             logits_to_keep: Compute logits of the last so many positions only (0: all).
             skip_logits: With `labels`, compute logits only where there is a label and do not return them.
             num_items_in_batch: Number of labels over all accumulated batches, the loss's denominator.
@@ -443,6 +445,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         Returns:
             Loss is the mean next-token cross entropy over labels, plus the adapter's own term.
         """
+        if prompt_length is not None and self.model.language_adapter is not None:
+            kwargs["prompt_length"] = prompt_length
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -506,9 +510,12 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             embeds, mask, _ = self.model.embed(input_ids, attention_mask=kwargs.get("attention_mask"), **media)
             kwargs |= {"inputs_embeds": embeds, "visual_mask": mask}
         adapter = self.model.language_adapter
-        if adapter is not None and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
-            cache = adapter.make_cache()
-            if cache is not None:
+        if adapter is not None and kwargs.get("past_key_values") is None:
+            settings = kwargs.get("generation_config") or self.generation_config
+            if kwargs.get("use_cache", settings.use_cache) is False:
+                prompt = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+                kwargs.setdefault("prompt_length", prompt.shape[1])
+            elif (cache := adapter.make_cache()) is not None:
                 kwargs["past_key_values"] = cache
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
