@@ -53,7 +53,6 @@ def golden(case):
         "eval-textvqa",
         "eval-textvqa-prompt",
         "mmbench-prompt",
-        "scienceqa-conversion",
     ],
 )
 def test_llava_1_5_goldens(name):

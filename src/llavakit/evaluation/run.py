@@ -132,7 +132,7 @@ def evaluate(
         batch_size: Questions per model call.
         max_new_tokens: Longest answer; by default as published for the benchmark.
         limit: Ask only the first so many questions; there is no score then.
-        model_id: Name stored with the predictions; by default the model's `name_or_path` or its class.
+        model_id: Name stored with the predictions; by default the model's `name`, `name_or_path` or class.
         question_options, score_options: Options of the benchmark's `questions` and `score`.
 
     Returns:
@@ -217,7 +217,7 @@ def _unique(questions: Sequence[Question], file: str) -> None:
 
 
 def _name(model: Any) -> str:
-    for name in ("model_id", "name_or_path"):
+    for name in ("name", "name_or_path"):
         value = getattr(model, name, None)
         if isinstance(value, str) and value:
             return value

@@ -156,7 +156,7 @@ class LLaVABench(Benchmark):
             if judge is None or context is None or reference is None:
                 raise UserError(
                     f"{predictions}: holds answers, not reviews; give judge, context and reference to have them "
-                    "reviewed (llavakit score llava-bench --help)"
+                    "reviewed (-o judge=MODEL -o context=FILE -o reference=FILE)"
                 )
             options = {
                 "judge": judge,

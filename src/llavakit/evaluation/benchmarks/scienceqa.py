@@ -7,7 +7,7 @@ from them. Source: spec of LLaVA-1.5, section 7.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class ScienceQA(Benchmark):
     def questions(
         self, path: str | Path, images: str | Path | None = None, *, split: str = "test", **options: Any
     ) -> list[Question]:
-        """Questions of `problems.json`, of LLaVA's conversation list, or of a JSONL with `text`; image first."""
+        """Questions of `problems.json`, of LLaVA's conversation list, or of a JSONL with `text` or `question`; image first."""
         folder = folder_of(path, images)
         questions = []
         for record in _read(path, split):
@@ -51,7 +51,8 @@ class ScienceQA(Benchmark):
                 record.get("question", str), record.get("choices", list)
                 name, text = record.get("question_id", (str, int)), prompt(record.data)
             else:
-                name, text = record.get("question_id", (str, int)), record.get("text", str)
+                field = "text" if "text" in record.data else "question"
+                name, text = record.get("question_id", (str, int)), record.get(field, str)
             text = text.replace("<image>", "").strip()
             if LETTER not in text:
                 text = f"{text}\n{LETTER}"
@@ -149,86 +150,3 @@ def prompt(problem: Mapping[str, Any]) -> str:
     lines.append(str(problem["question"]).strip())
     lines += [f"{letter}. {choice}" for letter, choice in zip(OPTIONS, problem["choices"], strict=False)]
     return "\n".join(lines)
-
-
-_INPUTS = {
-    "CQM": ("context", "question", "options"),
-    "QCM": ("question", "context", "options"),
-    "QCML": ("question", "context", "options", "lecture"),
-    "QCME": ("question", "context", "options", "solution"),
-    "QCMLE": ("question", "context", "options", "lecture solution"),
-    "QCLM": ("question", "context", "lecture", "options"),
-    "QCEM": ("question", "context", "solution", "options"),
-    "QCLEM": ("question", "context", "lecture solution", "options"),
-}
-# What follows "BECAUSE:" or precedes the answer. AL and AE stand for the other's text in the published converter.
-_AFTER = {"AL": "solution", "AE": "lecture", "ALE": "lecture solution", "AEL": "solution lecture"}
-_BEFORE = {"LA": "lecture", "EA": "solution", "LEA": "lecture solution", "ELA": "solution lecture"}
-FORMATS = tuple(f"{i}-{o}" for i in _INPUTS for o in ("A", *_AFTER, *_BEFORE, "LEPA"))
-
-
-def conversion(
-    problem: Mapping[str, Any],
-    form: str,
-    options: Sequence[str] = OPTIONS,
-    use_caption: bool = False,
-    is_test: bool = False,
-) -> tuple[str, str]:
-    """Input and output text of a problem in one of `FORMATS` ("QCM-LEPA"), as LLaVA's converter writes them.
-
-    Letters before the dash are the order of the input (question, context, multiple options, lecture, explanation),
-    those after it of the output; in LEPA each part has its own line.
-
-    Raises:
-        UserError: If the format is unknown.
-    """
-    if form not in FORMATS:
-        raise UserError(f"unknown ScienceQA format {form!r}; known: {', '.join(FORMATS)}")
-    source, target = form.split("-")
-    context = " ".join([problem["hint"], problem["caption"] if use_caption else ""]).strip() or "N/A"
-    # The converter escapes newlines and back; what stays of it is that a written "\n" becomes a newline.
-    texts = {name: problem[name].replace("\\n", "\n") for name in ("lecture", "solution")}
-    choices = " ".join(f"({letter}) {choice}" for letter, choice in zip(options, problem["choices"], strict=False))
-    answer = options[problem["answer"]]
-
-    def explain(names: str) -> str:
-        return " ".join(texts[name] for name in names.split())
-
-    lines = {"question": f"Question: {problem['question']}", "context": f"Context: {context}"}
-    lines["options"] = f"Options: {choices}"
-    asked = "\n".join(lines.get(name) or f"BECAUSE: {explain(name)}" for name in _INPUTS[source])
-
-    if is_test:
-        told = "Answer:"
-    elif target == "LEPA":
-        parts = [f"{name.upper()}: {text}\n" for name, text in texts.items() if text.strip()]
-        told = "".join(parts) + f"###\nANSWER: {answer}."
-    elif target in _BEFORE:
-        told = f"Answer: {explain(_BEFORE[target])} The answer is {answer}."
-    else:
-        told = f"Answer: The answer is {answer}."
-        if target in _AFTER:
-            told += f" BECAUSE: {explain(_AFTER[target])}"
-    return _tidy(asked), _tidy(told)
-
-
-def _tidy(text: str) -> str:
-    text = text.replace("  ", " ").strip()
-    return text.replace("BECAUSE:", "").strip() if text.endswith("BECAUSE:") else text
-
-
-def training_record(
-    name: str, problem: Mapping[str, Any], form: str = "QCM-LEPA", options: Sequence[str] = OPTIONS
-) -> dict[str, Any]:
-    """A problem as a record of LLaVA's training file; the image token comes last there."""
-    asked, told = conversion(problem, form, options)
-    if asked.startswith("Question: "):
-        asked = asked.replace("Question: ", "")
-    if told.startswith("Answer: "):
-        told = told.replace("Answer: ", "")
-    record: dict[str, Any] = {"id": name}
-    if problem["image"] is not None:
-        record["image"] = f"{name}/{problem['image']}"
-        asked += "\n<image>"
-    record["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
-    return record

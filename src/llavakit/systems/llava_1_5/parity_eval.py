@@ -222,35 +222,9 @@ def evaluation_prompt(case: Case) -> Result:
     )
 
 
-def data_conversion(case: Case) -> Result:
-    """ScienceQA problems as input and output texts, and as LLaVA's training records.
-
-    Formats are named by the keys of the outputs; `is_test` ones ask with the caption and without the answer.
-    """
-    problems, expected = case.json(), case.expected_json or {}
-    options = case.config.get("options", list(scienceqa.OPTIONS))
-    outputs: dict[str, Any] = {"prompts": {}}
-    for name in expected.get("prompts", scienceqa.FORMATS):
-        form, _, mode = name.partition(" ")
-        test = "is_test" in mode
-        caption = test or "caption" in mode
-        outputs["prompts"][name] = {
-            key: list(scienceqa.conversion(problem, form, options, use_caption=caption, is_test=test))
-            for key, problem in problems.items()
-        }
-    for name in expected:
-        if name.startswith("llava_train_"):
-            form = name.removeprefix("llava_train_")
-            outputs[name] = [
-                scienceqa.training_record(key, problem, form, options) for key, problem in problems.items()
-            ]
-    return Result(json=outputs)
-
-
 ADAPTERS = {
     "metric": metric,
     "metric_gpt_judge": gpt_judge,
     "submission_files": submission_files,
     "evaluation_prompt": evaluation_prompt,
-    "data_conversion": data_conversion,
 }
