@@ -124,7 +124,8 @@ def _part(part: Any, where: str) -> Part:
             raise FieldError(f"{where}.{kind}", "must be an object with a url")
         return {"type": _OPENAI[kind], _OPENAI[kind]: value}
     if kind in MEDIA:
-        inner = dict(part)
+        # Tables fill the keys that a part does not have with None.
+        inner = {key: value for key, value in part.items() if value is not None}
         for alias in ("url", "path"):  # transformers' spelling of the same part
             if alias in inner:
                 inner.setdefault(kind, inner.pop(alias))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavakit.data.packing import first_fit_decreasing
+from llavakit.data.packing import pack_rows
 from llavakit.errors import UserError
 
 IGNORE = -100
@@ -32,8 +32,8 @@ class Collator:
         pad_token_id: Id written where there is no token.
         max_length: Samples are cut to so many tokens; the length of packed rows. None leaves them whole.
         padding_side: "right" or "left"; padded batches only.
-        packing: Whether to pack. The samples of a batch are distributed over as few rows as first-fit-decreasing
-            finds.
+        packing: Whether to pack. A batch becomes as few rows as `llavakit.data.packing.pack_rows` finds; batches of
+            a `PackedBatchSampler` fill the rows that it planned.
         mask_by_pad_id: Whether a token that equals the padding id is masked wherever it stands, as the original
             LLaVA does (there a real `<unk>` disappears).
         pad_to_multiple_of: Round the length of padded batches up.
@@ -68,7 +68,7 @@ class Collator:
         rows = [self._tokens(sample) for sample in samples]
         if not self.packing:
             return self._pad(rows) | self._media(samples)
-        plan = first_fit_decreasing([len(ids) for ids, _ in rows], self.max_length)
+        plan = pack_rows([len(ids) for ids, _ in rows], self.max_length)
         in_order = [samples[index] for row in plan for index in row]
         return self._pack([[rows[index] for index in row] for row in plan]) | self._media(in_order)
 

@@ -1,0 +1,243 @@
+"""Mixtures: several data sources as one dataset of checked records."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llavakit.data.mixing import mixed_order
+from llavakit.data.readers import ListSource, Selected, Source, open_source
+from llavakit.data.records import BadRecords, Record, check_media, read_record
+from llavakit.errors import RecordError, UserError
+from llavakit.registry import nearest
+
+CHECKS = ("fields", "files", "media")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """One source of a mixture.
+
+    Args:
+        path: Data file or folder, see `llavakit.data.readers.open_source`; a YAML file that lists further sources
+            (`datasets:`); or a list of entries in memory.
+        media_root: Folder that relative media paths start from; default the folder of the data file.
+        sampling_strategy: Which entries: "all", "first:N", "end:N", "random:N", with N a number or percentage.
+        weight: How often the source is seen per epoch; a fraction takes other entries in every epoch.
+    """
+
+    path: Any
+    media_root: str | Path | None = None
+    sampling_strategy: str = "all"
+    weight: float = 1.0
+
+
+_SPELLINGS = {"json_path": "path", "data_path": "path", "image_folder": "media_root"}
+
+
+def read_specs(entry: Any, *, media_root: str | Path | None = None, where: str = "data") -> list[SourceSpec]:
+    """The sources that an entry of a recipe means.
+
+    Args:
+        entry: A path, a mapping with the fields of `SourceSpec` (LLaVA's `json_path` and `image_folder` are taken
+            too), a spec, or a list of these. A path may name several files as `folder/{a,b}.json`.
+        media_root: For sources that bring none.
+        where: Name of the entry in messages.
+
+    Raises:
+        UserError: If a key is unknown or a file is missing.
+    """
+    if isinstance(entry, (list, tuple)):
+        return [s for n, e in enumerate(entry) for s in read_specs(e, media_root=media_root, where=f"{where}.{n}")]
+    if isinstance(entry, (str, Path)):
+        entry = {"path": entry}
+    if isinstance(entry, Mapping):
+        options = {_SPELLINGS.get(key, key): value for key, value in entry.items()}
+        known = [field.name for field in fields(SourceSpec)]
+        for key in options:
+            if key not in known:
+                raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+        if "path" not in options:
+            raise UserError(f"{where}: needs a path")
+        entry = SourceSpec(**({"media_root": media_root} | options))
+    path = str(entry.path)
+    if not isinstance(entry.path, (str, Path)):
+        return [entry]
+    if path.endswith((".yaml", ".yml")):
+        return _read_yaml(Path(path), entry)
+    if braces := re.fullmatch(r"(.*)\{(.*)\}(.*)", path):
+        paths = [f"{braces[1]}{name.strip()}{braces[3]}" for name in braces[2].split(",")]
+        return [_with_path(entry, name) for name in paths]
+    return [entry]
+
+
+def _with_path(spec: SourceSpec, path: Any) -> SourceSpec:
+    return SourceSpec(
+        path=path, media_root=spec.media_root, sampling_strategy=spec.sampling_strategy, weight=spec.weight
+    )
+
+
+def _read_yaml(path: Path, outer: SourceSpec) -> list[SourceSpec]:
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("datasets"), list):
+        raise UserError(f"{path}: must hold a list named datasets")
+    specs = []
+    for spec in read_specs(content["datasets"], media_root=outer.media_root, where=f"{path}: datasets"):
+        name = str(spec.path)
+        beside = path.parent / name
+        specs.append(_with_path(spec, beside if not Path(name.partition("#")[0]).exists() else name))
+    return specs
+
+
+class Mixture(Sequence[Record]):
+    """Several sources as one sequence of checked records.
+
+    Args:
+        sources: See `read_specs`.
+        media_root: Folder of media for sources that name none.
+        seed: For `random` sampling strategies.
+        needs_answer: Whether records without an answer are errors.
+        check_files: Whether a missing media file is found when its record is read, or only when it is opened.
+
+    Raises:
+        UserError: If a source cannot be opened.
+    """
+
+    def __init__(
+        self,
+        sources: Any,
+        *,
+        media_root: str | Path | None = None,
+        seed: int = 0,
+        needs_answer: bool = True,
+        check_files: bool = True,
+    ) -> None:
+        self.specs = read_specs(sources, media_root=media_root)
+        self.needs_answer, self.check_files = needs_answer, check_files
+        self.sources = [_open(spec, seed) for spec in self.specs]
+        self._kept: list[np.ndarray] = [np.arange(len(source)) for source in self.sources]
+        self._count()
+
+    def _count(self) -> None:
+        self._starts = [0, *accumulate(len(kept) for kept in self._kept)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        """The checked record.
+
+        Raises:
+            RecordError: If it is broken.
+        """
+        source, entry = self._locate(index)
+        return self._read(source, entry)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        source = bisect_right(self._starts, index) - 1
+        return source, int(self._kept[source][index - self._starts[source]])
+
+    def _read(self, number: int, entry: int) -> Record:
+        source = self.sources[number]
+        return read_record(
+            source[entry],
+            source.file,
+            source.line(entry),
+            media_root=self.specs[number].media_root,
+            needs_answer=self.needs_answer,
+            check_files=self.check_files,
+        )
+
+    def place(self, index: int) -> tuple[str, int]:
+        """File and line of a record."""
+        source, entry = self._locate(index)
+        return self.sources[source].file, self.sources[source].line(entry)
+
+    def order(self, seed: int, epoch: int, *, shuffle: bool = True) -> list[int]:
+        """Record numbers of an epoch by the sources' weights; depends on nothing else."""
+        sizes = [len(kept) for kept in self._kept]
+        pairs = mixed_order(sizes, [spec.weight for spec in self.specs], seed=seed, epoch=epoch, shuffle=shuffle)
+        return [self._starts[source] + index for source, index in pairs]
+
+    def lengths(self, measure: Callable[[Record], int]) -> list[int]:
+        """A measure of every record, for samplers and packers."""
+        return [measure(record) for record in self]
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    def check(self, level: str = "files", *, on_bad_record: str = "stop", bad: BadRecords | None = None) -> BadRecords:
+        """Read every record once; broken ones end the run or are left out from now on.
+
+        Args:
+            level: "fields" checks the entries, "files" also that their media exist, "media" also decodes images.
+            on_bad_record: "stop" or "skip".
+            bad: List to add to.
+
+        Returns:
+            The list of records that were left out.
+
+        Raises:
+            RecordError: At the first broken record, with "stop".
+            UserError: If no record is left.
+        """
+        check_choice("level", level, CHECKS)
+        check_choice("on_bad_record", on_bad_record, ("stop", "skip"))
+        bad = BadRecords() if bad is None else bad
+        before, self.check_files = self.check_files, level != "fields"
+        kept: list[np.ndarray] = []
+        try:
+            for number, entries in enumerate(self._kept):
+                good = []
+                for entry in entries.tolist():
+                    try:
+                        record = self._read(number, entry)
+                        if level == "media":
+                            check_media(record)
+                        good.append(entry)
+                    except RecordError as error:
+                        if on_bad_record == "stop":
+                            raise
+                        bad.add(error)
+                kept.append(np.array(good, int))
+        finally:
+            self.check_files = before
+        self._kept = kept
+        self._count()
+        if not len(self):
+            raise UserError(f"no usable record in the data; {bad.report(3)}")
+        return bad
+
+
+def _open(spec: SourceSpec, seed: int) -> Source:
+    if isinstance(spec.path, Source):
+        source = spec.path
+    else:
+        source = open_source(spec.path) if isinstance(spec.path, (str, Path)) else ListSource(spec.path)
+    return source if spec.sampling_strategy == "all" else Selected(source, spec.sampling_strategy, seed)
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Raises:
+        UserError: Naming those there are.
+    """
+    if value not in known:
+        raise UserError(f"{name}: must be one of {', '.join(known)}, not {value!r}")
