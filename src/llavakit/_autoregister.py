@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 _AUTO = "transformers.models.auto."
 _REGISTRATIONS = {  # the Auto module that must be there -> functions of llavakit.model.registration
@@ -77,6 +78,9 @@ class _Noticing(Loader):
 
     def __init__(self, loader: Loader, watcher: _Watcher) -> None:
         self.loader, self.watcher = loader, watcher
+
+    def __getattr__(self, name: str) -> Any:  # whoever only looks at the spec (runpy, resources) asks the real loader
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

@@ -105,7 +105,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def overview(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
@@ -188,6 +188,66 @@ def train(
 
     extra = [f"data.on_bad_record={on_bad_record}"] if on_bad_record else []
     run_training(recipe, [*(overrides or ()), *extra])
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="Benchmark, for instance pope, scienceqa, textvqa.")],
+    questions: Annotated[Path, typer.Option(help="The benchmark's question file.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of images; default: that of the questions.")] = None,
+    gold: Annotated[Path | None, typer.Option(help="The benchmark's answers; without them nothing is scored.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Predictions; default: runs/eval/TASK/MODEL.jsonl.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions; not scored.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: as published.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE for the scoring.")] = None,
+    question_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for reading the questions.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    base: Base = None,
+    vision_tower: Tower = None,
+    as_json: Json = False,
+) -> None:
+    """Answer the questions of a benchmark and score the answers.
+
+    Interrupted, the same command asks only what has no answer yet.
+
+    \b
+    Examples:
+      llavakit eval runs/demo --task phantom --questions heldout.jsonl
+      llavakit eval MODEL --task pope --questions coco_pope_random.json --images val2014
+      llavakit eval MODEL --task scienceqa --questions q.json --gold gold.jsonl --json
+    """
+    from llavakit.evaluation.score import benchmark, print_result
+
+    benchmark(task)
+    for place in (questions, gold, images):
+        if place is not None and not place.exists():
+            raise UserError(f"{place}: no such file")
+    name = Path(model).name if Path(model).exists() else model.replace("/", "--")
+    settings = {"score_options": _assignments(option or ()), "question_options": _assignments(question_option or ())}
+    import llavakit
+    from llavakit.evaluation.run import evaluate as run_evaluation
+
+    result = run_evaluation(
+        llavakit.load(model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower)),
+        task,
+        questions,
+        output or Path("runs", "eval", task, f"{name}.jsonl"),
+        images=images,
+        gold=gold,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        model_id=model,
+        **settings,
+    )
+    print(f"{result['asked']} questions asked; predictions are in {result['predictions']}", file=sys.stderr)
+    if as_json:
+        _print_json(result)
+    elif result["metrics"] is not None:
+        print_result({"task": task, "metrics": result["metrics"]})
 
 
 @app.command()
@@ -276,7 +336,15 @@ def inspect(model: Model, base: Base = None, vision_tower: Tower = None, as_json
 
 
 def _works(system: System) -> dict[str, bool]:
-    return {name: getattr(system, name) is not None for name in ("parity", "cost", "miniature", "recipe", "checkpoint")}
+    """What of a system is really there; nothing of it is imported."""
+    from importlib.util import find_spec
+
+    def there(target: str | Path | None) -> bool:
+        if isinstance(target, Path):
+            return target.exists()
+        return target is not None and find_spec(target.partition(":")[0]) is not None
+
+    return {name: there(getattr(system, name)) for name in ("parity", "cost", "miniature", "recipe", "checkpoint")}
 
 
 @app.command("systems")
@@ -440,9 +508,10 @@ def phantom(
       llavakit phantom thorax data/thorax --n 1000 --seed 0
       llavakit phantom scene data/scene --n 200 --seed 7 size=64
     """
+    options = _assignments(assignments or ())
     from llavakit.phantom.write import write_world
 
-    written = write_world(world, out, n=n, seed=seed, **_assignments(assignments or ()))
+    written = write_world(world, out, n=n, seed=seed, **options)
     if isinstance(written, dict):
         _print_json(written)
 

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import tempfile
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,10 @@ def _requirements() -> list[tuple[Requirement, str | None]]:
 
 
 def extra_with(module: str) -> str | None:
-    """The extra that brings an importable module, None if no extra does."""
-    for requirement, extra in _requirements():
-        if extra is not None and requirement.name.replace("-", "_").lower() == module.lower():
-            return extra
-    return None
+    """The smallest extra that brings an importable module, None if no extra does."""
+    sizes = Counter(extra for _, extra in _requirements())
+    bringing = {extra for requirement, extra in _requirements() if requirement.name.replace("-", "_") == module}
+    return min(bringing - {None}, key=lambda extra: sizes[extra], default=None)
 
 
 def _devices() -> dict[str, Any]:
