@@ -270,6 +270,8 @@ def test_scienceqa_from_the_published_problems(tmp_path):
 def test_a_broken_prediction_is_one_clear_error(tmp_path, row, message):
     gold = lines(tmp_path / "gold.jsonl", SCIENCE)
     good = [{"question_id": name, "text": "A"} for name in ("4", "6", "7")]
+    if "has no prediction" not in message:
+        good.pop()  # what is wrong with a line comes before what is missing
     predictions = lines(tmp_path / "p.jsonl", [good[0], row, *good[1:]])
     with pytest.raises(RecordError) as caught:
         score("scienceqa", predictions, gold)

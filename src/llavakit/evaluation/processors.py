@@ -20,7 +20,7 @@ NUMBER_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"n
 ARTICLES = frozenset(("a", "an", "the"))
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 
-_DIGIT_COMMA_DIGIT = re.compile(r"\d,+\d")
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 # The published expression means "not after a digit" but looks behind for the literal "<=" and a digit, so every full
 # stop that no digit follows goes; re.UNICODE (32) was passed where the count belongs, so 32 go at most.
 _FULL_STOP = re.compile(r"\.(?!\d)")

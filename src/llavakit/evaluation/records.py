@@ -146,6 +146,19 @@ def read_records(path: str | Path, on_broken: Callable[[RecordError], None] | No
     return records
 
 
+def read_answers(path: str | Path) -> list[Record]:
+    """The records of a predictions file, each with an id and a text.
+
+    Raises:
+        RecordError: At the first broken record.
+    """
+    records = read_records(path)
+    for record in records:
+        for field, kinds in (("question_id", (str, int)), ("text", str)):
+            record.get(field, kinds)
+    return records
+
+
 def read_table(path: str | Path, columns: Iterable[str] = ()) -> list[Record]:
     """The rows of a TSV file with a header line; values are strings, empty cells are None.
 

@@ -20,7 +20,7 @@ from llavakit.evaluation.benchmarks.base import (
     text_of,
 )
 from llavakit.evaluation.metrics import anls, any_match, mean, relaxed_match
-from llavakit.evaluation.records import Record, choose, pair, read_records
+from llavakit.evaluation.records import Record, choose, pair, read_answers, read_records
 
 PROCESSORS: dict[str, Callable[[str], str]] = {
     "plain": processors.plain_answer,
@@ -57,7 +57,7 @@ class _Listed(Benchmark):
         gold = need_gold(gold, self.title, "JSONL of question_id and answer")
         values: list[float] = []
         by_type: dict[str, list[float]] = {}
-        for question, prediction in pair(read_records(gold), read_records(predictions), missing=missing, extra=extra):
+        for question, prediction in pair(read_records(gold), read_answers(predictions), missing=missing, extra=extra):
             answers, text = _answers(question), text_of(prediction)
             values.append(0.0 if text is None else value(text, answers))
             kind = question.data.get("type")

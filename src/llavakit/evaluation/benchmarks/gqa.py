@@ -25,7 +25,7 @@ from llavakit.evaluation.benchmarks.base import (
 )
 from llavakit.evaluation.metrics import mean
 from llavakit.evaluation.processors import gqa_answer
-from llavakit.evaluation.records import Record, as_records, pair, read_json, read_records
+from llavakit.evaluation.records import Record, as_records, pair, read_answers, read_json, read_records
 
 
 def gqa_submission(answers: Iterable[Record]) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ class GQA(Benchmark):
         gold = need_gold(gold, self.title, "testdev_balanced_questions.json, or JSONL of question_id and answer")
         hits: list[bool] = []
         kinds: dict[str, list[bool]] = {"binary": [], "open": []}
-        for question, prediction in pair(_questions(gold), read_records(predictions), missing=missing, extra=extra):
+        for question, prediction in pair(_questions(gold), read_answers(predictions), missing=missing, extra=extra):
             text = text_of(prediction)
             hit = text is not None and gqa_answer(text) == question.get("answer", str)
             hits.append(hit)
@@ -91,4 +91,4 @@ class GQA(Benchmark):
         self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any
     ) -> Path:
         """The predictions file of the official `eval.py`."""
-        return write_json(output, gqa_submission(read_records(predictions)))
+        return write_json(output, gqa_submission(read_answers(predictions)))

@@ -27,7 +27,16 @@ from llavakit.evaluation.benchmarks.base import (
 )
 from llavakit.evaluation.judge import Judge, parse_pair, review_content, review_record
 from llavakit.evaluation.metrics import mean, relative_score
-from llavakit.evaluation.records import Record, as_records, index, pair, read_json, read_records, read_text
+from llavakit.evaluation.records import (
+    Record,
+    as_records,
+    index,
+    pair,
+    read_answers,
+    read_json,
+    read_records,
+    read_text,
+)
 
 SYSTEM_MESSAGE = "You check the quality of answers. Be helpful and precise."
 RULE = (
@@ -347,7 +356,7 @@ class MMVet(Benchmark):
         self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any
     ) -> Path:
         """The results file of the official grader."""
-        return write_json(output, mmvet_submission(read_records(predictions)))
+        return write_json(output, mmvet_submission(read_answers(predictions)))
 
 
 def _mmvet_gold(path: str | Path) -> list[Record]:

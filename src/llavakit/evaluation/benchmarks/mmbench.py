@@ -31,7 +31,7 @@ from llavakit.evaluation.benchmarks.base import (
 )
 from llavakit.evaluation.metrics import grouped_mean, mean
 from llavakit.evaluation.processors import option_letter
-from llavakit.evaluation.records import Record, pair, read_records, read_table
+from llavakit.evaluation.records import Record, pair, read_answers, read_table
 
 LETTERS = ("A", "B", "C", "D")
 _CIRCULAR_STRIDE = 1_000_000  # copies of a question with rotated options have index + k * stride
@@ -130,7 +130,7 @@ class MMBench(Benchmark):
         """
         gold = need_gold(gold, self.title, "the TSV with index and answer")
         asked: dict[str, list[Record]] = defaultdict(list)
-        for record in read_records(predictions):
+        for record in read_answers(predictions):
             asked[record.id].append(record)
         first = [records[0] for records in asked.values()]
         rows = read_table(gold, ("index", "answer"))
@@ -167,7 +167,7 @@ class MMBench(Benchmark):
         if questions is None:
             raise UserError(f"{self.title}: give the TSV as the question file; the upload repeats its rows")
         rows = read_table(questions, ("index", "question"))
-        texts = {record.id: record.get("text", str) for record in reversed(read_records(predictions))}
+        texts = {record.id: record.get("text", str) for record in reversed(read_answers(predictions))}
         header = [name for name in rows[0].data if name not in _NOT_SUBMITTED] if rows else []
         header.insert(6, "prediction")
         lines = []

@@ -19,7 +19,7 @@ from llavakit.evaluation.benchmarks.base import (
     text_of,
 )
 from llavakit.evaluation.metrics import mme_scores
-from llavakit.evaluation.records import Record, pair, read_records, read_text
+from llavakit.evaluation.records import Record, pair, read_answers, read_records, read_text
 
 _YES_OR_NO = "Please answer yes or no."
 
@@ -83,7 +83,7 @@ class MME(Benchmark):
                 `text` where ids repeat.
         """
         gold = need_gold(gold, self.title, "the official folder, or JSONL of question_id, category, image, answer")
-        answers = read_records(predictions)
+        answers = read_answers(predictions)
         rows = _read_folder(gold) if gold.is_dir() else read_records(gold)
         by_text = gold.is_dir() or len({row.id for row in rows}) < len(rows)
         if by_text:

@@ -20,7 +20,7 @@ from llavakit.evaluation.benchmarks.base import (
 )
 from llavakit.evaluation.metrics import binary_metrics, mean
 from llavakit.evaluation.processors import pope_answer
-from llavakit.evaluation.records import pair, read_records
+from llavakit.evaluation.records import pair, read_answers, read_records
 
 _RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
@@ -47,7 +47,7 @@ class POPE(Benchmark):
         """
         gold = need_gold(gold, self.title, "JSONL of question_id and label, such as coco_pope_random.json")
         answers, labels, categories = [], [], []
-        for question, prediction in pair(read_records(gold), read_records(predictions), missing=missing, extra=extra):
+        for question, prediction in pair(read_records(gold), read_answers(predictions), missing=missing, extra=extra):
             label = question.get("label", str).strip().lower()
             if label not in ("yes", "no"):
                 raise question.error("label", f"must be yes or no, is {label!r}")

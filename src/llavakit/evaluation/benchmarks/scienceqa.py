@@ -23,7 +23,7 @@ from llavakit.evaluation.benchmarks.base import (
 )
 from llavakit.evaluation.metrics import mean
 from llavakit.evaluation.processors import LETTERS, scienceqa_letter
-from llavakit.evaluation.records import Record, as_records, pair, read_json, read_records, read_text
+from llavakit.evaluation.records import Record, as_records, pair, read_answers, read_json, read_records, read_text
 
 OPTIONS = tuple(LETTERS[:5])
 
@@ -38,7 +38,7 @@ class ScienceQA(Benchmark):
     def questions(
         self, path: str | Path, images: str | Path | None = None, *, split: str = "test", **options: Any
     ) -> list[Question]:
-        """Questions of `problems.json`, of LLaVA's conversation list, or of a JSONL with `text` or `question`; image first."""
+        """Questions of `problems.json`, of LLaVA's conversation list, or of a JSONL with `text`; image first."""
         folder = folder_of(path, images)
         questions = []
         for record in _read(path, split):
@@ -80,7 +80,7 @@ class ScienceQA(Benchmark):
         gold = need_gold(gold, self.title, "problems.json, or JSONL of question_id, answer and has_image")
         hits: list[bool] = []
         image_hits: list[bool] = []
-        for question, prediction in pair(_read(gold, split), read_records(predictions), missing=missing, extra=extra):
+        for question, prediction in pair(_read(gold, split), read_answers(predictions), missing=missing, extra=extra):
             text = text_of(prediction)
             hit = text is not None and scienceqa_letter(text, OPTIONS) == _answer(question)
             hits.append(hit)

@@ -24,7 +24,7 @@ from llavakit.evaluation.benchmarks.base import (
     write_lines,
 )
 from llavakit.evaluation.metrics import grouped_mean, mean
-from llavakit.evaluation.records import Record, as_records, pair, read_json, read_records
+from llavakit.evaluation.records import Record, as_records, pair, read_answers, read_json
 
 
 def _annotation(path: str | Path) -> tuple[list[Record], dict[Any, str]]:
@@ -106,7 +106,7 @@ class SEEDBench(Benchmark):
         questions, names = _annotation(need_gold(gold, self.title, "SEED-Bench.json"))
         pairs = [
             (question, text_of(prediction))
-            for question, prediction in pair(questions, read_records(predictions), missing=missing, extra=extra)
+            for question, prediction in pair(questions, read_answers(predictions), missing=missing, extra=extra)
         ]
         by_type, by_data, total = accuracies(pairs, names)
         return {
@@ -122,4 +122,4 @@ class SEEDBench(Benchmark):
         """The leaderboard's JSONL."""
         if questions is None:
             raise UserError(f"{self.title}: give SEED-Bench.json as the question file")
-        return write_lines(output, seed_submission(read_records(predictions), _annotation(questions)[0]))
+        return write_lines(output, seed_submission(read_answers(predictions), _annotation(questions)[0]))

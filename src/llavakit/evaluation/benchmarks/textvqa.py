@@ -24,7 +24,7 @@ from llavakit.evaluation.benchmarks.base import (
 from llavakit.evaluation.benchmarks.vqa import annotated, annotations
 from llavakit.evaluation.metrics import mean, vqa_accuracy
 from llavakit.evaluation.processors import stored_question
-from llavakit.evaluation.records import Record, pair, read_records
+from llavakit.evaluation.records import Record, pair, read_answers
 
 
 def prompt(question: str, tokens: Sequence[str] = ()) -> str:
@@ -70,7 +70,7 @@ class TextVQA(Benchmark):
             gold: The official JSON (`data`), or a JSONL with `answers`.
         """
         gold = need_gold(gold, self.title, "TextVQA_0.5.1_val.json, or JSONL of question_id and answers")
-        answers = read_records(predictions)
+        answers = read_answers(predictions)
         questions = annotations(gold, "data")
         by_prompt = all("prompt" in record.data for record in answers) and all(
             "image_id" in record.data for record in questions

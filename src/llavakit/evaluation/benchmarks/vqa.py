@@ -26,7 +26,7 @@ from llavakit.evaluation.benchmarks.base import (
 )
 from llavakit.evaluation.metrics import grouped_mean, mean, vqa_accuracy
 from llavakit.evaluation.processors import vqa_answer, vqa_official_answer
-from llavakit.evaluation.records import Record, as_records, choose, index, pair, read_json, read_records
+from llavakit.evaluation.records import Record, as_records, choose, index, pair, read_answers, read_json, read_records
 
 
 def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -113,7 +113,7 @@ class VQAv2(Benchmark):
         gold = need_gold(gold, self.title, "the annotations JSON, or JSONL of question_id and answers")
         scores, types = [], []
         for question, prediction in pair(
-            annotations(gold, "annotations"), read_records(predictions), missing=missing, extra=extra
+            annotations(gold, "annotations"), read_answers(predictions), missing=missing, extra=extra
         ):
             text = text_of(prediction)
             scores.append(0.0 if text is None else official_accuracy(vqa_answer(text), annotated(question)))
@@ -167,7 +167,7 @@ class VizWiz(Benchmark):
         gold = need_gold(gold, self.title, "val.json, or JSONL of question_id and answers")
         pairs = pair(
             annotations(gold, "annotations"),
-            read_records(predictions),
+            read_answers(predictions),
             gold_key=lambda record: record.id if "question_id" in record.data else record.get("image", str),
             missing=missing,
             extra=extra,
