@@ -15,8 +15,8 @@ import torch
 
 from llavakit.conversation.template import get_template
 from llavakit.errors import UserError
-from llavakit.generation.engine import Engine, Handle, Request
-from llavakit.generation.sampling import SamplingParams
+from llavakit.generation.engine import Engine
+from llavakit.generation.request import Handle, Request, SamplingParams
 from llavakit.model.convert import build, load_processor, local_folder, open_checkpoint
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
@@ -65,7 +65,7 @@ class Chat:
             pixel_values=views or None,
             visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
             visual_kinds=torch.tensor(sample["visual_kinds"]) if views else None,
-            params=SamplingParams(stop=tuple(stop), eos_token_ids=self.eos_token_ids, **sampling),
+            sampling=SamplingParams(stop=tuple(stop), eos_token_ids=self.eos_token_ids, **sampling),
         )
 
     @property
@@ -86,12 +86,14 @@ class Chat:
     def chat_batch(self, conversations: Sequence[Messages], **sampling: Any) -> list[str]:
         """The next turn of several conversations, generated together."""
         handles = [self.submit(messages, **sampling) for messages in conversations]
-        self.engine.run()
-        return [handle.result().text.strip() for handle in handles]
+        replies = [handle.result() for handle in handles]
+        return [reply.text.strip() for reply in replies]
 
     def stream(self, messages: Messages, **sampling: Any) -> Iterator[str]:
         """The next turn piece by piece."""
-        yield from self.submit(messages, **sampling)
+        for piece in self.submit(messages, **sampling):
+            if piece.text:
+                yield piece.text
 
     def generate(self, messages: Messages, **options: Any) -> str:
         """The next turn by transformers' `generate`, with all its options (`num_beams`, ...)."""

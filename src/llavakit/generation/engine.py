@@ -329,7 +329,7 @@ class Engine:
         cache.begin_step(len(tokens))
         ids = torch.tensor(tokens, device=self.device).unsqueeze(-1)
         hidden = self.core.language_model(
-            inputs_embeds=self.core.get_input_embeddings()(ids),
+            inputs_embeds=self.core.embed_ids(ids),
             attention_mask=self._masks(cache),
             position_ids=cache.position_ids,
             past_key_values=cache,

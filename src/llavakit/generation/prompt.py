@@ -101,7 +101,7 @@ class PromptReader:
         if prompt.embeds is not None:
             return prompt.embeds[:, start:]
         ids = torch.tensor([prompt.ids[start:]], device=self.core.device)
-        embeds = self.core.get_input_embeddings()(ids)
+        embeds = self.core.embed_ids(ids)
         if not prompt.media:
             return embeds
         mask = ids == self.core.config.image_token_id

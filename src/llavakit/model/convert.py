@@ -134,8 +134,8 @@ def _materialise_buffers(model: torch.nn.Module, device: str | torch.device) -> 
             module.register_buffer(name, fresh._buffers[name].to(device), persistent=False)
 
 
-def load_tokenizer(folder: Path, base: Path | None = None) -> Any:
-    """The tokenizer in a model folder.
+def load_tokenizer(folder: Path, base: Path | None = None, config: LlavakitConfig | None = None) -> Any:
+    """The tokenizer in a model folder, or in its language model's folder.
 
     Raises:
         CheckpointError: If there is none.
@@ -146,7 +146,7 @@ def load_tokenizer(folder: Path, base: Path | None = None) -> Any:
         if place is not None and any(
             (place / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
         ):
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, config=config and config.text_config)
     raise CheckpointError(f"{folder}: no tokenizer; it should hold tokenizer.json, tokenizer.model or vocab.json")
 
 
@@ -154,7 +154,7 @@ def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> Llavakit
     """The processor of an opened checkpoint: its own, or the one that its layout implies."""
     if (checkpoint.folder / "processor_config.json").is_file() and checkpoint.layout == "llavakit":
         return LlavakitProcessor.from_pretrained(checkpoint.folder)
-    tokenizer = load_tokenizer(checkpoint.folder, base)
+    tokenizer = load_tokenizer(checkpoint.folder, base, checkpoint.config)
     extras = checkpoint.config.extras or {}
     return LlavakitProcessor.from_config(checkpoint.config, tokenizer, **extras.get("processor", {}))
 

@@ -242,6 +242,12 @@ class LlavakitModel(LlavakitPreTrainedModel):
         vectors, _ = self.connect(visuals)
         return BaseModelOutputWithPooling(pooler_output=vectors)
 
+    def embed_ids(self, input_ids: Tensor) -> Tensor:
+        """Embeddings of ids [batch, length, hidden]; the placeholder id may lie outside the vocabulary."""
+        if self.config.image_token_id >= self.config.vocab_size:
+            input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+        return self.get_input_embeddings()(input_ids)
+
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """True at visual positions [batch, length]."""
         if input_ids is not None:
@@ -273,7 +279,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
             Embeddings [batch, length, hidden], visual mask [batch, length] or None, visual vectors or None.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self.embed_ids(input_ids)
         if visuals is None and pixel_values is not None:
             visuals = self.encode_media(pixel_values, visual_sizes, visual_kinds)
         if visuals is None and vectors is None:

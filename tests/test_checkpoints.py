@@ -1,0 +1,366 @@
+"""Checkpoints: the authors' layout, transformers' layout, LoRA and connector-only files, and what can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import llavakit
+from llavakit.errors import CheckpointError, UserError
+from llavakit.model.checkpoint import atomic_folder
+from llavakit.model.convert import build, convert, open_checkpoint
+from llavakit.model.inspect import inspect_model
+
+TOKENIZER = Path(__file__).parent / "golden" / "llava-1.5" / "tokenizer-sp" / "tokenizer_nonlegacy.json"
+WIDTH, LAYERS, VOCAB, SIDE = 32, 2, 96, 16
+
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": 4,
+    "projection_dim": 8,
+}
+
+
+def vocabulary() -> int:
+    return len(json.loads(TOKENIZER.read_text())["model"]["vocab"])
+
+
+def language_tensors(generator, vocab):
+    names = {
+        "model.embed_tokens.weight": (vocab, WIDTH),
+        "model.norm.weight": (WIDTH,),
+        "lm_head.weight": (vocab, WIDTH),
+    }
+    for n in range(LAYERS):
+        layer = f"model.layers.{n}."
+        names |= {f"{layer}self_attn.{p}_proj.weight": (WIDTH, WIDTH) for p in "qkvo"}
+        names |= {f"{layer}mlp.{p}_proj.weight": (48, WIDTH) for p in ("gate", "up")}
+        names[f"{layer}mlp.down_proj.weight"] = (WIDTH, 48)
+        names |= {f"{layer}{p}_layernorm.weight": (WIDTH,) for p in ("input", "post_attention")}
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in names.items()}
+
+
+def tower_tensors(generator):
+    names = {
+        "embeddings.class_embedding": (16,),
+        "embeddings.patch_embedding.weight": (16, 3, 4, 4),
+        "embeddings.position_embedding.weight": (17, 16),
+    }
+    for norm in ("pre_layrnorm", "post_layernorm"):
+        names |= {f"{norm}.weight": (16,), f"{norm}.bias": (16,)}
+    for n in range(3):
+        layer = f"encoder.layers.{n}."
+        for p in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            names |= {f"{layer}self_attn.{p}.weight": (16, 16), f"{layer}self_attn.{p}.bias": (16,)}
+        for p in ("layer_norm1", "layer_norm2"):
+            names |= {f"{layer}{p}.weight": (16,), f"{layer}{p}.bias": (16,)}
+        names |= {f"{layer}mlp.fc1.weight": (32, 16), f"{layer}mlp.fc1.bias": (32,)}
+        names |= {f"{layer}mlp.fc2.weight": (16, 32), f"{layer}mlp.fc2.bias": (16,)}
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in names.items()}
+
+
+def projector_tensors(generator):
+    shapes = {"0.weight": (WIDTH, 16), "0.bias": (WIDTH,), "2.weight": (WIDTH, WIDTH), "2.bias": (WIDTH,)}
+    return {f"model.mm_projector.{n}": torch.randn(s, generator=generator) * 0.2 for n, s in shapes.items()}
+
+
+def classic_config(**fields):
+    return {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        **TEXT,
+        "vocab_size": vocabulary(),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": 16,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_tower": "tower",
+        "tokenizer_padding_side": "right",
+        **fields,
+    }
+
+
+def write_tower(folder: Path, tensors) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": VISION}))
+    save_file({f"vision_model.{n}": t for n, t in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    shutil.copy(TOKENIZER, folder / "tokenizer.json")
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **specials})
+    )
+
+
+@pytest.fixture
+def classic(tmp_path):
+    """A full checkpoint in the authors' layout, pickled shards with an index, and its tower beside it."""
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "classic"
+    folder.mkdir()
+    tower = tower_tensors(generator)
+    parts = [language_tensors(generator, vocabulary()), projector_tensors(generator)]
+    parts[1] |= {f"model.vision_tower.vision_tower.vision_model.{n}": t for n, t in tower.items()}
+    weight_map = {}
+    for number, tensors in enumerate(parts, start=1):
+        name = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save(tensors, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(classic_config()))
+    write_tokenizer(folder)
+    return folder, write_tower(tmp_path / "tower", tower)
+
+
+def probe(model):
+    """Logits of one prompt with an image."""
+    count = (SIDE // 4) ** 2
+    token = model.config.image_token_id
+    ids = torch.tensor([[1, 7, *[token] * count, 9, 12, 5]])
+    pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
+
+
+def test_classic_checkpoint_survives_every_round_trip(classic, tmp_path):
+    folder, tower = classic
+    first = build(open_checkpoint(folder, vision_tower=tower))
+    before = probe(first)
+    convert(folder, tmp_path / "native", to="llavakit", vision_tower=tower)
+    assert torch.equal(probe(build(open_checkpoint(tmp_path / "native"))), before)
+    convert(tmp_path / "native", tmp_path / "again", to="original")
+    source = {
+        **torch.load(folder / "pytorch_model-00001-of-00002.bin"),
+        **torch.load(folder / "pytorch_model-00002-of-00002.bin"),
+    }
+    written = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(written) == set(source)
+    assert all(torch.equal(written[name], source[name]) for name in source)
+    raw, own = classic_config(), json.loads((tmp_path / "again" / "config.json").read_text())
+    for key in ("mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio", "hidden_size", "vocab_size"):
+        assert own[key] == raw[key]
+
+
+def test_export_gives_transformers_the_same_logits_and_comes_back(classic, tmp_path):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder, tower = classic
+    mine = build(open_checkpoint(folder, vision_tower=tower))
+    convert(folder, tmp_path / "hf", to="hf", vision_tower=tower)
+    names = set(load_file(tmp_path / "hf" / "model.safetensors"))
+    assert "language_model.lm_head.weight" in names
+    assert any(name.startswith("vision_tower.vision_model.") for name in names)
+    assert any(name.startswith("language_model.model.") for name in names)
+    raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert raw["text_config"]["architectures"] == ["LlamaForCausalLM"]
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.text_config.vocab_size == vocabulary() + 64
+    torch.testing.assert_close(probe(theirs)[..., : vocabulary()], probe(mine), atol=1e-5, rtol=0)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    assert processor.image_processor.do_pad is True
+    back = build(open_checkpoint(tmp_path / "hf"))
+    torch.testing.assert_close(probe(back)[..., : vocabulary()], probe(mine), atol=1e-5, rtol=0)
+    theirs.save_pretrained(tmp_path / "saved")
+    write_tokenizer(tmp_path / "saved")
+    resaved = build(open_checkpoint(tmp_path / "saved"))
+    torch.testing.assert_close(probe(resaved), probe(back), atol=1e-6, rtol=0)
+
+
+def test_lora_folder_is_merged_into_its_base(classic, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tower = classic
+    generator = torch.Generator().manual_seed(5)
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    base.mkdir()
+    config = LlamaConfig(**TEXT, vocab_size=vocabulary())
+    plain = LlamaForCausalLM(config).eval()
+    plain.load_state_dict(language_tensors(generator, vocabulary()))
+    plain.save_pretrained(base)
+    write_tokenizer(base)
+    tuned = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1, generator=generator)
+    tuned.save_pretrained(lora)
+    trained = projector_tensors(generator)
+    torch.save({f"base_model.model.{n}": t for n, t in trained.items()}, lora / "non_lora_trainables.bin")
+    (lora / "config.json").write_text(json.dumps(classic_config()))
+    merged = build(open_checkpoint(lora, base=base, vision_tower=tower))
+    ids = torch.tensor([[1, 5, 9, 30]])
+    with torch.no_grad():
+        wanted, got = tuned(ids).logits, merged(input_ids=ids).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    assert torch.equal(merged.model.multi_modal_projector.linear_2.weight, trained["model.mm_projector.2.weight"])
+    with pytest.raises(CheckpointError, match="--base"):
+        open_checkpoint(lora, vision_tower=tower)
+
+
+def test_connector_only_file_joins_its_language_model(classic, tmp_path):
+    folder, tower = classic
+    generator = torch.Generator().manual_seed(6)
+    only = tmp_path / "only"
+    only.mkdir()
+    trained = projector_tensors(generator)
+    torch.save(trained, only / "mm_projector.bin")
+    (only / "config.json").write_text(json.dumps(classic_config()))
+    model = build(open_checkpoint(only, base=folder, vision_tower=tower))
+    assert torch.equal(model.model.multi_modal_projector.linear_1.weight, trained["model.mm_projector.0.weight"])
+
+
+def broken(folder: Path, change) -> None:
+    file = folder / "pytorch_model-00002-of-00002.bin"
+    tensors = torch.load(file)
+    change(tensors)
+    torch.save(tensors, file)
+    index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
+    kept = {n: f for n, f in index["weight_map"].items() if f != file.name}
+    index["weight_map"] = kept | dict.fromkeys(tensors, file.name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.mm_projector.2.bias"), r"linear_2\.bias' is missing"),
+        (lambda t: t.update({"model.mm_projector.9.bias": torch.zeros(2)}), r"is unknown to the configuration"),
+        (lambda t: t.update({"model.mm_projector.0.bias": torch.zeros(3)}), r"has shape \[3\], .* calls for \[32\]"),
+    ],
+)
+def test_missing_extra_and_misshaped_tensors_are_one_clear_line(classic, change, message):
+    folder, tower = classic
+    broken(folder, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        build(open_checkpoint(folder, vision_tower=tower))
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_are_not_models(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_checkpoint(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="'bert' is not a layout"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{nonsense")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        open_checkpoint(tmp_path)
+
+
+def test_pickles_that_hold_code_are_refused(classic):
+    folder, tower = classic
+
+    class Trap:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(CheckpointError, match="not a readable state dict"):
+        build(open_checkpoint(folder, vision_tower=tower))
+
+
+def test_a_failed_write_leaves_the_previous_checkpoint_whole(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").write_text("kept")
+
+    def fill_the_disk() -> None:
+        with atomic_folder(target) as scratch:
+            (scratch / "new").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="nothing was changed"):
+        fill_the_disk()
+    assert (target / "old").read_text() == "kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_convert_refuses_a_folder_that_is_not_empty(classic, tmp_path):
+    folder, tower = classic
+    with pytest.raises(UserError, match="is not empty"):
+        convert(folder, folder, to="hf", vision_tower=tower)
+
+
+def test_inspect_counts_parameters_by_part(classic):
+    folder, tower = classic
+    facts = inspect_model(folder, vision_tower=tower)
+    parts = {part["name"]: part["parameters"] for part in facts["parts"]}
+    assert parts["multi_modal_projector"] == 16 * 32 + 32 + 32 * 32 + 32
+    assert facts["tokens"][0] == {
+        "kind": "image",
+        "size": [1, 336, 336],
+        "planner": "Pad",
+        "views": 1,
+        "tokens": 16,
+    }
+
+
+def test_load_answers_about_an_image(classic):
+    from PIL import Image
+
+    folder, tower = classic
+    model = llavakit.load(folder, vision_tower=tower)
+    part = {"type": "image", "image": Image.new("RGB", (40, 20), "red")}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]
+    answer = model.chat(messages, max_new_tokens=6)
+    assert isinstance(answer, str)
+    assert "".join(model.stream(messages, max_new_tokens=6)).strip() == answer
+    assert model.generate(messages, max_new_tokens=6, do_sample=False) == answer
+
+
+def test_published_shapes_of_seven_billion_parameters():
+    from llavakit.systems.llava_1_5.checkpoint import Classic
+
+    raw = classic_config(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+        mm_hidden_size=1024,
+        mm_vision_tower="openai/clip-vit-large-patch14-336",
+    )
+    config = Classic().read_config(raw, {})
+    with torch.device("meta"):
+        net = tiny.LlavakitForConditionalGeneration(config)
+    count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
+    assert count(net.model.vision_tower) == 303_507_456
+    assert count(net.model.multi_modal_projector) == 20_979_712
+    assert count(net.model.language_model) + count(net.lm_head) == 6_738_415_616
+    names = dict(Classic().write_state(config, net.state_dict()))
+    assert tuple(names["model.mm_projector.0.weight"].shape) == (4096, 1024)
+    assert tuple(names["model.layers.31.mlp.down_proj.weight"].shape) == (4096, 11008)
+    assert "model.vision_tower.vision_tower.vision_model.encoder.layers.23.mlp.fc2.bias" in names
