@@ -34,7 +34,7 @@ class Limits:
         pixels: Pixels of an image or of one video frame. The default is where Pillow itself refuses.
         side: Longest side in pixels.
         file_bytes: Size of the file.
-        frames: Frames taken from one video.
+        frames, video_pixels: Frames taken from one video, and pixels of all of them together.
         voxels: Voxels of a volume.
     """
 
@@ -42,6 +42,7 @@ class Limits:
     side: int = 65_536
     file_bytes: int = 4 * 1024**3
     frames: int = 4096
+    video_pixels: int = 2**31
     voxels: int = 2**30
 
 
@@ -104,7 +105,7 @@ def _head(path: Path) -> bytes:
 def _open(source: Source | Image.Image, limits: Limits) -> Image.Image:
     """The image with its header read and its limits checked."""
     if isinstance(source, Image.Image):
-        _check_pixels(name_of(source), *source.size, limits)
+        check_pixels(name_of(source), *source.size, limits)
         return source
     check_file(source, limits, _WANTED)
     name = name_of(source)
@@ -118,12 +119,13 @@ def _open(source: Source | Image.Image, limits: Limits) -> Image.Image:
     except Image.DecompressionBombError:
         raise MediaError(f"{name}: has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is refused") from None
     except Exception as error:
-        raise MediaError(f"{name}: its header cannot be read ({_reason(error)}); it should be {_WANTED}") from None
-    _check_pixels(name, *image.size, limits)
+        raise MediaError(f"{name}: its header cannot be read ({reason(error)}); it should be {_WANTED}") from None
+    check_pixels(name, *image.size, limits)
     return image
 
 
-def _check_pixels(name: str, width: int, height: int, limits: Limits) -> None:
+def check_pixels(name: str, width: int, height: int, limits: Limits) -> None:
+    """Refuse what has no pixels, or more than the limits allow."""
     if width < 1 or height < 1:
         raise MediaError(f"{name}: is {width} x {height}; it should have at least one pixel")
     if width * height > limits.pixels:
@@ -132,7 +134,8 @@ def _check_pixels(name: str, width: int, height: int, limits: Limits) -> None:
         raise MediaError(f"{name}: is {width} x {height}, no side may exceed {limits.side:,} pixels")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """The first line of an exception's message, or its type."""
     text = str(error).splitlines()[0] if str(error) else ""
     return text or type(error).__name__
 
@@ -180,13 +183,13 @@ def load_image(
         image.load()
     except Exception as error:
         hint = "it is cut off" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "it is damaged"
-        raise MediaError(f"{name}: {hint} and cannot be decoded ({_reason(error)}); copy it again") from None
+        raise MediaError(f"{name}: {hint} and cannot be decoded ({reason(error)}); copy it again") from None
     try:
         if exif_transpose:
             image = ImageOps.exif_transpose(image)
         return _to_rgb(image, background)
     except (ValueError, OSError, MemoryError) as error:
-        raise MediaError(f"{name}: cannot be converted from mode {image.mode} to RGB ({_reason(error)})") from None
+        raise MediaError(f"{name}: cannot be converted from mode {image.mode} to RGB ({reason(error)})") from None
 
 
 def _to_rgb(image: Image.Image, background: Any) -> Image.Image:
@@ -224,3 +227,17 @@ def grey_to_8_bit(image: Image.Image) -> Image.Image:
     if low < 0 or top is None:
         values, top = values - low, max(high - low, 1e-12)
     return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
+
+
+def load_video(source: Any, sampling: Any = None, **options: Any) -> Any:
+    """The frames of a video, see `llavakit.views.read_video.load_video`."""
+    from llavakit.views import read_video
+
+    return read_video.load_video(source, sampling, **options)
+
+
+def load_volume(source: Any, **options: Any) -> Any:
+    """A volume, see `llavakit.views.read_volume.load_volume`."""
+    from llavakit.views import read_volume
+
+    return read_volume.load_volume(source, **options)

@@ -1,0 +1,118 @@
+"""Which frames of a video are looked at, as arithmetic on counts, rates and time stamps.
+
+Rules that count frames follow the published code of each system to the last rounding; the rule `rate` goes by time
+stamps, so videos of variable frame rate are sampled evenly in time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llavakit.errors import UserError
+from llavakit.registry import nearest
+
+DEFAULT = {"type": "uniform", "frames": 8}
+
+
+def uniform(total: int, frames: int) -> list[int]:
+    """`frames` numbers from the first frame to the last, truncated; a short video repeats frames (Video-LLaVA)."""
+    return np.linspace(0, total - 1, frames).astype(int).tolist()
+
+
+def every(total: int, frames: int) -> list[int]:
+    """Starts of `frames` equal stretches, truncated (transformers' recipe for Video-LLaVA)."""
+    return np.arange(0, total, total / frames).astype(int)[:frames].tolist()
+
+
+def midpoints(total: int, frames: int) -> list[int]:
+    """Middles of `frames` equal stretches, at most `total` (Video-ChatGPT, LLaVA-Mini); halves round to even."""
+    frames = max(min(frames, total), 1)
+    bounds = np.round(np.arange(frames + 1) * (float(total - 1) / frames)).astype(int)
+    return ((bounds[:-1] + bounds[1:]) // 2).tolist()
+
+
+def midpoints_per_second(total: int, average_rate: float, max_frames: int | None = None) -> list[int]:
+    """`midpoints` with one frame for every full second, at most `max_frames` (LLaVA-Mini)."""
+    frames = int(total // average_rate)
+    return midpoints(total, frames if max_frames is None else min(frames, max_frames))
+
+
+def step(
+    total: int, average_rate: float, fps: float = 1.0, max_frames: int | None = None, force: bool = False
+) -> list[int]:
+    """Every round(average_rate / fps)-th frame; `uniform` with `max_frames` if that gives more (LLaVA-OneVision).
+
+    Args:
+        total: Frames of the video.
+        average_rate: Frames per second.
+        fps: Frames wanted per second of video.
+        max_frames: Limit; None or 0 for none.
+        force: Always take exactly `max_frames`.
+    """
+    indices = list(range(0, total, max(round(average_rate / fps), 1)))
+    if max_frames and (len(indices) > max_frames or force):
+        return uniform(total, max_frames)
+    return indices
+
+
+def rate(timestamps: Sequence[float], fps: float = 1.0, max_frames: int | None = None) -> list[int]:
+    """The frame on screen at every 1/fps seconds; spread evenly in time if that gives more than `max_frames`.
+
+    Args:
+        timestamps: Start of every frame in seconds, ascending.
+    """
+    start, end = timestamps[0], timestamps[-1]
+    wanted = start + np.arange(int((end - start) * fps + 1e-6) + 1) / fps
+    if max_frames and len(wanted) > max_frames:
+        wanted = np.linspace(start, end, max_frames)
+    shown = np.searchsorted(np.asarray(timestamps), wanted + 1e-6, side="right") - 1
+    return np.unique(shown).tolist()
+
+
+def everything(total: int) -> list[int]:
+    """All frames."""
+    return list(range(total))
+
+
+RULES: dict[str, Callable[..., list[int]]] = {
+    "uniform": uniform,
+    "every": every,
+    "midpoints": midpoints,
+    "midpoints_per_second": midpoints_per_second,
+    "step": step,
+    "rate": rate,
+    "all": everything,
+}
+
+
+def choose(
+    sampling: Mapping[str, Any] | None, *, total: int, average_rate: float, timestamps: Sequence[float]
+) -> list[int]:
+    """Numbers of the frames that a rule takes from a video.
+
+    Args:
+        sampling: `{"type": rule, **options}`, `DEFAULT` if None.
+        total: Frames of the video, at least 1.
+        average_rate: Frames per second.
+        timestamps: Start of every frame in seconds.
+
+    Raises:
+        UserError: If the rule is unknown, an option does not fit, or a number is not positive.
+    """
+    options = dict(sampling or DEFAULT)
+    name = options.pop("type", None)
+    if name not in RULES:
+        raise UserError(f"sampling: unknown rule {name!r}{nearest(str(name), list(RULES))}")
+    for key in ("frames", "fps"):
+        if key in options and not options[key] > 0:
+            raise UserError(f"sampling.{key}: must be positive, got {options[key]!r}")
+    known = {"total": total, "average_rate": average_rate, "timestamps": timestamps}
+    wanted = inspect.signature(RULES[name]).parameters
+    try:
+        return RULES[name](**{key: value for key, value in known.items() if key in wanted}, **options)
+    except TypeError as error:
+        raise UserError(f"sampling {name!r}: {error}") from error
