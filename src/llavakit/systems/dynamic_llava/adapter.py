@@ -271,6 +271,11 @@ class DynamicSparsification(LanguageAdapter):
         kwargs: dict[str, Any],
     ) -> None:
         config = decoder.config
+        lacking = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
+        if lacking:
+            raise UserError(
+                f"dynamic_sparsification needs a Llama-shaped decoder; {config.model_type} has no {lacking[0]}"
+            )
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
                 raise UserError(f"dynamic_sparsification has no {name}: its layers see different tokens")

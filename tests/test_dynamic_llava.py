@@ -1,0 +1,552 @@
+"""Dynamic-LLaVA: golden figures, the properties of its spec, batching, packing, decoding modes, files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from transformers import DynamicCache
+
+from llavakit.errors import UserError
+from llavakit.parity import run_case
+from llavakit.system import get_system
+from llavakit.systems.dynamic_llava.adapter import DynamicSparsification
+from llavakit.systems.dynamic_llava.attention import masked_softmax
+from llavakit.systems.dynamic_llava.cache import SelectiveCache
+from llavakit.systems.dynamic_llava.decisions import gumbel_keep, rate_penalty, temperature, top_keep
+from llavakit.systems.dynamic_llava.predictors import ImagePredictor
+from llavakit.systems.dynamic_llava.roles import token_roles
+
+GOLDEN = sorted((Path(__file__).parent / "golden" / "dynamic-llava").iterdir())
+OPTIONS = {
+    "type": "dynamic_sparsification",
+    "vision_keep_rate": 0.3,
+    "output_text_len_for_training": 4,
+    "sparse_layer": 1,
+    "d_model": 16,
+    "nhead": 4,
+    "dim_feedforward": 32,
+    "num_layers": 1,
+}
+KEPT = int(16 * 0.3)
+
+
+def build(decoder: str = "llama", seed: int = 0, **options):
+    text = tiny.DECODERS[decoder] | {"num_hidden_layers": 4}
+    net = tiny.model(seed=seed, decoder=decoder, text_config=text, language_adapter=OPTIONS | options)
+    adapter = net.model.language_adapter
+    if decoder in ("llama", "qwen2", "mistral"):
+        for predictor in (adapter.text_predictor, adapter.instruct_predictor):
+            balance(net, predictor)
+    return net, adapter
+
+
+@torch.no_grad()
+def balance(net, predictor):
+    """Shift a text predictor so that it keeps about half of random tokens."""
+    if predictor is None:
+        return
+    ids, seen = torch.arange(3, 83)[None], []
+    layer = net.model.language_model.layers[OPTIONS["sparse_layer"]]
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(input_ids=ids, use_cache=False)
+    hook.remove()
+    logits = predictor(seen[0])
+    predictor.output_mlp[-1].bias[0] -= (logits[..., 0] - logits[..., 1]).median()
+
+
+@torch.no_grad()
+def stepwise(net, sample, tokens):
+    """Logits after the prompt and after each token, with a cache; and the cache."""
+    cache = net.model.language_adapter.make_cache()
+    inputs = {name: value for name, value in sample.items() if name != "labels"}
+    logits = [net(**inputs, past_key_values=cache).logits[:, -1]]
+    for token in tokens:
+        logits.append(net(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[:, -1])
+    return torch.stack(logits, dim=1), cache
+
+
+def join(samples, side="left"):
+    length = max(sample["input_ids"].shape[1] for sample in samples)
+
+    def pad(row, fill):
+        gap = row.new_full((1, length - row.shape[1]), fill)
+        return torch.cat([gap, row] if side == "left" else [row, gap], dim=1)
+
+    batch = {
+        name: torch.cat([pad(sample[name], fill) for sample in samples])
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+    }
+    for name in ("pixel_values", "visual_sizes", "visual_kinds"):
+        batch[name] = torch.cat([sample[name] for sample in samples if name in sample])
+    return batch
+
+
+def with_answer(sample, count):
+    """Labels on the last `count` tokens only."""
+    labels = torch.full_like(sample["input_ids"], -100)
+    labels[:, -count:] = sample["input_ids"][:, -count:]
+    return sample | {"labels": labels}
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_golden(path):
+    report = run_case(path)
+    assert report.status == "passed", report.reason
+
+
+# Properties of the parts
+
+
+def test_masked_softmax_is_a_softmax_with_full_policy_and_the_identity_with_none():
+    scores = torch.randn(1, 2, 5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+    full = masked_softmax(scores, torch.ones(1, 5))
+    torch.testing.assert_close(full, scores.softmax(-1), atol=2e-6, rtol=0)
+    alone = masked_softmax(scores, torch.zeros(1, 5))
+    torch.testing.assert_close(alone, torch.eye(5).expand_as(alone), atol=1e-4, rtol=0)
+
+
+def test_permuting_image_tokens_permutes_their_logits():
+    predictor, x, order = ImagePredictor(12, 16, 4, 32, 2), torch.randn(2, 7, 12), torch.randperm(7)
+    torch.testing.assert_close(predictor(x[:, order]), predictor(x)[:, order], atol=1e-6, rtol=1e-5)
+
+
+def test_ties_of_the_log_probability_are_ranked_by_the_difference_of_the_logits():
+    logits = torch.tensor([[[200.0, 0], [300.0, 0], [100.0, 0], [0.0, 1]]])  # log softmax is 0 for the first three
+    assert top_keep(logits, 0.5).tolist() == [[0, 1]]
+
+
+def test_penalty_is_zero_at_exact_rates_and_short_answers_count_as_zero():
+    half = torch.tensor([1.0, 0, 1, 0])
+    assert rate_penalty([half], 0.5) == 0
+    assert float(rate_penalty([half, torch.ones(2)], 0.0, shortest=3)) == pytest.approx(0.125)
+
+
+def test_decisions_are_hard_and_differentiable():
+    logits = torch.randn(6, 2, requires_grad=True)
+    keep = gumbel_keep(logits, 0.5)
+    torch.testing.assert_close(keep, keep.round())
+    keep.sum().backward()
+    assert logits.grad.abs().sum() > 0
+    assert temperature(1.0, 0.1, 50, 100) == pytest.approx(0.1**0.5)
+
+
+def test_roles_of_a_text_only_sample_and_of_several_turns():
+    labels = [-100, -100, 5, 6, -100, 7, 8]
+    roles = token_roles([False] * 7, labels)
+    assert roles.image == (0, 0)
+    assert roles.answer == (5, 7)
+    assert roles.instruct == (0, 5)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
+def test_cached_uncached_and_teacher_forced_agree(decoder):
+    net, _ = build(decoder)
+    sample = tiny.prompt(net, "ttItt")
+    tokens = [7, 18, 29, 40, 51, 62, 73, 84, 9, 20, 31, 42]
+    cached, cache = stepwise(net, sample, tokens)
+    stored = [rows[0] for rows in cache.stored()]
+    prompt = sample["input_ids"].shape[1]
+    assert stored[0] == prompt + len(tokens)
+    assert prompt - 16 + KEPT < stored[1] < prompt - 16 + KEPT + len(tokens)  # some tokens stay, some go
+    assert stored[1:] == [stored[1]] * 3
+    assert cache.get_seq_length() == prompt + len(tokens)
+
+    ids = torch.cat([sample["input_ids"], torch.tensor([tokens])], dim=1)
+    with torch.no_grad():
+        for step in range(len(tokens) + 1):
+            inputs = {"input_ids": ids[:, : prompt + step], "pixel_values": sample["pixel_values"], "use_cache": False}
+            logits = net(**inputs, prompt_length=prompt).logits[:, -1]
+            torch.testing.assert_close(logits, cached[:, step], atol=2e-5, rtol=1e-4)
+        labels = torch.full_like(ids, -100)
+        labels[:, prompt:] = ids[:, prompt:]
+        forced = net(input_ids=ids, pixel_values=sample["pixel_values"], labels=labels).logits[:, prompt - 1 :]
+    torch.testing.assert_close(forced, cached, atol=2e-5, rtol=1e-4)
+
+
+def test_training_forward_with_the_same_decisions_equals_inference():
+    net, adapter = build(softmax_eps=1e-9)
+    sample = with_answer(tiny.prompt(net, "ttItttttttt"), 6)
+    with torch.no_grad():
+        expected = net(**sample).logits
+    kept = expected.abs().sum(-1) > 0
+
+    class Plugged(DynamicSparsification):
+        def _sampled(self, role, logits, places, shortest):
+            if role == "image":
+                keep = torch.zeros(len(logits))
+                keep[top_keep(logits[None], self.vision_keep_rate)[0]] = 1
+            else:
+                keep = (logits[:, 0] > logits[:, 1]).float()
+            return list(keep.split([len(columns) for _, columns in places]))
+
+    adapter.__class__ = Plugged
+    with torch.no_grad():
+        trained = net.train()(**sample).logits
+    torch.testing.assert_close(trained[kept], expected[kept], atol=5e-5, rtol=1e-3)
+
+
+def test_eager_equals_sdpa():
+    net, _ = build()
+    sample = with_answer(tiny.prompt(net, "ttItttttt"), 4)
+    cached = stepwise(net, sample, [5, 6, 7])[0]
+    torch.manual_seed(1)
+    trained = net.train()(**sample).loss
+    net.eval().model.language_model.set_attn_implementation("eager")
+    torch.testing.assert_close(stepwise(net, sample, [5, 6, 7])[0], cached, atol=1e-5, rtol=1e-4)
+    torch.manual_seed(1)
+    torch.testing.assert_close(net.train()(**sample).loss, trained)
+
+
+def test_keeping_everything_is_the_plain_model():
+    net, adapter = build(vision_keep_rate=1.0)
+    with torch.no_grad():
+        adapter.text_predictor.output_mlp[-1].bias.copy_(torch.tensor([100.0, -100.0]))
+    plain = tiny.model(text_config=tiny.DECODERS["llama"] | {"num_hidden_layers": 4})
+    state = net.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    samples = [tiny.prompt(net, "ttItt"), tiny.prompt(net, "tItttttt", seed=3), tiny.prompt(net, "ttt", seed=4)]
+    batch = join(samples)
+    batch.pop("labels")
+    greedy = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(net.generate(**batch, **greedy), plain.generate(**batch, **greedy))
+    with torch.no_grad():
+        mask = batch["attention_mask"].bool()
+        torch.testing.assert_close(net(**batch).logits[mask], plain(**batch).logits[mask], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_left_padded_batch_decodes_like_its_samples(use_cache):
+    net, _ = build(seed=2)
+    layouts = ("ttItt", "tIttttttt", "ttttt", "ttttttItItt")
+    samples = [tiny.prompt(net, layout, seed=number) for number, layout in enumerate(layouts)]
+    for sample in samples:
+        sample.pop("labels")
+    greedy = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
+    single = [net.generate(**sample, **greedy)[0, -12:] for sample in samples]
+    batch = join([sample | {"labels": sample["input_ids"]} for sample in samples])
+    batch.pop("labels")
+    together = net.generate(**batch, **greedy)[:, -12:]
+    assert torch.equal(together, torch.stack(single))
+
+
+def test_rows_of_a_batch_store_different_numbers_of_tokens():
+    net, adapter = build(seed=2)
+    samples = [tiny.prompt(net, layout, seed=number) for number, layout in enumerate(("ttItt", "tIttttttt"))]
+    batch = join(samples)
+    batch.pop("labels")
+    cache = adapter.make_cache()
+    net.generate(**batch, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, pad_token_id=0, do_sample=False)
+    upper = cache.stored()[1]
+    assert upper[0] != upper[1]
+    per_token = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8, float32
+    assert cache.bytes() == per_token * (2 * cache.get_seq_length() + 3 * sum(upper))
+
+
+def test_beams_and_several_replies():
+    net, _ = build(seed=2)
+    sample = tiny.prompt(net, "ttItt")
+    sample.pop("labels")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    beams = net.generate(**sample, **options, num_beams=3)
+    slow = net.generate(**sample, **options, num_beams=3, use_cache=False)
+    assert torch.equal(beams, slow)
+    torch.manual_seed(0)
+    assert net.generate(**sample, **options | {"do_sample": True}, num_return_sequences=2).shape[0] == 2
+
+
+def test_a_later_turn_is_stored_whole_and_with_the_instruction_predictor_in_part():
+    for options, whole in (({}, True), ({"use_instruct_predictor": True}, False)):
+        net, _ = build(**options)
+        sample = tiny.prompt(net, "ttItttttttt")
+        _, cache = stepwise(net, sample, [7, 8])
+        before = cache.stored()[1][0]
+        with torch.no_grad():
+            net(input_ids=torch.tensor([[20, 21, 22, 23, 24, 25]]), past_key_values=cache)
+        grown = cache.stored()[1][0] - before
+        assert grown == 6 if whole else 0 < grown < 6
+
+
+def test_a_later_turn_in_a_ragged_batch_equals_single_rows():
+    net, adapter = build(seed=2)
+    samples = [tiny.prompt(net, layout, seed=number) for number, layout in enumerate(("ttItt", "tIttttttt"))]
+    turn, after = torch.tensor([[20, 21, 22, 23], [0, 0, 30, 31]]), torch.tensor([[40], [41]])
+    batch = join(samples)
+    batch.pop("labels")
+    cache, mask = adapter.make_cache(), batch["attention_mask"]
+    with torch.no_grad():
+        net(**batch, past_key_values=cache)
+        for ids in (torch.tensor([[7], [8]]), turn, after):
+            mask = torch.cat([mask, (ids != 0).long()], dim=1)
+            logits = net(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+        for row, sample in enumerate(samples):
+            _, alone = stepwise(net, sample, [7 + row])
+            net(input_ids=turn[row][turn[row] != 0][None], past_key_values=alone)
+            expected = net(input_ids=after[row : row + 1], past_key_values=alone).logits[:, -1]
+            torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-5, rtol=1e-4)
+            assert [rows[row] for rows in cache.stored()][1:] == [rows[0] for rows in alone.stored()][1:]
+
+
+def test_an_image_in_a_later_turn_is_pruned_where_it_arrives():
+    net, _ = build()
+    first, second = tiny.prompt(net, "ttItt"), tiny.prompt(net, "tItt", seed=5)
+    _, cache = stepwise(net, first, [])
+    before = cache.stored()[2][0]
+    with torch.no_grad():
+        net(input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=cache)
+    assert cache.stored()[2][0] - before == KEPT + 3
+
+
+def test_dropping_a_token_leaves_its_own_step_alone():
+    net, adapter = build()
+    sample = tiny.prompt(net, "ttItt")
+    results = []
+    for keep in (100.0, -100.0):
+        with torch.no_grad():
+            adapter.text_predictor.output_mlp[-1].bias.copy_(torch.tensor([keep, -keep]))
+        results.append(stepwise(net, sample, [9, 10, 11]))
+    (kept, _), (dropped, cache) = results
+    torch.testing.assert_close(kept[:, :2], dropped[:, :2])
+    assert not torch.allclose(kept[:, 2:], dropped[:, 2:], atol=1e-4)
+    assert cache.stored()[1][0] == sample["input_ids"].shape[1] - 16 + KEPT
+
+
+def test_switches_after_loading():
+    net, adapter = build()
+    sample = tiny.prompt(net, "ttItt")
+    adapter.use_text_predictor = False
+    _, cache = stepwise(net, sample, [9, 10, 11])
+    assert cache.stored()[1][0] == cache.stored()[0][0] - 16 + KEPT
+    adapter.use_vision_predictor = False
+    _, cache = stepwise(net, sample, [9])
+    assert cache.stored()[1] == cache.stored()[0]
+
+
+def test_the_cache_forks_and_refuses_to_be_cropped():
+    net, _ = build()
+    sample = tiny.prompt(net, "ttItt")
+    _, cache = stepwise(net, sample, [9, 10])
+    fork = copy.deepcopy(cache)
+    with torch.no_grad():
+        one = net(input_ids=torch.tensor([[11]]), past_key_values=cache).logits
+        two = net(input_ids=torch.tensor([[11]]), past_key_values=fork).logits
+    assert torch.equal(one, two)
+    with pytest.raises(NotImplementedError, match="shortened"):
+        cache.crop(-1)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(stepwise(net, sample, [9])[0][:, 0], first_logits(net, sample, cache))
+
+
+def first_logits(net, sample, cache):
+    inputs = {name: value for name, value in sample.items() if name != "labels"}
+    with torch.no_grad():
+        return net(**inputs, past_key_values=cache).logits[:, -1]
+
+
+# Training
+
+
+def gradients(net, sample):
+    net.zero_grad()
+    output = net.train()(**sample)
+    output.loss.backward()
+    adapter = net.model.language_adapter
+    sums = {
+        name: sum(float(p.grad.abs().sum()) for p in getattr(adapter, name).parameters())
+        for name in ("image_predictor", "text_predictor")
+    }
+    return output, sums
+
+
+def test_gradients_reach_the_predictors_that_decide():
+    net, _ = build()
+    output, sums = gradients(net, with_answer(tiny.prompt(net, "ttItttttttt"), 6))
+    assert sums["image_predictor"] > 0
+    assert sums["text_predictor"] > 0
+    assert output.aux_loss > 0
+    _, sums = gradients(net, with_answer(tiny.prompt(net, "ttItttttttt"), 3))
+    assert sums["image_predictor"] > 0
+    assert sums["text_predictor"] == 0
+
+
+def test_text_only_samples_train():
+    net, _ = build()
+    output, sums = gradients(net, with_answer(tiny.prompt(net, "ttttttttt"), 5))
+    assert torch.isfinite(output.loss)
+    assert sums["image_predictor"] == 0
+    assert sums["text_predictor"] > 0
+
+
+class NoNoise(DynamicSparsification):
+    """Decides without chance, so that two forwards decide alike."""
+
+    def noise(self, role, logits):
+        return torch.zeros_like(logits, dtype=torch.float32)
+
+
+def test_packed_rows_train_and_prune_like_separate_samples():
+    net, adapter = build(softmax_eps=1e-12, seed=3)
+    adapter.__class__ = NoNoise
+    samples = [
+        with_answer(tiny.prompt(net, "ttItttttttt"), 6),
+        with_answer(tiny.prompt(net, "tttttttt", seed=1), 5),
+        with_answer(tiny.prompt(net, "tIttttt", seed=2), 2),
+    ]
+    packed = {name: torch.cat([s[name] for s in samples], dim=1) for name in ("input_ids", "labels")}
+    lengths = [sample["input_ids"].shape[1] for sample in samples]
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    for name in ("pixel_values", "visual_sizes", "visual_kinds"):
+        packed[name] = torch.cat([s[name] for s in samples if name in s])
+    filling = torch.zeros(1, 5, dtype=torch.long)  # the unused tail of a packed row
+    for name, value in (("input_ids", filling), ("labels", filling - 100), ("position_ids", torch.arange(5)[None])):
+        packed[name] = torch.cat([packed[name], value], dim=1)
+    padded = join(samples, side="right")
+    for training in (True, False):
+        net.train(training)
+        one, other = net(**packed), net(**padded)
+        for row, length in enumerate(lengths):
+            start = sum(lengths[:row])
+            torch.testing.assert_close(
+                one.logits[0, start : start + length], other.logits[row, :length], atol=2e-5, rtol=1e-4
+            )
+        if training:
+            torch.testing.assert_close(one.aux_loss, other.aux_loss)
+            torch.testing.assert_close(one.loss, other.loss)
+
+
+def test_left_and_right_padding_train_alike():
+    net, adapter = build(softmax_eps=1e-12)
+    adapter.__class__ = NoNoise
+    net.train()
+    samples = [with_answer(tiny.prompt(net, "ttItttttttt"), 6), with_answer(tiny.prompt(net, "tItttttt", seed=2), 4)]
+    torch.testing.assert_close(net(**join(samples, "left")).loss, net(**join(samples, "right")).loss)
+
+
+def test_a_templates_closing_tokens_do_not_hide_the_answer():
+    net, _ = build()
+    sample = with_answer(tiny.prompt(net, "ttItttttttttt"), 8)
+    sample["labels"][:, -2:] = -100  # "<|im_end|>\n" of some templates
+    _, sums = gradients(net, sample)
+    assert sums["text_predictor"] > 0
+
+
+def test_gradient_checkpointing_changes_nothing():
+    net, adapter = build()
+    adapter.__class__ = NoNoise
+    sample = with_answer(tiny.prompt(net, "ttItttttttt"), 6)
+    _, plain = gradients(net, sample)
+    net.gradient_checkpointing_enable({"use_reentrant": False})
+    _, checkpointed = gradients(net, sample)
+    assert checkpointed == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_lora_step_with_packing_moves_adapters_and_predictors():
+    peft = pytest.importorskip("peft")
+    net, _ = build()
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)",
+        modules_to_save=["image_predictor", "text_predictor"],
+    )
+    wrapped = peft.get_peft_model(net, config).train()
+    samples = [with_answer(tiny.prompt(net, "ttItttttttt"), 6), with_answer(tiny.prompt(net, "tItttttt", seed=2), 5)]
+    batch = {name: torch.cat([s[name] for s in samples], dim=1) for name in ("input_ids", "labels")}
+    batch["position_ids"] = torch.cat([torch.arange(s["input_ids"].shape[1]) for s in samples])[None]
+    batch["pixel_values"] = torch.cat([s["pixel_values"] for s in samples])
+    trainable = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert any("lora_B" in name for name in trainable)
+    optimiser = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    wrapped(**batch).loss.backward()
+    optimiser.step()
+    after = dict(wrapped.named_parameters())
+    for part in ("lora_B", "image_predictor", "text_predictor"):
+        assert any(part in name and not torch.equal(before, after[name]) for name, before in trainable.items())
+
+
+# Files and errors
+
+
+def test_save_and_load(tmp_path):
+    net, _ = build()
+    sample = tiny.prompt(net, "ttItt")
+    net.save_pretrained(tmp_path)
+    again = type(net).from_pretrained(tmp_path)
+    assert again.config.language_adapter == net.config.language_adapter
+    assert torch.equal(stepwise(again, sample, [7, 8])[0], stepwise(net, sample, [7, 8])[0])
+
+
+def test_the_published_layout_goes_there_and_back(tmp_path):
+    from llavakit.model.convert import build as build_from
+    from llavakit.model.convert import open_checkpoint
+    from llavakit.model.layouts import detect
+
+    net, _ = build(use_instruct_predictor=True)
+    net.config.system = "dynamic-llava"
+    layout = get_system("dynamic-llava").load("checkpoint")()
+    net.config.media["image"]["views"] = {"type": "pad", "size": tiny.SIZE}
+    assert layout.expresses(net.config)
+    raw, state = layout.write_config(net.config), dict(layout.write_state(net.config, net.state_dict()))
+    assert "model.image_score_predictor.transformer.0.attn.qkv.weight" in state
+    assert "model.output_text_score_predictor.output_mlp.7.bias" in state
+    raw["mm_vision_tower"] = str(tmp_path / "tower")
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(net.config.vision_config.to_dict()))
+    raw["sparse_config"]["use_text_predictor"] = False  # image-only use of a full checkpoint
+    for model_type in ("dynamic_llava_llama", "llava_llama"):
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": model_type}))
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+        assert detect(tmp_path, raw | {"model_type": model_type}).system == "dynamic-llava"
+    opened = open_checkpoint(tmp_path)
+    assert opened.config.language_adapter["vision_keep_rate"] == 0.3
+    again = build_from(opened)
+    assert again.model.language_adapter.text_predictor is None
+    net.model.language_adapter.use_text_predictor = False
+    sample = tiny.prompt(net, "ttItt")
+    again.config.image_token_id = tiny.TOKEN
+    torch.testing.assert_close(stepwise(again, sample, [7])[0], stepwise(net, sample, [7])[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vision_keep_rate": 1.5}, "vision_keep_rate is 1.5"),
+        ({"sparse_layer": 9}, "sparse_layer is 9"),
+        ({"d_model": 18}, "d_model is 18"),
+        ({"keep": 1}, "keep"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        build(**options)
+
+
+def test_what_cannot_work_is_refused():
+    net, _ = build()
+    sample = tiny.prompt(net, "ttItt")
+    with pytest.raises(UserError, match="its own cache"):
+        net(**sample, past_key_values=DynamicCache())
+    with pytest.raises(UserError, match="output_attentions"):
+        net(**sample, output_attentions=True)
+    phi, _ = build("phi")
+    with pytest.raises(UserError, match="phi"):
+        phi(**tiny.prompt(phi, "ttItt"))
+    windowed = tiny.DECODERS["mistral"] | {"sliding_window": 8}
+    net = tiny.model(text_config=windowed, language_adapter=OPTIONS)
+    with pytest.raises(UserError, match="sliding window"):
+        net(**tiny.prompt(net, "ttItt"))
+
+
+def test_an_empty_selective_cache_has_nothing():
+    cache = SelectiveCache(layers=3, sparse_layer=1)
+    assert cache.get_seq_length() == 0
+    assert cache.bytes() == 0
+    assert not cache.is_croppable
