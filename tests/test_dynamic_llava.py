@@ -550,3 +550,24 @@ def test_an_empty_selective_cache_has_nothing():
     assert cache.get_seq_length() == 0
     assert cache.bytes() == 0
     assert not cache.is_croppable
+
+
+def test_cost_is_what_the_spec_says():
+    report = get_system("dynamic-llava").load("cost")()
+    rows = {(row.group.partition(":")[0], row.unit, row.name): row.value for row in report.rows}
+    expected = {
+        ("7B", "FLOPs", "576 image tokens in every layer (LLaVA-1.5)"): 7.6343e12,
+        ("13B", "FLOPs", "115 image tokens from layer 2 on"): 3.5270e12,
+        ("7B", "%", "saved, predictor included"): 75.23,
+        ("13B", "%", "saved with 60 text tokens"): 69.17,
+        ("7B", "FLOPs", "text predictor, one generated token"): 4.52e6,
+        ("7B", "FLOPs", "prompt 51, outputs 1555: 784 outputs kept too"): 13.901e12,
+        ("13B", "FLOPs", "prompt 205, outputs 351: image tokens dropped"): 18.015e12,
+        ("7B", "MiB", "outputs 351: 182 outputs kept too"): 270.7,
+        ("13B", "MiB", "outputs 1555: full"): 1704.7,
+        ("7B", "FLOPs", "115 from layer 2 on"): 2.488e12,
+        ("7B", "parameters", "image predictor"): 8572034,
+        ("13B", "parameters", "text predictor"): 2796674,
+    }
+    for key, value in expected.items():
+        assert rows[key] == pytest.approx(value, rel=1e-3), key
