@@ -40,7 +40,8 @@ VICUNA_V1 = Template(
 )
 _register(VICUNA_V1, "v1")
 _register(replace(VICUNA_V1, name="llava_v1", system=CURIOUS_HUMAN))
-_register(replace(VICUNA_V1, name="v1_mmtag", system=MMTAG))
+IMAGE_TAGS = {"before": "<Image>", "after": "</Image>"}
+_register(replace(VICUNA_V1, name="v1_mmtag", system=MMTAG, values={"end": "</s>", **IMAGE_TAGS}))
 
 
 def vicuna_with_end(name: str, end: str) -> Template:
@@ -173,7 +174,7 @@ LLAVA_V0 = Template(
     training="hashes_training",
 )
 _register(LLAVA_V0)
-_register(replace(LLAVA_V0, name="v0_mmtag", system=MMTAG))
+_register(replace(LLAVA_V0, name="v0_mmtag", system=MMTAG, values={"preset": [], **IMAGE_TAGS}))
 _register(
     replace(
         LLAVA_V0,

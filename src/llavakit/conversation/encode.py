@@ -8,6 +8,7 @@ follow from the characters that a token covers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +107,28 @@ def encode(
             continues_words=marks_first_word(tokenizer),
         )
     return Encoded(ids, learnt, media, text, blanked)
+
+
+def disarm(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
+    """Messages in which nothing that a user or a tool wrote is a special token (`</s>`, `<|im_end|>`).
+
+    An invisible word joiner goes behind the first character of each, so that text from outside cannot end a turn
+    or open another. For servers; training text is left alone.
+    """
+    specials = sorted((token for token in tokenizer.all_special_tokens if len(token) > 1), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def part_of(part: Part) -> Part:
+        if part["type"] != "text":
+            return part
+        return part | {"text": pattern.sub(lambda found: found[0][0] + "\u2060" + found[0][1:], part["text"])}
+
+    return [
+        message | {"content": list(map(part_of, message["content"]))}
+        if message["role"] in ("user", "tool")
+        else message
+        for message in normalise(messages)
+    ]
 
 
 def _turns(messages: list[Message], template: Template) -> list[Message]:

@@ -75,7 +75,7 @@ class Template:
         file: Jinja file in `templates/`, without suffix.
         system: System text if the messages bring none.
         stop: Strings at which the assistant's turn is over.
-        values: Further values of the Jinja file.
+        values: Further values of the Jinja file; `before` and `after` stand around every placeholder.
         placement: "front": a message's only medium is put in front of its text as `<image>\\n`; "lead": the same,
             unless it stands in front already; "keep": media stay where they are.
         labels: Label policy, see `llavakit.conversation.labels`.

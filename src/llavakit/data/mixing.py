@@ -142,4 +142,4 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.position = self.epoch + 1, 0
 
     def __len__(self) -> int:
-        return len(self.order()) - self.position
+        return len(self.order())

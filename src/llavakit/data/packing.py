@@ -24,21 +24,24 @@ def first_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[i
         ValueError: If a sample is longer than a row.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    rows: list[list[int]] = []
-    room: list[int] = []
+    if order and lengths[order[0]] > row_length:
+        raise ValueError(f"sample {order[0]} has {lengths[order[0]]} tokens, a row holds {row_length}")
+    # A tree over as many empty rows as there are samples, every node with the most room below it: the first row
+    # with room is found in log(n) steps.
+    leaves = 1 << (max(len(order), 1) - 1).bit_length()
+    room = [row_length] * (2 * leaves)
+    rows: list[list[int]] = [[] for _ in range(leaves)]
     for index in order:
-        length = lengths[index]
-        if length > row_length:
-            raise ValueError(f"sample {index} has {length} tokens, a row holds {row_length}")
-        for row, free in enumerate(room):
-            if length <= free:
-                rows[row].append(index)
-                room[row] -= length
-                break
-        else:
-            rows.append([index])
-            room.append(row_length - length)
-    return sorted(sorted(row) for row in rows)
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < lengths[index]
+        rows[node - leaves].append(index)
+        room[node] -= lengths[index]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return sorted(sorted(row) for row in rows if row)
 
 
 def in_order(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -145,4 +148,4 @@ class PackedBatchSampler(Sampler[list[int]]):
         self.epoch, self.position = self.epoch + 1, 0
 
     def __len__(self) -> int:
-        return len(self.batches()) - self.position
+        return len(self.batches())

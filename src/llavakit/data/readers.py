@@ -12,7 +12,7 @@ import os
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import numpy as np
 
 from llavakit.data.mixing import choose
 from llavakit.errors import RecordError, UserError
+
+Span = tuple[int, int]
 
 
 class Source(ABC):
@@ -103,58 +105,58 @@ class JsonlSource(_Spans):
         return int(self.lines[index])
 
 
-# A JSON string as one match, so that brackets inside strings do not count.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
+def _nested(depth: int) -> bytes:
+    """Pattern of a JSON object or list with at most `depth` levels inside; never goes back over what it matched."""
+    string = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+    inner = rb'[^{}\[\]"]++|' + string + (b"|" + _nested(depth - 1) if depth else b"")
+    return rb"(?:\{(?:" + inner + rb")*+\}|\[(?:" + inner + rb")*+\])"
+
+
+_SPACE = re.compile(rb"[\s,]*")
+_ENTRY = re.compile(_nested(4), re.DOTALL)
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]]', re.DOTALL)
+_SCALAR = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^\s,{}\[\]"]+', re.DOTALL)
 
 
 class JsonSource(_Spans):
     """A JSON list, indexed without decoding it."""
 
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        begins: list[int] = []
-        ends: list[int] = []
-        depth = 0
-        last = 0  # end of the last entry
         with self.path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size == 0:
                 raise UserError(f"{self.path}: is empty; a JSON list of records would be right")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                for match in _TOKEN.finditer(text):
-                    mark = text[match.start()]
-                    if mark in b"{[":
-                        if depth == 0 and (mark != 0x5B or begins):
-                            raise UserError(f"{self.path}: must be a JSON list of records ([...]) or JSON lines")
-                        if depth == 1:
-                            _stray(text, last, match.start(), begins, ends)
-                            begins.append(match.start())
-                        depth += 1
-                        last = match.end() if depth == 1 else last
-                    elif mark in b"}]":
-                        depth -= 1
-                        if depth == 1:
-                            ends.append(match.end())
-                            last = match.end()
-                        elif depth == 0:
-                            _stray(text, last, match.start(), begins, ends)
-                            break
-                    elif depth == 0:
-                        break
-                if depth:
-                    where = f"in record {len(begins)}" if len(begins) > len(ends) else f"after {len(ends)} records"
-                    raise UserError(f"{self.path}: ends {where}; the file is cut off")
-                if not last:
-                    raise UserError(f"{self.path}: must be a JSON list of records ([...]) or JSON lines")
-        return np.array(begins, int), np.array(ends, int)
+                spans = list(self._entries(text))
+        pairs = np.array(spans, int).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
+
+    def _entries(self, text: mmap.mmap) -> Iterator[Span]:
+        place = _SPACE.match(text, 3 if text[:3] == b"\xef\xbb\xbf" else 0).end()
+        if text[place : place + 1] != b"[":
+            raise UserError(f"{self.path}: must be a JSON list of records ([...]) or JSON lines")
+        place += 1
+        count = 0
+        while True:
+            place = _SPACE.match(text, place).end()
+            if text[place : place + 1] == b"]":
+                return
+            entry = _ENTRY.match(text, place) or _SCALAR.match(text, place)
+            end = entry.end() if entry else _closing(text, place)
+            if end is None:
+                raise UserError(f"{self.path}: the file is cut off in or after record {count + 1}")
+            yield place, end
+            place, count = end, count + 1
 
 
-def _stray(text: Any, begin: int, end: int, begins: list[int], ends: list[int]) -> None:
-    """Keep what stands between two entries as an entry, so that it is reported and not lost."""
-    between = text[begin:end]
-    inner = between.strip(b", \t\r\n")
-    if inner:
-        offset = begin + between.index(inner)
-        begins.append(offset)
-        ends.append(offset + len(inner))
+def _closing(text: mmap.mmap, begin: int) -> int | None:
+    """End of the object or list that begins here, however deep; None if it does not end."""
+    depth = 0
+    for match in _TOKEN.finditer(text, begin):
+        mark = text[match.start()]
+        depth += (mark in b"{[") - (mark in b"}]")
+        if depth <= 0:
+            return match.end()
+    return None
 
 
 class HfSource(Source):
