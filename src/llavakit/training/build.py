@@ -1,0 +1,201 @@
+"""Building what a recipe describes: the configuration, the model (with or without memory), the processor.
+
+Knows parts and checkpoints; knows nothing of stages. A part whose weights no file gives starts at random, with the
+recipe's seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, set_seed
+
+from llavakit.errors import CheckpointError, RecipeError, UserError
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.convert import build, load_processor, load_tokenizer, local_folder, open_checkpoint
+from llavakit.model.media import MediaSpec
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.processing import LlavakitProcessor
+from llavakit.registry import nearest
+from llavakit.training.recipe import Parts, Recipe
+
+VOCABULARY_MULTIPLE = 64
+_OLD_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
+
+
+def checked_config(options: Mapping[str, Any], default_type: str, where: str) -> PreTrainedConfig:
+    """A transformers configuration of which every key is known (transformers itself takes any).
+
+    Raises:
+        RecipeError: If the model type or a key is unknown, or a value has the wrong type.
+    """
+    options = dict(options)
+    kind = options.pop("model_type", default_type)
+    if kind not in CONFIG_MAPPING:
+        raise RecipeError(f"{where}.model_type: transformers has no {kind!r}{nearest(kind, list(CONFIG_MAPPING))}")
+    cls = CONFIG_MAPPING[kind]
+    known = [*cls().to_dict(), *cls.attribute_map, *_OLD_KEYS]
+    for key in options:
+        if key not in known:
+            raise RecipeError(f"{where}.{key}: unknown key of a {kind} configuration{nearest(key, known)}")
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
+def config_of(recipe: Recipe) -> LlavakitConfig:
+    """The configuration of the recipe's model.
+
+    Raises:
+        RecipeError: If a part is misspelt or does not fit.
+    """
+    if recipe.parts is None:
+        return open_checkpoint(str(recipe.model)).config
+    parts = recipe.parts
+    fields: dict[str, Any] = {
+        name: getattr(parts, name)
+        for name in LlavakitConfig.__annotations__
+        if name in Parts.model_fields and getattr(parts, name) is not None
+    }
+    for name, default in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
+        given = getattr(parts, name)
+        source = parts.init.get({"text_config": "language_model", "vision_config": "vision_tower"}[name])
+        if given is None and source is not None:
+            config = AutoConfig.from_pretrained(local_folder(source))
+            nested = getattr(config, name, None)
+            fields[name] = nested if nested is not None and hasattr(nested, "model_type") else config
+        elif given is not None:
+            fields[name] = checked_config(given, default, f"parts.{name}")
+        else:
+            raise RecipeError(f"parts.{name}: is missing; give it, or a checkpoint under parts.init")
+    text = fields["text_config"]
+    fields.setdefault("image_token_id", text.vocab_size)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(text, key, None) is not None:
+            fields[key] = getattr(text, key)
+    try:
+        config = LlavakitConfig(**fields, system=recipe.system)
+        MediaSpec(config)
+    except UserError as error:
+        raise RecipeError(f"parts: {error}") from None
+    except (TypeError, ValueError, KeyError) as error:
+        raise RecipeError(f"parts: {str(error).strip().splitlines()[-1].strip()}") from None
+    return config
+
+
+def build_meta(recipe: Recipe) -> LlavakitForConditionalGeneration:
+    """The recipe's model on meta tensors: every name and shape at published scale, no memory."""
+    config = config_of(recipe)
+    with torch.device("meta"):
+        return LlavakitForConditionalGeneration(config)
+
+
+def build_model(recipe: Recipe) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
+    """The model and processor that the first stage starts from, float32 unless a checkpoint says otherwise.
+
+    Raises:
+        RecipeError, CheckpointError: One clear line.
+    """
+    if recipe.parts is None:
+        return load_checkpoint(str(recipe.model))
+    parts = recipe.parts
+    config = config_of(recipe)
+    tokenizer = _tokenizer(parts)
+    processor = LlavakitProcessor.from_config(config, tokenizer, **{"template": parts.template, **parts.processor})
+    config.image_token_id = processor.image_token_id
+    set_seed(recipe.seed)
+    model = LlavakitForConditionalGeneration(config)
+    for part, source in parts.init.items():
+        _initialise(model, part, source)
+    _fit_vocabulary(model, processor)
+    return model, processor
+
+
+def load_checkpoint(folder: str | Path) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
+    """Model and processor of a checkpoint in any known layout."""
+    checkpoint = open_checkpoint(folder)
+    model, processor = build(checkpoint), load_processor(checkpoint)
+    model.config.image_token_id = processor.image_token_id
+    _fit_vocabulary(model, processor)
+    return model, processor
+
+
+def _tokenizer(parts: Parts) -> Any:
+    source = parts.tokenizer or parts.init.get("language_model")
+    if source is None:
+        raise RecipeError("parts.tokenizer: is missing; name the folder of a tokenizer")
+    return load_tokenizer(local_folder(source))
+
+
+def _fit_vocabulary(model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> None:
+    """Grow the embedding if the tokenizer has ids beyond it; new rows are the mean of the old ones."""
+    text = model.config.text_config
+    known = text.vocab_size
+    own = (number for number in processor.tokenizer.get_vocab().values() if number != processor.image_token_id)
+    highest = max(own)  # the placeholder is never looked up, so it may lie outside
+    if highest < known:
+        return
+    model.resize_token_embeddings(highest + 1, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+    tables = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.lm_head)}
+    with torch.no_grad():
+        for table in tables.values():
+            table[known:] = table[:known].mean(0)
+    text.vocab_size = len(model.get_input_embeddings().weight)
+
+
+def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str) -> None:
+    """Give one part the weights of a checkpoint."""
+    where = f"parts.init.{part}"
+    known = [name for name, _ in model.model.named_children()]
+    if part not in known:
+        raise RecipeError(f"{where}: the model has no such part{nearest(part, known)}")
+    folder = local_folder(source)
+    module = model.model.get_submodule(part)
+    if part == "language_model":
+        source_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        _copy(module, source_model.base_model.state_dict(), where)
+        head = source_model.get_output_embeddings()
+        if head is not None and not model.config.tie_word_embeddings:
+            _copy(model.lm_head, head.state_dict(), where)
+        return
+    if part == "vision_tower" or part in model.config.extra_towers:
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != LlavakitConfig.model_type:
+            source_model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            inner = getattr(source_model, "vision_model", source_model)
+            own = module.state_dict()
+            wrapped = all(name.startswith("vision_model.") for name in own)
+            prefix = "vision_model." if wrapped and not hasattr(inner, "vision_model") else ""
+            _copy(module, {f"{prefix}{name}": tensor for name, tensor in inner.state_dict().items()}, where)
+            return
+    state = open_checkpoint(folder).state
+    prefix = f"model.{part}."
+    _copy(module, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}, where)
+
+
+def _copy(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    if missing:
+        raise CheckpointError(f"{where}: tensor {missing[0]!r} is missing from the checkpoint")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has shape {list(state[name].shape)}, the recipe calls for {list(tensor.shape)}"
+            )
+        tensor.copy_(state[name])
+
+
+def merged_media(config: LlavakitConfig, changes: Mapping[str, Mapping[str, Any]] | None) -> LlavakitConfig:
+    """The configuration with a stage's own `media`: whole sections (`views`, `arrange`) are replaced."""
+    if not changes:
+        return config
+    media = {kind: {**config.media.get(kind, {}), **sections} for kind, sections in changes.items()}
+    copied = LlavakitConfig.from_dict(config.to_dict())
+    copied.media = {**config.media, **media}
+    return copied

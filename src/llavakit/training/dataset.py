@@ -1,0 +1,223 @@
+"""Samples and batches of a stage.
+
+`Samples` remembers processed samples while memory allows. `plan_batches` decides before training starts which samples
+make up which batch of the whole stage, from the seed alone; training can therefore go on at any batch after a kill.
+Records, their mixture and broken ones are `llavakit.data`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llavakit.data.collate import Collator
+from llavakit.data.dataset import SampleDataset
+from llavakit.data.mixing import generator_of
+from llavakit.data.mixture import Mixture, SourceSpec, read_specs
+from llavakit.data.packing import first_fit_decreasing
+from llavakit.data.sampler import length_grouped, modality_grouped
+from llavakit.errors import UserError
+from llavakit.model.processing import LlavakitProcessor
+from llavakit.training.recipe import Recipe, Stage
+
+MEMORY = 512 * 1024**2
+PACKING_WINDOW = 2048  # samples that are packed together: enough for full rows, few enough to stay fast
+
+Messages = Sequence[Mapping[str, Any]]
+Features = Callable[[Messages, Sequence[Any], Sequence[int]], list[Tensor]]
+
+
+def open_records(recipe: Recipe, number: int) -> Mixture:
+    """The records of a stage.
+
+    Raises:
+        UserError: If a file is missing or a source is misspelt.
+    """
+    specs: list[SourceSpec] = []
+    for source in recipe.sources_of(number):
+        options: dict[str, Any] = {"path": source.path, "weight": source.weight, "media_root": source.images}
+        if source.subset is not None:
+            options["sampling_strategy"] = source.subset
+        specs += read_specs(options, where=f"data.{source.name}")
+    return Mixture(specs, seed=recipe.seed)
+
+
+class Samples(Dataset):
+    """Processed samples (see `llavakit.data.collate`) of checked records, remembered while there is room.
+
+    Args:
+        records: A `Mixture`, or a sequence of `llavakit.data.records.Record` with `order(seed, epoch)`.
+        processor: Makes ids, labels and views.
+        max_length: Longest sample.
+        options: Passed to `LlavakitProcessor.encode` (`labels`, `placement`).
+        features: `features(messages, sizes, kinds)` gives encoder features per view instead of pixels.
+        on_bad_record: "stop" or "skip".
+        memory: Bytes of processed samples that are kept.
+    """
+
+    def __init__(
+        self,
+        records: Any,
+        processor: LlavakitProcessor,
+        *,
+        max_length: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        features: Features | None = None,
+        on_bad_record: str = "stop",
+        memory: int = MEMORY,
+    ) -> None:
+        self.processor, self.options, self.features = processor, dict(options or {}), features
+        self.dataset = SampleDataset(
+            records,
+            self._encode,
+            on_bad_record=on_bad_record,
+            max_length=max_length,
+            visual_token_id=processor.image_token_id,
+        )
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._lengths: dict[int, int] = {}
+        self._room = memory
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _encode(self, messages: Messages) -> dict[str, Any]:
+        sample = self.processor.encode(messages, pixels=self.features is None, **self.options)
+        if self.features is not None:
+            sample["pixel_values"] = self.features(messages, sample["visual_sizes"], sample["visual_kinds"])
+        return sample
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The processed sample, ids and labels as int64 tensors [tokens]."""
+        if index in self._kept:
+            return self._kept[index]
+        sample = self.dataset[index]
+        sample |= {name: torch.tensor(sample[name]) for name in ("input_ids", "labels")}
+        size = 16 * len(sample["input_ids"]) + 512
+        if self.features is None:  # features lie in a memory map; views of it cost nothing
+            size += sum(view.numel() * view.element_size() for view in sample["pixel_values"])
+        if size <= self._room:
+            self._room -= size
+            self._kept[index] = sample
+        return sample
+
+    def length(self, index: int) -> int:
+        """Tokens of a sample, negative if it has no media."""
+        if index not in self._lengths:
+            sample = self[index]
+            self._lengths[index] = len(sample["input_ids"]) * (1 if sample["visual_kinds"] else -1)
+        return self._lengths[index]
+
+
+class Batches:
+    """Sample numbers of every batch; what a `DataLoader` takes as its batch sampler."""
+
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _epoch_batches(samples: Samples, stage: Stage, seed: int, epoch: int, world: int) -> list[list[int]]:
+    order = samples.dataset.order(seed, epoch)
+    if stage.packing:
+        return [
+            batch for begin in range(0, len(order), PACKING_WINDOW) for batch in _packed(samples, stage, order, begin)
+        ]
+    if stage.group_by_modality or stage.group_by_length:
+        lengths = [samples.length(index) for index in order]
+        generator = generator_of(seed, epoch)
+        if stage.group_by_modality:
+            places = modality_grouped(lengths, stage.batch_size, world * stage.accumulation, generator)
+        else:
+            sizes = [abs(length) for length in lengths]
+            places = length_grouped(sizes, stage.batch_size, world * stage.accumulation, generator)
+        order = [order[place] for place in places]
+    return [order[begin : begin + stage.batch_size] for begin in range(0, len(order), stage.batch_size)]
+
+
+def _packed(samples: Samples, stage: Stage, order: list[int], begin: int) -> Iterator[list[int]]:
+    """Batches of as many samples as fill `batch_size` rows.
+
+    A batch lists its samples in the order of the epoch. First-fit-decreasing finds the same rows again when the
+    collator packs the batch alone: no sample of another row could have taken their room.
+    """
+    window = order[begin : begin + PACKING_WINDOW]
+    rows = first_fit_decreasing([abs(samples.length(index)) for index in window], stage.max_length)
+    for first in range(0, len(rows), stage.batch_size):
+        places = sorted(place for row in rows[first : first + stage.batch_size] for place in row)
+        yield [window[place] for place in places]
+
+
+def plan_batches(samples: Samples, stage: Stage, seed: int, *, world: int = 1, rank: int = 0) -> list[list[int]]:
+    """The batches of one process for the whole stage, in order.
+
+    Args:
+        world, rank: Number of processes and which one this is; batches are dealt in turn.
+
+    Raises:
+        UserError: If there is no sample.
+    """
+    if not len(samples):
+        raise UserError(f"stage {stage.name!r}: there is no record to learn from")
+    wanted = None if stage.max_steps is None else stage.max_steps * stage.accumulation * world
+    batches: list[list[int]] = []
+    epoch = 0
+    while True:
+        own = _epoch_batches(samples, stage, seed, epoch, world)
+        if wanted is None and epoch + 1 >= stage.epochs:
+            batches += own[: math.ceil(len(own) * (stage.epochs - epoch))]
+            break
+        batches += own
+        epoch += 1
+        if wanted is not None and len(batches) >= wanted:
+            batches = batches[:wanted]
+            break
+    missing = -len(batches) % world
+    batches += [batches[place % len(batches)] for place in range(missing)]
+    return batches[rank::world]
+
+
+def global_batch(stage: Stage, world: int) -> Stage:
+    """The stage with the accumulation that gives its `global_batch` on `world` processes.
+
+    Raises:
+        UserError: If it is not a multiple of what the processes take in one step.
+    """
+    if stage.global_batch is None:
+        return stage
+    step = stage.batch_size * world
+    if stage.global_batch % step:
+        raise UserError(
+            f"stages.{stage.name}.global_batch: {stage.global_batch} is not a multiple of "
+            f"{stage.batch_size} samples x {world} processes; change batch_size"
+        )
+    return stage.model_copy(update={"accumulation": stage.global_batch // step, "global_batch": None})
+
+
+class StageCollator:
+    """A `Collator` that also says how many tokens are not padding, and names cached features as such.
+
+    Args:
+        collator: Lays samples together.
+        features: Whether the samples hold encoder features instead of pixels.
+    """
+
+    def __init__(self, collator: Collator, features: bool = False) -> None:
+        self.collator, self.features = collator, features
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(samples)
+        batch["tokens"] = sum(len(sample["input_ids"]) for sample in samples)
+        if self.features and "pixel_values" in batch:
+            batch["features"] = batch.pop("pixel_values")
+        return batch

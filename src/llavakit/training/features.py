@@ -1,0 +1,232 @@
+"""Features of frozen encoders, computed once and kept on disk.
+
+While an encoder is frozen and the plan of every medium is fixed, its output never changes; then training reads
+features from a memory map instead of running the encoder in every epoch. The cache lives in a folder named after
+everything that decides the features (weights, configuration, planners, precision) and finds a medium by its content,
+so that stages, runs and restarts share it. A kill while it is written costs at most the medium being written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llavakit.conversation.encode import collect_media
+from llavakit.errors import UserError
+from llavakit.model.media import KINDS
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.processing import LlavakitProcessor
+from llavakit.views.plan import MediumSize
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+MEDIA_AT_ONCE = 32
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def _digest(*chunks: bytes) -> str:
+    state = hashlib.sha256()
+    for chunk in chunks:
+        state.update(chunk)
+    return state.hexdigest()[:32]
+
+
+def towers_digest(model: LlavakitForConditionalGeneration, processor: LlavakitProcessor, dtype: str) -> str:
+    """Name of everything that decides the features of a medium, apart from the medium."""
+    config = model.config
+    names = ["vision_tower", *config.extra_towers]
+    state = hashlib.sha256()
+    settings = {name: [str(part) for part in config.tower_config(name)] for name in names}
+    reading = [processor.sampling, processor.reading]
+    state.update(json.dumps([settings, config.media, reading, dtype], sort_keys=True, default=str).encode())
+    for name in names:
+        for key, tensor in sorted(getattr(model.model, name).state_dict().items()):
+            state.update(key.encode())
+            state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+class FeatureCache:
+    """Encoder features of media on disk.
+
+    Args:
+        folder: Cache folder of all runs; a subfolder is used.
+        model: Its encoders compute what is missing.
+        processor: Opens media and cuts views.
+        dtype: "float16" or "float32".
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: LlavakitForConditionalGeneration,
+        processor: LlavakitProcessor,
+        dtype: str = "float16",
+    ) -> None:
+        self.model, self.processor, self.dtype = model, processor, DTYPES[dtype]
+        self.folder = Path(folder) / towers_digest(model, processor, dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._index: dict[str, tuple[int, list[list[int]]]] = {}
+        self._content: dict[tuple[str, int, int], str] = {}
+        self._map: np.memmap | None = None
+        self.reload()
+
+    @property
+    def data(self) -> Path:
+        """The file of raw features."""
+        return self.folder / "features.bin"
+
+    @property
+    def index(self) -> Path:
+        """One JSON line per medium: key, offset in bytes, shape of every view."""
+        return self.folder / "index.jsonl"
+
+    def reload(self) -> None:
+        """Read the index again, after another process has filled the cache."""
+        self._map = None
+        self._index.clear()
+        if not self.index.is_file():
+            return
+        available = self.data.stat().st_size if self.data.is_file() else 0
+        good = 0
+        with self.index.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                entry = json.loads(line)
+                if entry["offset"] + self._bytes(entry["shapes"]) > available:
+                    break
+                self._index[entry["key"]] = (entry["offset"], entry["shapes"])
+                good += len(line)
+        if good < self.index.stat().st_size:  # a kill tore the last line
+            os.truncate(self.index, good)
+
+    def _bytes(self, shapes: Sequence[Sequence[int]]) -> int:
+        return sum(tokens * width for tokens, width in shapes) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def key(self, part: Mapping[str, Any], kind: str) -> str:
+        """Key of a medium: its content and the kind that it is treated as."""
+        source = part[part["type"]]
+        extra = json.dumps({k: v for k, v in part.items() if k not in (part["type"], "type")}, default=str)
+        return f"{self._content_of(source)}-{kind}-{_digest(extra.encode())[:8]}"
+
+    def _content_of(self, source: Any) -> str:
+        if isinstance(source, (bytes, bytearray)):
+            return _digest(bytes(source))
+        if isinstance(source, (str, Path)):
+            path = Path(source)
+            if path.is_file():
+                stat = path.stat()
+                seen = (str(path), stat.st_size, stat.st_mtime_ns)
+                if seen not in self._content:
+                    self._content[seen] = _digest(path.read_bytes())
+                return self._content[seen]
+            return _digest(str(source).encode())
+        array = np.asarray(source)
+        return _digest(str(array.shape).encode(), array.tobytes())
+
+    def _media(self, messages: Messages) -> list[tuple[str, str, Mapping[str, Any]]]:
+        parts = collect_media(messages)
+        several = sum(part["type"] == "image" for part in parts) > 1
+        kinds = ["multi_image" if several and part["type"] == "image" else part["type"] for part in parts]
+        return [(self.key(part, kind), kind, part) for part, kind in zip(parts, kinds, strict=True)]
+
+    def fill(self, conversations: Iterable[Messages], progress: Callable[[int], None] = lambda done: None) -> int:
+        """Compute what is missing for these conversations.
+
+        Args:
+            progress: Called with the number of conversations seen so far.
+
+        Returns:
+            Number of media that were computed.
+
+        Raises:
+            UserError: If the disk is full; what was written before stays usable.
+        """
+        computed = 0
+        try:
+            with self.data.open("ab") as data, self.index.open("a", encoding="utf-8") as index:
+                # a kill may have left features that no line promises
+                data.truncate(max((at + self._bytes(shapes) for at, shapes in self._index.values()), default=0))
+                data.seek(0, os.SEEK_END)
+                missing = self._missing(conversations, progress)
+                while group := list(islice(missing, MEDIA_AT_ONCE)):
+                    self._compute(group, data, index)
+                    computed += len(group)
+        except OSError as error:
+            raise UserError(f"{self.folder}: features could not be written ({error.strerror or error})") from None
+        self._map = None
+        return computed
+
+    def _missing(
+        self, conversations: Iterable[Messages], progress: Callable[[int], None]
+    ) -> Iterator[tuple[str, str, MediumSize, list[Tensor]]]:
+        pending: set[str] = set()
+        for done, messages in enumerate(conversations, start=1):
+            for key, kind, part in self._media(messages):
+                if key in self._index or key in pending:
+                    continue
+                pending.add(key)
+                medium, size = self.processor.read_medium(part)
+                yield key, kind, size, self.processor.views_of(kind, medium, size)
+            progress(done)
+
+    @torch.no_grad()
+    def _compute(self, media: Sequence[tuple[str, str, MediumSize, list[Tensor]]], data: Any, index: Any) -> None:
+        device = self.model.device
+        views = [view.to(device) for *_, own in media for view in own]
+        same = all(view.shape == views[0].shape for view in views)
+        kinds = [kind for _, kind, _, _ in media]
+        visuals = self.model.model.encode_media(
+            torch.stack(views) if same else views,
+            torch.tensor([list(size) for _, _, size, _ in media]),
+            torch.tensor([KINDS.index(kind) for kind in kinds]),
+        )
+        spec = self.model.model.media
+        remaining = {name: iter(features.split()) for name, features in visuals.features.items()}
+        for key, kind, _, own in media:
+            tokens = [next(remaining[spec.route(kind).connector]) for _ in own]
+            offset = data.tell()
+            for values in tokens:
+                data.write(values.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes())
+            self._index[key] = (offset, [list(values.shape) for values in tokens])
+            data.flush()  # the features first, then the line that promises them
+            index.write(json.dumps({"key": key, "offset": offset, "shapes": self._index[key][1]}) + "\n")
+            index.flush()
+
+    def __call__(self, messages: Messages, sizes: Sequence[Any], kinds: Sequence[int]) -> list[Tensor]:
+        """Features of every view of a conversation's media, [tokens, width] each, as views of the memory map."""
+        found: list[Tensor] = []
+        for key, kind, part in self._media(messages):
+            if key not in self._index:
+                raise UserError(f"{part[part['type']]}: changed while training runs; its {kind} features are unknown")
+            offset, shapes = self._index[key]
+            for tokens, width in shapes:
+                found.append(self._view(offset, tokens, width))
+                offset += tokens * width * self.dtype.itemsize
+        return found
+
+    def _view(self, offset: int, tokens: int, width: int) -> Tensor:
+        if self._map is None:
+            # copy-on-write: PyTorch wants writable memory, the file must not change
+            self._map = np.memmap(self.data, dtype=np.uint8, mode="c")
+        raw = self._map[offset : offset + tokens * width * self.dtype.itemsize]
+        return torch.from_numpy(raw).view(self.dtype).view(tokens, width)
+
+
+def cacheable(model: LlavakitForConditionalGeneration) -> bool:
+    """Whether all encoders are frozen."""
+    names = ["vision_tower", *model.config.extra_towers]
+    return not any(p.requires_grad for name in names for p in getattr(model.model, name).parameters())

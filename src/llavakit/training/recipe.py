@@ -1,0 +1,529 @@
+"""Recipes: one validated YAML file says what a model is made of, what it learns from, and in which stages.
+
+This module knows keys, types and dotted paths. It does not know PyTorch: building what a recipe describes is
+`training.build`, running it is `training.run`. `docs/recipes.md` explains every key.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from llavakit.errors import RecipeError
+from llavakit.registry import nearest
+
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial"]
+Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: unknown keys are errors that name the nearest known key."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    hint = nearest(str(key), list(cls.model_fields))
+                    raise PydanticCustomError("unknown_key", "{key}: unknown key{hint}", {"key": key, "hint": hint})
+        return data
+
+
+class Source(Section):
+    """One file or folder of records.
+
+    Attributes:
+        path: LLaVA JSON or JSONL, OpenAI-style JSONL, or a Hugging Face dataset on disk; `path#500` takes the first 500.
+        images: Folder that relative media paths are relative to; default: the folder of `path`.
+        weight: How often each record is seen in an epoch, on average (2 is twice, 0.5 is half of them).
+        subset: `first:N`, `end:N`, `random:N` or `all`; N a number or a percentage.
+        name: What stages call it; default: the file's stem.
+    """
+
+    path: str
+    images: str | None = None
+    weight: float = Field(1.0, gt=0)
+    subset: str | None = None
+    name: str = ""
+
+    @model_validator(mode="after")
+    def _default_name(self) -> Source:
+        self.name = self.name or Path(self.path.partition("#")[0]).stem
+        return self
+
+
+class Parts(Section):
+    """The parts of a new model: fields of `LlavakitConfig`, the tokenizer, and where weights come from.
+
+    Attributes:
+        vision_config: Configuration of the encoder, or the name of a known one.
+        tokenizer: Folder of the tokenizer; default: that of `init.language_model`.
+        init: Part -> checkpoint folder or hub id that its weights are taken from; other parts start at random.
+    """
+
+    text_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+    connector: dict[str, Any] | None = None
+    media: dict[str, dict[str, Any]] | None = None
+    extra_towers: dict[str, dict[str, Any]] | None = None
+    extra_connectors: dict[str, dict[str, Any]] | None = None
+    language_adapter: dict[str, Any] | None = None
+    vision_feature_layer: int | list[int] = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    image_token_id: int | None = None
+    template: str = "v1"
+    extras: dict[str, Any] | None = None
+    processor: dict[str, Any] = Field(default_factory=dict)
+    tokenizer: str | None = None
+    init: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("vision_config", mode="before")
+    @classmethod
+    def _known_tower(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            from llavakit.vision.known import KNOWN_TOWERS
+
+            if value not in KNOWN_TOWERS:
+                raise PydanticCustomError(
+                    "unknown_tower",
+                    "unknown encoder {value}{hint}",
+                    {"value": repr(value), "hint": nearest(value, list(KNOWN_TOWERS))},
+                )
+            return dict(KNOWN_TOWERS[value])
+        return value
+
+
+class PartTraining(Section):
+    """How one part trains.
+
+    Attributes:
+        learning_rate: Its own rate; default: the stage's.
+        weight_decay: Its own decay; default: the stage's.
+        freeze: Leave it frozen although a larger part that contains it trains.
+    """
+
+    learning_rate: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0)
+    freeze: bool = False
+
+
+class Lora(Section):
+    """Low-rank adapters instead of full training of some parts.
+
+    Attributes:
+        parts: Parts whose linear layers get an adapter; they need not be named under `train`.
+        targets: Names of linear layers inside the parts (`q_proj`); default: all of them, the head excepted.
+        quantize: Keep the frozen weights of the language model in 4 bit (`nf4`) or 8 bit (`int8`); needs bitsandbytes.
+        merge: Add the adapter to the weights at the end of the stage.
+    """
+
+    rank: int = Field(128, gt=0)
+    alpha: float = Field(256, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    parts: list[str] = Field(default_factory=lambda: ["language_model"])
+    targets: list[str] | None = None
+    quantize: Literal["nf4", "int8"] | None = None
+    merge: bool = True
+
+
+class LossWeights(Section):
+    """Factors of the loss terms.
+
+    Attributes:
+        text: Next-token cross entropy.
+        auxiliary: The term that a language adapter adds (sparsity, balance).
+    """
+
+    text: float = 1.0
+    auxiliary: float = 1.0
+
+
+class Stage(Section):
+    """One training stage; see `docs/recipes.md` for every key."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: list[str] | None = None
+    train: dict[str, PartTraining]
+    lora: Lora | None = None
+    learning_rate: float = Field(ge=0)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    batch_size: int = Field(8, gt=0)
+    accumulation: int = Field(1, gt=0)
+    global_batch: int | None = Field(None, gt=0)
+    schedule: Schedule = "cosine"
+    schedule_options: dict[str, float] = Field(default_factory=dict)
+    warmup: float = Field(0.03, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    decay_rms_norms: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    optimizer: str = "adamw_torch_fused"
+    clip: float | None = Field(None, gt=0)
+    bf16: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    template: str | None = None
+    labels: str | None = None
+    media: dict[str, dict[str, Any]] | None = None
+    packing: bool = False
+    max_length: int | None = Field(None, gt=1)
+    group_by_modality: bool = False
+    group_by_length: bool = False
+    cache_features: bool | Literal["float16", "float32"] = False
+    loss_weights: LossWeights = Field(default_factory=LossWeights)
+    save_steps: int | None = Field(None, gt=0)
+    keep: int = Field(1, gt=0)
+    log_steps: int = Field(10, gt=0)
+    workers: int = Field(0, ge=0)
+    shard: bool = False
+    seed: int | None = None
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, Sequence):
+            value = dict.fromkeys(value, True)
+        if not isinstance(value, Mapping):
+            return value
+        return {part: _part_training(options) for part, options in value.items()}
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_switch(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stage:
+        problem = None
+        if self.packing and self.max_length is None:
+            problem = "packing: needs max_length, the number of tokens in a row"
+        elif self.packing and (self.group_by_length or self.group_by_modality):
+            problem = "packing: rows are equally long already; switch group_by_length and group_by_modality off"
+        elif self.group_by_length and self.group_by_modality:
+            problem = "group_by_length: group_by_modality groups by length too; keep one of them"
+        elif not any(not part.freeze for part in self.train.values()) and self.lora is None:
+            problem = "train: nothing trains; name at least one part"
+        elif self.lora and self.lora.quantize and self.shard:
+            problem = "shard: quantised weights cannot be sharded; drop lora.quantize or shard"
+        if problem:
+            raise PydanticCustomError("contradiction", "{problem}", {"problem": problem})
+        return self
+
+
+class Recipe(Section):
+    """A whole recipe: a checkpoint or parts, data, stages.
+
+    Attributes:
+        system: Slug of the published system, recorded in the checkpoint.
+        model: Checkpoint to start from, in any known layout; instead of `parts`.
+        on_bad_record: What to do with a broken record.
+        output: Folder of all results; see `docs/recipes.md` for its layout.
+    """
+
+    system: str | None = None
+    model: str | None = None
+    parts: Parts | None = None
+    data: list[Source] = Field(default_factory=list)
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    stages: list[Stage] = Field(min_length=1)
+    output: str = "runs/unnamed"
+    run_name: str | None = None
+    report_to: list[Reporter] = Field(default_factory=list)
+    seed: int = 0
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        problem = None
+        if (self.model is None) == (self.parts is None):
+            problem = "model: give either `model` (a checkpoint) or `parts` (a new model)"
+        sources = [source.name for source in self.data]
+        stages = [stage.name for stage in self.stages]
+        for names, where in ((sources, "data"), (stages, "stages")):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                problem = f"{where}: two are called {twice!r}; give them different names"
+        for number, stage in enumerate(self.stages):
+            for place, name in enumerate(stage.data or []):
+                if name not in sources:
+                    problem = f"stages.{number}.data.{place}: no source is called {name!r}{nearest(name, sources)}"
+            if stage.name == "final":
+                problem = f"stages.{number}.name: 'final' is the folder of the finished model; choose another"
+        if problem:
+            raise PydanticCustomError("contradiction", "{problem}", {"problem": problem})
+        return self
+
+    def stage_seed(self, number: int) -> int:
+        """Seed of a stage: its own, or the recipe's with the stage's number, so that stages differ."""
+        own = self.stages[number].seed
+        return self.seed + number if own is None else own
+
+    def sources_of(self, number: int) -> list[Source]:
+        """Sources of a stage, in the order of `data`.
+
+        Raises:
+            RecipeError: If it has none.
+        """
+        wanted = self.stages[number].data
+        found = [source for source in self.data if wanted is None or source.name in wanted]
+        if not found:
+            raise RecipeError(f"stages.{number}.data: there is no data; add sources under `data`")
+        return found
+
+
+def _part_training(options: Any) -> Any:
+    if isinstance(options, bool):
+        return {"freeze": not options}
+    if isinstance(options, (int, float)):
+        return {"learning_rate": options}
+    return {} if options is None else options
+
+
+# Reading
+
+_Loader = type("_Loader", (yaml.SafeLoader,), {})
+# YAML 1.1 reads 1e-3 as text because it has no dot; everybody who writes a recipe means a number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """YAML with numbers such as 1e-3.
+
+    Raises:
+        RecipeError: With the line, if it is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark is not None else where
+        raise RecipeError(f"{place}: not valid YAML ({getattr(error, 'problem', error)})") from None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe file.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` assignments, values in YAML; list items by number or by their `name`.
+
+    Raises:
+        RecipeError: One line that names file, dotted path and what would be right.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: is not a text file; name a YAML file") from None
+    return parse_recipe(read_yaml(text, str(path)), overrides, where=str(path))
+
+
+def parse_recipe(raw: Any, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """A recipe from its dict form; see `load_recipe`."""
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f"{where}: holds a {type(raw).__name__}, it should hold a mapping with `stages`")
+    raw = copy.deepcopy(dict(raw))
+    for assignment in overrides:
+        override(raw, assignment)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    details = error.errors()
+    unknown = [item for item in details if item["type"] == "unknown_key"]
+    return _describe((unknown or details)[0])
+
+
+_WANTED = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "model": "a mapping",
+}
+
+
+def _describe(item: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal[")))
+    kind, value = item["type"], item["input"]
+    if kind in ("unknown_key", "contradiction"):
+        return f"{path}.{item['msg']}" if path else item["msg"]
+    if kind == "missing":
+        return f"{path}: is missing"
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        return f"{path}: {value!r} is not possible{nearest(str(value), known)}"
+    wanted = _WANTED.get(kind.split("_")[0])
+    if wanted and kind.endswith(("_type", "_parsing", "_from_float", "_attributes_type")):
+        path = re.sub(r"\.(bool|int|str|list\[int\])$", "", path)
+        return f"{path}: should be {wanted}, not {value!r}"
+    message = item["msg"].removeprefix("Input ")
+    return f"{path}: {message}, not {value!r}" if message.startswith("should") else f"{path}: {message}"
+
+
+# Overrides
+
+
+def override(raw: dict[str, Any], assignment: str) -> None:
+    """Apply one `dotted.key=value` to a recipe's dict form.
+
+    Raises:
+        RecipeError: If the path leads nowhere.
+    """
+    dotted, equals, text = assignment.partition("=")
+    if not equals or not dotted:
+        raise RecipeError(f"{assignment}: not an assignment; write dotted.key=value")
+    if dotted == "data.on_bad_record":  # reads well on the command line; the key stands beside `data`
+        dotted = "on_bad_record"
+    keys = dotted.split(".")
+    node: Any = raw
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        here = ".".join(keys[: depth + 1])
+        if isinstance(node, list):
+            key = _index(node, key, here)
+        elif not isinstance(node, dict):
+            raise RecipeError(f"{here}: {'.'.join(keys[:depth])} is a value, it has no keys")
+        if last:
+            node[key] = read_yaml(text, assignment) if text.strip() else None
+        elif isinstance(node, list):
+            if not isinstance(node[key], (dict, list)):
+                node[key] = {"path": node[key]} if keys[0] == "data" else node[key]
+            node = node[key]
+        else:
+            if key == "train" and not isinstance(node.get(key), dict):
+                node[key] = dict.fromkeys([node[key]] if isinstance(node.get(key), str) else node.get(key) or [], True)
+            if not isinstance(node.get(key), (dict, list)):
+                node[key] = {}
+            node = node[key]
+
+
+def _index(items: list[Any], key: str, here: str) -> int:
+    names = [item.get("name") for item in items if isinstance(item, dict)]
+    if key.lstrip("-").isdigit():
+        if int(key) >= len(items):
+            raise RecipeError(f"{here}: there are {len(items)}, numbered from 0")
+        return int(key)
+    if key in names:
+        return next(n for n, item in enumerate(items) if isinstance(item, dict) and item.get("name") == key)
+    raise RecipeError(f"{here}: no item is called {key!r}{nearest(key, [name for name in names if name])}")
+
+
+# The same recipe, made small
+
+
+def scale(
+    recipe: Recipe,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    vocab: int | None = None,
+    vision_hidden: int = 48,
+    vision_layers: int = 3,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    stages: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The same recipe with tiny dimensions, for phantom data: parts, their kinds and the stages stay.
+
+    Widths, depths and sizes are replaced; sizes of views keep their ratio to the encoder's image size. Weights start
+    at random, precision is float32, memory savers are off.
+
+    Args:
+        hidden, layers, heads: Language model; its MLP is four times as wide.
+        vocab: Vocabulary; None keeps the recipe's.
+        vision_hidden, vision_layers: All encoders.
+        image_size, patch_size: All encoders; None keeps 4 patches a side less than nothing changed: 4 x patch.
+        stages: Keys that every stage gets on top, for instance `{"max_steps": 5, "batch_size": 2}`.
+
+    Raises:
+        RecipeError: If the recipe starts from a checkpoint.
+    """
+    if recipe.parts is None:
+        raise RecipeError("scale: the recipe starts from a checkpoint, whose dimensions are fixed")
+    raw = recipe.model_dump()
+    parts = raw["parts"]
+    parts["init"], parts["tokenizer"] = {}, None
+    text = dict(parts["text_config"] or {})
+    tiny = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    tiny |= {"intermediate_size": 4 * hidden, "n_embd": hidden, "n_layer": layers, "n_head": heads}
+    groups = max(text.get("num_attention_heads", 1) // max(text.get("num_key_value_heads", 0) or 1, 1), 1)
+    if text.get("num_key_value_heads"):
+        tiny["num_key_value_heads"] = max(heads // groups, 1)
+    gpt2 = text.get("model_type") == "gpt2"
+    parts["text_config"] = {
+        key: value for key, value in text.items() if key not in ("head_dim", "layer_types", "max_window_layers")
+    } | {key: value for key, value in tiny.items() if key.startswith("n_") == gpt2}
+    if vocab is not None:
+        parts["text_config"]["vocab_size"] = vocab
+        parts["image_token_id"] = None
+    old_size = (parts["vision_config"] or {}).get("image_size", 224)
+    patch = patch_size or 4
+    size = image_size or 4 * patch
+
+    def tiny_tower(config: dict[str, Any]) -> dict[str, Any]:
+        own = {"hidden_size": vision_hidden, "num_hidden_layers": vision_layers, "num_attention_heads": heads}
+        own |= {"intermediate_size": 2 * vision_hidden, "image_size": size, "patch_size": patch}
+        return config | own
+
+    parts["vision_config"] = tiny_tower(dict(parts["vision_config"] or {}))
+    for tower in (parts["extra_towers"] or {}).values():
+        tower["config"] = tiny_tower(dict(tower["config"]))
+    parts["media"] = _shrunk(parts["media"], size / old_size)
+    for stage in raw["stages"]:
+        stage["media"] = _shrunk(stage["media"], size / old_size)
+        stage |= {"bf16": False, "dtype": "float32", "gradient_checkpointing": False, "global_batch": None}
+        stage |= dict(stages or {})
+    return Recipe.model_validate(raw)
+
+
+def _shrunk(value: Any, ratio: float) -> Any:
+    """Pixel sizes in a media section times `ratio`."""
+    if isinstance(value, dict):
+        pixels = ("size", "pinpoints", "crop", "resize")
+        return {
+            key: _times(item, ratio) if key in pixels else _shrunk(item, ratio) if isinstance(item, dict) else item
+            for key, item in value.items()
+        }
+    return value
+
+
+def _times(value: Any, ratio: float) -> Any:
+    if isinstance(value, list):
+        return [_times(item, ratio) for item in value]
+    return round(value * ratio) if isinstance(value, (int, float)) else value

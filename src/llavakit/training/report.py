@@ -1,0 +1,141 @@
+"""What a training run shows and leaves behind: a progress bar, and the loss curve as JSON.
+
+`metrics.json` of a stage is written with every checkpoint and at the end, and holds all that the trainer logged:
+
+    {"stage", "steps", "finished", "seconds", "tokens", "trainable": {part: parameters},
+     "log": [{"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}, ...], "skipped": [...]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+KEPT = ("loss", "learning_rate", "grad_norm", "auxiliary", "tokens_per_second")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def curve_of(state: TrainerState) -> list[dict[str, float]]:
+    """The logged values by step."""
+    return [
+        {"step": entry["step"], **{key: entry[key] for key in KEPT if key in entry}}
+        for entry in state.log_history
+        if "loss" in entry
+    ]
+
+
+class Metrics(TrainerCallback):
+    """Writes `metrics.json`.
+
+    Args:
+        path: The file.
+        facts: What is known before training starts (stage, trainable parameters).
+        counter: Gives the tokens that this process has seen since it started.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], counter: Any) -> None:
+        self.path, self.facts, self.counter = path, facts, counter
+        self.began = time.monotonic()
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.earlier = {key: earlier.get(key, 0) for key in ("seconds", "tokens")}
+
+    def write(self, state: TrainerState, finished: bool = False) -> dict[str, Any]:
+        """Write what is known now."""
+        values = {
+            **self.facts,
+            "finished": finished,
+            "steps": state.global_step,
+            "seconds": round(self.earlier["seconds"] + time.monotonic() - self.began, 3),
+            "tokens": self.earlier["tokens"] + self.counter.tokens,
+            "log": curve_of(state),
+        }
+        if state.is_world_process_zero:
+            write_json(self.path, values)
+        return values
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint was written."""
+        self.write(state)
+
+
+class Bar(TrainerCallback):
+    """A progress bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        title: What the bar is called.
+        console: Where it is drawn.
+    """
+
+    def __init__(self, title: str, console: Console) -> None:
+        self.title, self.console = title, console
+        self.progress: Progress | None = None
+        self.printed = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the bar."""
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self.progress = Progress(*columns, console=self.console)
+            self.progress.start()
+            self.task = self.progress.add_task(self.title, total=state.max_steps, completed=state.global_step, note="")
+        elif state.global_step:
+            self.console.print(f"{self.title}: goes on after step {state.global_step} of {state.max_steps}")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss."""
+        if not logs or "loss" not in logs:
+            return
+        note = f"loss {logs['loss']:.4f}"
+        if "tokens_per_second" in logs:
+            note += f", {logs['tokens_per_second']:,.0f} tokens/s"
+        if self.progress is not None:
+            self.progress.update(self.task, note=note)
+        elif time.monotonic() - self.printed > 10 or state.global_step >= state.max_steps:
+            self.printed = time.monotonic()
+            self.console.print(f"{self.title}: step {state.global_step} of {state.max_steps}, {note}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the finished bar standing."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing, also after an error."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

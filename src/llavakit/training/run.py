@@ -1,0 +1,435 @@
+"""Running a recipe: stage after stage, each from where it stands.
+
+output/
+  recipe.yaml                 the recipe with its overrides, as it was run
+  cache/                      features of frozen encoders (`cache_features`)
+  STAGE/
+    metrics.json              loss curve and facts, see `training.report`
+    checkpoint-N/             whole checkpoints of the running stage: model, optimiser, schedule, random states
+    adapter/                  with LoRA: PEFT's adapter
+    final/                    the stage's model: a llavakit checkpoint with its processor
+  final/                      the last stage's model
+
+A stage whose `final` is there is finished and skipped; one with checkpoints goes on from the newest. `final` says
+which recipe made it, so a changed recipe never passes for the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from llavakit.data.collate import Collator
+from llavakit.errors import RecipeError, UserError
+from llavakit.model.checkpoint import atomic_folder
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.convert import save
+from llavakit.model.media import MediaSpec
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.processing import LlavakitProcessor, architecture_of
+from llavakit.training import distributed
+from llavakit.training.build import build_model, load_checkpoint, merged_media
+from llavakit.training.dataset import Samples, StageCollator, global_batch, open_records, plan_batches
+from llavakit.training.features import FeatureCache, cacheable
+from llavakit.training.recipe import Recipe, Stage, load_recipe
+from llavakit.training.report import Bar, Metrics
+from llavakit.training.select import prepare, trainable_by_part
+from llavakit.training.trainer import StageTrainer, checkpoints, clear_write_errors, save_adapter
+
+STAMP = "training.json"
+# Keys that change how a run is watched or stored, not what it learns.
+_COSMETIC = {"save_steps", "keep", "log_steps", "workers"}
+
+
+@dataclass
+class StageResult:
+    """What a stage left behind.
+
+    Attributes:
+        name: The stage.
+        folder: Its folder; `folder / "final"` is a checkpoint.
+        metrics: Contents of its `metrics.json`.
+        ran: False if it had been finished before.
+    """
+
+    name: str
+    folder: Path
+    metrics: dict[str, Any]
+    ran: bool
+
+
+@dataclass
+class TrainResult:
+    """What a run left behind."""
+
+    output: Path
+    stages: list[StageResult]
+
+    @property
+    def final(self) -> Path:
+        """The finished model."""
+        return self.output / "final"
+
+
+def train(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    records: Any = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Run every stage of a recipe, or what is left of it.
+
+    Args:
+        recipe: YAML file, or a recipe that was read already.
+        overrides: `dotted.key=value`; only with a file.
+        records: Learn from these (`llavakit.data.records.Record`) instead of the recipe's sources.
+        console: Where progress is shown.
+
+    Returns:
+        Folders and metrics.
+
+    Raises:
+        UserError: One clear line; what was finished stays finished.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    console = console or Console(stderr=True)
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    output = Path(recipe.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output: {output} cannot be made ({error.strerror})") from None
+    if _is_main():
+        _write_text(output / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    results = []
+    for number in range(len(recipe.stages)):
+        results.append(_run_stage(recipe, number, output, results, records, console))
+    if _is_main():
+        _publish(results[-1].folder / "final", output / "final")
+    distributed.barrier()
+    return TrainResult(output, results)
+
+
+def _is_main() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _write_text(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _publish(source: Path, target: Path) -> None:
+    """Make `target` the same checkpoint as `source`; hard links where the file system has them."""
+    stamp = source / STAMP
+    if (target / STAMP).is_file() and (target / STAMP).read_bytes() == stamp.read_bytes():
+        return
+
+    def link(src: str, dst: str) -> str:
+        try:
+            os.link(src, dst)
+        except OSError:
+            shutil.copy2(src, dst)
+        return dst
+
+    with atomic_folder(target) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True, copy_function=link)
+
+
+def fingerprint(recipe: Recipe, number: int) -> dict[str, str]:
+    """Digest of every section that decides what stage `number` learns, earlier stages included."""
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+    raw = recipe.model_dump(mode="json")
+    sections = {key: digest(raw[key]) for key in ("model", "parts", "seed", "system")}
+    used = {source.name for stage in range(number + 1) for source in _sources(recipe, stage)}
+    sections["data"] = digest([source for source in raw["data"] if source["name"] in used])
+    for stage in raw["stages"][: number + 1]:
+        kept = {key: value for key, value in stage.items() if key not in _COSMETIC}
+        sections[f"stages.{stage['name']}"] = digest(kept)
+    return sections
+
+
+def _sources(recipe: Recipe, number: int) -> Iterable[Any]:
+    return recipe.sources_of(number) if recipe.data else ()
+
+
+def _check_stamp(path: Path, wanted: dict[str, str], folder: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8")).get("recipe", {})
+    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    if changed:
+        raise RecipeError(
+            f"{folder}: was made by a recipe with another `{changed[0]}`; choose another `output`, or remove the folder"
+        )
+
+
+def _run_stage(
+    recipe: Recipe, number: int, output: Path, done: list[StageResult], records: Any, console: Console
+) -> StageResult:
+    stage = global_batch(recipe.stages[number], distributed.world_size())
+    folder = output / stage.name
+    stamp = fingerprint(recipe, number)
+    final = folder / "final"
+    if (final / STAMP).is_file():
+        _check_stamp(final / STAMP, stamp, folder)
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return StageResult(stage.name, folder, metrics, ran=False)
+    folder.mkdir(exist_ok=True)
+    if _is_main():
+        for half in folder.glob(".saving-*"):
+            shutil.rmtree(half, ignore_errors=True)
+        if (folder / STAMP).is_file():
+            _check_stamp(folder / STAMP, stamp, folder)
+        _write_text(folder / STAMP, json.dumps({"recipe": stamp}, indent=1))
+    distributed.barrier()
+    start = done[-1].folder / "final" if done else None
+    metrics = StageRun(recipe, stage, number, folder, start, records, console).run(stamp)
+    return StageResult(stage.name, folder, metrics, ran=True)
+
+
+class StageRun:
+    """One stage from its start or its newest checkpoint to its `final`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        number: int,
+        folder: Path,
+        start: Path | None,
+        records: Any,
+        console: Console,
+    ) -> None:
+        self.recipe, self.stage, self.number, self.folder = recipe, stage, number, folder
+        self.start, self.records, self.console = start, records, console
+        self.seed = recipe.stage_seed(number)
+        whole = checkpoints(folder)
+        self.resume = whole[-1] if whole else None
+
+    def run(self, stamp: dict[str, str]) -> dict[str, Any]:
+        """Train and write `final`; returns the metrics."""
+        stage = self.stage
+        base, processor = self._load()
+        saved = (base.config, processor)
+        reader = self._for_stage(base, processor)
+        set_seed(self.seed)
+        try:
+            model = prepare(base, stage)
+        except RecipeError as error:
+            raise RecipeError(f"stages.{self.number}.{error}") from None
+        samples = self._samples(base, reader)
+        batches = plan_batches(samples, stage, self.seed, world=distributed.world_size(), rank=_rank())
+        counts = trainable_by_part(model)
+        if stage.gradient_checkpointing:
+            enable_checkpointing(model)
+        if stage.shard and distributed.world_size() > 1:
+            distributed.shard(model, bf16=stage.bf16)
+        pad = reader.tokenizer.pad_token_id
+        collator = Collator(
+            pad if pad is not None else reader.tokenizer.eos_token_id or 0,
+            max_length=stage.max_length,
+            packing=stage.packing,
+        )
+        trainer = StageTrainer(
+            model,
+            training_arguments(self.recipe, stage, self.folder, self.seed),
+            stage=stage,
+            samples=samples,
+            batches=batches,
+            collator=StageCollator(collator, features=samples.features is not None),
+            processor=processor,
+            seed=self.seed,
+        )
+        facts = {"stage": stage.name, "trainable": counts, "batches": len(batches)}
+        metrics = Metrics(self.folder / "metrics.json", facts, trainer)
+        trainer.add_callback(metrics)
+        bar = Bar(stage.name, self.console)
+        if _is_main():
+            trainer.add_callback(bar)
+        try:
+            trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
+        finally:
+            bar.close()
+        bad = samples.dataset.bad
+        if len(bad) and _is_main():
+            metrics.facts["skipped"] = bad.report()
+            self.console.print(bad.report())
+        self._finish(trainer, saved, stamp)
+        return metrics.write(trainer.state, finished=True)
+
+    def _load(self) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
+        """The model that the stage starts from; without LoRA a checkpoint of the stage holds all of it."""
+        if self.resume is not None and self.stage.lora is None:
+            model, processor = load_checkpoint(self.resume)
+        elif self.start is not None:
+            model, processor = load_checkpoint(self.start)
+        else:
+            model, processor = build_model(self.recipe)
+        if self.stage.dtype == "bfloat16":
+            model.to(torch.bfloat16)
+        model.train()
+        return model, processor
+
+    def _for_stage(self, model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> LlavakitProcessor:
+        """Give the network the stage's own media; returns the processor that prepares the stage's data.
+
+        Both are a matter of training: what is saved keeps the recipe's media and template.
+        """
+        stage = self.stage
+        config: LlavakitConfig = merged_media(model.config, stage.media)
+        if stage.media:
+            try:
+                model.model.media = MediaSpec(config)
+            except UserError as error:
+                raise RecipeError(f"stages.{self.number}.media: {error}") from None
+        if not stage.media and stage.template is None:
+            return processor
+        return type(processor)(
+            type(processor.image_processor)(architecture_of(config)),
+            processor.tokenizer,
+            template=stage.template or processor.template,
+            sampling=processor.sampling,
+            reading=processor.reading,
+        )
+
+    def _samples(self, model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> Samples:
+        stage = self.stage
+        records = self.records if self.records is not None else open_records(self.recipe, self.number)
+        options = {} if stage.labels is None else {"labels": stage.labels}
+        cache = None
+        if stage.cache_features:
+            if not cacheable(model):
+                raise RecipeError(
+                    f"stages.{self.number}.cache_features: an encoder trains in this stage, so its features change"
+                )
+            dtype = "float16" if stage.cache_features is True else stage.cache_features
+            cache = FeatureCache(Path(self.recipe.output) / "cache", model, processor, dtype)
+        samples = Samples(
+            records,
+            processor,
+            max_length=stage.max_length,
+            options=options,
+            features=cache,
+            on_bad_record=self.recipe.on_bad_record,
+        )
+        if cache is not None:
+            self._fill(cache, samples)
+        return samples
+
+    def _fill(self, cache: FeatureCache, samples: Samples) -> None:
+        if _is_main():
+            good = _readable(samples, self.recipe.on_bad_record)
+            was_training = cache.model.training
+            cache.model.eval()
+            with self.console.status(f"{self.stage.name}: encoding media once"):
+                cache.fill(good)
+            cache.model.train(was_training)
+        distributed.barrier()
+        cache.reload()
+
+    def _finish(self, trainer: StageTrainer, saved: tuple[Any, LlavakitProcessor], stamp: dict[str, str]) -> None:
+        """Write `final` and remove the checkpoints that led to it."""
+        config, processor = saved
+        final = self.folder / "final"
+        with clear_write_errors(final, "make room and start again; the stage's newest checkpoint is whole"):
+            state = self._final_state(trainer, processor)
+            if _is_main():
+                with atomic_folder(final) as scratch:
+                    save(state, config, processor, scratch / "model")
+                    for path in (scratch / "model").iterdir():
+                        path.rename(scratch / path.name)
+                    (scratch / "model").rmdir()
+                    (scratch / STAMP).write_text(json.dumps({"recipe": stamp}, indent=1), encoding="utf-8")
+                for path in checkpoints(self.folder):
+                    shutil.rmtree(path)
+        distributed.barrier()
+
+    def _final_state(self, trainer: StageTrainer, processor: LlavakitProcessor) -> dict[str, torch.Tensor]:
+        model: Any = trainer.model
+        if self.stage.lora is None:
+            return distributed.full_state(model)
+        if _is_main():
+            with atomic_folder(self.folder / "adapter") as scratch:
+                save_adapter(model, processor, scratch)
+        return model.merge_and_unload().state_dict()
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _readable(samples: Samples, on_bad_record: str) -> Iterable[Any]:
+    """Messages of all records that can be read; with "skip" broken ones are noted."""
+    from llavakit.errors import RecordError
+
+    for index in range(len(samples)):
+        try:
+            yield samples.dataset.records[index].messages
+        except RecordError as error:
+            if on_bad_record == "stop":
+                raise
+            samples.dataset.bad.add(error)
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass."""
+    switch = getattr(model, "activation_checkpointing_enable", None)
+    if switch is not None:
+        switch(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # transformers before 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def training_arguments(recipe: Recipe, stage: Stage, folder: Path, seed: int) -> TrainingArguments:
+    """transformers' arguments of a stage."""
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,  # the planned batches are the whole stage
+        per_device_train_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule,
+        lr_scheduler_kwargs=dict(stage.schedule_options) or None,
+        warmup_steps=stage.warmup,
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.betas[0],
+        adam_beta2=stage.betas[1],
+        adam_epsilon=stage.epsilon,
+        optim=stage.optimizer,
+        max_grad_norm=stage.clip or 0.0,
+        bf16=stage.bf16 and not (stage.shard and distributed.world_size() > 1),
+        tf32=True if cuda else None,
+        use_cpu=not cuda,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps" if stage.save_steps else "no",
+        save_steps=stage.save_steps or 500,
+        logging_steps=stage.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=recipe.report_to or "none",
+        run_name=f"{recipe.run_name or Path(recipe.output).name}/{stage.name}",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=True if distributed.world_size() > 1 and not stage.shard else None,
+    )

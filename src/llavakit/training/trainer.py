@@ -1,0 +1,282 @@
+"""transformers' Trainer for one stage: our batches, groups, loss and checkpoints.
+
+Everything that makes training repeatable lives in a checkpoint: weights, optimiser, schedule, random states and the
+step, from which the position in the planned batches follows. Checkpoints appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from llavakit.errors import CheckpointError
+from llavakit.model.checkpoint import LazyState, read_folder
+from llavakit.model.convert import save
+from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.splice import IGNORE
+from llavakit.training import distributed
+from llavakit.training.dataset import Batches, Samples, StageCollator
+from llavakit.training.recipe import LossWeights, Stage
+from llavakit.training.select import ADAPTER_EXTRAS, Rates, core, extra_parameters, optimizer_groups, set_progress
+
+PREFIX = "checkpoint-"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a stage, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+@contextmanager
+def clear_write_errors(target: Path, kept: str) -> Iterator[None]:
+    """Turn the ways in which libraries report a full disk into one clear line.
+
+    Raises:
+        CheckpointError: If the file system refused.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target}: could not be written ({reason}); {kept}") from error
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("PytorchStreamWriter", "file write failed", "No space left")):
+            raise
+        raise CheckpointError(f"{target}: could not be written (the file system refused); {kept}") from error
+
+
+class StageTrainer(Trainer):
+    """Trains one stage.
+
+    Args:
+        model: Prepared by `select.prepare`, perhaps sharded by `distributed.shard`.
+        args: See `training_arguments`.
+        stage: The stage.
+        samples: What to learn from.
+        batches: This process's batches of the whole stage, see `plan_batches`.
+        collator: Lays samples together.
+        processor: Saved with every checkpoint.
+        seed: Of the data loader's workers.
+
+    Attributes:
+        tokens: Tokens that are not padding, seen by this process since it started.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        stage: Stage,
+        samples: Samples,
+        batches: Sequence[Sequence[int]],
+        collator: StageCollator,
+        processor: LlavakitProcessor,
+        seed: int = 0,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        self.stage, self.samples, self.batches = stage, samples, Batches(batches)
+        self.processor, self.data_seed = processor, seed
+        self.tokens = 0
+        self._auxiliary: list[Tensor] = []
+        self._spoken = (time.monotonic(), 0)
+        self._scratch: Path | None = None
+        self.net = core(model)
+        self._use_cache = getattr(self.net.config, "use_cache", None)
+        super().__init__(model=model, args=args, data_collator=collator, train_dataset=samples, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+        # Only the decoder's own setting matters, and `compute_loss` asks for no cache.
+        self.net.config.use_cache = self._use_cache
+
+    # data and optimiser
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches as planned; every process has its own list, so nothing is dealt again here."""
+        return DataLoader(
+            self.samples,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.stage.workers,
+            persistent_workers=False,
+            pin_memory=self.args.dataloader_pin_memory,
+            # A generator of its own: the loader must not draw from the random state that dropout uses.
+            generator=torch.Generator().manual_seed(self.data_seed),
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimiser with one pair of groups per part."""
+        if self.optimizer is None:
+            groups = optimizer_groups(self.model, Rates.of(self.stage))
+            for group in groups:
+                del group["names"]
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Not counted while training; `llavakit cost` does that."""
+        return 0
+
+    # loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Supervised positions of all accumulated batches of all processes: the loss's denominator."""
+        count = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples).to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Loss over all accumulated batches: text as a mean over supervised tokens, auxiliary as a mean over batches."""
+        inputs = dict(inputs)
+        self.tokens += inputs.pop("tokens")
+        features = inputs.pop("features", None)
+        if features is not None:
+            kinds, plans = self.net.model.plan_media((), inputs.pop("visual_sizes"), inputs.pop("visual_kinds"))
+            inputs["visuals"] = self.net.model.gather_media(kinds, plans, list(features))
+        outputs = model(**inputs, use_cache=False, skip_logits=True, num_items_in_batch=num_items_in_batch)
+        loss = self._weighted(outputs.loss, outputs.aux_loss, self.stage.loss_weights)
+        world = self.args.world_size
+        if world > 1:
+            if "pixel_values" not in inputs and "visuals" not in inputs:
+                loss = loss + distributed.untouched(self.net)
+            loss = loss * world  # gradients are averaged over processes, the denominator already counts all of them
+        return (loss, outputs) if return_outputs else loss
+
+    def _weighted(self, loss: Tensor, auxiliary: Tensor | None, weights: LossWeights) -> Tensor:
+        if auxiliary is None:
+            return loss if weights.text == 1.0 else loss * weights.text
+        self._auxiliary.append(auxiliary.detach())
+        batches = self.current_gradient_accumulation_steps * self.args.world_size
+        return (loss - auxiliary) * weights.text + auxiliary * (weights.auxiliary / batches)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One batch, forward and backward."""
+        set_progress(self.net, self.state.global_step / max(self.state.max_steps, 1))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add throughput and the auxiliary loss to what is logged."""
+        if "loss" in logs:
+            now = time.monotonic()
+            before, tokens = self._spoken
+            self._spoken = (now, self.tokens)
+            logs["tokens_per_second"] = round((self.tokens - tokens) / max(now - before, 1e-9), 1)
+            if self._auxiliary:
+                logs["auxiliary"] = torch.stack(self._auxiliary).mean().item()
+                self._auxiliary.clear()
+        super().log(logs, *args, **kwargs)
+
+    # checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._scratch) if self._scratch is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place and move it there when it is whole; then remove old ones."""
+        if self.state.global_step >= self.state.max_steps:
+            return  # the finished model is about to be written
+        root = Path(self.args.output_dir)
+        target = root / f"{PREFIX}{self.state.global_step}"
+        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=root)) if self.is_world_process_zero() else None
+        self._scratch = distributed.from_main(scratch)
+        whole = checkpoints(root)
+        kept = f"{whole[-1].name} is whole, " if whole else ""
+        try:
+            with clear_write_errors(target, f"{kept}make room and start again to go on from there"):
+                super()._save_checkpoint(model, trial)
+                distributed.barrier()
+                if self.is_world_process_zero():
+                    shutil.rmtree(target, ignore_errors=True)
+                    (self._scratch / target.name).rename(target)
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+        if self.is_world_process_zero():
+            for old in checkpoints(root)[: -self.stage.keep]:
+                shutil.rmtree(old)
+        distributed.barrier()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A loadable checkpoint; with LoRA the adapter, the other trained parameters and the processor."""
+        folder = Path(output_dir or self.args.output_dir)
+        state = distributed.full_state(self.model)
+        if not self.is_world_process_zero():
+            return
+        if hasattr(self.model, "peft_config"):
+            save_adapter(self.model, self.processor, folder)
+        else:
+            save(state, self.net.config, self.processor, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """LoRA only: a full model was built from the checkpoint already."""
+        if hasattr(self.model, "peft_config"):
+            load_adapter(self.model, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not distributed.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = distributed.full_optimizer_state(self.model, self.optimizer)
+        if self.is_world_process_zero():
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not distributed.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        distributed.load_optimizer_state(self.model, self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """A sharded model gets a wrapper that keeps accelerate from wrapping it once more."""
+        if distributed.is_sharded(model):
+            return distributed.Sharded(model)
+        return super()._wrap_model(model, *args, **kwargs)
+
+
+def save_adapter(model: Any, processor: LlavakitProcessor, folder: Path) -> None:
+    """PEFT's adapter files, the trained parameters that are not in them, and the processor."""
+    model.save_pretrained(folder)
+    extras = {name: p.detach().contiguous() for name, p in extra_parameters(model).items()}
+    if extras:
+        save_file(extras, folder / ADAPTER_EXTRAS, metadata={"format": "pt"})
+    processor.save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_adapter(model: Any, folder: Path) -> None:
+    """Put the adapter of a folder into a model that has the same adapter.
+
+    Raises:
+        CheckpointError: If a tensor does not fit.
+    """
+    from peft import set_peft_model_state_dict
+
+    state: LazyState = read_folder(folder, "adapter_model")
+    result = set_peft_model_state_dict(model, dict(state))
+    if result.unexpected_keys:
+        raise CheckpointError(f"{folder}: tensor {result.unexpected_keys[0]!r} is unknown to the recipe's adapter")
+    extras = load_file(folder / ADAPTER_EXTRAS) if (folder / ADAPTER_EXTRAS).is_file() else {}
+    for name, parameter in extra_parameters(model).items():
+        parameter.copy_(extras[name])
