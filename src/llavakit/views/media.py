@@ -6,6 +6,7 @@ Files come from users and from the web: nothing here trusts them. Whatever is wr
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import warnings
@@ -22,7 +23,7 @@ from llavakit.views.plan import MediumSize
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 # Formats whose decoders run inside Pillow; EPS and the like would start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB")
 _WANTED = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
@@ -62,6 +63,8 @@ def check_file(source: Source, limits: Limits, wanted: str) -> None:
     name = name_of(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         size = len(source)
+    elif not isinstance(source, (str, os.PathLike)):
+        raise MediaError(f"{name}: is no file; give a path or the content of a file ({wanted})")
     else:
         if "://" in name:
             raise MediaError(f"{name}: is an address; give a file")
@@ -80,9 +83,31 @@ def check_file(source: Source, limits: Limits, wanted: str) -> None:
         raise MediaError(f"{name}: has {size:,} bytes, the limit is {limits.file_bytes:,}")
 
 
+_MAGIC = {
+    "a JPEG file": (0, b"\xff\xd8\xff"),
+    "a PNG file": (0, b"\x89PNG"),
+    "a GIF file": (0, b"GIF8"),
+    "a TIFF file": (0, b"II*\x00"),
+    "a big-endian TIFF file": (0, b"MM\x00*"),
+    "a WebP file": (8, b"WEBP"),
+    "an AVI file": (8, b"AVI "),
+    "an MP4 or MOV file": (4, b"ftyp"),
+    "a Matroska or WebM file": (0, b"\x1aE\xdf\xa3"),
+    "a NumPy array": (0, b"\x93NUMPY"),
+    "a gzip file": (0, b"\x1f\x8b"),
+    "a DICOM file": (128, b"DICM"),
+    "a PDF file": (0, b"%PDF"),
+    "a PostScript file": (0, b"%!PS"),
+    "a ZIP file": (0, b"PK\x03\x04"),
+}
+
+
 def looks_like(source: Source) -> str:
     """What the first bytes of a file say about it, for messages about files that are not what their name says."""
     head = bytes(source[:512]) if isinstance(source, (bytes, bytearray, memoryview)) else _head(Path(source))
+    for what, (at, magic) in _MAGIC.items():
+        if head[at : at + len(magic)] == magic:
+            return f"it begins like {what}"
     text = head.lstrip()[:60]
     if text[:1] == b"<":
         return "it holds HTML or XML, perhaps an error page that was saved in its place"
@@ -102,6 +127,13 @@ def _head(path: Path) -> bytes:
 # Images
 
 
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this build of Pillow can open."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def _open(source: Source | Image.Image, limits: Limits) -> Image.Image:
     """The image with its header read and its limits checked."""
     if isinstance(source, Image.Image):
@@ -113,13 +145,13 @@ def _open(source: Source | Image.Image, limits: Limits) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own warning at half the limit
-            image = Image.open(handle, formats=FORMATS)
+            image = Image.open(handle, formats=_formats())
     except UnidentifiedImageError:
         raise MediaError(f"{name}: is not an image; {looks_like(source)}; it should be {_WANTED}") from None
     except Image.DecompressionBombError:
         raise MediaError(f"{name}: has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is refused") from None
     except Exception as error:
-        raise MediaError(f"{name}: its header cannot be read ({reason(error)}); it should be {_WANTED}") from None
+        raise MediaError(f"{name}: is cut off or damaged ({reason(error)}); copy it again") from None
     check_pixels(name, *image.size, limits)
     return image
 

@@ -18,6 +18,7 @@ from llavakit.views.sampling import choose
 
 _WANTED = "MP4, WebM, MKV, MOV, AVI or GIF"
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+_CONTAINERS = ("MP4 or MOV file", "AVI file", "Matroska or WebM file")
 _COMPLETE = 0.9  # share of the announced frames below which a file counts as cut off
 
 
@@ -77,6 +78,8 @@ def load_video(
             container = av.open(handle, options={"protocol_whitelist": "none"})
         except (av.error.FFmpegError, ValueError, OSError) as error:
             hint = looks_like(source)
+            if hint.endswith(_CONTAINERS):
+                hint += " and is cut off or damaged"
             raise MediaError(
                 f"{name}: is not a readable video ({_ffmpeg_reason(error)}); {hint}; it should be {_WANTED}"
             ) from None
@@ -130,10 +133,31 @@ class _Reader:
                 raise MediaError(f"{self.name}: is damaged ({_ffmpeg_reason(error)}); copy it again") from None
         if unknown:
             return self._scan_decoding(), []
-        announced = self.stream.frames
-        if announced and len(times) < _COMPLETE * announced and not self.partial:
-            raise MediaError(f"{self.name}: is cut off: {len(times)} of {announced} frames are there; copy it again")
+        if times and not self.partial:
+            self._refuse_cut_off(len(times), max(times))
         return sorted(times), sorted(keys)
+
+    def _refuse_cut_off(self, frames: int, last: int) -> None:
+        announced = self.stream.frames
+        if announced and frames < _COMPLETE * announced:
+            raise MediaError(f"{self.name}: is cut off: {frames} of {announced} frames are there; copy it again")
+        seconds, end = self._announced_seconds(), float(last * self.stream.time_base)
+        # One frame may last long, so a short difference says nothing.
+        if not announced and seconds - end > max(1.0, (1 - _COMPLETE) * seconds):
+            raise MediaError(
+                f"{self.name}: is cut off: its pictures end at {end:.1f} of {seconds:.1f} s; copy it again"
+            )
+
+    def _announced_seconds(self) -> float:
+        """How long the header says the video lasts; 0 if it does not say."""
+        if self.stream.duration:
+            return float(self.stream.duration * self.stream.time_base)
+        tag = {key.upper(): value for key, value in self.stream.metadata.items()}.get("DURATION", "")
+        parts = tag.split(":")
+        if len(parts) == 3 and all(part.replace(".", "", 1).isdigit() for part in parts):
+            return int(parts[0]) * 3600 + int(parts[1]) * 60 + float(parts[2])
+        alone = len(self.container.streams) == 1
+        return self.container.duration / 1e6 if alone and self.container.duration else 0.0
 
     def _scan_decoding(self) -> list[int]:
         """Times of files whose packets have none: only decoding tells them."""
@@ -151,14 +175,9 @@ class _Reader:
 
     def _span(self, timestamps: list[float]) -> tuple[float, float]:
         """Duration in seconds and frames per second."""
-        declared = float(self.stream.average_rate or 0)
-        if len(timestamps) > 1 and timestamps[-1] > 0:
-            gap = timestamps[-1] / (len(timestamps) - 1)
-            rate = declared or 1 / gap
-        else:
-            rate = declared or 1.0
-        stated = float(self.stream.duration * self.stream.time_base) if self.stream.duration else 0.0
-        return max(stated, timestamps[-1] + 1 / rate if len(timestamps) == 1 else timestamps[-1]), rate
+        last = timestamps[-1]
+        rate = float(self.stream.average_rate or 0) or ((len(timestamps) - 1) / last if last > 0 else 1.0)
+        return max(self._announced_seconds(), last + 1 / rate), rate
 
     def _check(self, wanted: int, total: int) -> None:
         if wanted > self.limits.frames:
