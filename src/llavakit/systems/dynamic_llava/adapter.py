@@ -177,9 +177,9 @@ class DynamicSparsification(LanguageAdapter):
         """A new, empty cache whose upper layers store selectively."""
         return SelectiveCache(self.text_config.num_hidden_layers, self.sparse_layer)
 
-    def set_progress(self, step: int, max_steps: int) -> None:
-        """Set the Gumbel temperature for an optimiser step; call at the beginning of every step."""
-        self.tau = temperature(self.tau_start, self.tau_end, step, max_steps)
+    def set_progress(self, fraction: float) -> None:
+        """Set the Gumbel temperature for an optimiser step, of which `fraction` (0 to 1) of all are done."""
+        self.tau = temperature(self.tau_start, self.tau_end, fraction, 1)
 
     # Which predictors act now
 

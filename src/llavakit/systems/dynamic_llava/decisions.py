@@ -48,7 +48,7 @@ def threshold_keep(logits: Tensor) -> Tensor:
     return logits[..., 0] > logits[..., 1]
 
 
-def temperature(start: float, end: float, step: int, max_steps: int) -> float:
+def temperature(start: float, end: float, step: float, max_steps: float) -> float:
     """Gumbel temperature at the beginning of an optimiser step: exponential from `start` to `end`."""
     return start * (end / start) ** (step / max_steps)
 
