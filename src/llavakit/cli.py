@@ -176,7 +176,7 @@ def train(
 ) -> None:
     """Train a model through the stages of a recipe.
 
-    After a kill, the same command continues where training was.
+    After a kill, the same command continues where training was. Prints the folder of the finished model.
 
     \b
     Examples:
@@ -186,8 +186,11 @@ def train(
     """
     from llavakit.training.run import train as run_training
 
-    extra = [f"data.on_bad_record={on_bad_record}"] if on_bad_record else []
-    run_training(recipe, [*(overrides or ()), *extra])
+    extra = [f"on_bad_record={on_bad_record}"] if on_bad_record else []
+    result = run_training(recipe, [*(overrides or ()), *extra])
+    for stage in result.stages:
+        print(f"{stage.name}: {'trained' if stage.ran else 'was finished before'}, {stage.folder}", file=sys.stderr)
+    print(result.final)
 
 
 @app.command("eval")
@@ -498,6 +501,7 @@ def phantom(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Number of cases (patients, scenes).")] = 100,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same data.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Write data of a procedural world.
 
@@ -511,9 +515,12 @@ def phantom(
     options = _assignments(assignments or ())
     from llavakit.phantom.write import write_world
 
-    written = write_world(world, out, n=n, seed=seed, **options)
-    if isinstance(written, dict):
-        _print_json(written)
+    manifest = write_world(world, out, n=n, seed=seed, **options)
+    if as_json:
+        _print_json(manifest)
+    else:
+        counts = ", ".join(f"{count} {name}" for name, count in manifest["counts"].items())
+        print(f"{out}: {counts}{' (was there already)' if manifest['reused'] else ''}")
 
 
 @app.command()
