@@ -19,6 +19,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _BAND_PIXELS = 2**20  # rows are padded and shrunk in bands of about this many pixels
+_SMALL_SQUARE = 2**21  # pixels of a square that is made whole
 _LARGEST_RESIZE = 2**26  # pixels of a resized image of which only the middle is kept
 
 _FILTERS = {
@@ -102,9 +103,10 @@ def pad_and_resize(
     Pillow resizes rows first, rounds to 8 bit, then columns. Rows of pure padding stay the padding colour in the
     first pass, so only the image's own rows go through it (in bands that bound the memory of very tall images).
     """
-    if image.width == image.height or resample == Image.Resampling.NEAREST:
-        return pad_to_square(image, colour).resize((side, side), resample)
     long = max(image.size)
+    small = image.width < long and long * long <= _SMALL_SQUARE  # a tall image gains nothing but less memory
+    if image.width == image.height or small or resample == Image.Resampling.NEAREST:
+        return pad_to_square(image, colour).resize((side, side), resample)
     left, top = square_offset(*image.size)
     column = Image.new("RGB", (side, long), tuple(colour))
     if image.width == long:
@@ -154,8 +156,16 @@ def resize_and_crop(
     width, height = shortest_edge(*image.size, size)
     if (width, height) == image.size:
         return centre_crop(image, crop, crop)
-    if width * height <= _LARGEST_RESIZE or crop > size:
+    if crop > size or resample == Image.Resampling.NEAREST:
         return centre_crop(image.resize((width, height), resample), crop, crop)
     left, top = (width - crop) // 2, (height - crop) // 2
     x, y = image.width / width, image.height / height
-    return image.resize((crop, crop), resample, box=(left * x, top * y, (left + crop) * x, (top + crop) * y))
+    if width * height > _LARGEST_RESIZE:
+        return image.resize((crop, crop), resample, box=(left * x, top * y, (left + crop) * x, (top + crop) * y))
+    # Rows first, as Pillow does, but only the rows and columns that the kept square depends on.
+    reach = 3 * max(y, 1.0) + 2  # no filter reaches further
+    first, last = max(int(top * y - reach), 0), min(int((top + crop) * y + reach) + 1, image.height)
+    rows = _crop(image, 0, first, image.width, last - first) if last - first < image.height else image
+    columns = Image.new("RGB", (crop, image.height))
+    columns.paste(_crop(rows.resize((width, rows.height), resample), left, 0, crop, rows.height), (0, first))
+    return _crop(columns.resize((crop, height), resample), 0, top, crop, crop)
