@@ -20,6 +20,8 @@ from llavakit.data import scienceqa
 from llavakit.data.collate import Collator
 from llavakit.data.sampler import even_chunks, length_grouped, length_with_media, modality_grouped, word_length
 from llavakit.parity import Case, Result
+from llavakit.training.recipe import Lora, PartTraining
+from llavakit.training.select import Rates, freeze_all_but, linear_layers, optimizer_groups, top_level_parts
 
 SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 BYTE_LEVEL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
@@ -259,30 +261,31 @@ def _orders(run: Mapping[str, Any]) -> dict[str, list[int]]:
 # Optimiser groups
 
 
-def optimizer_groups(case: Case) -> dict[str, Any]:
-    """Parameter groups of both stages for a model with the case's parameter names."""
-    names = case.expected_json["all_parameters"]
-    model = skeleton(names)
-    config = case.config
-    tower = re.compile(r"\bvision_tower\b")
-    stage_2 = [name for name in names if not tower.search(name)]
-    stage_1 = [name for name in names if "mm_projector" in name]
+def parameter_groups(case: Case) -> dict[str, Any]:
+    """Trained parameters, optimiser groups and LoRA targets of both stages for a model with the case's names."""
+    model = skeleton(case.expected_json["all_parameters"])
+    parts = [part for part in top_level_parts(model) if part != "vision_tower"]
+    decoder = [part for part in parts if part not in ("mm_projector", "lm_head")]
 
-    def groups(trained: Sequence[str], projector_rate: float | None = None) -> list[dict[str, Any]]:
-        return param_groups(
-            model, trained, config["learning_rate"], config["weight_decay"], {"mm_projector": projector_rate}
-        )
+    def groups(train: Mapping[str, PartTraining]) -> list[dict[str, Any]]:
+        freeze_all_but(model, train)
+        rates = Rates(case.config["learning_rate"], case.config["weight_decay"], train)
+        return [
+            {"lr": group["lr"], "weight_decay": group["weight_decay"], "params": sorted(group["names"])}
+            for group in optimizer_groups(model, rates)
+        ]
 
+    everything = {part: PartTraining() for part in parts}
     found: dict[str, Any] = {
         "all_parameters": [name for name, _ in model.named_parameters()],
-        "lora_targets": lora_targets(model),
-        "stage2_groups_no_projector_lr": groups(stage_2),
-        "stage1_trainable": stage_1,
-        "stage1_groups": groups(stage_1),
+        "lora_targets": sorted({name.split(".")[-1] for name in linear_layers(model, Lora(parts=decoder))}),
+        "stage2_groups_no_projector_lr": groups(everything),
     }
     for key in case.expected_json:
         if rate := re.fullmatch(r"stage2_groups_projector_lr_(.+)", key):
-            found[key] = groups(stage_2, float(rate[1]))
+            found[key] = groups(everything | {"mm_projector": PartTraining(learning_rate=float(rate[1]))})
+    found["stage1_groups"] = groups({"mm_projector": PartTraining()})
+    found["stage1_trainable"] = [name for name, weight in model.named_parameters() if weight.requires_grad]
     return found
 
 
@@ -301,42 +304,12 @@ def skeleton(names: Sequence[str]) -> nn.Module:
 
 
 def _layer(name: str) -> nn.Module:
-    kind: Callable[[], nn.Module]
-    if "norm" in name or "layrnorm" in name:
-        kind = lambda: nn.LayerNorm(1, elementwise_affine=False)  # noqa: E731
-    elif "embed" in name:
-        kind = nn.Module
+    if "norm" in name:
+        layer: nn.Module = nn.LayerNorm(1)
     else:
-        kind = lambda: nn.Linear(1, 1, bias=False)  # noqa: E731
-    layer = kind()
+        layer = nn.Module() if "embed" in name else nn.Linear(1, 1)
     layer._parameters.clear()
     return layer
-
-
-def lora_targets(model: nn.Module) -> list[str]:
-    """Last names of all linear layers of the language model, without its head."""
-    outside = ("mm_projector", "vision_tower", "vision_resampler")
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return sorted({n.split(".")[-1] for n in linear if not any(part in n for part in outside)} - {"lm_head"})
-
-
-def param_groups(
-    model: nn.Module, trained: Sequence[str], rate: float, decay: float, own_rates: Mapping[str, float | None]
-) -> list[dict[str, Any]]:
-    """Groups by decay (neither norm nor bias) and by parts with a rate of their own; empty groups are left out."""
-    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
-    own = {part: value for part, value in own_rates.items() if value is not None}
-    found = []
-    for part, value in [(None, rate), *own.items()]:
-        inside = [n for n in trained if (part in n if part else not any(p in n for p in own))]
-        decayed = [n for n in inside if "bias" not in n and n.rsplit(".", 1)[0] not in norms]
-        plain = [n for n in inside if n not in decayed]
-        found += [
-            {"lr": value, "weight_decay": weight, "params": sorted(members)}
-            for weight, members in ((decay, decayed), (0.0, plain))
-            if members
-        ]
-    return found
 
 
 def _json(adapter: Callable[[Case], Any]) -> Callable[[Case], Result]:
@@ -353,5 +326,5 @@ ADAPTERS: dict[str, Callable[[Case], Result]] = {
     "training_data": _json(training_data),
     "data_conversion": _json(data_conversion),
     "sampler": _json(sampler),
-    "training": _json(optimizer_groups),
+    "training": _json(parameter_groups),
 }

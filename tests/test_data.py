@@ -1,0 +1,528 @@
+"""Readers, mixtures, samplers, packing and collation."""
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from llavakit.data import scienceqa
+from llavakit.data.collate import Collator
+from llavakit.data.dataset import SampleDataset
+from llavakit.data.mixing import EpochSampler, choose, mixed_order
+from llavakit.data.mixture import Mixture, read_specs
+from llavakit.data.packing import PackedBatchSampler, first_fit_decreasing, in_order, pack_rows
+from llavakit.data.readers import JsonlSource, JsonSource, Selected, open_source
+from llavakit.data.records import BadRecords, check_media, read_record
+from llavakit.data.sampler import GroupedSampler, length_grouped, modality_grouped, widely_grouped
+from llavakit.errors import RecordError, UserError
+from llavakit.parity import Case, Result, compare
+from llavakit.systems.llava_1_5.parity_text import ADAPTERS
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def turns(question="Q?", answer="A."):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def record(number, **keys):
+    return {"id": number, "conversations": turns(f"Q{number}?", f"A{number}.")} | keys
+
+
+def write_jsonl(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def questions(records):
+    return [r.messages[0]["content"][-1]["text"] for r in records]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["collator", "sampler", "sampler-chunks", "sampler-lengths", "scienceqa-conversion", "optimizer-groups"],
+)
+def test_golden_data(name):
+    case = Case.read(GOLDEN / "llava-1.5" / name)
+    found = compare(case, Result.of(ADAPTERS[case.component](case)))
+    assert not found.differences
+    assert found.compared
+
+
+# Readers
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_entries_come_back_as_written(tmp_path, suffix):
+    entries = [record(n, text='brackets ]}[{ "quoted\\" \\\\', deep=[[[[[[[{"a": [n]}]]]]]]]) for n in range(20)]
+    entries[3]["note"] = "täst 你好 \u2028"
+    path = tmp_path / f"data{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(entries, indent=1, ensure_ascii=False), encoding="utf-8")
+    else:
+        path.write_text("\n\n".join(json.dumps(e, ensure_ascii=False) for e in entries), encoding="utf-8")
+    source = open_source(path)
+    assert [source[n] for n in range(len(source))] == entries
+    assert pickle.loads(pickle.dumps(source))[7] == entries[7]
+    assert source.line(2) == (3 if suffix == ".json" else 5)
+
+
+def test_lines_in_a_json_file_are_read_as_lines(tmp_path):
+    path = tmp_path / "lines.json"
+    write_jsonl(path, [record(0), record(1)])
+    assert isinstance(open_source(path), JsonlSource)
+    assert len(open_source(path)) == 2
+
+
+def test_empty_json_list_has_no_entries(tmp_path):
+    (tmp_path / "a.json").write_text(" [ ]\n")
+    (tmp_path / "b.jsonl").write_text("")
+    assert len(open_source(tmp_path / "a.json")) == len(open_source(tmp_path / "b.jsonl")) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("hello", "must be a JSON list"),
+        ('[{"a": 1}, {"b": "cut', "cut off in or after record 2"),
+        ('[{"a": 1}', "cut off in or after record 2"),
+        ('[{"a": [1, {"b": 2}', "cut off in or after record 1"),
+    ],
+)
+def test_broken_json_file_is_one_clear_error(tmp_path, content, message):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_source(path)
+
+
+def test_stray_values_in_a_list_are_records_of_their_own(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"a": 1}, null, "text", oops, {"b": 2}]')
+    source = JsonSource(path)
+    assert len(source) == 5
+    assert (source[1], source[2], source[4]) == (None, "text", {"b": 2})
+    with pytest.raises(RecordError, match=r"data.json:4: record: not JSON"):
+        source[3]
+
+
+def test_subsets(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", [record(n) for n in range(10)])
+    ids = lambda source: [source[n]["id"] for n in range(len(source))]  # noqa: E731
+    assert ids(open_source(f"{path}#3")) == [0, 1, 2]
+    assert ids(open_source(f"{path}#25%")) == [0, 1, 2]
+    assert ids(open_source(f"{path}#end:2")) == [8, 9]
+    drawn = open_source(f"{path}#random:4")
+    assert ids(drawn) == ids(open_source(f"{path}#random:4"))
+    assert drawn.line(0) == drawn[0]["id"] + 1
+    with pytest.raises(UserError, match="sampling_strategy: must be all"):
+        Selected(open_source(path), "some:3")
+    with pytest.raises(UserError, match="there is no such data file"):
+        open_source(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match=r"must be a .json or .jsonl"):
+        open_source(tmp_path / "data.csv")
+
+
+def test_sampling_strategies_of_onevision():
+    case = GOLDEN / "llava-onevision/dataset_sampling"
+    inputs, outputs = (json.loads((case / f"{name}.json").read_text()) for name in ("inputs", "outputs"))
+    for key, mix in inputs.items():
+        if "seed" not in mix:
+            mix["datasets"] = [d for d in mix["datasets"] if not d.get("sampling_strategy", "").startswith("random")]
+        shuffle = random.Random(mix.get("seed"))
+        chosen = [
+            f"{number}-{index}"
+            for number, data in enumerate(mix["datasets"])
+            for index in choose(range(data["n"]), data.get("sampling_strategy", "all"), shuffle)
+        ]
+        assert chosen == outputs[key][: len(chosen)]
+
+
+def test_saved_hugging_face_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    picture = Image.new("RGB", (4, 3), (9, 8, 7))
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    said.append({"role": "assistant", "content": [{"type": "text", "text": "Grey."}]})
+    table = datasets.Dataset.from_dict({"messages": [said], "images": [[picture]]})
+    table.cast_column("images", datasets.List(datasets.Image())).save_to_disk(str(tmp_path / "saved"))
+    found = Mixture(str(tmp_path / "saved"))[0]
+    image = found.messages[0]["content"][0]["image"]
+    assert image.size == (4, 3)
+    assert found.messages[1]["content"] == [{"type": "text", "text": "Grey."}]
+
+
+# Records
+
+
+def picture(tmp_path, name="a.png"):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path / name
+
+
+def test_media_are_found_below_their_folder(tmp_path):
+    path = picture(tmp_path)
+    said = turns("<image>\nQ")
+    assert read_record({"image": "a.png", "conversations": said}, media_root=tmp_path).messages[0]["content"][0] == {
+        "type": "image",
+        "image": str(path),
+    }
+    assert read_record({"image": "a.png", "conversations": said}, str(tmp_path / "data.json"))
+    inline = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
+    messages = [{"role": "user", "content": [inline]}, {"role": "assistant", "content": "x"}]
+    assert read_record({"messages": messages}).messages[0]["content"][0]["image"] == b"ABC"
+
+
+@pytest.mark.parametrize(
+    ("entry", "field", "problem"),
+    [
+        ("text", "record", "must be an object"),
+        ({"id": 1}, "record", "needs conversations or messages; it has id"),
+        ({"conversations": turns(answer=" ")}, "conversations.1.value", "the answer is empty"),
+        ({"conversations": turns()[:1]}, "conversations", "holds no answer"),
+        ({"conversations": turns()[:1] + turns()}, "conversations.1", "a second turn of the user"),
+        ({"conversations": turns("<image>")}, "conversations", "1 <image> in the text, but 0 media"),
+        ({"image": "a.png", "conversations": turns()}, "conversations", "0 <image> in the text, but 1 media"),
+        ({"image": "no.png", "conversations": turns("<image>")}, "image", "there is no file"),
+        ({"image": "http://x/a.png", "conversations": turns("<image>")}, "image", "must be a local file"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "conversations.0.from", "must be human or gpt"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0", "names no image"),
+        ({"messages": [{"role": "user", "content": "x"}], "images": ["a"]}, "messages", "1 more images"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "data:x,1"}]}]},
+            "messages",
+            "holds no answer",
+        ),
+    ],
+)
+def test_broken_records_name_file_line_and_field(entry, field, problem):
+    with pytest.raises(RecordError) as error:
+        read_record(entry, "folder/data.jsonl", 7)
+    assert str(error.value).startswith(f"folder/data.jsonl:7: {field}: {problem}")
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_image_is_found_when_media_are_checked(tmp_path):
+    path = picture(tmp_path)
+    path.write_bytes(path.read_bytes()[:40])
+    found = read_record({"image": "a.png", "conversations": turns("<image>")}, media_root=tmp_path)
+    with pytest.raises(RecordError, match="image: "):
+        check_media(found)
+
+
+# Mixtures
+
+
+def test_mixture_of_files(tmp_path):
+    a = write_jsonl(tmp_path / "a.jsonl", [record(n) for n in range(4)])
+    (tmp_path / "b.json").write_text(json.dumps([record(n) for n in range(10, 13)]))
+    mixture = Mixture([str(a), {"path": tmp_path / "b.json", "sampling_strategy": "first:2"}, {"path": [record(99)]}])
+    assert questions(mixture) == ["Q0?", "Q1?", "Q2?", "Q3?", "Q10?", "Q11?", "Q99?"]
+    assert mixture.place(5) == (str(tmp_path / "b.json"), 2)
+    assert mixture.lengths(lambda r: len(r.raw["conversations"])) == [2] * 7
+    with pytest.raises(IndexError):
+        mixture[7]
+
+
+def test_yaml_lists_of_the_published_kind(tmp_path):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [record(n) for n in range(8)])
+    entries = ["{json_path: a.jsonl, sampling_strategy: end:25%}", "{json_path: b.jsonl, sampling_strategy: first:1}"]
+    (tmp_path / "mix.yaml").write_text("datasets:\n" + "".join(f"- {entry}\n" for entry in entries))
+    assert questions(Mixture(tmp_path / "mix.yaml")) == ["Q6?", "Q7?", "Q0?"]
+    assert len(Mixture(f"{tmp_path}/{{a,b}}.jsonl")) == 16
+    with pytest.raises(UserError, match="data: unknown key 'sampling_stategy'; did you mean 'sampling_strategy'"):
+        read_specs({"path": "a.jsonl", "sampling_stategy": "all"})
+    (tmp_path / "bad.yaml").write_text("- a\n")
+    with pytest.raises(UserError, match="must hold a list named datasets"):
+        Mixture(tmp_path / "bad.yaml")
+
+
+def test_check_stops_or_skips_and_lists_what_it_skipped(tmp_path):
+    entries = [record(0), {"conversations": turns(answer="")}, record(2), {"oops": 1}]
+    path = write_jsonl(tmp_path / "data.jsonl", entries)
+    path.write_text(path.read_text() + "{cut\n")
+    with pytest.raises(RecordError, match=r"data.jsonl:2: conversations.1.value"):
+        Mixture(path).check()
+    mixture = Mixture(path)
+    bad = mixture.check(on_bad_record="skip", bad=BadRecords(tmp_path / "bad.jsonl"))
+    assert questions(mixture) == ["Q0?", "Q2?"]
+    assert [error.line for error in bad.errors()] == [2, 4, 5]
+    assert len(BadRecords(tmp_path / "bad.jsonl")) == 3
+    assert bad.report(1).splitlines()[0] == "3 records were left out:"
+    assert bad.report(1).splitlines()[-1] == "  and 2 more"
+    with pytest.raises(UserError, match="no usable record"):
+        Mixture([{"path": [{"oops": 1}]}]).check(on_bad_record="skip")
+    with pytest.raises(UserError, match="on_bad_record: must be one of stop, skip"):
+        mixture.check(on_bad_record="ignore")
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    sizes = [50, 20]
+    first = mixed_order(sizes, seed=3, epoch=1)
+    random.random(), torch.rand(3)
+    assert mixed_order(sizes, seed=3, epoch=1) == first
+    assert sorted(first) == [(0, n) for n in range(50)] + [(1, n) for n in range(20)]
+    assert mixed_order(sizes, seed=3, epoch=2) != first
+    assert mixed_order(sizes, seed=4, epoch=1) != first
+    assert mixed_order(sizes, shuffle=False)[:3] == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_weights_repeat_and_thin_sources():
+    epochs = [mixed_order([8, 3], [0.25, 2], seed=1, epoch=epoch) for epoch in range(4)]
+    assert all(sum(source == 1 for source, _ in epoch) == 6 for epoch in epochs)
+    seen = [index for epoch in epochs for source, index in epoch if source == 0]
+    assert sorted(seen) == list(range(8))  # four quarters see every sample once
+    with pytest.raises(UserError, match="weights"):
+        mixed_order([1], [-1])
+    with pytest.raises(UserError, match="weights"):
+        mixed_order([1, 2], [1])
+
+
+def test_epoch_sampler_goes_on_where_it_stopped():
+    whole = list(EpochSampler(range(20), seed=5))
+    sampler = EpochSampler(range(20), seed=5)
+    steps = iter(sampler)
+    seen = [next(steps) for _ in range(7)]
+    other = EpochSampler(range(20), seed=5)
+    other.load_state_dict(sampler.state_dict())
+    assert seen + list(other) == whole
+    assert list(other) == list(EpochSamplerAt(1))
+    assert len(other) == 20
+
+
+def EpochSamplerAt(epoch):
+    sampler = EpochSampler(range(20), seed=5)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+# Samplers
+
+
+def test_grouped_samplers_are_permutations_of_one_modality_per_megabatch():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [random.Random(n).randint(1, 99) * random.Random(-n).choice([1, -1]) for n in range(101)]
+    for group in (length_grouped, widely_grouped):
+        order = modality_grouped(lengths, 3, 2, generator, group=group)
+        assert sorted(order) == list(range(101))
+        whole = order[: len(order) - len(order) % 6 - 6]
+        for begin in range(0, len(whole), 6):
+            assert len({lengths[index] > 0 for index in whole[begin : begin + 6]}) == 1
+    with pytest.raises(UserError, match="sample 1 has length 0"):
+        modality_grouped([3, 0], 1, 1, generator)
+
+
+def test_wide_grouping_of_onevision():
+    case = GOLDEN / "llava-onevision/length_grouped_sampler"
+    inputs, outputs = (json.loads((case / f"{name}.json").read_text()) for name in ("inputs", "outputs"))
+    for key, run in inputs.items():
+        auto = "group_by_modality_auto" in run
+        order = modality_grouped(
+            run["lengths"],
+            run["batch_size"],
+            run["world_size"],
+            torch.Generator().manual_seed(run["seed"]),
+            group=widely_grouped if auto else length_grouped,
+            drop_remainder=auto,
+        )
+        assert order == outputs[key], key
+
+
+def test_grouped_sampler_by_epoch():
+    sampler = GroupedSampler([5, -3, 8, -2, 9, 1], 2, seed=1)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert sorted(sampler) == sorted(first)
+    assert sorted(GroupedSampler([5, 3], 1, by_modality=False)) == [0, 1]
+
+
+# Packing
+
+
+def test_first_fit_decreasing_by_hand():
+    assert first_fit_decreasing([4, 8, 1, 4, 2, 1], 10) == [[0, 2, 3, 5], [1, 4]]
+    assert first_fit_decreasing([], 10) == []
+    assert in_order([4, 4, 4, 8], 10) == [[0, 1], [2], [3]]
+    for pack in (first_fit_decreasing, in_order):
+        with pytest.raises(ValueError, match="sample 1 has 11 tokens, a row holds 10"):
+            pack([1, 11], 10)
+
+
+def test_packing_keeps_every_sample_and_overfills_no_row():
+    for seed in range(50):
+        source = random.Random(seed)
+        lengths = [source.randint(1, 40) for _ in range(source.randint(1, 60))]
+        rows = first_fit_decreasing(lengths, 40)
+        assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+        assert all(sum(lengths[index] for index in row) <= 40 for row in rows)
+        assert len(rows) <= len(in_order(lengths, 40)) * 1.5
+        assert len(pack_rows(lengths, 40)) <= len(rows)
+
+
+def test_packed_batches_fill_their_rows_and_resume():
+    source = random.Random(0)
+    lengths = [source.randint(5, 60) * source.choice([1, -1]) for _ in range(300)]
+    sampler = PackedBatchSampler(lengths, 128, 4, seed=2, window=100)
+    batches = list(sampler)
+    assert sorted(index for batch in batches for index in batch) == list(range(300))
+    for batch in batches:
+        assert len(pack_rows([abs(lengths[index]) for index in batch], 128)) <= 4
+    tokens = sum(map(abs, lengths))
+    assert tokens / (len(batches) * 4 * 128) > 0.9
+    resumed = PackedBatchSampler(lengths, 128, 4, seed=2, window=100)
+    resumed.load_state_dict({"epoch": 0, "position": 3})
+    assert list(resumed) == batches[3:]
+    assert list(resumed) != batches  # the next epoch
+    assert len(PackedBatchSampler([200, 5], 128, 2, drop_last=True)) == 1
+    with pytest.raises(UserError, match="must be positive"):
+        PackedBatchSampler([1], 0)
+
+
+# Collation
+
+
+def sample(length, *, image=None, first_label=False):
+    labels = [-100] * (length // 2) + list(range(length // 2, length))
+    made = {"input_ids": list(range(1, length + 1)), "labels": labels}
+    if image is not None:
+        made |= {"pixel_values": [torch.full((3, *image), float(length))], "visual_sizes": [(1, *image)]}
+        made["visual_kinds"] = [0]
+    return made
+
+
+def test_padded_batch():
+    batch = Collator(0, 6)([sample(3), sample(8)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0], [1, 2, 3, 4, 5, 6]]
+    assert batch["labels"][0].tolist() == [-100, 1, 2, -100, -100, -100]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    assert "pixel_values" not in batch
+    left = Collator(0, padding_side="left")([sample(2), sample(4)])
+    assert left["input_ids"].tolist() == [[0, 0, 1, 2], [1, 2, 3, 4]]
+    assert left["attention_mask"].tolist() == [[0, 0, 1, 1], [1] * 4]
+    assert Collator(0, pad_to_multiple_of=8)([sample(3)])["input_ids"].shape == (1, 8)
+
+
+def test_real_token_that_equals_the_padding_is_masked_only_on_demand():
+    made = {"input_ids": [5, 0, 6], "labels": [-100, 0, 6]}
+    assert Collator(0)([made])["attention_mask"].tolist() == [[1, 1, 1]]
+    assert Collator(0, mask_by_pad_id=True)([made])["attention_mask"].tolist() == [[1, 0, 1]]
+
+
+def test_media_are_stacked_or_listed_in_order():
+    same = Collator(0)([sample(3, image=(4, 4)), sample(2), sample(5, image=(4, 4))])
+    assert same["pixel_values"].shape == (2, 3, 4, 4)
+    assert same["pixel_values"][:, 0, 0, 0].tolist() == [3, 5]
+    assert same["visual_sizes"].tolist() == [[1, 4, 4], [1, 4, 4]]
+    assert same["visual_kinds"].dtype == torch.long
+    ragged = Collator(0)([sample(3, image=(4, 4)), sample(5, image=(2, 6))])
+    assert [tuple(view.shape) for view in ragged["pixel_values"]] == [(3, 4, 4), (3, 2, 6)]
+
+
+def test_packed_batch():
+    samples = [sample(3, image=(4, 4)), sample(6, image=(4, 4)), sample(4, image=(4, 4))]
+    batch = Collator(0, 8, packing=True)(samples)
+    assert set(batch) == {"input_ids", "labels", "position_ids", "pixel_values", "visual_sizes", "visual_kinds"}
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 1, 2, 3, 4, 0], [1, 2, 3, 4, 5, 6, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 0, 1]]
+    assert batch["labels"][0].tolist() == [-100, 1, 2, -100, -100, 2, 3, -100]
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [3, 4, 6]  # row after row, like the placeholders
+
+
+def test_first_token_of_a_packed_sample_is_never_a_label():
+    everything = {"input_ids": [7, 8], "labels": [7, 8]}
+    batch = Collator(0, 5, packing=True)([everything, everything])
+    assert batch["labels"].tolist() == [[-100, 8, -100, 8, -100]]
+
+
+def test_wrong_collator_options():
+    with pytest.raises(UserError, match="packing: needs max_length"):
+        Collator(0, packing=True)
+    with pytest.raises(UserError, match="padding_side"):
+        Collator(0, padding_side="up")
+    with pytest.raises(ValueError, match="must be equal rows"):
+        Collator(0)([{"input_ids": [1, 2], "labels": [1]}])
+
+
+# Dataset
+
+
+def toy_encode(messages):
+    text = "".join(part.get("text", "") for message in messages for part in message["content"])
+    if "5" in text:
+        raise UserError("cannot open it")
+    ids = [9] * text.count("i") + [ord(letter) for letter in text]
+    return {"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]}
+
+
+def test_broken_sample_stops_or_is_replaced_by_the_next():
+    mixture = Mixture([{"path": [record(n) for n in range(8)]}])
+    with pytest.raises(RecordError, match="<memory>:6: record: cannot open it"):
+        SampleDataset(mixture, toy_encode)[5]
+    data = SampleDataset(mixture, toy_encode, on_bad_record="skip")
+    assert data[5] == data[6]
+    assert [error.line for error in data.bad.errors()] == [6]
+    with pytest.raises(UserError, match="no usable record"):
+        SampleDataset(Mixture([{"path": [record(5)]}]), toy_encode, on_bad_record="skip")[0]
+
+
+def test_long_samples_are_cut_but_never_through_media():
+    mixture = Mixture([{"path": [{"conversations": turns("iiiQQQ", "AA")}]}])
+    data = lambda length, **keys: SampleDataset(mixture, toy_encode, max_length=length, **keys)[0]  # noqa: E731
+    assert len(data(11)["input_ids"]) == 11
+    assert len(data(10)["input_ids"]) == 10
+    with pytest.raises(RecordError, match="takes 11 tokens, max_length is 2, and the cut would go through its media"):
+        data(2, visual_token_id=9)
+    with pytest.raises(RecordError, match="no answer is left before the cut"):
+        data(7, visual_token_id=9)
+
+
+def test_workers_share_the_list_of_broken_records(tmp_path):
+    mixture = Mixture([{"path": [record(n) for n in range(8)]}])
+    data = SampleDataset(mixture, toy_encode, on_bad_record="skip", bad=BadRecords(tmp_path / "bad.jsonl"))
+    loader = DataLoader(data, batch_size=2, sampler=EpochSampler(data, seed=0), collate_fn=Collator(0), num_workers=2)
+    assert sum(len(batch["input_ids"]) for batch in loader) == 8
+    assert [error.line for error in data.bad.errors()] == [6]
+    assert data.lengths() == [-len(data[n]["input_ids"]) for n in range(8)]
+
+
+def test_from_files_to_a_packed_batch_with_the_real_processor(tmp_path):
+    from tiny import config
+
+    from llavakit.model.processing import LlavakitProcessor
+    from llavakit.systems.llava_1_5.parity_text import load_tokenizer
+
+    tokenizer = load_tokenizer("nonlegacy", GOLDEN / "llava-1.5/tokenizer-sp/tokenizer_nonlegacy.json")
+    processor = LlavakitProcessor.from_config(config(), tokenizer)
+    for number, size in enumerate([(30, 20), (16, 16)]):
+        Image.new("RGB", size, (number * 90, 50, 50)).save(tmp_path / f"{number}.png")
+    entries = [{"image": f"{n}.png", "conversations": turns("<image>\nhow many ?", "two")} for n in range(2)]
+    path = write_jsonl(tmp_path / "data.jsonl", [*entries, {"conversations": turns("how many ?", "two two")}])
+    data = SampleDataset(Mixture(path), processor.encode, visual_token_id=processor.image_token_id)
+    samples = [data[n] for n in range(3)]
+    batch = Collator(0, 256, packing=True)(samples)
+    visual = (batch["input_ids"] == processor.image_token_id).sum()
+    assert visual == sum(ids.count(processor.image_token_id) for ids in (s["input_ids"] for s in samples)) > 0
+    assert batch["visual_sizes"].tolist() == [[1, 20, 30], [1, 16, 16]]
+    assert (batch["position_ids"] == 0).sum() >= 4  # three samples and the tail
+
+
+# ScienceQA
+
+
+def test_scienceqa_formats():
+    problem = {"question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "caption": "c"}
+    problem |= {"lecture": "L.", "solution": "S.", "image": None}
+    assert scienceqa.prompt(problem, "QCLM-ALE") == (
+        "Question: Q?\nContext: N/A\nBECAUSE: L.\nOptions: (A) x (B) y",
+        "Answer: The answer is B. BECAUSE: L. S.",
+    )
+    assert scienceqa.prompt(problem, "CQM-ELA", use_caption=True)[1] == "Answer: S. L. The answer is B."
+    with pytest.raises(UserError, match="ScienceQA format 'XYZ'"):
+        scienceqa.prompt(problem, "XYZ")
