@@ -57,26 +57,17 @@ def conversation(case: Case) -> dict[str, Any]:
 
 
 def _prompt(template: Template, facts: Mapping[str, Any], turns: Sequence[Sequence[Any]]) -> Any:
-    written = [turn for turn in turns if turn[1]]
-    if facts["sep_style"] == "PLAIN" and len(written) > 1:
+    if facts["sep_style"] == "PLAIN" and sum(bool(text) for _, text in turns) > 1:
         return {"error": "TypeError"}  # the original adds a missing separator; ours writes the caption
-    messages = [_said(role, text) for role, text in written]
-    if written and isinstance(written[0][1], list):
+    texts = [(role, text[0] if isinstance(text, list) else text or "") for role, text in turns]
+    if isinstance(turns[0][1], list):  # text and image apart, as the chat front end hands them over
+        question = texts[0][1].replace("<image>", "").strip()
         if "mmtag" in facts["version"]:
-            messages[0] = _said(0, _chat_text(written[0][1]).replace("<image>", "").strip())
-            messages = [_said(0, "<Image><image></Image>"), _said(1, "Received."), *messages]
+            texts[:1] = [(0, "<Image><image></Image>"), (1, "Received."), (0, question)]
         else:
-            messages[:1] = media_first(messages[:1], collapse=True)
-    open_end = turns[-1][0] == 1 and not turns[-1][1]
-    return template.render(messages, add_generation_prompt=open_end, placement="keep")[0]
-
-
-def _chat_text(text: Any) -> str:
-    return text[0] if isinstance(text, list) else text
-
-
-def _said(role: int, text: Any) -> Message:
-    return {"role": ("user", "assistant")[role], "content": split_literals(_chat_text(text))}
+            texts[0] = (0, "<image>\n" + question)
+    messages = [{"role": ("user", "assistant")[role], "content": split_literals(text)} for role, text in texts]
+    return template.render(messages, placement="keep")[0]
 
 
 def prompt_tokenisation(case: Case) -> dict[str, Any]:
@@ -150,9 +141,10 @@ def label_masking(case: Case) -> dict[str, Any]:
         if symbol.startswith("preprocess_mpt") and at_head:
             template = replace(template, rounds=forgets_the_end(template.rounds))
         encoded = encode(
-            _collapsed(messages_of(turns)),
+            messages_of(turns),
             template,
             tok,
+            placement="keep",
             labels="rounds" if counted else None,
             max_length=config["model_max_length"],
         )
@@ -171,10 +163,6 @@ def label_masking(case: Case) -> dict[str, Any]:
 def forgets_the_end(rounds: Rounds) -> Rounds:
     """The count of the later original code, which forgets the token that closes a round."""
     return replace(rounds, counts_end=False, answer_offset=-1)
-
-
-def _collapsed(messages: list[Message]) -> list[Message]:
-    return media_first(messages, collapse=True)
 
 
 def _ids_and_labels(encoded: Encoded) -> dict[str, Any]:
