@@ -247,6 +247,15 @@ def test_empty_answer_is_an_open_turn(vicuna):
     assert set(open_turn.labels) == {-100}
 
 
+def test_everything_behind_the_image_of_a_caption_is_learnt(vicuna, legacy):
+    for tokenizer in (vicuna, legacy):
+        for caption in (" a lamp", "?", "你好", "\nx", "a lamp "):
+            turns = [{"from": "human", "value": "Say.\n<image>"}, {"from": "gpt", "value": caption}]
+            encoded = encode(from_llava({"image": "x", "conversations": turns}), "plain", tokenizer)
+            assert encoded.ids[:2] == [tokenizer.bos_token_id, IMAGE_PLACEHOLDER]
+            assert encoded.labels == [-100, -100, *encoded.ids[2:]], caption
+
+
 def test_typed_placeholder_is_text(vicuna):
     encoded = encode([{"role": "user", "content": "what does <image> mean?"}], "v1", vicuna, add_generation_prompt=True)
     assert IMAGE_PLACEHOLDER not in encoded.ids

@@ -193,7 +193,7 @@ def _piece(piece: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
     # where the text begins with a space, so such a text gets one more.
     extra = int(piece[:1] in (" ", "▁") and marks_first_word(tokenizer))
     encoded = tokenizer(" " * extra + piece, return_offsets_mapping=True, return_attention_mask=False)
-    offsets = [(max(start - extra, 0), max(end - extra, 0)) for start, end in encoded["offset_mapping"]]
+    offsets = [(max(start - extra, 0), end and max(end - extra, 1)) for start, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), offsets
 
 
