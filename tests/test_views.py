@@ -199,6 +199,11 @@ def test_layout_of_tiles_counts_what_arrange_makes(options):
         grids = [(1, rows, cols)] * len(plan.views)
         tokens = arrangement.arrange(plan, grids, features(len(grids), rows, cols), newline)
         assert len(tokens) == arrangement.layout(plan, grids)[0].visual, (size, rows, cols)
+    for thin in (MediumSize(1, 3000, 1), MediumSize(1, 1, 3000)):  # unpadding leaves next to nothing
+        plan = planner.plan(thin)
+        grids = [(1, 4, 4)] * len(plan.views)
+        tokens = arrangement.arrange(plan, grids, features(len(grids), 4, 4), newline)
+        assert len(tokens) == arrangement.layout(plan, grids)[0].visual
     single = Plan("image", MediumSize(1, 5, 5), ())
     tokens = arrangement.arrange(single, [(1, 4, 4)], features(1, 4, 4), newline)
     assert len(tokens) == arrangement.layout(single, [(1, 4, 4)])[0].visual

@@ -51,7 +51,8 @@ class Plan:
         size: Size of the original medium.
         views: Encoder inputs in the order in which they are encoded.
         rows, cols: Grid of tiles; 0 x 0 if the medium is not tiled.
-        canvas: (height, width) of the resized image that tiles are cut from, if there is one.
+        canvas: (height, width) of the sheet that the views are cut from, if there is one: the resized image under the
+            tiles, or the padded square before it is resized.
         content: (left, top, right, bottom) of the image on that canvas, if it is padded.
     """
 
