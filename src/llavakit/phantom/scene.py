@@ -11,8 +11,7 @@ is exactly one.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,18 +30,8 @@ from llavakit.phantom.base import (
     select_types,
     split_of,
 )
+from llavakit.phantom.canvas import COLOURS, SHAPES, Sign, Thing, covers, render
 
-SHAPES = ("disc", "square", "triangle", "cross", "ring", "diamond", "bar")
-COLOURS = {
-    "red": (225, 45, 45),
-    "green": (45, 190, 70),
-    "blue": (60, 90, 235),
-    "yellow": (235, 215, 50),
-    "purple": (170, 60, 200),
-    "cyan": (60, 210, 215),
-    "orange": (240, 140, 40),
-    "white": (245, 245, 245),
-}
 EASY_SHAPES, EASY_COLOURS = SHAPES[:4], tuple(COLOURS)[:6]
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -59,32 +48,6 @@ VIDEO_TYPES = ("direction", "order", "moving")
 TYPES = (*IMAGE_TYPES, *PAIR_TYPES, *VIDEO_TYPES)
 
 
-@dataclass(frozen=True, slots=True)
-class Thing:
-    """An object: what it is, the cell it lies in (row, column), and its square on the canvas in pixels."""
-
-    shape: str
-    colour: str
-    cell: tuple[int, int]
-    top: int
-    left: int
-    side: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.shape}"
-
-
-@dataclass(frozen=True, slots=True)
-class Sign:
-    """A word on a dark plate, with its top left corner on the canvas in pixels."""
-
-    text: str
-    top: int
-    left: int
-    scale: int
-
-
 class Scene(World):
     """Coloured shapes on noise.
 
@@ -94,7 +57,7 @@ class Scene(World):
         difficulty: "full", or "easy": four shapes, six colours, no words, no relations; learnable by a tiny model at
             24 to 48 pixels.
         types: Question types about the picture, of `IMAGE_TYPES`; None for those of the difficulty.
-        most: Largest number of objects, 1 to 6.
+        most: Largest number of objects, 1 to 6; None for 4, or 3 if easy.
         scale: Size of an object as a share of its cell, 0.1 to 0.95.
         pairs: Add an item with a second, altered picture and questions that compare the two.
         videos: Add an item with a clip and questions about motion and order.
@@ -111,7 +74,7 @@ class Scene(World):
         aspect: float | str = 1.0,
         difficulty: str = "full",
         types: Any = None,
-        most: int = 4,
+        most: int | None = None,
         scale: float = 0.85,
         pairs: bool = False,
         videos: bool = False,
@@ -124,7 +87,7 @@ class Scene(World):
         self.types = select_types(types, IMAGE_TYPES, EASY_TYPES if easy else IMAGE_TYPES)
         self.shapes = EASY_SHAPES if easy else SHAPES
         self.colours = EASY_COLOURS if easy else tuple(COLOURS)
-        self.most = int(check_range("most", most, 1, 6))
+        self.most = int(check_range("most", most or (3 if easy else 4), 1, 6))
         self.scale = check_range("scale", scale, 0.1, 0.95)
         self.pairs = pairs
         self.videos = videos
@@ -203,7 +166,7 @@ class Scene(World):
             if len(things) == count:
                 break
             row, column = divmod(number, columns)
-            if sign is None or not _covers(sign, row * height // rows, column * width // columns, cell):
+            if sign is None or not covers(sign, row * height // rows, column * width // columns, cell):
                 things.append(self._thing(rng, height, width, (row, column)))
         return things
 
@@ -224,12 +187,14 @@ class Scene(World):
     def _ask(
         self, rng: np.random.Generator, things: list[Thing], sign: Sign | None, height: int, width: int
     ) -> list[Question]:
-        """Questions about one picture. Existence comes first, then what presupposes existence."""
+        """Questions about one picture in random order.
+
+        Every other question mentions objects and so gives away that they are there: whether something exists is asked
+        first or, in half of the dialogues, not at all, so that a dialogue can open with any type of question.
+        """
         types, questions = self.types, []
         names = [thing.name for thing in things]
         unique = [thing for thing in things if names.count(thing.name) == 1]
-        if "exist" in types:
-            questions.append(self._exist(rng, names))
         if "count" in types:
             questions.append(_count(len(things), self.most))
         if "colour" in types:
@@ -287,6 +252,9 @@ class Scene(World):
                     "box", f"{words.GROUND} {words.capital(thing.name)}.", coordinates, coordinates, self_contained=True
                 )
             )
+        questions = [questions[i] for i in rng.permutation(len(questions))]
+        if "exist" in types and (not questions or rng.random() < 0.5):
+            questions.insert(0, self._exist(rng, names))
         return questions
 
     def _exist(self, rng: np.random.Generator, names: list[str]) -> Question:
@@ -556,52 +524,3 @@ def _place(thing: Thing, height: int, width: int) -> str:
 def _box(thing: Thing, height: int, width: int) -> Box:
     right, bottom = thing.left + thing.side, thing.top + thing.side
     return Box(thing.shape, thing.name, (thing.left / width, thing.top / height, right / width, bottom / height))
-
-
-def _covers(sign: Sign, top: int, left: int, side: int) -> bool:
-    bottom = sign.top + glyphs.HEIGHT * sign.scale + 4
-    right = sign.left + ((glyphs.WIDTH + 1) * len(sign.text) - 1) * sign.scale + 4
-    return sign.top < top + side and top < bottom and sign.left < left + side and left < right
-
-
-@functools.lru_cache(maxsize=1024)
-def stencil(shape: str, side: int) -> np.ndarray:
-    """Share of every pixel that a shape covers, float32 `[side, side, 1]`.
-
-    Raises:
-        UserError: If there is no such shape.
-    """
-    check_choice("shape", shape, SHAPES)
-    fine = 4
-    axis = (np.arange(side * fine) + 0.5) / (side * fine) * 2 - 1
-    x, y = np.abs(axis)[None, :], axis[:, None]
-    inside = {
-        "disc": x**2 + y**2 < 1,
-        "square": (x < 0.88) & (np.abs(y) < 0.88),
-        "triangle": x < (y + 1) / 2,
-        "cross": np.minimum(x, np.abs(y)) < 0.3,
-        "ring": np.abs(np.sqrt(x**2 + y**2) - 0.78) < 0.22,
-        "diamond": x + np.abs(y) < 1,
-        "bar": (x < 1) & (np.abs(y) < 0.3),
-    }[shape]
-    return inside.reshape(side, fine, side, fine).mean(axis=(1, 3), dtype=np.float32)[:, :, None]
-
-
-_PAINT = {name: np.array(value, np.float32) for name, value in COLOURS.items()}
-
-
-def render(things: list[Thing], sign: Sign | None, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Objects and sign on grey noise: uint8 `[height, width, 3]`."""
-    canvas = rng.integers(64, 129, (height, width, 3), dtype=np.uint8)
-    for thing in things:
-        part = canvas[thing.top : thing.top + thing.side, thing.left : thing.left + thing.side]
-        share = stencil(thing.shape, thing.side)
-        part[:] = part * (1.0 - share) + _PAINT[thing.colour] * share
-    if sign is not None:
-        ink = glyphs.render(sign.text, sign.scale)
-        tall, wide = ink.shape
-        canvas[sign.top : sign.top + tall + 4, sign.left : sign.left + wide + 4] = 10
-        canvas[sign.top + 2 : sign.top + 2 + tall, sign.left + 2 : sign.left + 2 + wide] = (
-            10.0 + 235.0 * ink[:, :, None]
-        )
-    return canvas

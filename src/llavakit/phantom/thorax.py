@@ -12,19 +12,17 @@ This module knows what findings are called and what is asked about them; the geo
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
+import itertools
 from typing import Any
 
 import numpy as np
 
 from llavakit.phantom import anatomy, words
-from llavakit.phantom.anatomy import Chest, Ellipsoid, Lung
+from llavakit.phantom.anatomy import Chest
 from llavakit.phantom.base import (
     Box,
     Case,
     Item,
-    Question,
     World,
     check_choice,
     check_range,
@@ -32,99 +30,40 @@ from llavakit.phantom.base import (
     pick,
     select_types,
     split_of,
-    thin,
+)
+from llavakit.phantom.patient import (
+    CHANGES,
+    DEPTHS,
+    EXTENTS,
+    KINDS,
+    SIZES,
+    ZONES,
+    Finding,
+    build_chest,
+    draw_findings,
+    find_boxes,
+    find_masks,
+    progress,
+)
+from llavakit.phantom.report import (
+    EASY_TYPES,
+    IMAGE_TYPES,
+    KNOWLEDGE,
+    VOLUME_TYPES,
+    ask,
+    change_question,
+    count_question,
+    describe,
+    detail_question,
+    presence_question,
+    statements,
+    write_report,
 )
 
-KINDS = ("cardiomegaly", "nodule", "consolidation", "effusion", "pneumothorax")
-NAMES = {
-    "cardiomegaly": "cardiomegaly",
-    "nodule": "nodule",
-    "consolidation": "consolidation",
-    "effusion": "pleural effusion",
-    "pneumothorax": "pneumothorax",
-}
-ZONES = ("upper", "middle", "lower")
-SIZES = ("small", "large")
-DEPTHS = ("anterior", "posterior")
-CHANGES = ("grown", "shrunk", "gone", "unchanged")
-
-PREVALENCE = {"cardiomegaly": 0.5, "nodule": 0.4, "consolidation": 0.4, "effusion": 0.4, "pneumothorax": 0.35}
-
-IMAGE_TYPES = ("presence", "side", "zone", "size", "count")
-EASY_TYPES = ("presence", "side", "zone", "size")
-VOLUME_TYPES = ("depth", "presence", "side", "zone")
-TYPES = (*IMAGE_TYPES, "depth", "change")
-
-KNOWLEDGE = (
-    ("enlarged heart", "suggestive_of", "cardiomegaly"),
-    ("cardiomegaly", "suggestive_of", "heart failure"),
-    ("pleural effusion", "suggestive_of", "heart failure"),
-    ("consolidation", "suggestive_of", "pneumonia"),
-    ("pneumothorax", "suggestive_of", "collapsed lung"),
-    ("nodule", "suggestive_of", "granuloma"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        kind: One of `KINDS`.
-        side: "left" or "right"; None for the heart.
-        zone: "upper", "middle" or "lower" third of the lung; None where it has none.
-        size: "small" or "large"; None for the heart and for consolidation.
-        depth: "anterior" or "posterior" half of the lung; nodules only.
-        center: Where a nodule or consolidation lies, mm.
-        extent: Radius of a nodule, semi-axis of a consolidation, height of an effusion above the dome of the
-            diaphragm, width of the gap of a pneumothorax as a share of the lung; mm except for the last.
-    """
-
-    kind: str
-    side: str | None = None
-    zone: str | None = None
-    size: str | None = None
-    depth: str | None = None
-    center: tuple[float, float, float] | None = None
-    extent: float = 0.0
-
-    def facts(self) -> dict[str, Any]:
-        """What is known of it, as JSON-able data."""
-        facts = {key: value for key, value in asdict(self).items() if value}
-        if self.center:
-            facts["center"] = [round(value, 1) for value in self.center]
-        return facts | ({"extent": round(self.extent, 3)} if self.extent else {})
-
-    @property
-    def place(self) -> str:
-        """ "right upper zone", or "left" where there is no zone."""
-        return f"{self.side} {self.zone} zone" if self.zone else str(self.side)
-
-
-@dataclass(frozen=True, slots=True)
-class _Extents:
-    """How large findings are, by size: (low, high) of `Finding.extent`."""
-
-    nodule: dict[str, tuple[float, float]]
-    consolidation: tuple[float, float]
-    effusion: dict[str, tuple[float, float]]
-    pneumothorax: dict[str, tuple[float, float]]
-
-
-_FULL = _Extents(
-    nodule={"small": (2.0, 2.6), "large": (9.0, 14.0)},
-    consolidation=(20.0, 30.0),
-    effusion={"small": (-14.0, -6.0), "large": (28.0, 55.0)},
-    pneumothorax={"small": (0.12, 0.18), "large": (0.30, 0.40)},
-)
-_EASY = _Extents(
-    nodule={"small": (9.0, 10.0), "large": (15.0, 17.0)},
-    consolidation=(26.0, 32.0),
-    effusion={"small": (0.0, 8.0), "large": (50.0, 65.0)},
-    pneumothorax={"small": (0.16, 0.20), "large": (0.34, 0.42)},
-)
-_EXTENTS = {"full": _FULL, "easy": _EASY}
 _EASY_KINDS = ("cardiomegaly", "consolidation", "effusion", "pneumothorax")
+_DESCRIBE = "Describe the findings in this radiograph."
+_DESCRIBE_SCAN = "Describe the findings in this scan."
+_COMPARE = "Compare the second radiograph with the first."
 
 
 class Thorax(World):
@@ -160,7 +99,7 @@ class Thorax(World):
         noise: bool = True,
     ) -> None:
         self.size = int(check_range("size", size, 16, 2048))
-        self.difficulty = check_choice("difficulty", difficulty, tuple(_EXTENTS))
+        self.difficulty = check_choice("difficulty", difficulty, tuple(EXTENTS))
         easy = difficulty == "easy"
         self.types = select_types(types, IMAGE_TYPES, EASY_TYPES if easy else IMAGE_TYPES)
         kinds = select_types(findings, KINDS, _EASY_KINDS if easy else KINDS)
@@ -174,8 +113,9 @@ class Thorax(World):
     def sample(self, seed: int, index: int) -> Case:
         """Patient number `index`; see `World.sample`."""
         rng = generator(seed, index, "thorax/patient")
-        findings = self._findings(rng)
-        chest = build_chest(rng, findings, _EXTENTS[self.difficulty])
+        most = 3 if "count" in self.types else 1
+        findings = draw_findings(rng, self.kinds, most)
+        chest = build_chest(rng, findings, EXTENTS[self.difficulty])
         case_id = f"thorax-{seed}-{index:07d}"
         image = self._radiograph(chest, generator(seed, index, "thorax/noise") if self.noise else None)
         asking = generator(seed, index, "thorax/questions")
@@ -187,8 +127,8 @@ class Thorax(World):
                 media=(image,),
                 questions=ask(asking, findings, self.types, self.kinds),
                 caption=report["findings"],
-                caption_prompt="Describe the findings in this radiograph.",
-                boxes=find_boxes(chest, findings),
+                caption_prompt=_DESCRIBE,
+                boxes=[Box(f.kind, _box_name(f, findings), xyxy) for f, xyxy in find_boxes(chest, findings)],
                 masks=find_masks(chest, findings, (self.size, self.size)) if self.masks else {},
             )
         ]
@@ -211,26 +151,6 @@ class Thorax(World):
     def _radiograph(self, chest: Chest, noise: np.random.Generator | None) -> np.ndarray:
         return anatomy.expose(anatomy.line_integrals(chest, (self.size, self.size)), noise)
 
-    def _findings(self, rng: np.random.Generator) -> list[Finding]:
-        """Which findings a patient has; places and extents are filled in by `build_chest`."""
-        found: list[Finding] = []
-        for kind in self.kinds:
-            if rng.random() >= PREVALENCE[kind]:
-                continue
-            if kind == "cardiomegaly":
-                found.append(Finding(kind))
-            elif kind == "nodule":
-                count = 1 + int(rng.integers(3)) if "count" in self.types else 1
-                found += [
-                    Finding(kind, pick(rng, anatomy.SIDES), pick(rng, ZONES), pick(rng, SIZES), pick(rng, DEPTHS))
-                    for _ in range(count)
-                ]
-            elif kind == "consolidation":
-                found.append(Finding(kind, pick(rng, anatomy.SIDES), pick(rng, ZONES)))
-            else:
-                found.append(Finding(kind, pick(rng, anatomy.SIDES), size=pick(rng, SIZES)))
-        return found
-
     def _volume_item(
         self, case_id: str, chest: Chest, findings: list[Finding], rng: np.random.Generator, report: dict[str, str]
     ) -> Item:
@@ -242,7 +162,7 @@ class Thorax(World):
             media=(hounsfield,),
             questions=questions,
             caption=report["findings"],
-            caption_prompt="Describe the findings in this scan.",
+            caption_prompt=_DESCRIBE_SCAN,
             spacing=spacing,
         )
 
@@ -253,448 +173,40 @@ class Thorax(World):
         changes = {i: pick(rng, CHANGES) for i, f in enumerate(findings) if f.kind != "cardiomegaly"}
         later = progress(chest, findings, changes)
         second = self._radiograph(later, rng if self.noise else None)
-        questions, sentences = [], []
-        for i, change in changes.items():
-            finding = findings[i]
-            name = describe(finding, findings)
-            sentence = words.capital(f"the {name} {_CHANGE_PHRASES[change]}.")
-            sentences.append(sentence)
-            text = f"How has the {name} changed since the first radiograph?"
-            questions.append(
-                Question("change", text, words.capital(change), sentence, tuple(map(words.capital, CHANGES)))
-            )
+        questions = [change_question(describe(findings[i], findings), change) for i, change in changes.items()]
         return Item(
             id=f"{case_id}-followup",
             kind="images",
             media=(first, second),
             questions=questions,
-            caption=" ".join(sentences) or "There is no change.",
-            caption_prompt="Compare the second radiograph with the first.",
+            caption=" ".join(q.sentence for q in questions) or "There is no change.",
+            caption_prompt=_COMPARE,
         )
 
     def texts(self) -> list[str]:
         """Every sentence form with every word in it; see `World.texts`."""
-        rng = np.random.default_rng(0)
-        out = words.shared_texts()
-        out += ["Describe the findings in this radiograph.", "Describe the findings in this scan."]
-        out += ["Compare the second radiograph with the first.", "There is no change."]
-        everything = [Finding("cardiomegaly")]
-        for side in anatomy.SIDES:
-            for size in SIZES:
-                everything += [Finding("effusion", side, size=size), Finding("pneumothorax", side, size=size)]
-                everything += [Finding("nodule", side, zone, size, depth) for zone in ZONES for depth in DEPTHS]
-            everything += [Finding("consolidation", side, zone) for zone in ZONES]
-        for picture in ("radiograph", "scan"):
-            for findings in [[], *([f] for f in everything), everything[:9], everything[9:18]]:
-                for question in ask(rng, findings, TYPES, KINDS, picture=picture, everything=True):
-                    out.append(f"{question.text} {question.answer} {question.sentence}")
-                report = write_report(findings, KINDS)
-                out += [f"Findings: {report['findings']} Impression: {report['impression']}"]
-                out += [" ".join(t) for t in statements(findings)]
-        for finding in everything[1:]:
-            name = describe(finding, everything)
-            out += [f"How has the {name} changed since the first radiograph?"]
-            out += [f"{words.capital(c)} The {name} {_CHANGE_PHRASES[c]}." for c in CHANGES]
-        out += [" ".join(statement) for statement in KNOWLEDGE]
-        return out
+        questions = [count_question(n) for n in (1, 2, 3)]
+        captions = ["There is no change."]
+        for kind in KINDS:
+            questions += [presence_question(kind, p, s) for p in (True, False) for s in ("radiograph", "scan")]
+            for type_, values in (("side", anatomy.SIDES), ("zone", ZONES), ("size", SIZES), ("depth", DEPTHS)):
+                questions += [detail_question(type_, kind, value) for value in values]
+            for side in anatomy.SIDES:
+                for zone, size in itertools.product(ZONES, SIZES):
+                    finding = Finding(kind) if kind == "cardiomegaly" else Finding(kind, side, zone, size)
+                    several = [finding] * (3 if kind == "nodule" else 1)
+                    for found in ([], [finding], several, several[:2]):
+                        report = write_report(found, KINDS)
+                        captions.append(f"Findings: {report['findings']} Impression: {report['impression']}")
+                    questions += [change_question(describe(finding, several), change) for change in CHANGES]
+                    captions += [" ".join(statement) for statement in statements([finding])]
+        out = words.shared_texts() + captions + [f"{q.text} {q.answer} {q.sentence}" for q in questions]
+        return out + [_DESCRIBE, _DESCRIBE_SCAN, _COMPARE] + [" ".join(statement) for statement in KNOWLEDGE]
 
     def knowledge(self) -> list[tuple[str, str, str]]:
         """What the findings of this world suggest."""
         return list(KNOWLEDGE)
 
 
-_CHANGE_PHRASES = {
-    "grown": "has grown",
-    "shrunk": "has shrunk",
-    "gone": "has gone",
-    "unchanged": "is unchanged",
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Patients
-
-
-def build_chest(rng: np.random.Generator, findings: list[Finding], extents: _Extents) -> Chest:
-    """A random chest with these findings. Their places and extents are written back into the list.
-
-    The same random numbers are drawn in the same order whatever the findings are, as far as their number allows.
-    """
-    u = rng.random(12).tolist()
-    stature = 0.94 + 0.10 * u[0]
-    width = 68.0 + 6.0 * u[1]
-    reach = (50.0 + 5.0 * u[2]) * stature
-    depth = (80.0 + 8.0 * u[3]) * stature
-    lungs = {}
-    for side, sign, dome in (("right", -1.0, 68.0), ("left", 1.0, 78.0)):
-        outer = Ellipsoid((sign * width, 0.0, 38.0), (reach, depth, 160.0 * stature))
-        lungs[side] = Lung(outer, outer, dome + 10.0 * (u[4] - 0.5), 38.0)
-    enlarged = any(f.kind == "cardiomegaly" for f in findings)
-    heart_width = 73.0 + 7.0 * u[5] if enlarged else 48.0 + 6.0 * u[5]
-    heart = Ellipsoid(
-        (16.0 + 6.0 * u[6] + (4.0 if enlarged else 0.0), -18.0, 64.0),
-        (heart_width, 46.0 + (10.0 if enlarged else 0.0), 42.0 + (6.0 if enlarged else 0.0)),
-        0.35 + 0.15 * u[7],
-    )
-    knob = Ellipsoid((24.0 + 5.0 * u[8], 8.0, -44.0), (18.0, 18.0, 20.0))
-    chest = Chest(
-        body=((165.0 + 10.0 * u[9]) * stature, (100.0 + 8.0 * u[10]) * stature),
-        lungs=lungs,
-        heart=[heart, knob],
-        bones=[
-            Ellipsoid((0.0, 62.0, 0.0), (15.0, 16.0, 420.0)),
-            Ellipsoid((-62.0, -30.0, -100.0), (52.0, 6.0, 5.0), -0.22),
-            Ellipsoid((62.0, -30.0, -100.0), (52.0, 6.0, 5.0), 0.22),
-        ],
-        cage=(
-            Ellipsoid((0.0, 0.0, 0.0), (width + reach + 9.0, depth + 7.0, 185.0)),
-            Ellipsoid((0.0, 0.0, 0.0), (width + reach + 4.0, depth + 2.0, 180.0)),
-        ),
-        ribs=[-132.0 + 6.0 * u[11] + 27.0 * k for k in range(10)],
-        trachea=Ellipsoid((0.0, 5.0, -92.0), (7.5, 7.5, 80.0)),
-    )
-    order = {"effusion": 0, "pneumothorax": 0, "consolidation": 1, "nodule": 2, "cardiomegaly": 3}
-    for i in sorted(range(len(findings)), key=lambda i: order[findings[i].kind]):
-        findings[i] = _place(rng, chest, findings[i], extents)
-    _grow_vessels(rng, chest)
-    return chest
-
-
-def _place(rng: np.random.Generator, chest: Chest, finding: Finding, extents: _Extents) -> Finding:
-    """Put a finding into the chest; returns it with place and extent."""
-    if finding.kind == "cardiomegaly":
-        return finding
-    low, high = (
-        extents.consolidation if finding.kind == "consolidation" else getattr(extents, finding.kind)[finding.size]
-    )
-    finding = replace(finding, extent=float(rng.uniform(low, high)))
-    if finding.kind == "consolidation":
-        finding = replace(finding, center=_spot(rng, chest.lungs[finding.side], finding))
-    elif finding.kind == "nodule":
-        finding = _place_nodule(rng, chest, finding)
-    _insert(chest, finding)
-    return finding
-
-
-def _insert(chest: Chest, finding: Finding) -> None:
-    """Add a finding that knows its place to the anatomy, in place."""
-    if finding.kind == "cardiomegaly":
-        return
-    lung = chest.lungs[finding.side]
-    r = finding.extent
-    if finding.kind == "effusion":
-        lung.fluid = lung.dome - r
-    elif finding.kind == "pneumothorax":
-        (x, y, z), (a, b, c) = lung.outer.center, lung.outer.axes
-        medial = -1.0 if finding.side == "left" else 1.0
-        keep = 1.0 - r
-        # The lung shrinks towards its root: away from the chest wall and from the apex.
-        lung.inner = Ellipsoid((x + medial * a * r, y, z + 0.7 * c * r), (a * keep, b * keep, c * keep))
-    elif finding.kind == "consolidation":
-        lung.patch = Ellipsoid(finding.center, (r, 1.6 * r, 0.8 * r), 0.3)
-    else:
-        lung.nodules.append(Ellipsoid(finding.center, (r, r, r)))
-
-
-def zone_limits(lung: Lung) -> tuple[float, float]:
-    """z of the top of the upper and of the bottom of the lower zone; each zone is a third of the way."""
-    return lung.outer.center[2] - lung.outer.axes[2], lung.dome
-
-
-def _spot(rng: np.random.Generator, lung: Lung, finding: Finding) -> tuple[float, float, float]:
-    """A place in the finding's zone, clear of the borders of the zone and of the edge of the lung in the picture."""
-    top, bottom = zone_limits(lung)
-    third = (bottom - top) / 3.0
-    u = rng.random(3).tolist()
-    k = ZONES.index(finding.zone)
-    z = top + third * (k + (0.45 + 0.4 * u[0] if k == 0 else 0.2 + 0.6 * u[0]))
-    (cx, cy, cz), (a, b, c) = lung.inner.center, lung.inner.axes
-    ring = math.sqrt(max(1.0 - ((z - cz) / c) ** 2, 0.05))
-    outward = 1.0 if cx > 0 else -1.0
-    x = cx + outward * a * ring * (0.1 + 0.55 * u[1])
-    lateral = math.sqrt(max(ring**2 - ((x - cx) / a) ** 2, 0.0))
-    half = 1.0 if finding.depth == "posterior" else -1.0
-    y = cy + half * b * lateral * (0.3 + 0.4 * u[2]) if finding.depth else cy + 10.0 * (u[2] - 0.5)
-    return x, y, z
-
-
-def _place_nodule(rng: np.random.Generator, chest: Chest, finding: Finding) -> Finding:
-    """A nodule in aerated lung, apart from all else. If its zone has no room, it moves to another zone or side."""
-    for attempt in range(400):
-        if attempt and attempt % 40 == 0:
-            finding = replace(finding, side=pick(rng, anatomy.SIDES), zone=pick(rng, ZONES))
-        lung = chest.lungs[finding.side]
-        center = _spot(rng, lung, finding)
-        if _is_free(chest, lung, center, finding.extent):
-            return replace(finding, center=center)
-    return replace(finding, center=center)
-
-
-def _is_free(chest: Chest, lung: Lung, center: tuple[float, float, float], radius: float) -> bool:
-    x, y, z = center
-    bottom = lung.dome if lung.fluid is None else min(float(lung.surface(x)), lung.dome)
-    if z + radius + 3.0 > bottom:
-        return False
-    (cx, cy, cz), (a, b, c) = lung.inner.center, lung.inner.axes
-    reach = radius + 2.0
-    if ((x - cx) / (a - reach)) ** 2 + ((y - cy) / (b - reach)) ** 2 + ((z - cz) / (c - reach)) ** 2 > 1.0:
-        return False
-    obstacles = [*chest.heart, *([lung.patch] if lung.patch else [])]
-    if any(_near(part, x, z, reach) for part in obstacles):
-        return False
-    others = [n for side in chest.lungs.values() for n in side.nodules]
-    return all(math.hypot(x - n.center[0], z - n.center[2]) > n.axes[0] + radius + 8.0 for n in others)
-
-
-def _near(part: Ellipsoid, x: float, z: float, reach: float) -> bool:
-    """Whether a disc in the frontal plane touches the outline of a part (grown by the disc's radius)."""
-    cos, sin = math.cos(part.tilt), math.sin(part.tilt)
-    dx, dz = x - part.center[0], z - part.center[2]
-    a, c = part.axes[0] + reach, part.axes[2] + reach
-    return ((dx * cos + dz * sin) / a) ** 2 + ((dz * cos - dx * sin) / c) ** 2 < 1.0
-
-
-VESSELS_PER_LUNG = 5
-
-
-def _grow_vessels(rng: np.random.Generator, chest: Chest) -> None:
-    """Lung markings that run from the root of each lung outwards, around nodules in front of or behind them."""
-    for side, lung in chest.lungs.items():
-        outward = 1.0 if side == "left" else -1.0
-        u = rng.random((VESSELS_PER_LUNG, 4)).tolist()
-        for k in range(VESSELS_PER_LUNG):
-            angle = (k + u[k][0]) / VESSELS_PER_LUNG * 2.6 - 1.3
-            length = 16.0 + 12.0 * u[k][1]
-            distance = 8.0 + length
-            radius = 1.4 + 0.9 * u[k][2]
-            x = outward * (34.0 + distance * math.cos(angle))
-            z = 6.0 + distance * math.sin(angle)
-            y = 36.0 * (u[k][3] - 0.5)
-            vessel = Ellipsoid((x, y, z), (length, radius, radius), outward * angle)
-            for nodule in lung.nodules:
-                if abs(nodule.center[1] - y) < nodule.axes[1] + radius + 1.0:
-                    y = nodule.center[1] - math.copysign(1.0, nodule.center[1]) * (nodule.axes[1] + radius + 2.0)
-                    vessel = Ellipsoid((x, y, z), vessel.axes, vessel.tilt)
-            lung.vessels.append(vessel)
-
-
-def progress(chest: Chest, findings: list[Finding], changes: dict[int, str]) -> Chest:
-    """The same chest at a later date.
-
-    Args:
-        changes: What became of each finding, by its place in the list, of `CHANGES`.
-    """
-    lungs = {
-        side: Lung(lung.outer, lung.outer, lung.dome, lung.slope, vessels=lung.vessels)
-        for side, lung in chest.lungs.items()
-    }
-    later = replace(chest, lungs=lungs)
-    for i, finding in enumerate(findings):
-        change = changes.get(i, "unchanged")
-        if change != "gone":
-            _insert(later, replace(finding, extent=_later_extent(finding, change)))
-    return later
-
-
-def _later_extent(finding: Finding, change: str) -> float:
-    if change == "unchanged":
-        return finding.extent
-    grown = change == "grown"
-    if finding.kind == "effusion":
-        return finding.extent + (35.0 if grown else -(14.0 if finding.size == "small" else 35.0))
-    if finding.kind == "pneumothorax":
-        return finding.extent * (1.5 if grown else 0.55)
-    return finding.extent * (1.5 if grown else 0.6)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Language
-
-
-def describe(finding: Finding, findings: list[Finding]) -> str:
-    """The name of a finding, with its place where there are several of its kind."""
-    name = NAMES[finding.kind]
-    several = sum(f.kind == finding.kind for f in findings) > 1
-    return f"{finding.side} {finding.zone} {name}" if several and finding.zone else name
-
-
-def write_report(findings: list[Finding], kinds: tuple[str, ...]) -> dict[str, str]:
-    """ "findings" (what is and what is not there, by organ) and "impression" (what matters)."""
-    lines, impression = [], []
-    for kind in kinds:
-        found = [f for f in findings if f.kind == kind]
-        if kind == "cardiomegaly":
-            lines.append("The heart is enlarged." if found else "The heart size is normal.")
-        elif not found:
-            lines.append(f"There is no {NAMES[kind]}.")
-        elif len(found) > 1:
-            lines.append(f"There are {words.NUMBERS[len(found)].lower()} nodules.")
-            lines += [f"There is {words.article(f.size)} nodule in the {f.place}." for f in found]
-        elif kind == "nodule":
-            lines.append(f"There is {words.article(found[0].size)} nodule in the {found[0].place}.")
-        elif kind == "consolidation":
-            lines.append(f"There is consolidation in the {found[0].place}.")
-        else:
-            lines.append(f"There is {words.article(found[0].size)} {found[0].side} {NAMES[kind]}.")
-        if len(found) > 1:
-            impression.append("nodules")
-        elif found:
-            f = found[0]
-            impression.append(f"{f.place} {NAMES[kind]}" if f.side else NAMES[kind])
-    text = words.capital(words.listing(impression)) + "." if impression else "No acute findings."
-    return {"findings": " ".join(lines), "impression": text}
-
-
-def statements(findings: list[Finding]) -> list[tuple[str, str, str]]:
-    """What holds for this patient, in the relations of RadGraph (modify, located_at, suggestive_of)."""
-    suggests = {subject: t for t in KNOWLEDGE for subject in [t[0]]}
-    out = []
-    for finding in findings:
-        name = NAMES[finding.kind]
-        if finding.size:
-            out.append((finding.size, "modify", name))
-        if finding.side:
-            out.append((name, "located_at", f"{finding.place}" if finding.zone else f"{finding.side} lung"))
-        out.append(suggests[name])
-    return list(dict.fromkeys(out))
-
-
-def ask(
-    rng: np.random.Generator,
-    findings: list[Finding],
-    types: tuple[str, ...],
-    kinds: tuple[str, ...],
-    *,
-    picture: str = "radiograph",
-    everything: bool = False,
-) -> list[Question]:
-    """Questions about one patient, presence first, so that no question of a dialogue gives away a later answer.
-
-    Args:
-        types: Which types to ask, of `TYPES`.
-        kinds: Findings that occur in this world.
-        picture: "radiograph" or "scan".
-        everything: Ask all that can be asked instead of balancing yes and no.
-    """
-    questions = []
-    if "presence" in types:
-        for kind in kinds:
-            present = any(f.kind == kind for f in findings)
-            if thin(rng, present, PREVALENCE[kind]) or everything:
-                questions.append(_presence(kind, present, picture))
-        order = rng.permutation(len(questions))
-        questions = [questions[i] for i in order]
-    nodules = [f for f in findings if f.kind == "nodule"]
-    if "count" in types and nodules:
-        n = len(nodules)
-        verb, noun = ("is", "nodule") if n == 1 else ("are", "nodules")
-        number = words.NUMBERS[min(n, 9)]
-        questions.append(
-            Question(
-                "count",
-                "How many nodules are there?",
-                number,
-                f"There {verb} {number.lower()} {noun}.",
-                ("One", "Two", "Three"),
-            )
-        )
-    for kind in kinds:
-        found = [f for f in findings if f.kind == kind]
-        if len(found) != 1 or kind == "cardiomegaly":
-            continue
-        finding, name = found[0], NAMES[kind]
-        for type_, value, options in (
-            ("side", finding.side, anatomy.SIDES),
-            ("zone", finding.zone, ZONES),
-            ("size", finding.size, SIZES),
-            ("depth", finding.depth, DEPTHS),
-        ):
-            if type_ in types and value:
-                questions.append(
-                    Question(
-                        type_,
-                        _ATTRIBUTE_QUESTIONS[type_].format(name=name),
-                        words.capital(value),
-                        _ATTRIBUTE_ANSWERS[type_].format(name=name, value=value),
-                        tuple(map(words.capital, options)),
-                    )
-                )
-    return questions
-
-
-_ATTRIBUTE_QUESTIONS = {
-    "side": "On which side is the {name}?",
-    "zone": "In which zone is the {name}?",
-    "size": "Is the {name} small or large?",
-    "depth": "Is the {name} in the anterior or the posterior half of the lung?",
-}
-_ATTRIBUTE_ANSWERS = {
-    "side": "The {name} is on the {value} side.",
-    "zone": "The {name} is in the {value} zone.",
-    "size": "The {name} is {value}.",
-    "depth": "The {name} is in the {value} half of the lung.",
-}
-
-
-def _presence(kind: str, present: bool, picture: str) -> Question:
-    answer = "Yes" if present else "No"
-    if kind == "cardiomegaly":
-        sentence = "The heart is enlarged." if present else "The heart is not enlarged."
-        return Question("presence", "Is the heart enlarged?", answer, sentence, ("Yes", "No"))
-    name = NAMES[kind]
-    noun = name if kind == "consolidation" else words.article(name)
-    there = f"there is {noun}." if present else f"there is no {name}."
-    return Question("presence", f"Is there {noun} in this {picture}?", answer, words.capital(there), ("Yes", "No"))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Where the findings are in the picture
-
-
-def _outline(chest: Chest, finding: Finding, size: tuple[int, int]) -> np.ndarray:
-    """Pixels that show a finding, bool `[rows, columns]`."""
-    z = anatomy.axis(size[0], anatomy.HEIGHT)[:, None]
-    x = anatomy.axis(size[1], anatomy.WIDTH)[None, :]
-    if finding.kind == "cardiomegaly":
-        return chest.heart[0].half_depth(x, z) > 0
-    lung = chest.lungs[finding.side]
-    if finding.kind == "nodule":
-        r = finding.extent
-        return Ellipsoid(finding.center, (r, r, r)).half_depth(x, z) > 0
-    cavity = (lung.outer.half_depth(x, z) > 0) & (z < lung.floor(x))
-    if finding.kind == "effusion":
-        return cavity & (z >= lung.surface(x))
-    dry = cavity if lung.fluid is None else cavity & (z < lung.surface(x))
-    aerated = lung.inner.half_depth(x, z) > 0
-    if finding.kind == "pneumothorax":
-        return dry & ~aerated
-    return dry & aerated & (lung.patch.half_depth(x, z) > 0)
-
-
-def find_masks(chest: Chest, findings: list[Finding], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Outline of every finding as bool `[rows, columns]`, under its kind and a running number."""
-    return {f"{finding.kind}-{i}": _outline(chest, finding, size) for i, finding in enumerate(findings)}
-
-
-_BOX_GRID = 90
-
-
-def find_boxes(chest: Chest, findings: list[Finding]) -> list[Box]:
-    """Bounding boxes of all findings in fractions of the picture; exact for nodules, to 4 mm for the others."""
-    boxes = []
-    for finding in findings:
-        name = describe(finding, findings)
-        if finding.kind == "nodule":
-            (x, _, z), r = finding.center, finding.extent
-            left, top, right, bottom = x - r, z - r, x + r, z + r
-            box = (left / anatomy.WIDTH, top / anatomy.HEIGHT, right / anatomy.WIDTH, bottom / anatomy.HEIGHT)
-            xyxy = tuple(min(max(v + 0.5, 0.0), 1.0) for v in box)
-        else:
-            mask = _outline(chest, finding, (_BOX_GRID, _BOX_GRID))
-            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            if not len(rows):
-                continue
-            xyxy = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-            xyxy = tuple(float(v) / _BOX_GRID for v in xyxy)
-        boxes.append(Box(finding.kind, name if finding.kind != "cardiomegaly" else "heart", xyxy))
-    return boxes
+def _box_name(finding: Finding, findings: list[Finding]) -> str:
+    return "heart" if finding.kind == "cardiomegaly" else describe(finding, findings)
