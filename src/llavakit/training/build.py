@@ -186,7 +186,8 @@ def _copy(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise CheckpointError(
-                f"{where}: tensor {name!r} has shape {list(state[name].shape)}, the recipe calls for {list(tensor.shape)}"
+                f"{where}: tensor {name!r} has shape {list(state[name].shape)}, "
+                f"the recipe calls for {list(tensor.shape)}"
             )
         tensor.copy_(state[name])
 

@@ -43,7 +43,7 @@ class Source(Section):
     """One file or folder of records.
 
     Attributes:
-        path: LLaVA JSON or JSONL, OpenAI-style JSONL, or a Hugging Face dataset on disk; `path#500` takes the first 500.
+        path: LLaVA JSON or JSONL, OpenAI-style JSONL, or a Hugging Face dataset on disk; `path#500` takes 500 of it.
         images: Folder that relative media paths are relative to; default: the folder of `path`.
         weight: How often each record is seen in an epoch, on average (2 is twice, 0.5 is half of them).
         subset: `first:N`, `end:N`, `random:N` or `all`; N a number or a percentage.

@@ -66,6 +66,10 @@ class Metrics(TrainerCallback):
             write_json(self.path, values)
         return values
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The last step is always logged."""
+        control.should_log |= state.global_step >= state.max_steps
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A checkpoint was written."""
         self.write(state)

@@ -8,11 +8,11 @@ A part is named as users see it (`vision_tower`, `multi_modal_projector`, `langu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from llavakit.errors import RecipeError, UserError
@@ -115,7 +115,9 @@ def add_lora(model: nn.Module, stage: Stage) -> nn.Module:
         bias="none",
         task_type=None,
     )
-    wrapped = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
+        wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         public = public_name(name)
         part = part_of(public, full)
@@ -235,14 +237,6 @@ def optimizer_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     return [group for group in groups.values() if group["params"]]
 
 
-def set_progress(model: nn.Module, fraction: float) -> None:
-    """Tell every part that wants to know how much of the stage is done (0 to 1): `part.set_progress(fraction)`."""
-    for module in model.modules():
-        hook = getattr(module, "set_progress", None)
-        if callable(hook):
-            hook(fraction)
-
-
-def autocast_dtype(stage: Stage) -> torch.dtype:
-    """The type that the stage computes in."""
-    return torch.bfloat16 if stage.bf16 or stage.dtype == "bfloat16" else torch.float32
+def progress_hooks(model: nn.Module) -> list[Callable[[float], None]]:
+    """`set_progress` of every part that wants to know how much of the stage is done, from 0 to 1, before each batch."""
+    return [module.set_progress for module in model.modules() if callable(getattr(module, "set_progress", None))]

@@ -29,7 +29,7 @@ from llavakit.model.splice import IGNORE
 from llavakit.training import distributed
 from llavakit.training.dataset import Batches, Samples, StageCollator
 from llavakit.training.recipe import LossWeights, Stage
-from llavakit.training.select import ADAPTER_EXTRAS, Rates, core, extra_parameters, optimizer_groups, set_progress
+from llavakit.training.select import ADAPTER_EXTRAS, Rates, core, extra_parameters, optimizer_groups, progress_hooks
 
 PREFIX = "checkpoint-"
 
@@ -95,6 +95,7 @@ class StageTrainer(Trainer):
         self._spoken = (time.monotonic(), 0)
         self._scratch: Path | None = None
         self.net = core(model)
+        self._hooks = progress_hooks(self.net)
         self._use_cache = getattr(self.net.config, "use_cache", None)
         super().__init__(model=model, args=args, data_collator=collator, train_dataset=samples, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -130,6 +131,12 @@ class StageTrainer(Trainer):
         """Not counted while training; `llavakit cost` does that."""
         return 0
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that clipping found; without clipping it is only computed for steps that are logged."""
+        if grad_norm is not None or (self.state.global_step + 1) % self.stage.log_steps in (0, 1):
+            return super()._get_grad_norm(model, grad_norm)
+        return None
+
     # loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
@@ -144,7 +151,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Loss over all accumulated batches: text as a mean over supervised tokens, auxiliary as a mean over batches."""
+        """Loss over all accumulated batches: text averaged over supervised tokens, auxiliary over batches."""
         inputs = dict(inputs)
         self.tokens += inputs.pop("tokens")
         features = inputs.pop("features", None)
@@ -169,7 +176,8 @@ class StageTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch, forward and backward."""
-        set_progress(self.net, self.state.global_step / max(self.state.max_steps, 1))
+        for hook in self._hooks:
+            hook(self.state.global_step / max(self.state.max_steps, 1))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
