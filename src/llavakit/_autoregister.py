@@ -66,7 +66,8 @@ class _Watcher(MetaPathFinder):
                 try:
                     getattr(importlib.import_module("llavakit.model.registration"), function)()
                 except Exception as error:  # transformers must stay usable whatever is wrong here
-                    warnings.warn(f"llavakit is unknown to transformers' Auto classes: {error}", stacklevel=2)
+                    reason = " ".join(str(error).split())
+                    warnings.warn(f"llavakit: {function} failed, Auto classes lack it: {reason}", stacklevel=2)
         finally:
             self.registering = False
         if not self.waiting and self in sys.meta_path:
