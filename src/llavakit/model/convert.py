@@ -156,7 +156,10 @@ def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> Llavakit
         return LlavakitProcessor.from_pretrained(checkpoint.folder)
     tokenizer = load_tokenizer(checkpoint.folder, base, checkpoint.config)
     extras = checkpoint.config.extras or {}
-    return LlavakitProcessor.from_config(checkpoint.config, tokenizer, **extras.get("processor", {}))
+    processor = LlavakitProcessor.from_config(checkpoint.config, tokenizer, **extras.get("processor", {}))
+    # published vocabularies have spare rows, so the id that the tokenizer gives <image> may lie inside
+    checkpoint.config.image_token_id = processor.image_token_id
+    return processor
 
 
 def save(model_state: Mapping[str, torch.Tensor], config: LlavakitConfig, processor: Any, folder: str | Path) -> None:

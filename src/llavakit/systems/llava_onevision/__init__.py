@@ -1,0 +1,47 @@
+"""LLaVA-OneVision: one model for single images, several images and video (SigLIP, Qwen2, tiles under a budget)."""
+
+from pathlib import Path
+
+from llavakit.system import Claim, System
+
+_HERE = Path(__file__).parent
+_PACKAGE = "llavakit.systems.llava_onevision"
+
+SYSTEM = System(
+    slug="llava-onevision",
+    title="LLaVA-OneVision",
+    paper="2408.03326",
+    summary="Ask about one picture in full detail, about several pictures, or about a video, with the same weights.",
+    claims=(
+        Claim(
+            "Skills learned on single images transfer to several images and to video without a change of architecture.",
+            "section 4.4, table 9",
+        ),
+        Claim(
+            "Shrinking the map of tiles to a budget of tokens keeps the detail that high resolution brings.",
+            "section 3.2, figure 3",
+        ),
+    ),
+    checkpoints=tuple(
+        [f"lmms-lab/llava-onevision-qwen2-{size}-{kind}" for size in ("0.5b", "7b", "72b") for kind in ("si", "ov")]
+        + [f"lmms-lab/llava-onevision-qwen2-{size}-ov-chat" for size in ("7b", "72b")]
+        + [
+            f"llava-hf/llava-onevision-qwen2-{size}-{kind}-hf"
+            for size in ("0.5b", "7b", "72b")
+            for kind in ("si", "ov")
+        ]
+    ),
+    parts={
+        "connectors": {"residual_mlp": f"{_PACKAGE}.residual:ResidualMLP"},
+        "layouts": {
+            "llava-onevision-classic": f"{_PACKAGE}.checkpoint:Classic",
+            "llava-onevision-hf": f"{_PACKAGE}.checkpoint:Hf",
+        },
+    },
+    parity=f"{_PACKAGE}.parity:ADAPTERS",
+    cost=f"{_PACKAGE}.cost:cost",
+    miniature=f"{_PACKAGE}.miniature:run",
+    checkpoint=f"{_PACKAGE}.checkpoint:Classic",
+    recipe=_HERE / "recipe.yaml",
+    readme=_HERE / "README.md",
+)
