@@ -83,6 +83,7 @@ class RowCache(Cache):
 
     Args:
         like: States of one request, from `stack_layers`; gives layers, heads, dtype and device.
+        rows: Rows to begin with.
         max_rows: Most rows that will be used at once.
         max_length: Most positions of a row.
         window: Sliding window of the decoder's sliding layers, or None.
@@ -90,12 +91,19 @@ class RowCache(Cache):
     """
 
     def __init__(
-        self, like: Tensor, *, max_rows: int, max_length: int, window: int | None = None, fixed: bool = False
+        self,
+        like: Tensor,
+        *,
+        rows: int = 1,
+        max_rows: int,
+        max_length: int,
+        window: int | None = None,
+        fixed: bool = False,
     ) -> None:
         layers, _, heads, length, size = like.shape
         super().__init__(layers=[_RowLayer(self, layer) for layer in range(layers)])
         self.max_rows, self.max_length, self.window, self.fixed = max_rows, max_length, window, fixed
-        rows = max_rows if fixed else 1
+        rows = max_rows if fixed else rows
         capacity = max_length if fixed else min(_round_up(length + WIDTH_STEP), max_length)
         self.store = like.new_zeros(layers, 2, rows, heads, capacity, size)
         self.lengths = [0] * max_rows

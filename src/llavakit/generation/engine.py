@@ -30,6 +30,7 @@ from llavakit.generation.sampling import BatchSampler, Randomness
 from llavakit.generation.stopping import StopStrings
 from llavakit.generation.streaming import TextStream
 
+GRAD = torch.inference_mode
 _LEAST_REUSE = 16  # copying a shorter prefix costs more than computing it
 
 
@@ -144,7 +145,7 @@ class Engine:
 
     def step(self) -> bool:
         """Admit, decode one token for every active row, retire; False if nothing was left to do."""
-        with self._stepping, torch.inference_mode():
+        with self._stepping, GRAD():
             self._purge()
             self._admit()
             if self._rows:
@@ -181,6 +182,26 @@ class Engine:
         """
         handles = [self.submit(request, stream=False) for request in requests]
         return [handle.result() for handle in handles]
+
+    def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Log probability of every token of given replies to one prompt, which is computed once.
+
+        Args:
+            continuations: Token ids of every reply, at least one each.
+
+        Returns:
+            One tensor [tokens] per reply, float32.
+        """
+        with self._stepping, GRAD():
+            handle = Handle(self, request)
+            prompt = self.prompts.read(request)
+            cache, first = self._prefill_alone(prompt) if self._alone else self._prefill_states(handle, prompt)
+            scores = []
+            for reply in continuations:
+                ids = torch.tensor([list(reply)], device=self.device)
+                logits = first if ids.shape[1] == 1 else torch.cat([first, self._continue(cache, prompt, ids[:, :-1])])
+                scores.append(logits.float().log_softmax(-1).gather(-1, ids.T).squeeze(-1))
+            return scores
 
     def start(self) -> None:
         """Step in a thread of the engine's own from now on."""
@@ -221,7 +242,20 @@ class Engine:
                     self._wake.wait()
                 if self._stopping and not self.busy:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # nobody may wait for a thread that is gone
+                self._abort(error)
+
+    def _abort(self, error: Exception) -> None:
+        """Fail everything that was submitted."""
+        handles = {id(row.handle): row.handle for row in self._rows + self._solo}
+        self._rows, self._solo, self._cache, self._sampler = [], [], None, None
+        while self._waiting:
+            handle = self._waiting.popleft()
+            handles[id(handle)] = handle
+        for handle in handles.values():
+            self._fail(handle, error)
 
     def _purge(self) -> None:
         """Let cancelled requests go before anything is computed for them."""
@@ -285,6 +319,25 @@ class Engine:
         ).last_hidden_state
         return stack_layers(cache), self.model.lm_head(hidden[:, -1])
 
+    def _continue(self, cache: Any, prompt: Prompt, ids: Tensor) -> Tensor:
+        """Logits [tokens, vocabulary] behind a prompt with given ids; the prompt's states stay as they are."""
+        length = prompt.length + ids.shape[1]
+        if self._alone:
+            output = self.model(
+                input_ids=ids,
+                attention_mask=torch.ones(1, length, dtype=torch.long, device=self.device),
+                past_key_values=copy.deepcopy(cache),
+                use_cache=True,
+            )
+            return output.logits[0]
+        hidden = self.core.language_model(
+            inputs_embeds=self.core.get_input_embeddings()(ids),
+            position_ids=torch.arange(prompt.length, length, device=self.device).unsqueeze(0),
+            past_key_values=one_row_cache(cache),
+            use_cache=True,
+        ).last_hidden_state
+        return self.model.lm_head(hidden[0])
+
     def _find_prefix(self, prompt: Prompt) -> tuple[int, Tensor | None]:
         """States of the longest known beginning of a prompt; its last position is always computed anew."""
         if prompt.keys is None or not self.prefixes.enabled:
@@ -300,7 +353,14 @@ class Engine:
 
     def _place(self, row: _Row, states: Tensor) -> None:
         if self._cache is None:
-            self._cache = RowCache(states, max_rows=self.max_batch, max_length=self.max_length, window=self._window)
+            expected = 1 + sum(handle.request.sampling.n for handle in list(self._waiting))
+            self._cache = RowCache(
+                states,
+                rows=min(expected, self.max_batch),
+                max_rows=self.max_batch,
+                max_length=self.max_length,
+                window=self._window,
+            )
         self._cache.insert(len(self._rows), states)
         self._rows.append(row)
         self._sampler = None
@@ -405,7 +465,9 @@ class Engine:
         """Deliver a piece; with a reason it is the row's last one."""
         if reason is not None:
             self._retire(row, keep=True)
-            piece = Piece(piece.index, piece.token_ids, piece.text + self._rest(row), piece.logprobs, reason)
+            text = piece.text + self._rest(row)
+            stop = row.stop.met if row.stop is not None else None
+            piece = Piece(piece.index, piece.token_ids, text, piece.logprobs, reason, stop)
         try:
             row.handle.deliver(piece)
         except Exception:  # a listener that breaks is a client that went away
@@ -420,7 +482,7 @@ class Engine:
             return self.tokenizer.decode(
                 row.new, skip_special_tokens=row.params.skip_special_tokens, clean_up_tokenization_spaces=False
             )
-        if row.stop.met:
+        if row.stop.met is not None:
             return ""
         text, stopped = row.stop.push(row.text.flush())
         return text if stopped else text + row.stop.flush()

@@ -125,6 +125,7 @@ class Piece:
         text: New text; may be empty while a character or a stop string is incomplete.
         logprobs: One entry per token, if asked for.
         finish_reason: Set in a reply's last piece: "stop", "length", "cancelled" or "error".
+        stop: The stop string that ended the reply, if one did.
     """
 
     index: int
@@ -132,6 +133,7 @@ class Piece:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    stop: str | None = None
 
 
 @dataclass
@@ -141,6 +143,7 @@ class Reply:
     Attributes:
         token_ids: All new ids, an end-of-sequence id included.
         text: The text without stop string, if the engine has a tokenizer.
+        stop: The stop string that ended it; its tokens are part of `token_ids`.
     """
 
     index: int
@@ -148,6 +151,7 @@ class Reply:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    stop: str | None = None
 
 
 class RequestFailed(RuntimeError):
@@ -215,7 +219,7 @@ class Handle:
         reply.text += piece.text
         reply.logprobs += piece.logprobs
         if piece.finish_reason is not None:
-            reply.finish_reason = piece.finish_reason
+            reply.finish_reason, reply.stop = piece.finish_reason, piece.stop
             self._open -= 1
         self._pieces.put(piece)
         if self.listener is not None:

@@ -15,7 +15,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.met = False  # whether a stop string has come
+        self.met: str | None = None  # the stop string that has come
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text.
@@ -24,10 +24,11 @@ class StopStrings:
             Text that is safe to show, and whether a stop string was met (the text ends in front of it).
         """
         self._held += text
-        found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
-        if found:
-            shown, self._held = self._held[: min(found)], ""
-            self.met = True
+        found = [(self._held.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
+        if found:  # the one that is complete first, however the text was cut into pieces
+            end, length, self.met = min(found)
+            place = end + length
+            shown, self._held = self._held[:place], ""
             return shown, True
         kept = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - kept
