@@ -160,10 +160,8 @@ def _place(rng: np.random.Generator, chest: Chest, finding: Finding, extents: Ex
         extents.consolidation if finding.kind == "consolidation" else getattr(extents, finding.kind)[finding.size]
     )
     finding = replace(finding, extent=float(rng.uniform(low, high)))
-    if finding.kind == "consolidation":
-        finding = replace(finding, center=_spot(rng, chest.lungs[finding.side], finding))
-    elif finding.kind == "nodule":
-        finding = _place_nodule(rng, chest, finding)
+    if finding.kind in ("consolidation", "nodule"):
+        finding = _find_room(rng, chest, finding)
     _insert(chest, finding)
     return finding
 
@@ -180,8 +178,8 @@ def _insert(chest: Chest, finding: Finding) -> None:
         (x, y, z), (a, b, c) = lung.outer.center, lung.outer.axes
         medial = -1.0 if finding.side == "left" else 1.0
         keep = 1.0 - r
-        # The lung shrinks towards its root: away from the chest wall and from the apex.
-        lung.inner = Ellipsoid((x + medial * a * r, y, z + 0.7 * c * r), (a * keep, b * keep, c * keep))
+        # The lung shrinks towards its root: away from the chest wall, and a little from the apex.
+        lung.inner = Ellipsoid((x + medial * a * r, y, z + 0.3 * c * r), (a * keep, b * keep, c * (1.0 - 0.3 * r)))
     elif finding.kind == "consolidation":
         lung.patch = Ellipsoid(finding.center, (r, 1.6 * r, 0.8 * r), 0.3)
     else:
@@ -210,32 +208,37 @@ def _spot(rng: np.random.Generator, lung: Lung, finding: Finding) -> tuple[float
     return x, y, z
 
 
-def _place_nodule(rng: np.random.Generator, chest: Chest, finding: Finding) -> Finding:
-    """A nodule in aerated lung, apart from all else. If its zone has no room, it moves to another zone or side."""
-    for attempt in range(400):
+def _find_room(rng: np.random.Generator, chest: Chest, finding: Finding) -> Finding:
+    """A nodule or consolidation in aerated lung, apart from all else.
+
+    If its zone has no room, it moves to the other side, and if there is none either, to another zone.
+    """
+    for attempt in range(480):
+        if attempt and attempt % 80 == 0:
+            finding = replace(finding, zone=pick(rng, ZONES))
         if attempt and attempt % 40 == 0:
-            finding = replace(finding, side=pick(rng, anatomy.SIDES), zone=pick(rng, ZONES))
-        lung = chest.lungs[finding.side]
-        center = _spot(rng, lung, finding)
-        if _is_free(chest, lung, center, finding.extent):
-            return replace(finding, center=center)
+            finding = replace(finding, side="left" if finding.side == "right" else "right")
+        center = _spot(rng, chest.lungs[finding.side], finding)
+        if _is_free(chest, chest.lungs[finding.side], finding, center):
+            break
     return replace(finding, center=center)
 
 
-def _is_free(chest: Chest, lung: Lung, center: tuple[float, float, float], radius: float) -> bool:
+def _is_free(chest: Chest, lung: Lung, finding: Finding, center: tuple[float, float, float]) -> bool:
+    """Whether a nodule fits in whole, or a consolidation for the most part, and touches nothing in the picture."""
     x, y, z = center
+    reach = finding.extent + 2.0 if finding.kind == "nodule" else 0.5 * finding.extent
     bottom = lung.dome if lung.fluid is None else min(float(lung.surface(x)), lung.dome)
-    if z + radius + 3.0 > bottom:
+    if z + reach + 3.0 > bottom:
         return False
     (cx, cy, cz), (a, b, c) = lung.inner.center, lung.inner.axes
-    reach = radius + 2.0
     if ((x - cx) / (a - reach)) ** 2 + ((y - cy) / (b - reach)) ** 2 + ((z - cz) / (c - reach)) ** 2 > 1.0:
         return False
     obstacles = [*chest.heart, *([lung.patch] if lung.patch else [])]
     if any(_near(part, x, z, reach) for part in obstacles):
         return False
     others = [n for side in chest.lungs.values() for n in side.nodules]
-    return all(math.hypot(x - n.center[0], z - n.center[2]) > n.axes[0] + radius + 8.0 for n in others)
+    return all(math.hypot(x - n.center[0], z - n.center[2]) > n.axes[0] + finding.extent + 8.0 for n in others)
 
 
 def _near(part: Ellipsoid, x: float, z: float, reach: float) -> bool:
@@ -343,8 +346,6 @@ def find_boxes(chest: Chest, findings: list[Finding]) -> list[tuple[Finding, tup
         else:
             mask = _outline(chest, finding, (_BOX_GRID, _BOX_GRID))
             rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            if not len(rows):
-                continue
             xyxy = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
             xyxy = tuple(float(v) / _BOX_GRID for v in xyxy)
         boxes.append((finding, xyxy))

@@ -81,7 +81,7 @@ class Scene(World):
         frames: int = 8,
     ) -> None:
         self.size = int(check_range("size", size, 24, 4096))
-        self.aspect = aspect if aspect == "mixed" else check_range("aspect", float(aspect), 0.2, 5.0)
+        self.aspect = aspect if aspect == "mixed" else check_range("aspect", aspect, 0.2, 5.0)
         self.difficulty = check_choice("difficulty", difficulty, ("full", "easy"))
         easy = difficulty == "easy"
         self.types = select_types(types, IMAGE_TYPES, EASY_TYPES if easy else IMAGE_TYPES)
@@ -100,6 +100,8 @@ class Scene(World):
         sign = self._sign(rng, height, width)
         count = 1 + int(rng.integers(self.most))
         things = self._things(rng, height, width, count, sign)
+        if len(things) < count:
+            sign, things = None, self._things(rng, height, width, count, None)
         case_id = f"scene-{seed}-{index:07d}"
         noise = generator(seed, index, "scene/noise")
         image = render(things, sign, height, width, noise)
