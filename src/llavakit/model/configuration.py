@@ -82,11 +82,6 @@ class LlavakitConfig(PreTrainedConfig):
         """Width of the language model."""
         return self.text_config.hidden_size
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the language model's embedding."""
-        return self.text_config.vocab_size
-
     def tower_config(self, name: str) -> tuple[PreTrainedConfig, int | list, str]:
         """Configuration, feature layer and select strategy of an encoder by attribute name."""
         if name == "vision_tower":

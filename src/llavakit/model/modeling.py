@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple
 
 from llavakit.connectors.base import Connector, Features, Grid, Prompt
 from llavakit.model.configuration import LlavakitConfig
@@ -226,25 +227,43 @@ class LlavakitModel(LlavakitPreTrainedModel):
                 )
         return [vectors[medium] for medium in range(len(visuals.kinds))], changed
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: Tensor | Sequence[Tensor],
         visual_sizes: Tensor | None = None,
         visual_kinds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Visual tokens of every medium.
 
         Returns:
-            `pooler_output` is a list with one [visual tokens, hidden] tensor per medium.
+            `pooler_output` is a list with one [visual tokens, hidden] tensor per medium, `last_hidden_state` what the
+            connector read: [views, tokens, width], or [tokens, width] if views differ in size.
         """
         visuals = self.encode_media(pixel_values, visual_sizes, visual_kinds)
         vectors, _ = self.connect(visuals)
-        return BaseModelOutputWithPooling(pooler_output=vectors)
+        features = next(iter(visuals.features.values()))
+        read = features.values
+        if len(set(features.grids)) == 1:
+            read = read.view(len(features.grids), -1, read.shape[-1])
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        wanted = {key: getattr(self.config, key) if value is None else value for key, value in wanted.items()}
+        tower: dict[str, Any] = {}
+        if any(wanted.values()):  # by tools that look inside the main encoder
+            tower = self.vision_tower(pixel_values, return_dict=True, **wanted)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=read,
+            pooler_output=vectors,
+            hidden_states=tower.get("hidden_states"),
+            attentions=tower.get("attentions"),
+        )
 
     def embed_ids(self, input_ids: Tensor) -> Tensor:
         """Embeddings of ids [batch, length, hidden]; the placeholder id may lie outside the vocabulary."""
-        if self.config.image_token_id >= self.config.vocab_size:
+        if self.config.image_token_id >= self.config.text_config.vocab_size:
             input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
         return self.get_input_embeddings()(input_ids)
 
@@ -300,6 +319,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         flat = torch.cat(list(vectors))
         return scatter(inputs_embeds, mask, flat), mask, flat
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -418,6 +438,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         """See `LlavakitModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -436,9 +457,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> LlavakitOutput | tuple:
+    ) -> LlavakitOutput:
         """Logits and loss.
 
         Args:
@@ -484,7 +504,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
                 )
         if loss is not None and outputs.aux_loss is not None:
             loss = loss + outputs.aux_loss
-        result = LlavakitOutput(
+        return LlavakitOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -493,8 +513,6 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             image_hidden_states=outputs.image_hidden_states,
             aux_loss=outputs.aux_loss,
         )
-        as_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
-        return result if as_dict else result.to_tuple()
 
     def _supervised_loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
         """Cross entropy from the supervised positions alone: prompt and visual positions never reach the head."""

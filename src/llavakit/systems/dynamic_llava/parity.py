@@ -214,7 +214,7 @@ def tiny_model(case: Case) -> LlavakitForConditionalGeneration:
     raw = {**case.config["llm"], "sparse_config": case.config["sparse_config"], "attn_implementation": "sdpa"}
     layout = _CaseLayout(case.config["vision"])
     config = layout.read_config(raw, {})
-    config.image_token_id = unused_id(case, config.vocab_size)
+    config.image_token_id = unused_id(case, config.text_config.vocab_size)
     weights = case.weights()
     state = LazyState({name: functools.partial(weights.get, name) for name in weights}, {})
     state = layout.drop_unused(config, state.renamed(rename_with(layout.renames_in())))
