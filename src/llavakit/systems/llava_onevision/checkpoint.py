@@ -113,6 +113,8 @@ def settings_of(media: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     image, video = media["image"], media["video"]
     views, arrange = image["views"], image.get("arrange", {"type": "flat"})
+    if "size" not in views:
+        return None
     merge = "flat"
     if arrange["type"] in ("spatial", "spatial_unpad"):
         merge = "spatial" + "_maxpool2x2" * bool(arrange.get("maxpool")) + "_unpad" * arrange["type"].endswith("unpad")
@@ -230,6 +232,9 @@ class Classic(ClassicLayout):
             "mm_vision_select_layer": -2,
             "mm_vision_select_feature": "patch",
             "mm_vision_tower": SIGLIP if known else "siglip_vision_tower",
+            "rope_theta": config.text_config.rope_parameters["rope_theta"],
+            "tokenizer_model_max_length": config.text_config.max_position_embeddings,
+            "tokenizer_padding_side": "right",
             **settings_of(config.media),
         }
 
