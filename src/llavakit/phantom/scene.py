@@ -428,11 +428,12 @@ class Scene(World):
         out = words.shared_texts()
         names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
         full = Scene(size=96, pairs=True, videos=True, frames=4)
-        for index in range(150):
+        for index in range(120):
             case = full.sample(0, index)
             for item in case.items:
                 out += [f"{q.text} {q.answer} {q.sentence}" for q in item.questions]
                 out += [f"{item.caption_prompt} {item.caption}"]
+            out += [" ".join(statement) for statement in case.triples]
         for name in names:
             colour, shape = name.split()
             out += [f"There is {words.article(name)}, no {name}. The {name} is in the {colour} {shape}."]
