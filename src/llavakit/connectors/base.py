@@ -7,8 +7,8 @@ every entry, never padded to the longest.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,11 +59,43 @@ class Features:
         """Numbers of the entries that belong to a visual."""
         return [entry for entry, owner in enumerate(self.owners) if owner == visual]
 
+    def part(self, start: int, stop: int) -> Tensor:
+        """The tokens of the entries `start` to `stop - 1`, [tokens, width]."""
+        before = sum(tokens_in(grid) for grid in self.grids[:start])
+        return self.values[before : before + sum(tokens_in(grid) for grid in self.grids[start:stop])]
+
+    def to(self, dtype: torch.dtype) -> Features:
+        """The same features in another type."""
+        return replace(self, values=self.values.to(dtype))
+
     @classmethod
     def join(cls, parts: Mapping[int, Tensor], grids: Sequence[Grid], owners: Sequence[int]) -> Features:
         """Features from one [tokens, width] tensor per entry number."""
         values = torch.cat([parts[entry] for entry in range(len(parts))])
         return cls(values, list(grids), list(owners))
+
+
+class StreamedFeatures(Features):
+    """Features that are computed each time they are asked for, so that those of a long video never exist at once.
+
+    Args:
+        read: Gives the tokens [tokens, width] of the entries from the first number up to the second.
+    """
+
+    def __init__(self, read: Callable[[int, int], Tensor], grids: list[Grid], owners: list[int]) -> None:
+        self.read, self.grids, self.owners = read, grids, owners
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """All of them."""
+        return self.read(0, len(self.grids))
+
+    def part(self, start: int, stop: int) -> Tensor:
+        return self.read(start, stop)
+
+    def to(self, dtype: torch.dtype) -> Features:
+        read = self.read
+        return StreamedFeatures(lambda start, stop: read(start, stop).to(dtype), self.grids, self.owners)
 
 
 @dataclass
@@ -77,7 +109,16 @@ class Prompt:
         visual: True at positions that visual tokens will fill [batch, length].
         labels: Labels [batch, length] or None; a position whose label is not -100 is an answer.
         segments: Number of the packed sample that a position belongs to [batch, length].
+        owners: Row and segment that each medium of the batch belongs to, in prompt order.
         media: For every medium that the connector gets, its number among all media of the batch in prompt order.
+        answers: True at earlier answers of a conversation that goes on [batch, length], or None; known only to callers
+            that encoded messages.
+        digests: For every medium of the batch what names its content, or None.
+        memory: With `digests`, where results that depend on a medium alone may be kept for later prompts: `get(key)`
+            and `put(key, value, bytes)`.
+        changed: Set by a connector whose changed embeddings depend on the media and on nothing behind them in the
+            prompt: True at positions that it changed [batch, length]. States of such a prompt can be reused by
+            prompts that begin in the same way.
     """
 
     embeds: Tensor
@@ -86,7 +127,12 @@ class Prompt:
     visual: Tensor
     labels: Tensor | None
     segments: Tensor
+    owners: list[tuple[int, int]] = field(default_factory=list)
     media: list[int] = field(default_factory=list)
+    answers: Tensor | None = None
+    digests: list[bytes] | None = None
+    memory: Any = None
+    changed: Tensor | None = None
 
 
 class Connector(nn.Module):
@@ -99,9 +145,14 @@ class Connector(nn.Module):
 
     Attributes:
         needs_prompt: Whether `forward` gets a `Prompt` and returns changed prompt embeddings too.
+        streams: Whether `forward` asks for features by `Features.part`, so that they need not exist all at once.
+        blank_image: With `needs_prompt`: whether a sample without media is to be read with an image of zeros, which
+            gets no place in the prompt.
     """
 
     needs_prompt = False
+    streams = False
+    blank_image = False
 
     def __init__(self, *, vision_width: int, hidden_size: int, text_config: Any = None) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from llavakit.connectors.base import Connector, Features, Grid, Prompt
@@ -111,8 +112,9 @@ def sincos_table(rows: int, cols: int, width: int) -> Tensor:
 class Resampler(Connector):
     """Learned queries attend to all features of a view: a fixed number of tokens whatever the view's size.
 
-    Queries sit on a square grid with fixed 2D positions; keys get the same positions, computed for the view's own
-    grid, so that views of any aspect ratio work.
+    Queries sit on a square grid with fixed sine-cosine positions; the keys of a view get the same table, resized to
+    the view's own grid, so that views of any aspect ratio work. Queries and inputs are normalised, the output is
+    normalised and projected; there is no residual and no MLP (Qwen-VL's resampler, LLaVA-UHD section 3.3).
 
     Args:
         queries: Number of tokens per view; a square number.
@@ -124,25 +126,57 @@ class Resampler(Connector):
     ) -> None:
         super().__init__(vision_width=vision_width, hidden_size=hidden_size)
         self.side = _side(queries)
-        self.query = nn.Parameter(torch.randn(queries, hidden_size) * 0.02)
-        self.kv_proj = nn.Linear(vision_width, hidden_size, bias=False)
-        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(hidden_size, eps=1e-6) for _ in range(3))
+        self.query = nn.Parameter(torch.zeros(queries, hidden_size))
+        same = vision_width == hidden_size
+        self.kv_proj = nn.Identity() if same else nn.Linear(vision_width, hidden_size, bias=False)
         self.attn = nn.MultiheadAttention(hidden_size, heads, batch_first=True)
+        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(hidden_size, eps=1e-6) for _ in range(3))
         self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def init_parameters(self) -> None:
+        """Queries small, the output projection of unit gain."""
+        init.trunc_normal_(self.query, std=0.02)
+        init.normal_(self.proj.weight, std=self.hidden_size**-0.5)
 
     @classmethod
     def token_grids(cls, options: Mapping[str, Any], plan: Plan, grids: Sequence[Grid]) -> list[Grid]:
         side = _side(options.get("queries", 64))
         return [(1, side, side) for _ in grids]
 
+    @property
+    def positions(self) -> Tensor:
+        """The fixed table of the queries [queries, hidden]."""
+        return sincos_table(self.side, self.side, self.hidden_size)
+
+    def key_positions(self, rows: int, cols: int) -> Tensor:
+        """The queries' table resized to a grid of features [rows x cols, hidden]."""
+        if (rows, cols) == (self.side, self.side):
+            return self.positions
+        table = self.positions.T.reshape(1, -1, self.side, self.side)
+        return F.interpolate(table, size=(rows, cols), mode="bicubic").flatten(2)[0].T
+
+    def attend(self, values: Tensor, keys: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        """Queries over the features of views of one grid, [views, queries, hidden].
+
+        Args:
+            values, keys: [views, rows x cols, hidden]; keys hold positions.
+            mask: True at keys that a query must not see [queries, rows x cols].
+        """
+        query = self.ln_q(self.query) + self.positions.to(self.query)
+        out, _ = self.attn(query.expand(len(values), -1, -1), keys, values, need_weights=False, attn_mask=mask)
+        return out
+
+    def resample(self, tokens: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
+        """[views, tokens, vision_width] of one grid to [views, queries, hidden]."""
+        rows, cols = grid[0] * grid[1], grid[2]
+        values = self.ln_kv(self.kv_proj(tokens))
+        keys = values + self.key_positions(rows, cols).to(values)
+        return self.proj(self.ln_post(self.attend(values, keys, (rows, cols), mask)))
+
     def forward(self, features: Features, plans: Sequence[Plan], prompt: Prompt | None = None) -> Features:
         resampled: dict[int, Tensor] = {}
-        query = self.ln_q(self.query) + sincos_table(self.side, self.side, self.hidden_size).to(self.query)
-        for entries, tokens, (depth, rows, cols) in features.groups():
-            values = self.ln_kv(self.kv_proj(tokens))
-            places = sincos_table(depth * rows, cols, self.hidden_size).to(values)
-            out, _ = self.attn(query.expand(len(entries), -1, -1), values + places, values, need_weights=False)
-            resampled |= dict(zip(entries, self.proj(self.ln_post(out)), strict=True))
+        for entries, tokens, grid in features.groups():
+            resampled |= dict(zip(entries, self.resample(tokens, grid), strict=True))
         return Features.join(resampled, [(1, self.side, self.side)] * len(features.grids), features.owners)
 
 
