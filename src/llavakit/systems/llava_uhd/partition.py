@@ -105,8 +105,9 @@ class NativeSlices(ImagePlanner):
         """(width, height) after the resize of the long side; a side never vanishes."""
         if self.long_side is None:
             return size.width, size.height
-        scale = self.long_side / max(size.width, size.height)  # rounding may leave the long side one pixel short
-        return max(int(size.width * scale), 1), max(int(size.height * scale), 1)
+        scale = self.long_side / max(size.width, size.height)
+        short = max(int(scale * min(size.width, size.height)), 1)
+        return (self.long_side, short) if size.width > size.height else (short, self.long_side)
 
     def grid(self, width: int, height: int) -> tuple[int, int] | None:
         """(columns, rows) of the slices, None if the image is not sliced."""
