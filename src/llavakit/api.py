@@ -20,6 +20,7 @@ from llavakit.generation.request import Handle, Request, SamplingParams
 from llavakit.model.convert import build, load_processor, local_folder, open_checkpoint
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.splice import IGNORE
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -58,13 +59,13 @@ class Chat:
         sample = self.processor.encode(messages, add_generation_prompt=True)
         template = get_template(self.processor.template)
         stop = [*sampling.pop("stop", ()), *template.stop]
-        device, dtype = self.model.device, self.model.dtype
-        views = [view.to(device, dtype) for view in sample["pixel_values"]]
+        views = sample["pixel_values"]
         return Request(
-            input_ids=torch.tensor(sample["input_ids"], device=device),
+            input_ids=torch.tensor(sample["input_ids"], device=self.model.device),
             pixel_values=views or None,
             visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
             visual_kinds=torch.tensor(sample["visual_kinds"]) if views else None,
+            answers=[label != IGNORE for label in sample["labels"]],
             sampling=SamplingParams(stop=tuple(stop), eos_token_ids=self.eos_token_ids, **sampling),
         )
 
@@ -103,6 +104,7 @@ class Chat:
             views = request.pixel_values
             inputs["pixel_values"] = torch.stack(views) if len({v.shape for v in views}) == 1 else views
             inputs |= {"visual_sizes": request.visual_sizes, "visual_kinds": request.visual_kinds}
+            inputs["answers"] = torch.tensor(request.answers, device=self.model.device)[None]
         options.setdefault("eos_token_id", list(self.eos_token_ids) or None)
         out = self.model.generate(**inputs, **options)
         return self.processor.tokenizer.decode(out[0, request.input_ids.shape[0] :], skip_special_tokens=True).strip()

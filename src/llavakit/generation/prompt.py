@@ -6,6 +6,7 @@ connector that reads the prompt gives other vectors for every prompt; then the e
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llavakit.connectors.base import tokens_in
 from llavakit.errors import UserError
 from llavakit.generation.cache import ByteBounded, content_digest, prompt_keys
 from llavakit.generation.request import Request
 from llavakit.model.media import KINDS
 from llavakit.model.splice import scatter
+from llavakit.vision.geometry import geometry_of
 
 
 @dataclass
@@ -80,7 +83,7 @@ class PromptReader:
             visual = torch.tensor([ids], device=device) == image_token if ids else None
             return Prompt(ids, embeds.shape[1], None, [], embeds, visual)
         media = self._media(request)
-        if not media:
+        if not media and not core.reads_blank_image:
             return Prompt(ids, len(ids), np.array(ids, dtype=np.int64), [])
         placeholders, tokens = ids.count(image_token), sum(medium.tokens for medium in media)
         if placeholders != tokens:
@@ -88,13 +91,22 @@ class PromptReader:
                 f"request: input_ids hold {placeholders} visual positions (id {image_token}), "
                 f"but the {len(media)} media need {tokens}"
             )
-        if core.reads_prompt:
-            views = [view for medium in media for view in self._views(medium)]
-            visuals = core.gather_media([one.kind for one in media], [one.plan for one in media], views)
-            embeds, visual, _ = core.embed(torch.tensor([ids], device=device), visuals=visuals)
-            return Prompt(ids, len(ids), None, media, embeds, visual)
         keys = prompt_keys(ids, image_token, [(medium.tokens, medium.digest) for medium in media])
-        return Prompt(ids, len(ids), keys, media)
+        if not core.reads_prompt:
+            return Prompt(ids, len(ids), keys, media)
+        input_ids = torch.tensor([ids], device=device)
+        answers = None if request.answers is None else torch.as_tensor(request.answers, device=device)[None].bool()
+        digests = [medium.digest for medium in media]
+        prompt = core.read_prompt(input_ids, answers=answers, digests=digests, memory=self.features)
+        visuals = self._visuals(media) if media else None
+        embeds, visual, _ = core.embed(input_ids, visuals=visuals, prompt=prompt)
+        if prompt.changed is None:
+            return Prompt(ids, len(ids), None, media, embeds, visual)
+        # an embedding that a connector changed depends on every medium, also on those that come later
+        changed = prompt.changed[0].cpu().numpy()
+        salt = int.from_bytes(hashlib.blake2b(b"".join(prompt.digests), digest_size=7).digest(), "little")
+        keys[changed] = -1 - (salt ^ keys[changed])
+        return Prompt(ids, len(ids), keys, media, embeds, visual)
 
     def embed(self, prompt: Prompt, start: int = 0) -> Tensor:
         """Embeddings from a position on, [1, length - start, hidden]; encodes what these positions need."""
@@ -123,6 +135,16 @@ class PromptReader:
                 self.features.put(medium.digest, own, own.numel() * own.element_size())
         return [held[medium.digest] for medium in media]
 
+    def _visuals(self, media: list[Medium]) -> Any:
+        """Encoder features of the media; those that memory cannot hold are left to the connector's own pace."""
+        core = self.core
+        grids = [grid for one in media for grid in core.media.route(one.kind).feature_grids(one.plan)]
+        width = geometry_of(core.config.vision_config).width
+        if sum(map(tokens_in, grids)) * width * core.dtype.itemsize > self.features.limit:
+            return self._encode(media)
+        views = [view for medium in media for view in self._views(medium)]
+        return core.gather_media([one.kind for one in media], [one.plan for one in media], views)
+
     def _views(self, medium: Medium) -> list[Tensor]:
         """Encoder features of every view of a medium, [tokens, width] each."""
         views = self.features.get(medium.digest)
@@ -134,8 +156,7 @@ class PromptReader:
 
     def _encode(self, media: list[Medium]) -> Any:
         self.encoded += len(media)
-        device = self.core.device
-        views = [view.to(device) for medium in media for view in medium.views]
+        views = [view for medium in media for view in medium.views]
         pixels = torch.stack(views) if len({view.shape for view in views}) == 1 else views
         sizes = None if media[0].size is None else torch.stack([medium.size for medium in media])
         kinds = torch.tensor([KINDS.index(medium.kind) for medium in media])

@@ -79,6 +79,7 @@ class Request:
         visual_sizes: Original (depth, height, width) of every medium [media, 3].
         visual_kinds: Kind of every medium [media], index into `llavakit.model.media.KINDS`.
         inputs_embeds: Embedded prompt [length, hidden] instead of media; visual tokens are in place already.
+        answers: True at earlier answers of the conversation [length]; connectors that read the prompt may ask for it.
         sampling: How to decode.
     """
 
@@ -87,6 +88,7 @@ class Request:
     visual_sizes: Tensor | None = None
     visual_kinds: Tensor | None = None
     inputs_embeds: Tensor | None = None
+    answers: Sequence[bool] | Tensor | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def ids(self) -> list[int]:

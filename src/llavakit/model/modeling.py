@@ -20,7 +20,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
-from llavakit.connectors.base import Connector, Features, Grid, Prompt
+from llavakit.connectors.base import Connector, Features, Grid, Prompt, StreamedFeatures
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.media import KINDS, MediaSpec
 from llavakit.model.splice import IGNORE, scatter
@@ -28,6 +28,9 @@ from llavakit.registry import ADAPTERS, CONNECTORS
 from llavakit.views.plan import MediumSize, Plan
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
+
+BLANK = MediumSize(1, 336, 336)  # size of the image of zeros that some connectors want for samples without media
+STREAM_ABOVE = 64  # without gradients, more views than this are encoded when the connector asks for them
 
 
 @dataclass
@@ -68,6 +71,17 @@ class Visuals:
     kinds: list[str]
     plans: list[Plan]
     features: dict[str, Features]
+
+    def joined(self, other: Visuals) -> Visuals:
+        """These media and then the others."""
+        features = dict(self.features)
+        for name, more in other.features.items():
+            if name in features:
+                own = features[name]
+                owners = own.owners + [owner + own.owners[-1] + 1 for owner in more.owners]
+                more = Features(torch.cat([own.values, more.values]), own.grids + more.grids, owners)
+            features[name] = more
+        return Visuals(self.kinds + other.kinds, self.plans + other.plans, features)
 
 
 class LlavakitPreTrainedModel(PreTrainedModel):
@@ -162,19 +176,33 @@ class LlavakitModel(LlavakitPreTrainedModel):
         owners = [number for number, plan in enumerate(plans) for _ in plan.views]
         if len(owners) != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} views in pixel_values, but the plans need {len(owners)}")
+        towers = [self.media.route(kinds[owner]).tower for owner in owners]
+        connectors = {self.media.route(kind).connector for kind in kinds}
+        if len(owners) > STREAM_ABOVE and len(connectors) == 1 and not torch.is_grad_enabled():
+            name = connectors.pop()
+            if getattr(self, name).streams:
+                grids = [g for k, p in zip(kinds, plans, strict=True) for g in self.media.route(k).feature_grids(p)]
+
+                def read(start: int, stop: int) -> Tensor:
+                    return torch.cat(self._encode_views(pixel_values[start:stop], towers[start:stop]))
+
+                return Visuals(kinds, plans, {name: StreamedFeatures(read, grids, owners)})
+        return self.gather_media(kinds, plans, self._encode_views(pixel_values, towers))
+
+    def _encode_views(self, pixel_values: Tensor | Sequence[Tensor], towers: Sequence[str]) -> list[Tensor]:
+        """Features [tokens, width] of every view, each by its tower; views of one shape and tower go together."""
         groups: dict[tuple, list[int]] = {}
-        for view, owner in enumerate(owners):
-            tower = self.media.route(kinds[owner]).tower
-            groups.setdefault((tower, tuple(pixel_values[view].shape)), []).append(view)
+        for view, name in enumerate(towers):
+            groups.setdefault((name, tuple(pixel_values[view].shape)), []).append(view)
         encoded: dict[int, Tensor] = {}
         for (name, _), views in groups.items():
             config, layer, strategy = self.config.tower_config(name)
-            whole = len(views) == len(owners) and isinstance(pixel_values, Tensor)
+            whole = len(views) == len(towers) and isinstance(pixel_values, Tensor)
             pixels = pixel_values if whole else torch.stack([pixel_values[view] for view in views])
             tower = getattr(self, name)
-            tokens = encode_views(tower, pixels.to(tower.dtype), layer, strategy, geometry_of(config))
+            tokens = encode_views(tower, pixels.to(tower.device, tower.dtype), layer, strategy, geometry_of(config))
             encoded |= dict(zip(views, tokens, strict=True))
-        return self.gather_media(kinds, plans, [encoded[view] for view in range(len(owners))])
+        return [encoded[view] for view in range(len(towers))]
 
     def gather_media(self, kinds: list[str], plans: list[Plan], views: Sequence[Tensor]) -> Visuals:
         """Visuals from the encoder features of every view, [tokens, width] each, in the order of the plans."""
@@ -201,18 +229,20 @@ class LlavakitModel(LlavakitPreTrainedModel):
         """
         vectors: dict[int, Tensor] = {}
         changed = None
+        marks: list[Tensor | None] = []
         routes = [self.media.route(kind) for kind in visuals.kinds]
         for name, features in visuals.features.items():
             media = [medium for medium, route in enumerate(routes) if route.connector == name]
             plans = [visuals.plans[medium] for medium in media]
             connector = getattr(self, name)
             dtype = next((parameter.dtype for parameter in connector.parameters()), features.values.dtype)
-            features = replace(features, values=features.values.to(dtype))
+            features = features.to(dtype)
             if connector.needs_prompt:
                 if prompt is None:
                     raise ValueError(f"connector {name!r} reads the prompt, which was not given")
-                own = replace(prompt, media=media)
-                tokens, prompt.embeds = connector(features, plans, own)
+                prompt.media, prompt.changed = media, None
+                tokens, prompt.embeds = connector(features, plans, prompt)
+                marks.append(prompt.changed)
                 changed = prompt.embeds
             else:
                 tokens = connector(features, plans)
@@ -225,6 +255,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
                     [split[entry] for entry in own_entries],
                     self.image_newline,
                 )
+        if marks and all(mark is not None for mark in marks):
+            prompt.changed = torch.stack(marks).any(0)
         return [vectors[medium] for medium in range(len(visuals.kinds))], changed
 
     @can_return_tuple
@@ -287,37 +319,114 @@ class LlavakitModel(LlavakitPreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         segments: Tensor | None = None,
+        answers: Tensor | None = None,
+        prompt: Prompt | None = None,
+        continues: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The embedded prompt with its visual tokens in place.
 
         Args:
             visuals: Features that were encoded before (a frozen encoder's cache), instead of `pixel_values`.
             vectors: Visual vectors that were computed before, one tensor per medium.
+            answers: True at earlier answers [batch, length], for connectors that treat them in a special way.
+            prompt: What connectors that read the prompt get to see, if it was made before by `read_prompt`.
+            continues: Whether the ids go on with a prompt that was embedded before.
 
         Returns:
             Embeddings [batch, length, hidden], visual mask [batch, length] or None, visual vectors or None.
         """
+        blank = self.reads_blank_image and input_ids is not None and not continues
         if inputs_embeds is None:
             inputs_embeds = self.embed_ids(input_ids)
         if visuals is None and pixel_values is not None:
             visuals = self.encode_media(pixel_values, visual_sizes, visual_kinds)
-        if visuals is None and vectors is None:
+        if visuals is None and vectors is None and not blank:
             return inputs_embeds, None, None
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        if vectors is None:
-            prompt = None
-            if self.reads_prompt:
-                batch, length = mask.shape
-                visible = torch.ones_like(mask)
-                if attention_mask is not None and attention_mask.dim() == 2:
-                    visible = attention_mask[:, -length:].bool()
-                if segments is None:
-                    segments = torch.zeros(batch, length, dtype=torch.long, device=mask.device)
-                prompt = Prompt(inputs_embeds, input_ids, visible, mask, labels, segments)
+        if vectors is not None or not self.reads_prompt:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+            vectors = self.connect(visuals)[0] if vectors is None else vectors
+        else:
+            if prompt is None:
+                prompt = self.read_prompt(
+                    input_ids,
+                    inputs_embeds,
+                    attention_mask=attention_mask,
+                    labels=labels,
+                    segments=segments,
+                    answers=answers,
+                )
+            mask = prompt.visual
+            visuals = visuals or Visuals([], [], {})
+            prompt.owners, media = self._owners(prompt, visuals), len(visuals.kinds)
+            if blank:
+                visuals = self._with_blank_images(prompt, visuals)
+            if not visuals.kinds:
+                return inputs_embeds, None, None
             vectors, changed = self.connect(visuals, prompt)
-            inputs_embeds = inputs_embeds if changed is None else changed
-        flat = torch.cat(list(vectors))
+            vectors, inputs_embeds = vectors[:media], inputs_embeds if changed is None else changed
+        flat = torch.cat(list(vectors)) if len(vectors) else inputs_embeds[0, :0]
         return scatter(inputs_embeds, mask, flat), mask, flat
+
+    def read_prompt(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        **given: Any,
+    ) -> Prompt:
+        """What connectors that read the prompt get to see.
+
+        Args:
+            given: Further fields of `Prompt`.
+        """
+        inputs_embeds = self.embed_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        visible = torch.ones_like(mask)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            visible = attention_mask[:, -mask.shape[1] :].bool()
+        if segments is None:
+            segments = torch.zeros_like(mask, dtype=torch.long)
+        given.setdefault("labels", None)
+        return Prompt(inputs_embeds, input_ids, visible=visible, visual=mask, segments=segments, **given)
+
+    def _owners(self, prompt: Prompt, visuals: Visuals) -> list[tuple[int, int]]:
+        """Row and segment of every medium, found by counting visual positions.
+
+        Raises:
+            ValueError: If there are more or fewer positions than visual tokens.
+        """
+        places = prompt.visual.nonzero()
+        counts = [
+            sum(run.visual for run in self.media.route(kind).layout(plan))
+            for kind, plan in zip(visuals.kinds, visuals.plans, strict=True)
+        ]
+        if sum(counts) != len(places):
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {len(places)}, features: {sum(counts)}"
+            )
+        first = torch.tensor(counts[:-1], dtype=torch.long).cumsum(0).tolist()
+        rows, columns = places[[0, *first][: len(counts)]].unbind(-1)
+        return list(zip(rows.tolist(), prompt.segments[rows, columns].tolist(), strict=True))
+
+    @property
+    def reads_blank_image(self) -> bool:
+        """Whether a connector wants an image of zeros for samples without media."""
+        return any(getattr(self, route.connector).blank_image for route in self.media.routes.values())
+
+    def _with_blank_images(self, prompt: Prompt, visuals: Visuals) -> Visuals:
+        """The media and, for every sample that has none, an image of zeros; notes in `prompt` whose it is."""
+        samples = torch.stack([torch.where(prompt.visible)[0], prompt.segments[prompt.visible]], dim=1).unique(dim=0)
+        lone = [sample for sample in map(tuple, samples.tolist()) if sample not in set(prompt.owners)]
+        if not lone:
+            return visuals
+        views = self.media.plan("image", BLANK).views
+        pixels = [prompt.embeds.new_zeros(3, view.height, view.width) for view in views] * len(lone)
+        prompt.owners = prompt.owners + lone
+        if prompt.digests is not None:
+            prompt.digests = prompt.digests + [b"blank"] * len(lone)
+        return visuals.joined(self.encode_media(pixels, torch.tensor([BLANK] * len(lone))))
 
     @can_return_tuple
     def forward(
@@ -363,6 +472,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
             attention_mask=attention_mask,
             labels=labels,
             segments=segments,
+            continues=self.reads_blank_image and past_key_values is not None and past_key_values.get_seq_length() > 0,
         )
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             positions = attention_mask.long().cumsum(-1) - 1
@@ -527,12 +637,18 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         """transformers' `generate`; see `GenerationMixin.generate`.
 
         A connector that reads the prompt runs once here, in front of prefill; a language adapter brings its cache.
+
+        Args:
+            answers: True at earlier answers [batch, length], for connectors that treat them in a special way.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if self.model.reads_prompt and kwargs.get("pixel_values") is not None:
+        answers = kwargs.pop("answers", None)
+        has_media = kwargs.get("pixel_values") is not None
+        if self.model.reads_prompt and input_ids is not None and (has_media or self.model.reads_blank_image):
             media = {name: kwargs.pop(name, None) for name in ("pixel_values", "visual_sizes", "visual_kinds")}
-            embeds, mask, _ = self.model.embed(input_ids, attention_mask=kwargs.get("attention_mask"), **media)
-            kwargs |= {"inputs_embeds": embeds, "visual_mask": mask}
+            mask = kwargs.get("attention_mask")
+            embeds, visual, _ = self.model.embed(input_ids, attention_mask=mask, answers=answers, **media)
+            kwargs |= {"inputs_embeds": embeds, "visual_mask": visual}
         adapter = self.model.language_adapter
         if adapter is not None and kwargs.get("past_key_values") is None:
             settings = kwargs.get("generation_config") or self.generation_config
