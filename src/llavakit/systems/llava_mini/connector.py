@@ -182,7 +182,7 @@ class CompressorPrefusion(MLP):
         self, features: Features, plans: Sequence[Plan], prompt: Prompt | None = None
     ) -> tuple[Features, Tensor]:
         """Vision tokens, one entry (1, C, C) per unit, and the prompt's embeddings with their text fused."""
-        units = _units(features, plans)
+        units = units_of(features, plans)
         texts = self._texts(prompt)
         samples = torch.tensor([texts.number[prompt.owners[prompt.media[unit.medium]]] for unit in units])
         samples = samples.to(prompt.embeds.device)
@@ -217,10 +217,8 @@ class CompressorPrefusion(MLP):
         views = features.part(group[0].first, group[-1].first + shape.views)
         return self.vision_tokens(views.view(len(group), shape.views, -1, views.shape[-1]), shape)
 
-    def _read_images(
-        self, features: Features, group: Sequence[Unit], key: Any, memory: Any
-    ) -> tuple[Tensor, States]:
-        """All that does not depend on the text, remembered under `key`: vision tokens [units, C x C, hidden], states."""
+    def _read_images(self, features: Features, group: Sequence[Unit], key: Any, memory: Any) -> tuple[Tensor, States]:
+        """What does not depend on the text: vision tokens [units, C x C, hidden] and states, kept under `key`."""
         held = None if key is None else memory.get(key)
         if held is None:
             hidden, states = self.prefusion.read_vision(self._vision_tokens_of(features, group))
@@ -279,7 +277,7 @@ class CompressorPrefusion(MLP):
         return hidden
 
 
-def _units(features: Features, plans: Sequence[Plan]) -> list[Unit]:
+def units_of(features: Features, plans: Sequence[Plan]) -> list[Unit]:
     """The units of all media, in the order of their views.
 
     Raises:

@@ -1,9 +1,9 @@
 """Modality pre-fusion: a few decoder blocks in which the text reads all vision tokens before these are thrown away.
 
 The blocks are transformers' own decoder layers of the language model's family. They see
-[vision | compressed | text] with causal attention, so that nothing of the vision part depends on the text: `read_vision`
-runs it once per image, `read_text` once per question against the keys and values that it left. With gradients
-`forward` runs both in one pass, since gradient checkpointing knows no cache.
+[vision | compressed | text] with causal attention, so that nothing of the vision part depends on the text:
+`read_vision` runs it once per image, `read_text` once per question against the keys and values that it left. With
+gradients `forward` runs both in one pass, since gradient checkpointing knows no cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ States = list[tuple[Tensor, Tensor]]  # per block keys and values, [images, kv h
 
 def block_config(text_config: Any, layers: int) -> Any:
     """The language model's configuration for `layers` blocks with full attention and next to no vocabulary."""
-    options = {**text_config.to_dict(), "num_hidden_layers": layers, "vocab_size": 8, "pad_token_id": None}
+    options = {**text_config.to_dict(), "num_hidden_layers": layers, "vocab_size": 8}
+    options |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     plain = {"layer_types": None, "sliding_window": None, "use_sliding_window": False}
     options |= {name: value for name, value in plain.items() if name in options}
     config = type(text_config)(**options)
