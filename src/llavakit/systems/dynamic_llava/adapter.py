@@ -399,18 +399,22 @@ class DynamicSparsification(LanguageAdapter):
         segments: Tensor | None,
     ) -> list[Sample]:
         """All samples of a batch with the columns of their roles."""
+        # One transfer per tensor, not one per row: the roles are worked out in plain lists.
+        visuals, targets, ids = (None if t is None else t.tolist() for t in (visual, labels, input_ids))
+        valid, segments = (None if t is None else t.cpu() for t in (valid, segments))
+        everything = torch.arange(length)
         samples = []
         for row in range(batch):
-            columns = torch.arange(length) if valid is None else valid[row].cpu().nonzero().squeeze(-1)
-            numbers = None if segments is None else segments[row].cpu()[columns]
+            columns = everything if valid is None else valid[row].nonzero().squeeze(-1)
+            numbers = None if segments is None else segments[row][columns]
             parts = [columns] if numbers is None else [columns[numbers == n] for n in numbers.unique().tolist()]
             for part in parts:
-                where = part.to(visual.device) if visual is not None else part
-                is_visual = [False] * len(part) if visual is None else visual[row, where].tolist()
-                own = None if labels is None else labels[row, part.to(labels.device)].tolist()
-                ids = None if input_ids is None else input_ids[row, part.to(input_ids.device)].tolist()
-                end = len(part) if own is None else trim_unsupervised(own)
-                roles = token_roles(is_visual[:end], own[:end] if own else None, ids, self.user_marker)
+                places = part.tolist()
+                is_visual = [visuals is not None and visuals[row][place] for place in places]
+                own = None if targets is None else [targets[row][place] for place in places]
+                own_ids = None if ids is None else [ids[row][place] for place in places]
+                end = len(places) if own is None else trim_unsupervised(own)
+                roles = token_roles(is_visual[:end], own[:end] if own else None, own_ids, self.user_marker)
                 samples.append(
                     Sample(
                         row,
