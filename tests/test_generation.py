@@ -158,6 +158,17 @@ def test_generate_of_transformers_still_works(decoder: str) -> None:
     assert torch.equal(sampled, net.generate(**batch, **options, do_sample=True, top_p=0.9, use_cache=False))
 
 
+@pytest.mark.slow
+def test_compiled_steps_give_the_same_replies(net: Any, samples: list[dict[str, Any]]) -> None:
+    engine = Engine(net, max_batch=2, max_length=128, compile=True)
+    handles = [
+        engine.submit(request(sample, max_new_tokens=new)) for sample, new in zip(samples, [3, 20, 9], strict=False)
+    ]
+    engine.run()
+    for handle, sample, new in zip(handles, samples, [3, 20, 9], strict=False):
+        assert handle.result().token_ids == alone(net, sample, new)
+
+
 # ---------------------------------------------------------------------- connectors and adapters with needs
 
 

@@ -49,16 +49,16 @@ class _RowLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, rows: RowCache, layer: int) -> None:
+    def __init__(self, cache: RowCache, layer: int) -> None:
         super().__init__()
-        self.rows, self.layer = rows, layer
+        self.cache, self.layer = cache, layer
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the rows were allocated together."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows = self.rows
+        rows = self.cache
         flat_keys, flat_values = rows.flat[self.layer]
         size = key_states.shape[-1]
         flat_keys.index_copy_(0, rows.targets, key_states.reshape(-1, size))
@@ -66,13 +66,13 @@ class _RowLayer(CacheLayerMixin):
         return rows.views[self.layer]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.rows.width, 0
+        return self.cache.width, 0
 
     def get_seq_length(self) -> int:
-        return self.rows.width - 1
+        return self.cache.width - 1
 
     def get_max_length(self) -> int:
-        return self.rows.capacity
+        return self.cache.capacity
 
 
 class RowCache(Cache):
@@ -107,6 +107,7 @@ class RowCache(Cache):
         capacity = max_length if fixed else min(_round_up(length + WIDTH_STEP), max_length)
         self.store = like.new_zeros(layers, 2, rows, heads, capacity, size)
         self.lengths = [0] * max_rows
+        self.rows = self.width = 0  # of the present step
         self.positions = torch.zeros(max_rows, dtype=torch.long, device=like.device)
         self._allocated()
 
@@ -182,17 +183,18 @@ class RowCache(Cache):
         self.store[:, :, row].zero_()
         self._set_length(row, 0)
 
-    def begin_step(self, rows: int) -> None:
-        """Prepare one decoding step of the first `rows` rows: where they write and what they see."""
-        needed = max(self.lengths[:rows]) + 1
-        self._grow(rows, needed)
+    def begin_step(self, active: int) -> None:
+        """Prepare one step of the first `active` rows (of all, if fixed): where they write and what they see."""
+        needed = max(self.lengths[:active]) + 1
+        self._grow(active, needed)
+        rows = self.max_rows if self.fixed else active
         width = self.capacity if self.fixed else min(_round_up(needed), self.capacity)
         if self._view != (rows, width):
             self._view = (rows, width)
             self.views = [(layer[0, :rows, :, :width], layer[1, :rows, :, :width]) for layer in self.store]
             self._active = self._numbers[:rows], self._bases[:rows]
             self._seen = self.masks[:, :rows, ..., :width]
-        self.width = width
+        self.rows, self.width = rows, width
         numbers, bases = self._active
         positions = self.positions[:rows]
         self.targets = (bases + positions[:, None]).view(-1)
@@ -204,7 +206,7 @@ class RowCache(Cache):
     @property
     def position_ids(self) -> Tensor:
         """Positions of the tokens of this step [rows, 1]."""
-        return self.positions[: self._view[0], None]
+        return self.positions[: self.rows, None]
 
     @property
     def mask(self) -> Tensor:
@@ -216,11 +218,10 @@ class RowCache(Cache):
         """Additive mask [rows, 1, 1, width] of sliding layers."""
         return self._seen[-1]
 
-    def end_step(self) -> None:
-        """Every row of the step has become one position longer."""
-        rows = self._view[0]
-        self.positions[:rows] += 1
-        for row in range(rows):
+    def end_step(self, active: int) -> None:
+        """The first `active` rows have become one position longer."""
+        self.positions[:active] += 1
+        for row in range(active):
             self.lengths[row] += 1
 
 

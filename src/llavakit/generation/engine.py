@@ -24,13 +24,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llavakit.errors import UserError
 from llavakit.generation.cache import PrefixStore, RowCache, one_row_cache, shared_prefix, stack_layers
+from llavakit.generation.compiled import compiled_step
 from llavakit.generation.prompt import Prompt, PromptReader
 from llavakit.generation.request import Handle, Piece, Request, SamplingParams, TokenLogprob
 from llavakit.generation.sampling import BatchSampler, Randomness
 from llavakit.generation.stopping import StopStrings
 from llavakit.generation.streaming import TextStream
 
-GRAD = torch.inference_mode
 _LEAST_REUSE = 16  # copying a shorter prefix costs more than computing it
 
 
@@ -69,6 +69,7 @@ class Engine:
         prefix_bytes: Memory for states of finished requests, reused by prompts that begin in the same way.
         feature_bytes: Memory for visual vectors, reused by prompts with the same medium.
         max_prefill_tokens: Prompt positions to compute in one step before the active rows go on.
+        compile: Decode with a compiled graph over `max_batch` rows of `max_length` (see `compiled`).
 
     Raises:
         UserError: If the decoder cannot be run in rows, with the reason.
@@ -85,6 +86,7 @@ class Engine:
         prefix_bytes: int = 256 << 20,
         feature_bytes: int = 256 << 20,
         max_prefill_tokens: int = 4096,
+        compile: bool = False,
     ) -> None:
         self.model = (model if device is None else model.to(device)).eval()
         self.core = self.model.model
@@ -109,6 +111,8 @@ class Engine:
         self._rows: list[_Row] = []
         self._solo: list[_Row] = []
         self._cache: RowCache | None = None
+        self._compile = compile
+        self._compiled: Callable[[Tensor, Any, Tensor], Tensor] | None = None
         self._sampler: BatchSampler | None = None
         self._stepping = threading.RLock()
         self._wake = threading.Condition()
@@ -145,7 +149,7 @@ class Engine:
 
     def step(self) -> bool:
         """Admit, decode one token for every active row, retire; False if nothing was left to do."""
-        with self._stepping, GRAD():
+        with self._stepping, torch.inference_mode():
             self._purge()
             self._admit()
             if self._rows:
@@ -192,7 +196,7 @@ class Engine:
         Returns:
             One tensor [tokens] per reply, float32.
         """
-        with self._stepping, GRAD():
+        with self._stepping, torch.inference_mode():
             handle = Handle(self, request)
             prompt = self.prompts.read(request)
             cache, first = self._prefill_alone(prompt) if self._alone else self._prefill_states(handle, prompt)
@@ -360,6 +364,10 @@ class Engine:
                 max_rows=self.max_batch,
                 max_length=self.max_length,
                 window=self._window,
+                fixed=self._compile,
+            )
+            self._compiled = (
+                compiled_step(self.core.language_model, self.model.lm_head, self._cache) if self._compile else None
             )
         self._cache.insert(len(self._rows), states)
         self._rows.append(row)
@@ -387,16 +395,22 @@ class Engine:
         """Logits [rows, vocabulary] after one more token per row."""
         cache = self._cache
         cache.begin_step(len(tokens))
-        ids = torch.tensor(tokens, device=self.device).unsqueeze(-1)
-        hidden = self.core.language_model(
-            inputs_embeds=self.core.embed_ids(ids),
-            attention_mask=self._masks(cache),
-            position_ids=cache.position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        cache.end_step()
-        return self.model.lm_head(hidden[:, -1])
+        padded = tokens + [0] * (cache.rows - len(tokens))  # fixed rows are computed whether they are in use or not
+        embeds = self.core.get_input_embeddings()(torch.tensor(padded, device=self.device).unsqueeze(-1))
+        masks, positions = self._masks(cache), cache.position_ids
+        if self._compiled is not None:
+            logits = self._compiled(embeds, masks, positions)[: len(tokens)]
+        else:
+            hidden = self.core.language_model(
+                inputs_embeds=embeds,
+                attention_mask=masks,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            logits = self.model.lm_head(hidden[:, -1])
+        cache.end_step(len(tokens))
+        return logits
 
     def _masks(self, cache: RowCache) -> Any:
         kinds = set(getattr(self.core.config.text_config, "layer_types", None) or ())
