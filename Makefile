@@ -55,11 +55,12 @@ test-oldest:  ## the fast tests against the oldest transformers that is supporte
 test-transformers-mixins: $(STAMP)  ## transformers' own model and processor tests on llavakit's classes
 	PYTHON="$(BIN)/python" PIP_ARGS="$(PIP_ARGS)" bash scripts/transformers_mixins.sh $(ARGS)
 
+# vLLM needs a torchvision of the same build as PyTorch: for CPU builds of both, name their index in PIP_ARGS.
 test-vllm:  ## tests inside vLLM, which pins another transformers, in an environment of its own
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed" >&2; exit 2; }
 	test -x .venv-vllm/bin/python || "$(PYTHON)" -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) '$(VLLM)' -e '.[dev]'
-	.venv-vllm/bin/python -m pytest -m vllm $(ARGS)
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
 
 lint: $(STAMP)  ## ruff, style and format
 	$(BIN)/ruff check .

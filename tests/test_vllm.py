@@ -83,4 +83,5 @@ def test_vllm_and_transformers_continue_an_exported_model_alike(exported):
     settings = vllm.SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW)
     requests = [{"prompt": prompt, "multi_modal_data": {"image": image}} for prompt in prompts]
     got = [list(answer.outputs[0].token_ids) for answer in engine.generate(requests, settings)]
+    del engine  # ends its processes
     assert got == wanted
