@@ -55,9 +55,12 @@ class Features:
         for grid, entries in by_grid.items():
             yield entries, torch.stack([parts[entry] for entry in entries]), grid
 
-    def of_visual(self, visual: int) -> list[int]:
-        """Numbers of the entries that belong to a visual."""
-        return [entry for entry, owner in enumerate(self.owners) if owner == visual]
+    def by_visual(self, visuals: int) -> list[list[int]]:
+        """Numbers of the entries that belong to each of so many visuals."""
+        entries: list[list[int]] = [[] for _ in range(visuals)]
+        for entry, owner in enumerate(self.owners):
+            entries[owner].append(entry)
+        return entries
 
     def part(self, start: int, stop: int) -> Tensor:
         """The tokens of the entries `start` to `stop - 1`, [tokens, width]."""

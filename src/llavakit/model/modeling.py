@@ -9,7 +9,7 @@ system it is. Names of weights follow transformers' LLaVA.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -247,8 +247,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
             else:
                 tokens = connector(features, plans)
             split = tokens.split()
-            for number, medium in enumerate(media):
-                own_entries = tokens.of_visual(number)
+            for medium, own_entries in zip(media, tokens.by_visual(len(media)), strict=True):
                 vectors[medium] = routes[medium].arrangement.arrange(
                     visuals.plans[medium],
                     [tokens.grids[entry] for entry in own_entries],
