@@ -1,0 +1,254 @@
+"""Requests and answers in OpenAI's form, validated.
+
+Fields that llavakit does not have are refused by name rather than ignored in silence; those that cannot change an
+answer (`user`, `metadata`, `store`) are accepted.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from llavakit.registry import nearest
+
+MOST_TOKENS = 1_000_000
+Text = Annotated[str, Field(max_length=4_000_000)]
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors that name the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            names = [field.alias or name for name, field in cls.model_fields.items()]
+            for key in data:
+                if key not in names:
+                    raise PydanticCustomError(
+                        "unknown_field",
+                        "unknown field {key}{hint}",
+                        {"key": repr(str(key)[:64]), "hint": nearest(str(key), names)},
+                    )
+        return data
+
+
+class TextPart(Strict):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Url(Strict):
+    """Where a medium is: a data URL, an http(s) URL, or `upload:ID`."""
+
+    url: str = Field(max_length=200_000_000)
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Strict):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class VideoPart(Strict):
+    """A video."""
+
+    type: Literal["video_url"]
+    video_url: Url
+
+
+class VolumePart(Strict):
+    """A volume (.npy in Hounsfield units or NIfTI); an extension of OpenAI's form."""
+
+    type: Literal["volume_url"]
+    volume_url: Url
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart | VolumePart, Field(discriminator="type")]
+
+
+class FunctionCall(Strict):
+    """A call of a function; arguments are JSON text."""
+
+    name: str
+    arguments: Text
+
+
+class ToolCall(Strict):
+    """A call that the assistant made earlier."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class ChatMessage(Strict):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(Strict):
+    """Name of the function to call."""
+
+    name: str
+
+
+class ToolChoice(Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class StreamOptions(Strict):
+    """Whether the last chunk reports usage."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """Only plain text."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Strict):
+    """Body of `/v1/chat/completions`."""
+
+    model: str = Field(max_length=1000)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=MOST_TOKENS)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    n: int | None = Field(1, ge=1, le=128)
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=1000)]
+        | list[Annotated[str, Field(min_length=1, max_length=1000)]]
+        | None
+    ) = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("contradiction", "top_logprobs needs logprobs: true")
+        if isinstance(self.stop, list) and len(self.stop) > 16:
+            raise PydanticCustomError("contradiction", "stop takes at most 16 strings")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise PydanticCustomError("contradiction", "tool_choice needs tools")
+        return self
+
+    @property
+    def budget(self) -> int | None:
+        """The longest reply that the client asks for."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def new_id(prefix: str) -> str:
+    """A fresh identifier."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def usage(prompt: int, reused: int, completion: int) -> dict[str, Any]:
+    """Token counts."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": reused},
+    }
+
+
+def logprobs_body(entries: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
+    """Log probabilities of tokens."""
+
+    def token(number: int, value: float) -> dict[str, Any]:
+        text = tokenizer.decode([number])
+        return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode())}
+
+    content = [
+        token(entry.token_id, entry.logprob) | {"top_logprobs": [token(number, value) for number, value in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def chunk(identity: str, model: str, created: int, choices: list[dict[str, Any]], counts: Any = None) -> dict[str, Any]:
+    """One chunk of a streamed answer."""
+    body = {
+        "id": identity,
+        "object": "chat.completion.chunk",
+        "created": created,
+        "model": model,
+        "choices": choices,
+    }
+    return body | ({"usage": counts} if counts is not None else {})
+
+
+def completion(identity: str, model: str, choices: list[dict[str, Any]], counts: dict[str, Any]) -> dict[str, Any]:
+    """A whole answer."""
+    return {
+        "id": identity,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+        "usage": counts,
+    }

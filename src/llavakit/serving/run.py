@@ -1,0 +1,126 @@
+"""`llavakit serve`: the API and the web app on one port, or vLLM on the same checkpoint."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llavakit.errors import UserError
+
+ENGINES = ("native", "vllm")
+
+
+def _need(module: str, extra: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"serving needs {error.name}; install it with: pip install 'llavakit[{extra}]'") from None
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    engine: str = "native",
+    name: str | None = None,
+    web: bool = True,
+    api_keys: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (),
+    media_folders: tuple[Path, ...] = (),
+    media_networks: tuple[str, ...] = (),
+    fetch: bool = True,
+    max_batch: int = 16,
+    max_queue: int = 64,
+    dtype: str | None = None,
+    device: str | None = None,
+    extra: tuple[str, ...] = (),
+    console: Console | None = None,
+    **sources: Any,
+) -> None:
+    """Serve until interrupted.
+
+    Args:
+        model: Folder or hub id in any known layout (`engine="vllm"`: one that vLLM reads).
+        name: What clients call the model; default: the folder's name.
+        web: Whether the web app is served at `/`.
+        api_keys: Keys of which clients must send one; also read from LLAVAKIT_API_KEYS, separated by commas.
+        media_networks: Networks that may be fetched from although they are not public, as `10.1.0.0/16`.
+        extra: Further arguments for `vllm serve`.
+        sources: `base` and `vision_tower`, see `llavakit.load`.
+
+    Raises:
+        UserError: If an extra is missing, the port is taken, or vLLM cannot run the model.
+    """
+    console = console or Console(stderr=True)
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine}: unknown; known: {', '.join(ENGINES)}")
+    if engine == "vllm":
+        _serve_vllm(model, host, port, name, api_keys, extra)
+        return
+    uvicorn = _need("uvicorn", "serve")
+    _need("fastapi", "serve")
+    from llavakit.api import load
+    from llavakit.serving.app import Settings, create_app
+    from llavakit.serving.policy import MediaPolicy
+
+    _check_port(host, port)
+    keys = (*api_keys, *filter(None, os.environ.get("LLAVAKIT_API_KEYS", "").split(",")))
+    names = tuple(dict.fromkeys([name or Path(model).name or "llavakit"]))
+    policy = MediaPolicy(fetch=fetch, folders=media_folders, networks=tuple(map(_network, media_networks)))
+    settings = Settings(names=names, api_keys=keys, origins=origins, max_queue=max_queue, media=policy)
+    with console.status(f"loading {model}"):
+        chat = load(model, dtype=dtype, device=device, max_batch=max_batch, **sources)
+    app = create_app(chat, settings)
+    address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"
+    if web:
+        _need("gradio", "serve")
+        from llavakit.serving.webapp import mount
+
+        app = mount(app, chat)
+        console.print(f"web app  {address}/")
+    console.print(f"API      {address}/v1   (model {names[0]!r}, documentation at {address}/docs)")
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
+
+
+def _network(text: str) -> Any:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        raise UserError(f"--media-network {text}: is not a network; write it as 10.1.0.0/16") from None
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"{host}:{port} cannot be used ({error.strerror}); choose another --port") from None
+
+
+def _serve_vllm(
+    model: str, host: str, port: int, name: str | None, api_keys: tuple[str, ...], extra: tuple[str, ...]
+) -> None:
+    """Replace this process by `vllm serve`, which loads llavakit's plugin by its entry point."""
+    from llavakit.serving.vllm_plugin import check
+
+    check(model)
+    beside = Path(sys.executable).with_name("vllm")
+    command = str(beside) if beside.is_file() else shutil.which("vllm")
+    if command is None:
+        raise UserError("vLLM is not installed here; install it in an environment of its own, see docs/serving.md")
+    arguments = [command, "serve", model, "--host", host, "--port", str(port)]
+    arguments += ["--served-model-name", name or Path(model).name]
+    if api_keys:
+        arguments += ["--api-key", *api_keys]
+    os.execv(command, [*arguments, *extra])
