@@ -208,16 +208,28 @@ class StageCollator:
     """A `Collator` that also says how many tokens are not padding, and names cached features as such.
 
     Args:
-        collator: Lays samples together.
+        pad_token_id, max_length, packing: See `llavakit.data.collate.Collator`.
         features: Whether the samples hold encoder features instead of pixels.
+        flat: Lay a packed batch into one row that is exactly as long as its samples, without any padding; for
+            attention that computes samples one by one (`training.attention`).
     """
 
-    def __init__(self, collator: Collator, features: bool = False) -> None:
-        self.collator, self.features = collator, features
+    def __init__(
+        self,
+        pad_token_id: int,
+        max_length: int | None = None,
+        *,
+        packing: bool = False,
+        features: bool = False,
+        flat: bool = False,
+    ) -> None:
+        self.pad_token_id, self.features, self.flat = pad_token_id, features, flat
+        self.collator = Collator(pad_token_id, max_length=max_length, packing=packing)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(samples)
-        batch["tokens"] = sum(len(sample["input_ids"]) for sample in samples)
+        tokens = sum(len(sample["input_ids"]) for sample in samples)
+        collator = Collator(self.pad_token_id, max_length=tokens, packing=True) if self.flat else self.collator
+        batch = collator(samples) | {"tokens": tokens}
         if self.features and "pixel_values" in batch:
             batch["features"] = batch.pop("pixel_values")
         return batch

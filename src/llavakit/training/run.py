@@ -31,7 +31,6 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from llavakit.data.collate import Collator
 from llavakit.errors import RecipeError, UserError
 from llavakit.model.checkpoint import atomic_folder
 from llavakit.model.configuration import LlavakitConfig
@@ -40,6 +39,7 @@ from llavakit.model.media import MediaSpec
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor, architecture_of
 from llavakit.training import distributed
+from llavakit.training.attention import switch_on
 from llavakit.training.build import build_model, load_checkpoint, merged_media
 from llavakit.training.dataset import Samples, StageCollator, global_batch, open_records, plan_batches
 from llavakit.training.features import FeatureCache, cacheable
@@ -238,15 +238,18 @@ class StageRun:
         samples = self._samples(base, reader)
         batches = plan_batches(samples, stage, self.seed, world=distributed.world_size(), rank=_rank())
         counts = trainable_by_part(model)
+        packed_attention = stage.packing and switch_on(base)
         if stage.gradient_checkpointing:
             enable_checkpointing(model)
         if stage.shard and distributed.world_size() > 1:
             distributed.shard(model, bf16=stage.bf16)
         pad = reader.tokenizer.pad_token_id
-        collator = Collator(
+        collator = StageCollator(
             pad if pad is not None else reader.tokenizer.eos_token_id or 0,
-            max_length=stage.max_length,
+            stage.max_length,
             packing=stage.packing,
+            features=samples.features is not None,
+            flat=packed_attention,
         )
         trainer = StageTrainer(
             model,
@@ -254,9 +257,10 @@ class StageRun:
             stage=stage,
             samples=samples,
             batches=batches,
-            collator=StageCollator(collator, features=samples.features is not None),
+            collator=collator,
             processor=processor,
             seed=self.seed,
+            packed_attention=packed_attention,
         )
         facts = {"stage": stage.name, "trainable": counts, "batches": len(batches)}
         metrics = Metrics(self.folder / "metrics.json", facts, trainer)

@@ -27,6 +27,7 @@ from llavakit.model.convert import save
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.splice import IGNORE
 from llavakit.training import distributed
+from llavakit.training.attention import packed_attention, segments_of
 from llavakit.training.dataset import Batches, Samples, StageCollator
 from llavakit.training.recipe import LossWeights, Stage
 from llavakit.training.select import ADAPTER_EXTRAS, Rates, core, extra_parameters, optimizer_groups, progress_hooks
@@ -70,6 +71,7 @@ class StageTrainer(Trainer):
         collator: Lays samples together.
         processor: Saved with every checkpoint.
         seed: Of the data loader's workers.
+        packed_attention: Whether `attention.switch_on` was applied; batches must be packed.
 
     Attributes:
         tokens: Tokens that are not padding, seen by this process since it started.
@@ -86,10 +88,10 @@ class StageTrainer(Trainer):
         collator: StageCollator,
         processor: LlavakitProcessor,
         seed: int = 0,
-        callbacks: list[Any] | None = None,
+        packed_attention: bool = False,
     ) -> None:
         self.stage, self.samples, self.batches = stage, samples, Batches(batches)
-        self.processor, self.data_seed = processor, seed
+        self.processor, self.data_seed, self.packed_attention = processor, seed, packed_attention
         self.tokens = 0
         self._auxiliary: list[Tensor] = []
         self._spoken = (time.monotonic(), 0)
@@ -97,7 +99,7 @@ class StageTrainer(Trainer):
         self.net = core(model)
         self._hooks = progress_hooks(self.net)
         self._use_cache = getattr(self.net.config, "use_cache", None)
-        super().__init__(model=model, args=args, data_collator=collator, train_dataset=samples, callbacks=callbacks)
+        super().__init__(model=model, args=args, data_collator=collator, train_dataset=samples)
         self.remove_callback(PrinterCallback)
         # Only the decoder's own setting matters, and `compute_loss` asks for no cache.
         self.net.config.use_cache = self._use_cache
@@ -158,7 +160,12 @@ class StageTrainer(Trainer):
         if features is not None:
             kinds, plans = self.net.model.plan_media((), inputs.pop("visual_sizes"), inputs.pop("visual_kinds"))
             inputs["visuals"] = self.net.model.gather_media(kinds, plans, list(features))
-        outputs = model(**inputs, use_cache=False, skip_logits=True, num_items_in_batch=num_items_in_batch)
+        inputs |= {"use_cache": False, "skip_logits": True, "num_items_in_batch": num_items_in_batch}
+        if self.packed_attention:
+            with packed_attention():
+                outputs = model(**inputs, packed_segments=segments_of(inputs["position_ids"]))
+        else:
+            outputs = model(**inputs)
         loss = self._weighted(outputs.loss, outputs.aux_loss, self.stage.loss_weights)
         world = self.args.world_size
         if world > 1:

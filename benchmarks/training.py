@@ -1,0 +1,228 @@
+"""Training throughput: llavakit beside transformers' Trainer with its own LLaVA class, in one run.
+
+    python benchmarks/training.py [--records 240] [--epochs 2] [--threads 1] [--hidden 192] [--layers 4]
+
+Both train connector and language model of the same tiny LLaVA-1.5 (same weights, frozen encoder, float32, same
+optimiser, same records of the phantom world, same number of records per step on average) and are charged for
+everything from prepared samples to the last step; llavakit also for filling its feature cache, images decoded anew.
+The baseline pads every batch to its longest sample, as a collator for LLaVA does. Tokens that count are those that
+are not padding. Seconds are processor time of all threads, so that other programs on the machine matter little. Before
+timing, both models must give the same loss on the same batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--records", type=int, default=240)
+parser.add_argument("--epochs", type=int, default=2)
+parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--hidden", type=int, default=192)
+parser.add_argument("--layers", type=int, default=4)
+parser.add_argument("--batch-size", type=int, default=16)
+parser.add_argument("--row", type=int, default=512, help="tokens in a packed row")
+options = parser.parse_args()
+os.environ["OMP_NUM_THREADS"] = str(options.threads)
+
+import torch  # noqa: E402
+from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainingArguments  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from llavakit.data.collate import Collator  # noqa: E402
+from llavakit.data.mixture import Mixture  # noqa: E402
+from llavakit.model.convert import convert, save  # noqa: E402
+from llavakit.phantom.tokenizer import tiny_tokenizer  # noqa: E402
+from llavakit.phantom.write import write_world  # noqa: E402
+from llavakit.training.attention import switch_on  # noqa: E402
+from llavakit.training.build import build_model, load_checkpoint  # noqa: E402
+from llavakit.training.dataset import Samples, StageCollator, plan_batches  # noqa: E402
+from llavakit.training.features import FeatureCache  # noqa: E402
+from llavakit.training.recipe import Recipe, parse_recipe  # noqa: E402
+from llavakit.training.run import training_arguments  # noqa: E402
+from llavakit.training.select import prepare  # noqa: E402
+from llavakit.training.trainer import StageTrainer  # noqa: E402
+
+logging.set_verbosity_error()
+torch.set_num_threads(options.threads)
+IMAGE = 48
+
+
+def mixed_records(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Records in LLaVA's proportions: dialogues about a picture, single questions, and a sixth text alone."""
+    write_world("scene", folder, n=count, seed=0, formats="short,sentence", progress=False)
+    dialogues = json.loads((folder / "train.json").read_text())
+    rng = random.Random(0)
+    records = []
+    for number in range(count):
+        source = dialogues[number % len(dialogues)]
+        turns = source["conversations"]
+        if number % 6 < 2:  # a whole dialogue
+            records.append(source)
+        elif number % 6 < 5:  # one question
+            place = 2 * rng.randrange(len(turns) // 2)
+            question = turns[place]["value"].removeprefix("<image>\n")
+            single = [{"from": "human", "value": f"<image>\n{question}"}, turns[place + 1]]
+            records.append({"image": source["image"], "conversations": single})
+        else:  # text alone: two dialogues as a story
+            other = dialogues[(number * 7 + 1) % len(dialogues)]["conversations"]
+            answers = " ".join(turn["value"] for turn in [*turns, *other] if turn["from"] == "gpt")
+            text = [{"from": "human", "value": "Describe a picture."}, {"from": "gpt", "value": answers}]
+            records.append({"conversations": text})
+    return records
+
+
+def recipe_of(work: Path, vocabulary: int) -> Recipe:
+    """The tiny LLaVA-1.5 and its second stage."""
+    h = options.hidden
+    text = {"model_type": "llama", "hidden_size": h, "intermediate_size": 3 * h, "num_hidden_layers": options.layers}
+    text |= {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": vocabulary}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+    vision |= {"num_attention_heads": 4, "image_size": IMAGE, "patch_size": 8, "projection_dim": 64}
+    stage = {"name": "tune", "train": ["multi_modal_projector", "language_model", "lm_head"], "learning_rate": 1e-3}
+    stage |= {"epochs": options.epochs, "batch_size": options.batch_size, "clip": 1.0, "log_steps": 1000}
+    return parse_recipe(
+        {
+            "system": "llava-1.5",
+            "parts": {
+                "text_config": text,
+                "vision_config": vision,
+                "media": {"image": {"views": {"type": "pad", "size": IMAGE}}},
+                "tokenizer": str(work / "tokenizer"),
+            },
+            "stages": [stage],
+            "output": str(work / "run"),
+        }
+    )
+
+
+def pad(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The baseline's collator: pad to the longest sample, pictures in order."""
+    batch = Collator(0)([{**sample, "visual_sizes": [], "visual_kinds": []} for sample in samples])
+    return {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "pixel_values") if name in batch}
+
+
+def baseline(model: Any, samples: list[dict[str, Any]], work: Path) -> float:
+    """Processor seconds of transformers' Trainer."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    arguments = TrainingArguments(
+        output_dir=str(work / "baseline"),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        max_grad_norm=1.0,
+        logging_steps=1000,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model, arguments, train_dataset=samples, data_collator=pad)
+    trainer.remove_callback(PrinterCallback)
+    began = time.process_time()
+    trainer.train()
+    return time.process_time() - began
+
+
+def ours(work: Path, records: Mixture, recipe: Recipe, *, packing: bool, cached: bool) -> tuple[float, int, int]:
+    """Processor seconds, steps and tokens of llavakit's trainer."""
+    model, processor = load_checkpoint(work / "model")
+    model.train()
+    stage = recipe.stages[0]
+    pixels = Samples(records, processor)
+    mean = sum(abs(pixels.length(number)) for number in range(len(pixels))) / len(pixels)
+    if packing:
+        rows = max(round(options.batch_size * mean / options.row), 1)
+        stage = stage.model_copy(update={"packing": True, "max_length": options.row, "batch_size": rows})
+    net = prepare(model, stage)
+    packed_attention = packing and switch_on(model)
+    began = time.process_time()
+    samples = pixels
+    if cached:
+        cache = FeatureCache(work / "cache", model, processor)
+        cache.fill(record.messages for record in records)
+        samples = Samples(records, processor, features=cache, max_length=stage.max_length)
+    filled = time.process_time() - began
+    for number in range(len(samples)):
+        samples.length(number)  # tokenised, untimed for all
+    began = time.process_time() - filled
+    batches = plan_batches(samples, stage, seed=0)
+    collator = StageCollator(0, stage.max_length, packing=packing, features=cached, flat=packed_attention)
+    trainer = StageTrainer(
+        net,
+        training_arguments(recipe, stage, work / "run", 0),
+        stage=stage,
+        samples=samples,
+        batches=batches,
+        collator=collator,
+        processor=processor,
+        packed_attention=packed_attention,
+    )
+    trainer.train()
+    return time.process_time() - began, len(batches), trainer.tokens
+
+
+def main() -> None:
+    """Prepare, check equality, time, print."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        raw = mixed_records(work / "world", options.records)
+        tokenizer = tiny_tokenizer(json.loads((work / "world" / "texts.json").read_text()))
+        tokenizer.save_pretrained(work / "tokenizer")
+        recipe = recipe_of(work, len(tokenizer))
+        model, processor = build_model(recipe)
+        save(model.state_dict(), model.config, processor, work / "model")
+        convert(work / "model", work / "hf", to="hf")
+        reference = LlavaForConditionalGeneration.from_pretrained(work / "hf").train()
+        (work / "records.json").write_text(json.dumps(raw))
+        records = Mixture({"path": str(work / "records.json"), "media_root": str(work / "world")})
+        prepared = Samples(records, processor)
+        samples = [prepared[number] for number in range(len(prepared))]
+
+        batch = Collator(0)(samples[:8])
+        theirs = reference(**pad(samples[:8])).loss
+        own = model(**batch, skip_logits=True).loss
+        if abs(theirs - own) > 1e-4:
+            sys.exit(f"the models differ: loss {theirs:.6f} and {own:.6f}")
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        tokens = sum(lengths) * options.epochs
+        media = sum(bool(sample["visual_kinds"]) for sample in samples)
+        print(
+            f"{len(samples)} records ({media} with a picture), {min(lengths)} to {max(lengths)} tokens, mean "
+            f"{sum(lengths) / len(lengths):.0f}; {sum(p.numel() for p in model.parameters()):,} parameters; "
+            f"loss of both on one batch {own:.4f}; {options.threads} threads"
+        )
+        steps = -(-len(samples) // options.batch_size) * options.epochs
+        rows = [("transformers Trainer, padded", baseline(reference, samples, work), steps)]
+        variants = (
+            ("llavakit, padded", {"packing": False, "cached": False}),
+            ("llavakit, packed", {"packing": True, "cached": False}),
+            ("llavakit, packed, cached features", {"packing": True, "cached": True}),
+        )
+        for name, switches in variants:
+            seconds, own_steps, seen = ours(work, records, recipe, **switches)
+            if seen != tokens:
+                sys.exit(f"{name}: saw {seen} tokens, not {tokens}")
+            rows.append((name, seconds, own_steps))
+        print(f"{'':36}{'steps':>7}{'seconds':>10}{'tokens/s':>11}{'ratio':>8}")
+        for name, seconds, count in rows:
+            print(f"{name:36}{count:>7}{seconds:>10.2f}{tokens / seconds:>11,.0f}{rows[0][1] / seconds:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()
