@@ -28,7 +28,9 @@ def run(code: str) -> None:
 @pytest.mark.parametrize(
     "before",
     [
-        "import llavakit; import sys; assert 'transformers' not in sys.modules",
+        "import llavakit, sys; assert 'transformers' not in sys.modules;"
+        "from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING as known;"
+        "from llavakit import LlavakitConfig; assert LlavakitConfig in known",
         "import llavakit.model.modeling",
         pytest.param("import transformers, llavakit", marks=pytest.mark.slow),
         pytest.param("from transformers import AutoModel, AutoProcessor; import llavakit", marks=pytest.mark.slow),

@@ -19,9 +19,10 @@ from types import ModuleType
 from typing import Any
 
 _AUTO = "transformers.models.auto."
-_REGISTRATIONS = {  # the Auto module that must be there -> functions of llavakit.model.registration
+_REGISTRATIONS = {  # an Auto module whose import calls for it -> function of llavakit.model.registration
     _AUTO + "configuration_auto": "register_config",
     _AUTO + "modeling_auto": "register_models",
+    _AUTO + "image_processing_auto": "register_processors",
     _AUTO + "processing_auto": "register_processors",
 }
 
@@ -50,10 +51,16 @@ class _Watcher(MetaPathFinder):
 
     def leave(self, name: str) -> None:
         self.nesting.depth -= 1
-        if name in self.waiting:
-            self.due.append(self.waiting.pop(name))
+        self.notice(name)
         if self.nesting.depth == 0:
             self.register()
+
+    def notice(self, name: str) -> None:
+        """A module has been imported; what it calls for becomes due, once."""
+        function = self.waiting.get(name)
+        if function is not None:
+            self.due.append(function)
+            self.waiting = {module: other for module, other in self.waiting.items() if other != function}
 
     def register(self) -> None:
         """Run what is due; imports that this causes do not register a second time inside it."""
@@ -101,9 +108,9 @@ def install() -> None:
     if any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         return
     watcher = _Watcher()
-    for module in list(watcher.waiting):
+    for module in _REGISTRATIONS:
         if module in sys.modules:
-            watcher.due.append(watcher.waiting.pop(module))
+            watcher.notice(module)
     if watcher.waiting:
         sys.meta_path.insert(0, watcher)
     watcher.register()

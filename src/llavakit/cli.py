@@ -585,6 +585,7 @@ def _user_line(error: Exception) -> str | None:
 
 def main() -> None:
     """Entry point of the `llavakit` command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
     sys.exit(run())
 
 
