@@ -235,8 +235,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
             media = [medium for medium, route in enumerate(routes) if route.connector == name]
             plans = [visuals.plans[medium] for medium in media]
             connector = getattr(self, name)
-            dtype = next((parameter.dtype for parameter in connector.parameters()), features.values.dtype)
-            features = features.to(dtype)
+            parameter = next(connector.parameters(), None)
+            features = features if parameter is None else features.to(parameter.dtype)
             if connector.needs_prompt:
                 if prompt is None:
                     raise ValueError(f"connector {name!r} reads the prompt, which was not given")

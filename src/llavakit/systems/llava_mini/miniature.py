@@ -52,7 +52,7 @@ def new_model(connector: dict[str, Any]) -> LlavakitForConditionalGeneration:
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavakitConfig(
         text_config={"model_type": "llama", **text, "vocab_size": IMAGE + 1, "max_position_embeddings": 32}
-        | {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None},
+        | {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.1},
         vision_config={"model_type": "clip_vision_model", "hidden_size": WIDTH, "intermediate_size": 16}
         | {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
         connector=connector,
