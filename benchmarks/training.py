@@ -48,9 +48,9 @@ from llavakit.training.attention import switch_on  # noqa: E402
 from llavakit.training.build import build_model, load_checkpoint  # noqa: E402
 from llavakit.training.dataset import Samples, StageCollator, plan_batches  # noqa: E402
 from llavakit.training.features import FeatureCache  # noqa: E402
+from llavakit.training.lora import prepare  # noqa: E402
 from llavakit.training.recipe import Recipe, parse_recipe  # noqa: E402
 from llavakit.training.run import training_arguments  # noqa: E402
-from llavakit.training.select import prepare  # noqa: E402
 from llavakit.training.trainer import StageTrainer  # noqa: E402
 
 logging.set_verbosity_error()

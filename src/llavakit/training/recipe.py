@@ -124,7 +124,7 @@ class Lora(Section):
         parts: Parts whose linear layers get an adapter; they need not be named under `train`.
         targets: Names of linear layers inside the parts (`q_proj`); default: all of them, the head excepted.
         quantize: Keep the frozen weights of the language model in 4 bit (`nf4`) or 8 bit (`int8`); needs bitsandbytes.
-        merge: Add the adapter to the weights at the end of the stage.
+        merge: Add the adapter to the weights at the end of the stage; otherwise `final` holds the adapter alone.
     """
 
     rank: int = Field(128, gt=0)
@@ -271,6 +271,8 @@ class Recipe(Section):
             for place, name in enumerate(stage.data or []):
                 if name not in sources:
                     problem = f"stages.{number}.data.{place}: no source is called {name!r}{nearest(name, sources)}"
+            if stage.lora and not stage.lora.merge and number + 1 < len(self.stages):
+                problem = f"stages.{number}.lora.merge: the next stage starts from whole weights; leave merge on"
             if stage.name == "final":
                 problem = f"stages.{number}.name: 'final' is the folder of the finished model; choose another"
         if problem:

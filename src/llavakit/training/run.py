@@ -7,7 +7,8 @@ output/
     metrics.json              loss curve and facts, see `training.report`
     checkpoint-N/             whole checkpoints of the running stage: model, optimiser, schedule, random states
     adapter/                  with LoRA: PEFT's adapter
-    final/                    the stage's model: a llavakit checkpoint with its processor
+    final/                    the stage's model: a llavakit checkpoint with its processor (`lora.merge: false`: the
+                              adapter alone)
   final/                      the last stage's model
 
 A stage whose `final` is there is finished and skipped; one with checkpoints goes on from the newest. `final` says
@@ -43,10 +44,11 @@ from llavakit.training.attention import switch_on
 from llavakit.training.build import build_model, load_checkpoint, merged_media
 from llavakit.training.dataset import Samples, StageCollator, global_batch, open_records, plan_batches
 from llavakit.training.features import FeatureCache, cacheable
+from llavakit.training.lora import merged_state, prepare, save_adapter
 from llavakit.training.recipe import Recipe, Stage, load_recipe
 from llavakit.training.report import Bar, Metrics
-from llavakit.training.select import prepare, trainable_by_part
-from llavakit.training.trainer import StageTrainer, checkpoints, clear_write_errors, save_adapter
+from llavakit.training.select import trainable_by_part
+from llavakit.training.trainer import StageTrainer, checkpoints, clear_write_errors
 
 STAMP = "training.json"
 # Keys that change how a run is watched or stored, not what it learns.
@@ -108,6 +110,8 @@ def train(
         recipe = load_recipe(recipe, overrides)
     console = console or Console(stderr=True)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     output = Path(recipe.output)
     try:
@@ -279,14 +283,14 @@ class StageRun:
         self._finish(trainer, saved, stamp)
         return metrics.write(trainer.state, finished=True)
 
+    def _start(self) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
+        """What the stage starts from when nothing of it is done."""
+        return load_checkpoint(self.start) if self.start is not None else build_model(self.recipe)
+
     def _load(self) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
-        """The model that the stage starts from; without LoRA a checkpoint of the stage holds all of it."""
-        if self.resume is not None and self.stage.lora is None:
-            model, processor = load_checkpoint(self.resume)
-        elif self.start is not None:
-            model, processor = load_checkpoint(self.start)
-        else:
-            model, processor = build_model(self.recipe)
+        """The model to go on with; without LoRA a checkpoint of the stage holds all of it."""
+        full = self.resume is not None and self.stage.lora is None
+        model, processor = load_checkpoint(self.resume) if full else self._start()
         if self.stage.dtype == "bfloat16":
             model.to(torch.bfloat16)
         model.train()
@@ -357,23 +361,31 @@ class StageRun:
             state = self._final_state(trainer, processor)
             if _is_main():
                 with atomic_folder(final) as scratch:
-                    save(state, config, processor, scratch / "model")
-                    for path in (scratch / "model").iterdir():
-                        path.rename(scratch / path.name)
-                    (scratch / "model").rmdir()
+                    if state is None:
+                        shutil.copytree(self.folder / "adapter", scratch, dirs_exist_ok=True)
+                    else:
+                        save(state, config, processor, scratch / "model")
+                        for path in (scratch / "model").iterdir():
+                            path.rename(scratch / path.name)
+                        (scratch / "model").rmdir()
                     (scratch / STAMP).write_text(json.dumps({"recipe": stamp}, indent=1), encoding="utf-8")
                 for path in checkpoints(self.folder):
                     shutil.rmtree(path)
         distributed.barrier()
 
-    def _final_state(self, trainer: StageTrainer, processor: LlavakitProcessor) -> dict[str, torch.Tensor]:
-        model: Any = trainer.model
-        if self.stage.lora is None:
-            return distributed.full_state(model)
+    def _final_state(self, trainer: StageTrainer, processor: LlavakitProcessor) -> dict[str, torch.Tensor] | None:
+        """The finished weights; None if the adapter was not to be merged and is all there is."""
+        state = distributed.full_state(trainer.model)
+        lora = self.stage.lora
+        if lora is None:
+            return state
         if _is_main():
             with atomic_folder(self.folder / "adapter") as scratch:
-                save_adapter(model, processor, scratch)
-        return model.merge_and_unload().state_dict()
+                save_adapter(trainer.model, state, processor, scratch)
+        if not lora.merge:
+            return None
+        whole = self._start()[0].state_dict() if lora.quantize else None
+        return merged_state(state, lora, whole)
 
 
 def _rank() -> int:

@@ -1,4 +1,4 @@
-"""What trains, and how fast: parts by name to parameters, LoRA, optimiser groups.
+"""What trains, and how fast: parts by name to parameters, and parameters to optimiser groups.
 
 A part is named as users see it (`vision_tower`, `multi_modal_projector`, `language_model`, `lm_head`,
 `image_newline`, `language_adapter`, an extra tower or connector) or by any dotted path inside one
@@ -8,19 +8,17 @@ A part is named as users see it (`vision_tower`, `multi_modal_projector`, `langu
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from llavakit.errors import RecipeError, UserError
+from llavakit.errors import RecipeError
 from llavakit.registry import nearest
 from llavakit.training.recipe import Lora, PartTraining, Stage
 
 EVERYTHING = "all"
-ADAPTER_EXTRAS = "trained_parameters.safetensors"
 
 
 def core(model: nn.Module) -> nn.Module:
@@ -64,9 +62,6 @@ def freeze_all_but(model: nn.Module, train: Mapping[str, PartTraining]) -> None:
         parameter.requires_grad_(part is not None and not train[part].freeze)
 
 
-# LoRA
-
-
 def linear_layers(model: nn.Module, lora: Lora) -> list[str]:
     """Full names of the linear layers that get an adapter: those inside `lora.parts`, the head excepted.
 
@@ -84,68 +79,6 @@ def linear_layers(model: nn.Module, lora: Lora) -> list[str]:
     if not found:
         raise RecipeError(f"lora: no linear layer is in {', '.join(lora.parts)} with targets {lora.targets or 'all'}")
     return found
-
-
-def add_lora(model: nn.Module, stage: Stage) -> nn.Module:
-    """The model with LoRA adapters; modules under `train` are trained in full beside them (`modules_to_save`).
-
-    Bare parameters under `train` (`image_newline`) train too; `extra_parameters` finds them.
-
-    Raises:
-        UserError: If PEFT is not installed.
-        RecipeError: If a name does not fit.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError("lora: needs the package peft; install llavakit[train]") from None
-    lora = stage.lora
-    freeze_all_but(model, stage.train)  # checks the names
-    full = [part for part, options in stage.train.items() if not options.freeze]
-    if EVERYTHING in full:
-        raise RecipeError("train.all: with lora, name the parts that train in full")
-    modules = {public_name(name): name for name, _ in model.named_modules() if name}
-    own = public_paths(modules, full)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=linear_layers(model, lora),
-        modules_to_save=own or None,
-        bias="none",
-        task_type=None,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
-        wrapped = get_peft_model(model, config)
-    for name, parameter in wrapped.named_parameters():
-        public = public_name(name)
-        part = part_of(public, full)
-        if part is not None and part == public:  # a bare parameter, which PEFT does not wrap
-            parameter.requires_grad_(True)
-    return wrapped
-
-
-def public_paths(modules: Mapping[str, str], parts: Sequence[str]) -> list[str]:
-    """Module paths of `parts` as PEFT wants them: those that are modules, without the leading `model.`."""
-    return [modules[part].removeprefix("model.") for part in parts if part in modules]
-
-
-def extra_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters that PEFT's adapter file does not hold."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".lora_" not in name and ".modules_to_save." not in name
-    }
-
-
-def prepare(model: nn.Module, stage: Stage) -> nn.Module:
-    """Freeze and wrap the model for a stage; returns what the trainer trains."""
-    if stage.lora is not None:
-        return add_lora(model, stage)
-    freeze_all_but(model, stage.train)
-    return model
 
 
 # Counting and grouping

@@ -16,21 +16,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from llavakit.errors import CheckpointError
-from llavakit.model.checkpoint import LazyState, read_folder
 from llavakit.model.convert import save
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.splice import IGNORE
 from llavakit.training import distributed
 from llavakit.training.attention import packed_attention, segments_of
 from llavakit.training.dataset import Batches, Samples, StageCollator
+from llavakit.training.lora import load_adapter, save_adapter
 from llavakit.training.recipe import LossWeights, Stage
-from llavakit.training.select import ADAPTER_EXTRAS, Rates, core, extra_parameters, optimizer_groups, progress_hooks
+from llavakit.training.select import Rates, core, optimizer_groups, progress_hooks
 
 PREFIX = "checkpoint-"
 
@@ -237,7 +236,7 @@ class StageTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         if hasattr(self.model, "peft_config"):
-            save_adapter(self.model, self.processor, folder)
+            save_adapter(self.model, state, self.processor, folder)
         else:
             save(state, self.net.config, self.processor, folder)
 
@@ -268,30 +267,3 @@ class StageTrainer(Trainer):
         if distributed.is_sharded(model):
             return distributed.Sharded(model)
         return super()._wrap_model(model, *args, **kwargs)
-
-
-def save_adapter(model: Any, processor: LlavakitProcessor, folder: Path) -> None:
-    """PEFT's adapter files, the trained parameters that are not in them, and the processor."""
-    model.save_pretrained(folder)
-    extras = {name: p.detach().contiguous() for name, p in extra_parameters(model).items()}
-    if extras:
-        save_file(extras, folder / ADAPTER_EXTRAS, metadata={"format": "pt"})
-    processor.save_pretrained(folder)
-
-
-@torch.no_grad()
-def load_adapter(model: Any, folder: Path) -> None:
-    """Put the adapter of a folder into a model that has the same adapter.
-
-    Raises:
-        CheckpointError: If a tensor does not fit.
-    """
-    from peft import set_peft_model_state_dict
-
-    state: LazyState = read_folder(folder, "adapter_model")
-    result = set_peft_model_state_dict(model, dict(state))
-    if result.unexpected_keys:
-        raise CheckpointError(f"{folder}: tensor {result.unexpected_keys[0]!r} is unknown to the recipe's adapter")
-    extras = load_file(folder / ADAPTER_EXTRAS) if (folder / ADAPTER_EXTRAS).is_file() else {}
-    for name, parameter in extra_parameters(model).items():
-        parameter.copy_(extras[name])
