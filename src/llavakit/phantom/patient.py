@@ -22,9 +22,6 @@ SIZES = ("small", "large")
 DEPTHS = ("anterior", "posterior")
 CHANGES = ("grown", "shrunk", "gone", "unchanged")
 
-PREVALENCE = {"cardiomegaly": 0.5, "nodule": 0.4, "consolidation": 0.4, "effusion": 0.4, "pneumothorax": 0.35}
-"""Share of the patients who have a finding of each kind; at most one half, see `base.thin`."""
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -63,8 +60,15 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Extents:
-    """How large findings are, by size: (low, high) of `Finding.extent`."""
+class Setting:
+    """How frequent findings are, and how large.
+
+    Attributes:
+        prevalence: Share of the patients who have a finding of each kind, by kind; at most one half, see `base.thin`.
+        nodule, consolidation, effusion, pneumothorax: (low, high) of `Finding.extent`, by size where there are two.
+    """
+
+    prevalence: dict[str, float]
 
     nodule: dict[str, tuple[float, float]]
     consolidation: tuple[float, float]
@@ -72,26 +76,30 @@ class Extents:
     pneumothorax: dict[str, tuple[float, float]]
 
 
-_FULL = Extents(
+_FULL = Setting(
+    prevalence={"cardiomegaly": 0.5, "nodule": 0.4, "consolidation": 0.4, "effusion": 0.4, "pneumothorax": 0.35},
     nodule={"small": (2.0, 2.6), "large": (9.0, 14.0)},
     consolidation=(20.0, 30.0),
     effusion={"small": (-14.0, -6.0), "large": (28.0, 55.0)},
     pneumothorax={"small": (0.12, 0.18), "large": (0.30, 0.40)},
 )
-_EASY = Extents(
+_EASY = Setting(
+    prevalence=dict.fromkeys(KINDS, 0.5),
     nodule={"small": (9.0, 10.0), "large": (15.0, 17.0)},
     consolidation=(26.0, 32.0),
     effusion={"small": (0.0, 8.0), "large": (50.0, 65.0)},
     pneumothorax={"small": (0.16, 0.20), "large": (0.34, 0.42)},
 )
-EXTENTS = {"full": _FULL, "easy": _EASY}
+SETTINGS = {"full": _FULL, "easy": _EASY}
 
 
-def draw_findings(rng: np.random.Generator, kinds: tuple[str, ...], most_nodules: int) -> list[Finding]:
+def draw_findings(
+    rng: np.random.Generator, kinds: tuple[str, ...], most_nodules: int, setting: Setting
+) -> list[Finding]:
     """Which findings of these kinds a patient has; places and extents are filled in by `build_chest`."""
     found: list[Finding] = []
     for kind in kinds:
-        if rng.random() >= PREVALENCE[kind]:
+        if rng.random() >= setting.prevalence[kind]:
             continue
         if kind == "cardiomegaly":
             found.append(Finding(kind))
@@ -107,7 +115,7 @@ def draw_findings(rng: np.random.Generator, kinds: tuple[str, ...], most_nodules
     return found
 
 
-def build_chest(rng: np.random.Generator, findings: list[Finding], extents: Extents) -> Chest:
+def build_chest(rng: np.random.Generator, findings: list[Finding], setting: Setting) -> Chest:
     """A random chest with these findings. Their places and extents are written back into the list.
 
     The same random numbers are drawn in the same order whatever the findings are, as far as their number allows.
@@ -147,17 +155,17 @@ def build_chest(rng: np.random.Generator, findings: list[Finding], extents: Exte
     )
     order = {"effusion": 0, "pneumothorax": 0, "consolidation": 1, "nodule": 2, "cardiomegaly": 3}
     for i in sorted(range(len(findings)), key=lambda i: order[findings[i].kind]):
-        findings[i] = _place(rng, chest, findings[i], extents)
+        findings[i] = _place(rng, chest, findings[i], setting)
     _grow_vessels(rng, chest)
     return chest
 
 
-def _place(rng: np.random.Generator, chest: Chest, finding: Finding, extents: Extents) -> Finding:
+def _place(rng: np.random.Generator, chest: Chest, finding: Finding, setting: Setting) -> Finding:
     """Put a finding into the chest; returns it with place and extent."""
     if finding.kind == "cardiomegaly":
         return finding
     low, high = (
-        extents.consolidation if finding.kind == "consolidation" else getattr(extents, finding.kind)[finding.size]
+        setting.consolidation if finding.kind == "consolidation" else getattr(setting, finding.kind)[finding.size]
     )
     finding = replace(finding, extent=float(rng.uniform(low, high)))
     if finding.kind in ("consolidation", "nodule"):

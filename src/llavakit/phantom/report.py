@@ -6,7 +6,7 @@ import numpy as np
 
 from llavakit.phantom import anatomy, words
 from llavakit.phantom.base import Question, thin
-from llavakit.phantom.patient import CHANGES, DEPTHS, PREVALENCE, SIZES, ZONES, Finding
+from llavakit.phantom.patient import CHANGES, DEPTHS, SIZES, ZONES, Finding
 
 NAMES = {
     "cardiomegaly": "cardiomegaly",
@@ -91,40 +91,44 @@ def ask(
     findings: list[Finding],
     types: tuple[str, ...],
     kinds: tuple[str, ...],
+    prevalence: dict[str, float],
     *,
     picture: str = "radiograph",
 ) -> list[Question]:
-    """Questions about one patient in random order, except that presence is asked before what presupposes it.
+    """Questions about one patient in random order, except that none gives away the answer of a later one.
 
-    Where something is present, its presence is asked about only half of the time, so that a dialogue can open with
-    any type of question. No question gives away the answer of a later one.
+    Presence and number are asked before what presupposes them and, in half of the dialogues each, not at all, so that
+    a dialogue can open with any type of question.
 
     Args:
         types: Which types to ask, of `TYPES`.
         kinds: Findings that occur in this world.
+        prevalence: How frequent each kind is.
         picture: "radiograph" or "scan".
     """
     about: list[tuple[str, Question]] = []
     for kind in kinds:
         found = [f for f in findings if f.kind == kind]
-        details = [(kind, question) for question in _details(kind, found, types)]
+        details = [(kind, question) for question in _details(rng, kind, found, types)]
         # Whether a kind has details depends on the types alone, so yes and no stay equally likely.
         share = 0.5 if kind != "cardiomegaly" and set(types) - {"presence"} else 1.0
-        if "presence" in types and rng.random() < share and thin(rng, bool(found), PREVALENCE[kind]):
+        if "presence" in types and rng.random() < share and thin(rng, bool(found), prevalence[kind]):
             about.append((kind, presence_question(kind, bool(found), picture)))
         about += details
     about = [about[i] for i in rng.permutation(len(about))]
-    for place, (kind, question) in enumerate(about):
-        if question.type == "presence":
-            first = next(i for i, (other, _) in enumerate(about) if other == kind)
-            about[first], about[place] = about[place], about[first]
+    # A question about the nodule gives away that there is one, and that there are no more.
+    for type_ in ("count", "presence"):
+        for place, (kind, question) in enumerate(about):
+            if question.type == type_:
+                first = next(i for i, (other, _) in enumerate(about) if other == kind)
+                about.insert(first, about.pop(place))
     return [question for _, question in about]
 
 
-def _details(kind: str, found: list[Finding], types: tuple[str, ...]) -> list[Question]:
+def _details(rng: np.random.Generator, kind: str, found: list[Finding], types: tuple[str, ...]) -> list[Question]:
     """Questions that presuppose that there is a finding of this kind."""
     questions = []
-    if kind == "nodule" and found and "count" in types:
+    if kind == "nodule" and found and "count" in types and rng.random() < 0.5:
         questions.append(count_question(len(found)))
     if len(found) == 1:
         values = {"side": found[0].side, "zone": found[0].zone, "size": found[0].size, "depth": found[0].depth}

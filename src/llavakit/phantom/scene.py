@@ -189,75 +189,42 @@ class Scene(World):
     def _ask(
         self, rng: np.random.Generator, things: list[Thing], sign: Sign | None, height: int, width: int
     ) -> list[Question]:
-        """Questions about one picture in random order.
+        """Questions about one picture.
 
-        Every other question mentions objects and so gives away that they are there: whether something exists is asked
-        first or, in half of the dialogues, not at all, so that a dialogue can open with any type of question.
+        Every object is the subject of one question, or of one about its row and one about its column: "the red disc" in
+        one question would answer "What colour is the disc?" in another. What names give away as well, how many objects
+        there are and whether one exists, is asked first or, in most of the dialogues, not at all, so that a
+        dialogue can open with any type of question.
         """
-        types, questions = self.types, []
+        types, rest = self.types, []
         names = [thing.name for thing in things]
-        unique = [thing for thing in things if names.count(thing.name) == 1]
-        if "count" in types:
-            questions.append(_count(len(things), self.most))
-        if "colour" in types:
-            single = [t for t in things if sum(o.shape == t.shape for o in things) == 1]
-            if single:
-                thing = pick(rng, single)
-                questions.append(
-                    Question(
-                        "colour",
-                        f"What colour is the {thing.shape}?",
-                        words.capital(thing.colour),
-                        f"The {thing.shape} is {thing.colour}.",
-                        tuple(map(words.capital, self.colours)),
-                    )
-                )
-        if "shape" in types:
-            single = [t for t in things if sum(o.colour == t.colour for o in things) == 1]
-            if single:
-                thing = pick(rng, single)
-                questions.append(
-                    Question(
-                        "shape",
-                        f"What shape is the {thing.colour} object?",
-                        words.capital(thing.shape),
-                        f"The {thing.colour} object is {words.article(thing.shape)}.",
-                        tuple(map(words.capital, self.shapes)),
-                    )
-                )
-        for type_, options, of in (("row", ROWS, _third_row), ("column", COLUMNS, _third_column)):
-            clear = [(t, of(t, height, width)) for t in unique] if type_ in types else []
-            clear = [(t, third) for t, third in clear if third is not None]
-            if clear:
-                thing, third = pick(rng, clear)
-                questions.append(
-                    Question(
-                        type_,
-                        f"In which {type_} is the {thing.name}?",
-                        words.capital(options[third]),
-                        f"The {thing.name} is in the {options[third]} {type_}.",
-                        tuple(map(words.capital, options)),
-                    )
-                )
-        if "relation" in types and len(unique) > 1:
-            question = _relation(rng, unique)
-            questions += [question] if question else []
+        subjects = [things[i] for i in rng.permutation(len(things))]
+        unique = [thing for thing in subjects if names.count(thing.name) == 1]
+        if "relation" in types and len(unique) > 1 and rng.random() < 0.5:
+            question = _relation(rng, unique[0], unique[1])
+            if question is not None:
+                rest.append(question)
+                subjects = [thing for thing in subjects if thing not in unique[:2]]
+        for thing in subjects:
+            topics = []
+            if "colour" in types and sum(o.shape == thing.shape for o in things) == 1:
+                topics.append([_colour(thing, self.colours)])
+            if "shape" in types and sum(o.colour == thing.colour for o in things) == 1:
+                topics.append([_shape(thing, self.shapes)])
+            if thing in unique:
+                topics.append([q for q in _places(thing, height, width) if q.type in types])
+                if "box" in types:
+                    topics.append([_ground(thing, height, width)])
+            if topics := [topic for topic in topics if topic]:
+                rest += pick(rng, topics)
         if "text" in types and sign is not None:
-            questions.append(
-                Question("text", "What does the sign say?", sign.text, f"The sign says {sign.text}.", SIGNS)
-            )
-        if "box" in types and unique:
-            thing = pick(rng, unique)
-            coordinates = format_box(_box(thing, height, width).xyxy)
-            questions.append(
-                Question(
-                    "box", f"{words.GROUND} {words.capital(thing.name)}.", coordinates, coordinates, self_contained=True
-                )
-            )
-        questions = [questions[i] for i in rng.permutation(len(questions))]
-        if "exist" in types and (not questions or rng.random() < 0.5):
-            questions.insert(0, self._exist(rng, names))
-        return questions
+            rest.append(Question("text", "What does the sign say?", sign.text, f"The sign says {sign.text}.", SIGNS))
+        first = []
+        if "count" in types and (not rest or rng.random() < 0.35):
+            first.append(_count(len(things), self.most))
+        if "exist" in types and (not rest or rng.random() < 0.35):
+            first.append(self._exist(rng, names))
+        return [part[i] for part in (first, rest) for i in rng.permutation(len(part))]
 
     def _exist(self, rng: np.random.Generator, names: list[str]) -> Question:
         """Whether there is an object of a certain colour and shape: yes and no equally often, whatever is asked."""
@@ -399,7 +366,7 @@ class Scene(World):
             place = {"top": across, "left": along} if dx else {"top": along, "left": across}
             shown = [thing for thing, start in zip(still, starts, strict=True) if t >= start]
             frames[t] = render([*shown, replace(mover, **place)], None, height, width, rng)
-        questions = [
+        rest = [
             Question(
                 "direction",
                 f"In which direction does the {mover.name} move?",
@@ -408,8 +375,10 @@ class Scene(World):
                 tuple(map(words.capital, DIRECTIONS)),
             ),
             _order(rng, first, second),
-            _moving(rng, mover, first, second),
         ]
+        # Either of these gives away what moves.
+        opening = [_moving(rng, mover, first, second)] if rng.random() < 0.5 else []
+        questions = opening + [rest[i] for i in rng.permutation(2)]
         return Item(
             id=f"{case_id}-clip",
             kind="video",
@@ -466,10 +435,39 @@ def _count(number: int, most: int) -> Question:
     return Question("count", "How many objects are there?", word, sentence, words.NUMBERS[1 : most + 1])
 
 
-def _relation(rng: np.random.Generator, unique: list[Thing]) -> Question | None:
+def _colour(thing: Thing, colours: tuple[str, ...]) -> Question:
+    sentence = f"The {thing.shape} is {thing.colour}."
+    choices = tuple(map(words.capital, colours))
+    return Question("colour", f"What colour is the {thing.shape}?", words.capital(thing.colour), sentence, choices)
+
+
+def _shape(thing: Thing, shapes: tuple[str, ...]) -> Question:
+    sentence = f"The {thing.colour} object is {words.article(thing.shape)}."
+    choices = tuple(map(words.capital, shapes))
+    return Question("shape", f"What shape is the {thing.colour} object?", words.capital(thing.shape), sentence, choices)
+
+
+def _places(thing: Thing, height: int, width: int) -> list[Question]:
+    """Row and column; not where the object lies close to a border between thirds."""
+    questions = []
+    for type_, names, third in (
+        ("row", ROWS, _third(thing.top + thing.side / 2, height)),
+        ("column", COLUMNS, _third(thing.left + thing.side / 2, width)),
+    ):
+        if third is not None:
+            sentence = f"The {thing.name} is in the {names[third]} {type_}."
+            text, choices = f"In which {type_} is the {thing.name}?", tuple(map(words.capital, names))
+            questions.append(Question(type_, text, words.capital(names[third]), sentence, choices))
+    return questions
+
+
+def _ground(thing: Thing, height: int, width: int) -> Question:
+    answer = format_box(_box(thing, height, width).xyxy)
+    return Question("box", f"{words.GROUND} {words.capital(thing.name)}.", answer, answer, self_contained=True)
+
+
+def _relation(rng: np.random.Generator, a: Thing, b: Thing) -> Question | None:
     """Whether one object is left of, right of, above or below another; None if they are level."""
-    i, j = rng.permutation(len(unique))[:2].tolist()
-    a, b = unique[i], unique[j]
     horizontal = rng.random() < 0.5
     difference = (a.left - b.left) if horizontal else (a.top - b.top)
     if abs(difference) < 0.6 * min(a.side, b.side):
@@ -508,14 +506,6 @@ def _third(center: float, extent: int) -> int | None:
     """Which third of the canvas; None close to a border between thirds."""
     position = 3.0 * center / extent
     return None if min(abs(position - 1.0), abs(position - 2.0)) < 0.12 else int(position)
-
-
-def _third_row(thing: Thing, height: int, width: int) -> int | None:
-    return _third(thing.top + thing.side / 2, height)
-
-
-def _third_column(thing: Thing, height: int, width: int) -> int | None:
-    return _third(thing.left + thing.side / 2, width)
 
 
 def _place(thing: Thing, height: int, width: int) -> str:

@@ -34,8 +34,8 @@ from llavakit.phantom.base import (
 from llavakit.phantom.patient import (
     CHANGES,
     DEPTHS,
-    EXTENTS,
     KINDS,
+    SETTINGS,
     SIZES,
     ZONES,
     Finding,
@@ -99,7 +99,8 @@ class Thorax(World):
         noise: bool = True,
     ) -> None:
         self.size = int(check_range("size", size, 16, 2048))
-        self.difficulty = check_choice("difficulty", difficulty, tuple(EXTENTS))
+        self.difficulty = check_choice("difficulty", difficulty, tuple(SETTINGS))
+        self.setting = SETTINGS[difficulty]
         easy = difficulty == "easy"
         self.types = select_types(types, IMAGE_TYPES, EASY_TYPES if easy else IMAGE_TYPES)
         kinds = select_types(findings, KINDS, _EASY_KINDS if easy else KINDS)
@@ -114,8 +115,8 @@ class Thorax(World):
         """Patient number `index`; see `World.sample`."""
         rng = generator(seed, index, "thorax/patient")
         most = 3 if "count" in self.types else 1
-        findings = draw_findings(rng, self.kinds, most)
-        chest = build_chest(rng, findings, EXTENTS[self.difficulty])
+        findings = draw_findings(rng, self.kinds, most, self.setting)
+        chest = build_chest(rng, findings, self.setting)
         case_id = f"thorax-{seed}-{index:07d}"
         image = self._radiograph(chest, generator(seed, index, "thorax/noise") if self.noise else None)
         asking = generator(seed, index, "thorax/questions")
@@ -125,7 +126,7 @@ class Thorax(World):
                 id=case_id,
                 kind="image",
                 media=(image,),
-                questions=ask(asking, findings, self.types, self.kinds),
+                questions=ask(asking, findings, self.types, self.kinds, self.setting.prevalence),
                 caption=report["findings"],
                 caption_prompt=_DESCRIBE,
                 boxes=[Box(f.kind, _box_name(f, findings), xyxy) for f, xyxy in find_boxes(chest, findings)],
@@ -155,7 +156,7 @@ class Thorax(World):
         self, case_id: str, chest: Chest, findings: list[Finding], rng: np.random.Generator, report: dict[str, str]
     ) -> Item:
         hounsfield, spacing = anatomy.volume(chest, (self.grid, self.grid, self.grid))
-        questions = ask(rng, findings, VOLUME_TYPES, self.kinds, picture="scan")
+        questions = ask(rng, findings, VOLUME_TYPES, self.kinds, self.setting.prevalence, picture="scan")
         return Item(
             id=f"{case_id}-ct",
             kind="volume",
