@@ -6,7 +6,9 @@ on that system's card instead.
 
 from __future__ import annotations
 
-from llavakit.registry import ARRANGEMENTS, PLANNERS
+from llavakit.registry import ARRANGEMENTS, ENCODERS, PLANNERS
+
+ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleTower")
 
 PLANNERS.add("square", "llavakit.views.image:Square")
 PLANNERS.add("pad", "llavakit.views.image:Pad")

@@ -88,6 +88,7 @@ class Registry:
         return iter(sorted(self._entries))
 
 
+ENCODERS = Registry("vision encoder")
 PLANNERS = Registry("view planner")
 ARRANGEMENTS = Registry("token arrangement")
 CONNECTORS = Registry("connector")

@@ -76,6 +76,7 @@ class System:
 
 
 _REGISTRIES = {
+    "encoders": registry.ENCODERS,
     "planners": registry.PLANNERS,
     "arrangements": registry.ARRANGEMENTS,
     "connectors": registry.CONNECTORS,

@@ -53,6 +53,7 @@ def vicuna_with_end(name: str, end: str) -> Template:
         stop=(end,),
         values={"end": end, "trims": True},
         placement="keep",
+        bos="before_text",
         rounds=Rounds(end=end, answer=" ASSISTANT:"),
     )
 
@@ -66,7 +67,7 @@ _register(vicuna_with_end("vicuna_phi", "<|endoftext|>"))
 
 PLAIN = Template("plain", "plain", stop=("\n",), values={"end": "\n"}, placement="keep")
 _register(PLAIN, "v0_plain")
-_register(replace(PLAIN, name="caption", stop=(), values={"end": ""}))
+_register(replace(PLAIN, name="caption", stop=(), values={"end": ""}, bos="before_text"))
 
 # Llama 2 and Mistral: [INST] ... [/INST] ... </s>
 

@@ -89,6 +89,8 @@ def encode(
     once = template.bos == "once" or (template.bos == "once_in_training" and training)
     if once and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids, offsets = ids[1:], offsets[1:]
+    if template.bos == "before_text" and text.startswith(PLACEHOLDER) and ids[:1] == [tokenizer.bos_token_id]:
+        ids, offsets = ids[1:], offsets[1:]
     if max_length is not None and not media:
         ids, offsets = ids[:max_length], offsets[:max_length]
     blanked = False

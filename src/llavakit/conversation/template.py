@@ -83,7 +83,8 @@ class Template:
         marks: For the policy "marks".
         keeps_first_answer: Whether an assistant turn in front of the first user turn is kept; else it is dropped.
         bos: What happens to the tokenizer's begin token if the template writes one too: "double" keeps both, "once"
-            drops one, "once_in_training" drops it from training samples only.
+            drops one, "once_in_training" drops it from training samples only; "before_text" drops the tokenizer's
+            own in front of a prompt that opens with a medium.
         training: File that writes training samples, if it is another one.
     """
 

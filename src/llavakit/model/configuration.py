@@ -13,7 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
+
+from llavakit import parts  # noqa: F401  registers the built-in encoders
+from llavakit.registry import ENCODERS
+from llavakit.system import systems
 
 DEFAULT_MEDIA = {"image": {"views": {"type": "pad", "size": 336}, "arrange": {"type": "flat"}}}
 
@@ -21,9 +25,26 @@ DEFAULT_MEDIA = {"image": {"views": {"type": "pad", "size": 336}, "arrange": {"t
 def build_config(config: dict[str, Any] | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
     """A transformers configuration from its dict form; None gives the defaults of `default_type`."""
     if isinstance(config, PreTrainedConfig):
+        if config.model_type not in CONFIG_MAPPING:
+            register_encoder(config.model_type)
         return config
     options = dict(config or {})
-    return CONFIG_MAPPING[options.pop("model_type", default_type)](**options)
+    model_type = options.pop("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        register_encoder(model_type)
+    return CONFIG_MAPPING[model_type](**options)
+
+
+def register_encoder(model_type: str) -> None:
+    """Make transformers know an encoder of llavakit's own or of a system by the model type in its configuration.
+
+    Raises:
+        UserError: If nobody registered one of that type.
+    """
+    systems()
+    cls = ENCODERS.get(model_type)
+    AutoConfig.register(model_type, cls.config_class, exist_ok=True)
+    AutoModel.register(cls.config_class, cls, exist_ok=True)
 
 
 @strict

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 
 def register_config() -> None:
-    """`AutoConfig` for llavakit's model and encoders."""
+    """`AutoConfig` for llavakit's model."""
     from transformers import AutoConfig
 
     from llavakit.model.configuration import LlavakitConfig
-    from llavakit.vision.multiscale import MultiscaleConfig
 
-    for config in (LlavakitConfig, MultiscaleConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoConfig.register(LlavakitConfig.model_type, LlavakitConfig, exist_ok=True)
 
 
 def register_models() -> None:
@@ -20,9 +18,7 @@ def register_models() -> None:
 
     from llavakit.model.configuration import LlavakitConfig
     from llavakit.model.modeling import LlavakitForConditionalGeneration, LlavakitModel
-    from llavakit.vision.multiscale import MultiscaleConfig, MultiscaleTower
 
-    AutoModel.register(MultiscaleConfig, MultiscaleTower, exist_ok=True)
     AutoModel.register(LlavakitConfig, LlavakitModel, exist_ok=True)
     AutoModelForImageTextToText.register(LlavakitConfig, LlavakitForConditionalGeneration, exist_ok=True)
 

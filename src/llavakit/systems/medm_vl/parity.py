@@ -1,0 +1,316 @@
+"""MedM-VL's golden components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llavakit.connectors.base import Features
+from llavakit.connectors.general import MLP, Pooling
+from llavakit.evaluation import metrics, processors, text_metrics
+from llavakit.model.arrange import Run
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.layouts import mlp_options, rename_with
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.splice import IGNORE, expand
+from llavakit.parity import Case, Result
+from llavakit.systems.medm_vl.checkpoint import Published
+from llavakit.systems.medm_vl.connector import AttentionPooling
+from llavakit.systems.medm_vl.parity_text import batch_collator, conversation
+from llavakit.systems.medm_vl.towers import M3DClipConfig, M3DClipVision, MedMClipConfig, MedMClipVision
+from llavakit.systems.medm_vl.volumes import Box, Slices, windowed
+from llavakit.views.plan import MediumSize
+
+IMAGE, VOLUME = -200, -201
+
+
+def _connector(cls: type[MLP], case: Case, **options: Any) -> MLP:
+    config = case.config
+    depth = mlp_options(config["connector_name"])["depth"]
+    net = cls(vision_width=config["input_dim"], hidden_size=config["output_dim"], depth=depth, **options).eval()
+    rules = tuple((rf"^connector\.{2 * n}\.", f"linear_{n + 1}.") for n in range(6))
+    rename = rename_with(rules)
+    net.load_state_dict({rename(name): tensor for name, tensor in case.weights().items()})
+    return net
+
+
+def _run(net: MLP, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    batch = len(x)
+    features = Features(x.flatten(0, 1), [grid] * batch, list(range(batch)))
+    with torch.no_grad():
+        return net(features, [None] * batch).values.unflatten(0, (batch, -1))
+
+
+def connector_mlp(case: Case) -> Result:
+    """Per-token MLP."""
+    x = case.tensors()["x"]
+    return Result(tensors={"y": _run(_connector(MLP, case), x, (1, 1, x.shape[1]))})
+
+
+def connector_spatial_pooling(case: Case) -> Result:
+    """2 x 2 x 2 average pooling, then the MLP."""
+    size, patch = case.config["image_size"], case.config["patch_size"]
+    grid = tuple(s // p for s, p in zip(size, patch, strict=True))
+    return Result(tensors={"y": _run(_connector(Pooling, case, stride=[2, 2, 2]), case.tensors()["x"], grid)})
+
+
+def connector_attn_pooling(case: Case) -> Result:
+    """Learned queries, then the MLP."""
+    queries = case.weights()["query"].shape[0]
+    x = case.tensors()["x"]
+    return Result(tensors={"y": _run(_connector(AttentionPooling, case, queries=queries), x, (1, 1, x.shape[1]))})
+
+
+def _m3d(config: Mapping[str, Any]) -> M3DClipConfig:
+    return M3DClipConfig(
+        image_size=list(config["img_size"]),
+        patch_size=list(config["patch_size"]),
+        num_channels=config["in_channels"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["mlp_dim"],
+        num_hidden_layers=config["num_layers"],
+        num_attention_heads=config["num_heads"],
+        layer_norm_eps=config.get("layer_norm_eps", 1e-5),
+    )
+
+
+def m3d_clip(case: Case) -> Result:
+    """Outputs of every block of M3D-CLIP."""
+    tower = M3DClipVision(_m3d(case.config)).eval()
+    tower.load_state_dict(case.weights())
+    with torch.no_grad():
+        blocks = tower.block_outputs(case.tensors()["volume"])
+        tensors = {f"block_output.{n}": block for n, block in enumerate(blocks)}
+        tensors["medmvl_features"] = tower.features(case.tensors()["volume"], -1, "default")
+        tensors["normed_last"] = tower.norm(blocks[-1])
+    return Result(tensors=tensors)
+
+
+def medm_clip(case: Case) -> Result:
+    """Outputs of every layer of MedM-CLIP, and its contrastive head."""
+    config = case.config
+    tower = MedMClipVision(
+        MedMClipConfig(
+            image_size=[config["frames"], config["image_size"], config["image_size"]],
+            patch_size=[config["frame_patch_size"], config["image_patch_size"], config["image_patch_size"]],
+            num_channels=config["channels"],
+            hidden_size=config["dim"],
+            intermediate_size=config["mlp_dim"],
+            num_hidden_layers=config["depth"],
+            num_attention_heads=config["heads"],
+        )
+    ).eval()
+    tower.load_state_dict(case.weights())
+    volume = case.tensors()["volume"]
+    with torch.no_grad():
+        tensors = {f"layer_output.{n}": layer for n, layer in enumerate(tower.block_outputs(volume))}
+        tensors["medmvl_features"] = tower.features(volume, -1, "default")
+        tensors["clip_head"] = tower.image_embedding(volume)
+    return Result(tensors=tensors)
+
+
+def volume_preprocess(case: Case) -> Result:
+    """Volumes in Hounsfield units for each encoder."""
+    window, tensors = case.config["hu_window"], {}
+    for number, item in enumerate(case.config["items"]):
+        volume = case.tensors()[f"volume.{number}"].numpy()
+        tensors[f"windowed.{number}"] = torch.from_numpy(windowed(volume, window))
+        size = MediumSize(*volume.shape)
+        if item["encoder"] == "siglip":
+            planner = Slices(size=item["image_size"], slices=item["output"][1], window=window)
+            values = np.stack(planner.cut(volume, planner.plan(size)), axis=1)
+            # what is sampled of the result is written in words in the case: channel 0, every second slice
+            tensors[f"sampled.{number}"] = torch.from_numpy(values[:1, ::2])
+        else:
+            kind = "standard" if item["encoder"] == "medmclip" else "minmax"
+            planner = Box(size=item["output"][1:], intensity=kind, window=window)
+            values = planner.cut(volume, planner.plan(size))[0]
+            rows = item["height_and_width_rows"]
+            tensors[f"sampled.{number}"] = torch.from_numpy(values[:, item["depth_rows"]][:, :, rows][..., rows])
+        tensors[f"mean_std.{number}"] = torch.tensor(
+            [values.mean(dtype=np.float64), values.std(dtype=np.float64, ddof=1)]
+        )
+    return Result(tensors=tensors)
+
+
+def volume_preprocess_paper(case: Case) -> Result:
+    """Stored grey volumes as slices."""
+    volume = case.tensors()["volume"][0].numpy()
+    planner = Slices(size=case.config["image_size"], stored="grey")
+    views = planner.cut(volume, planner.plan(MediumSize(*volume.shape)))
+    return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views, axis=1))})
+
+
+def end_to_end(case: Case) -> Result:
+    """Spliced embeddings, labels, mask, logits and loss of a tiny model."""
+    config, inputs = case.config, case.tensors()
+    encoder = dict(config["encoder"])
+    kind = encoder.pop("type")
+    volumetric = kind in ("m3dclip", "medmclip")
+    tower = _m3d(encoder) if kind == "m3dclip" else {"model_type": f"{kind}_vision_model", **encoder}
+    if kind == "siglip":
+        tower["vision_use_head"] = any(".head." in name for name in case.weights())
+    llm = {k: v for k, v in config["llm"].items() if k not in ("type", "qkv_bias")}
+    connector = Published._connector(
+        {"connector_image_type": config["connector_type"], "connector_image_name": config["connector_name"]},
+        "image",
+        encoder,
+    )
+    slices = inputs["image3d"].shape[2] if "image3d" in inputs and not volumetric else 1
+    if volumetric:
+        media = {"volume": {"views": {"type": "volume_box", "size": encoder["img_size"]}}}
+    else:
+        media = {
+            "image": {"views": {"type": "squash", "size": encoder["image_size"]}},
+            "volume": {"views": {"type": "volume_slices", "size": encoder["image_size"], "slices": slices}},
+        }
+    token = llm["vocab_size"]
+    own = LlavakitConfig(
+        text_config={"model_type": config["llm"]["type"], **llm},
+        vision_config=tower,
+        connector=connector,
+        media=media,
+        vision_feature_layer=config["select_layer"],
+        vision_feature_select_strategy="full"
+        if config["select_feature"] == "cls_patch" and kind != "siglip"
+        else "default",
+        image_token_id=token,
+        system="medm-vl",
+    )
+    model = LlavakitForConditionalGeneration(own).eval()
+    rename = rename_with(Published().renames_in(own))
+    model.load_state_dict({rename(name): tensor for name, tensor in case.weights().items()})
+
+    kinds, views = [], []
+    volumes, images = iter(inputs.get("image3d", ())), iter(inputs.get("image", ()))
+    rows, labels = [], []
+    for ids, mask, targets in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True):
+        keep = mask.bool()
+        text = ids[keep].tolist()
+        layouts: list[list[Run]] = []
+        for place in text:
+            if place == VOLUME:
+                volume = next(volumes)
+                kinds.append(2)
+                views += [volume] if volumetric else list(volume.unbind(1))
+                layouts.append(list(model.model.media.layout("volume", MediumSize(slices, 8, 8))))
+            elif place == IMAGE:
+                kinds.append(0)
+                views.append(next(images))
+                layouts.append(list(model.model.media.layout("image", MediumSize(1, 8, 8))))
+        flat = [IMAGE if place == VOLUME else place for place in text]
+        spliced = expand(flat, targets[keep].tolist(), layouts, placeholder=IMAGE, image_token_id=token)
+        limit = config.get("llm_max_length")
+        rows.append(spliced.ids[:limit])
+        labels.append(spliced.labels[:limit])
+    length, left = max(map(len, rows)), config.get("llm_padding_side") == "left"
+
+    def pad(lists: list[list[int]], fill: int) -> Tensor:
+        pads = [[fill] * (length - len(row)) for row in lists]
+        return torch.tensor([p + row if left else row + p for row, p in zip(lists, pads, strict=True)])
+
+    ids, mask, targets = pad(rows, 0), pad([[1] * len(row) for row in rows], 0), pad(labels, IGNORE)
+    media_inputs: dict[str, Any] = {}
+    if kinds:
+        sizes = [(slices if kind == 2 else 1, 8, 8) for kind in kinds]
+        media_inputs = {
+            "pixel_values": views,
+            "visual_sizes": torch.tensor(sizes),
+            "visual_kinds": torch.tensor(kinds),
+        }
+    with torch.no_grad():
+        embeds, _, _ = model.model.embed(ids, attention_mask=mask, **media_inputs)
+        out = model(input_ids=ids, attention_mask=mask, labels=targets, **media_inputs)
+    tensors = {
+        "inputs_embeds": embeds * mask.unsqueeze(-1),
+        "spliced_attention_mask": mask,
+        "spliced_labels": targets,
+        "logits": out.logits,
+        "loss": out.loss.reshape(1),
+    }
+    return Result(tensors=tensors, mask={"logits": mask.bool().unsqueeze(-1)})
+
+
+def ct_rate_accuracy(case: Case) -> Result:
+    """Multiple choice by the letter in brackets."""
+    inputs, items = case.json(), []
+    for row, reply in zip(inputs["answers"], inputs["predictions"], strict=True):
+        found = metrics.choice_in_reply(reply, row["answer"])
+        if found is not None:
+            items.append({"id": row["id"], "answer": found[0], "predict": reply, "correct": found[1]})
+    hits = [item["correct"] for item in items]
+    return Result(json={"per_item": items, "average": {"correct": sum(hits) / len(hits) if hits else 0.0}})
+
+
+def box_iou(case: Case) -> Result:
+    """Boxes of referring expressions."""
+    inputs, resolution = case.json(), case.config["coordinate_resolution"]
+    iou = [metrics.box_iou(a, b, inclusive=True) for a, b in inputs["box_pairs"]]
+    refer = []
+    for row in inputs["refer"]:
+        x, y, width, height = row["bbox_xywh"]
+        box = processors.percent_box(row["prediction"], row["image_size"], resolution)
+        truth = [x, y, x + width, y + height]
+        refer.append(0.0 if box is None else metrics.box_iou(box, truth, inclusive=True))
+    return Result(
+        json={
+            "iou": iou,
+            "refer_iou": refer,
+            "miou": sum(refer) / len(refer),
+            "accuracy_at_0.5": sum(value >= 0.5 for value in refer) / len(refer),
+        }
+    )
+
+
+def text_scores(case: Case) -> Result:
+    """Normalisation, token F1, accuracy and BLEU-1 of answers."""
+    pairs = case.json()
+    normal = [[processors.medical_answer(a), processors.medical_answer(b)] for a, b in pairs]
+
+    def f1(rows: list[list[str]]) -> list[float]:
+        return [metrics.token_scores(a, b)["f1"] for a, b in rows]
+
+    def bleu(rows: list[list[str]], weights: tuple[float, ...] = (1.0,)) -> float:
+        weights = weights + (0.0,) * (4 - len(weights))
+        values = [text_metrics.sentence_bleu(a.split(), [b.split()], weights, epsilon=0.1) for a, b in rows]
+        return sum(values) / len(values)
+
+    raw_f1, normal_f1 = f1(pairs), f1(normal)
+    return Result(
+        json={
+            "normalized": normal,
+            "f1_norm": normal_f1,
+            "f1_no_norm": raw_f1,
+            "mean_f1": {"no_norm": sum(raw_f1) / len(raw_f1), "norm": sum(normal_f1) / len(normal_f1)},
+            "equal_accuracy": sum(a == b for a, b in normal) / len(normal),
+            "containment_accuracy": sum(b in a for a, b in normal) / len(normal),
+            "bleu1": {
+                "nltk_no_norm": bleu(pairs),
+                "nltk_sm_no_norm": bleu(pairs),
+                "nltk_norm": bleu(normal),
+                "nltk_sm_norm": bleu(normal),
+            },
+            "bleu4_smoothed_norm": bleu(normal, (0.25,) * 4),
+        }
+    )
+
+
+ADAPTERS = {
+    "batch_collator": batch_collator,
+    "conversation": conversation,
+    "connector_attn_pooling": connector_attn_pooling,
+    "connector_mlp": connector_mlp,
+    "connector_spatial_pooling": connector_spatial_pooling,
+    "ct_rate_accuracy": ct_rate_accuracy,
+    "end_to_end": end_to_end,
+    "volume_preprocess_paper": volume_preprocess_paper,
+    "volume_preprocess": volume_preprocess,
+    "box_iou": box_iou,
+    "m3d_clip": m3d_clip,
+    "medm_clip": medm_clip,
+    "text_metrics": text_scores,
+}
