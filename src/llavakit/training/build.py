@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
@@ -44,7 +45,7 @@ def checked_config(options: Mapping[str, Any], default_type: str, where: str) ->
             raise RecipeError(f"{where}.{key}: unknown key of a {kind} configuration{nearest(key, known)}")
     try:
         return cls(**options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise RecipeError(f"{where}: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
@@ -83,7 +84,7 @@ def config_of(recipe: Recipe) -> LlavakitConfig:
         MediaSpec(config)
     except UserError as error:
         raise RecipeError(f"parts: {error}") from None
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise RecipeError(f"parts: {str(error).strip().splitlines()[-1].strip()}") from None
     return config
 

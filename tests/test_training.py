@@ -1,0 +1,631 @@
+"""Recipes, what trains, packed and cached training, LoRA, restarts after a kill, several processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_training
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from llavakit.data.collate import Collator
+from llavakit.errors import CheckpointError, RecipeError, UserError
+from llavakit.system import systems
+from llavakit.training.attention import packed_attention, segments_of, switch_on
+from llavakit.training.build import build_meta, build_model, load_checkpoint
+from llavakit.training.dataset import Samples, StageCollator, open_records, plan_batches
+from llavakit.training.features import FeatureCache
+from llavakit.training.lora import prepare
+from llavakit.training.recipe import PartTraining, load_recipe, parse_recipe, scale
+from llavakit.training.run import TrainResult, train
+from llavakit.training.select import Rates, freeze_all_but, optimizer_groups, public_name, trainable_by_part
+
+QUIET = Console(quiet=True)
+MINIMAL = {"model": "somewhere", "stages": [{"name": "a", "train": ["multi_modal_projector"], "learning_rate": 1e-3}]}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_training.write_world(tmp_path_factory.mktemp("squares"))
+
+
+def run(world: Path, out: Path, *overrides: str, **changes: Any) -> TrainResult:
+    raw = tiny_training.recipe(world, output=str(out), **changes)
+    return train(parse_recipe(raw, overrides), console=QUIET)
+
+
+def losses(result: TrainResult, stage: int = 1) -> list[float]:
+    return [entry["loss"] for entry in result.stages[stage].metrics["log"]]
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return load_file(result.final / "model.safetensors")
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("stages.0.learnin_rate=1", "stages.0.learnin_rate: unknown key; did you mean 'learning_rate'?"),
+        ("stages.0.learning_rate=fast", "stages.0.learning_rate: should be a number, not 'fast'"),
+        ("stages.a.batch_size=1.5", "stages.0.batch_size: should be a whole number, not 1.5"),
+        ("stages.0.schedule=cosin", "stages.0.schedule: 'cosin' is not possible; did you mean 'cosine'?"),
+        ("stages.0.epochs=-1", "stages.0.epochs: should be greater than 0, not -1"),
+        ("stages.0.packing=true", "stages.0.packing: needs max_length, the number of tokens in a row"),
+        ("stages.0.train.multi_modal_projector.learning_rat=1", "stages.0.train.multi_modal_projector.learning_rat"),
+        ("stages.0.lora.rank=big", "stages.0.lora.rank: should be a whole number, not 'big'"),
+        ("stages.0.data=[x]", "stages.0.data.0: no source is called 'x'"),
+        ("stages.0.train={}", "stages.0.train: nothing trains"),
+        ("stages.4.epochs=1", "stages.4: there are 1, numbered from 0"),
+        ("stages.b.epochs=1", "stages.b: no item is called 'b'"),
+        ("stags.0.epochs=1", "stags: unknown key; did you mean 'stages'?"),
+        ("report_to=tensorbord", "report_to.0: 'tensorbord' is not possible; did you mean 'tensorboard'?"),
+        ("parts={}", "model: give either `model` (a checkpoint) or `parts` (a new model)"),
+        ("stages.0.name=final", "stages.0.name: 'final' is the folder of the finished model"),
+        ("learning_rate", "learning_rate: not an assignment; write dotted.key=value"),
+    ],
+)
+def test_a_wrong_recipe_gets_one_clear_line(assignment: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(MINIMAL, [assignment])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_every_value() -> None:
+    recipe = parse_recipe(
+        MINIMAL,
+        [
+            "stages.a.learning_rate=1e-4",
+            "stages.0.train.vision_tower=2e-6",
+            "stages.0.train.language_model=false",
+            "data=[first.json]",
+            "data.0.images=pictures",
+            "data.on_bad_record=skip",
+            "stages.0.media.image.views.type=square",
+        ],
+    )
+    stage = recipe.stages[0]
+    assert stage.learning_rate == 1e-4
+    assert stage.train["vision_tower"].learning_rate == 2e-6
+    assert stage.train["language_model"].freeze
+    assert stage.train["multi_modal_projector"] == PartTraining()
+    assert (recipe.data[0].name, recipe.data[0].images, recipe.on_bad_record) == ("first", "pictures", "skip")
+    assert stage.media == {"image": {"views": {"type": "square"}}}
+
+
+def test_recipe_files_report_where_they_are_wrong(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("stages:\n  - name: [\n")
+    with pytest.raises(RecipeError, match=r"broken\.yaml:\d+: not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("- 1\n")
+    with pytest.raises(RecipeError, match="holds a list"):
+        load_recipe(broken)
+
+
+def test_unknown_keys_of_a_part_are_errors(world: Path) -> None:
+    for path, message in (
+        ("parts.text_config.num_hiden_layers=2", "parts.text_config.num_hiden_layers: unknown key"),
+        ("parts.text_config.model_type=lama", "parts.text_config.model_type: transformers has no 'lama'"),
+        ("parts.text_config.hidden_size=wide", "parts.text_config"),
+        ("parts.connector.type=mpl", "unknown connector 'mpl'; did you mean 'mlp'?"),
+        ("parts.media.image.views.type=padd", "unknown view planner 'padd'; did you mean 'pad'?"),
+    ):
+        recipe = parse_recipe(tiny_training.recipe(world), [path])
+        with pytest.raises(RecipeError, match=message.replace(".", r"\.").replace("?", r"\?")):
+            build_meta(recipe)
+
+
+def test_all_published_recipes_build_at_published_scale() -> None:
+    found = {card.slug: card.recipe for card in systems().values() if card.recipe and card.recipe.is_file()}
+    assert "llava-1.5" in found
+    for path in found.values():
+        recipe = load_recipe(path)
+        for stage in recipe.stages:
+            with torch.device("meta"):
+                assert trainable_by_part(prepare(build_meta(recipe), stage))
+
+
+def test_llava_trains_the_published_numbers_of_parameters() -> None:
+    path = systems()["llava-1.5"].recipe
+    recipe = load_recipe(path, ["stages.tune.lora=true", "stages.tune.train={multi_modal_projector: 2e-5}"])
+    with torch.device("meta"):
+        align = trainable_by_part(prepare(build_meta(recipe), recipe.stages[0]))
+        lora = prepare(build_meta(recipe), recipe.stages[1])
+        full = trainable_by_part(prepare(build_meta(recipe), load_recipe(path).stages[1]))
+    assert align == {"multi_modal_projector": 20_979_712}
+    assert trainable_by_part(lora) == {"multi_modal_projector": 20_979_712, "lora": 319_815_680}
+    assert full["language_model"] + full["lm_head"] == 6_738_415_616
+    rates = [group["lr"] for group in optimizer_groups(lora, Rates.of(recipe.stages[1]))]
+    assert rates == [2e-5, 2e-5, 2e-5]  # adapter; connector's weights and biases: the stage's rate is its own
+
+
+def test_a_scaled_recipe_keeps_kinds_and_stages(world: Path) -> None:
+    recipe = load_recipe(systems()["llava-1.5"].recipe)
+    small = scale(recipe, vocab=64, patch_size=8, image_size=tiny_training.SIZE, stages={"max_steps": 2})
+    model = build_meta(small)
+    assert sum(p.numel() for p in model.parameters()) < 300_000
+    assert small.parts.media["image"]["views"] == {"type": "pad", "size": tiny_training.SIZE}
+    assert small.stages[0].media["image"]["views"]["size"] == tiny_training.SIZE
+    assert [stage.name for stage in small.stages] == ["align", "tune"]
+    assert small.stages[1].max_steps == 2
+    assert not small.stages[1].bf16
+
+
+# What trains
+
+
+def test_groups_follow_parts_and_spare_norms_and_biases() -> None:
+    net = tiny.model()
+    train_parts = {"all": PartTraining(), "vision_tower": PartTraining(learning_rate=2e-6)}
+    train_parts["language_model.layers.0"] = PartTraining(freeze=True)
+    freeze_all_but(net, train_parts)
+    groups = optimizer_groups(net, Rates(1e-4, 0.1, train_parts))
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (1e-4, 0.1),
+        (1e-4, 0),
+        (2e-6, 0.1),
+        (2e-6, 0),
+    ]
+    names = [{public_name(name) for name in group["names"]} for group in groups]
+    assert "lm_head.weight" in names[0]
+    assert "language_model.norm.weight" in names[1]
+    assert "multi_modal_projector.linear_1.bias" in names[1]
+    assert not any(name.startswith("language_model.layers.0.") for own in names for name in own)
+    assert all(name.startswith("vision_tower.") for name in names[2] | names[3])
+    decayed = optimizer_groups(net, Rates(1e-4, 0.1, train_parts, decay_rms_norms=True))
+    assert "model.language_model.norm.weight" in decayed[0]["names"]
+    assert any("layer_norm1" in name for name in decayed[3]["names"])
+
+
+def test_an_unknown_part_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"train\.vision_towr: the model has no such part; did you mean"):
+        freeze_all_but(tiny.model(), {"vision_towr": PartTraining()})
+
+
+# Batches
+
+
+def prepared(world: Path, *overrides: str, **options: Any) -> tuple[Any, Samples, Any]:
+    recipe = parse_recipe(tiny_training.recipe(world), overrides)
+    model, processor = build_model(recipe)
+    return model, Samples(open_records(recipe, 1), processor, **options), recipe.stages[1]
+
+
+def test_batches_depend_on_the_seed_alone_and_cover_every_epoch(world: Path) -> None:
+    _, samples, stage = prepared(world, "stages.1.max_steps=null", "stages.1.epochs=2.5")
+    batches = plan_batches(samples, stage, seed=3)
+    assert batches == plan_batches(samples, stage, seed=3) != plan_batches(samples, stage, seed=4)
+    per_epoch = len(samples) // stage.batch_size
+    assert len(batches) == 2.5 * per_epoch
+    epochs = (batches[n * per_epoch : (n + 1) * per_epoch] for n in (0, 1))
+    first, second = ([index for batch in epoch for index in batch] for epoch in epochs)
+    assert sorted(first) == sorted(second) == list(range(len(samples)))
+    assert first != second
+    ranks = [plan_batches(samples, stage, seed=3, world=2, rank=rank) for rank in (0, 1)]
+    assert [batch for pair in zip(*ranks, strict=True) for batch in pair][: len(batches)] == batches
+
+
+def test_packed_batches_hold_every_sample_once_in_few_rows(world: Path) -> None:
+    overrides = ("stages.1.packing=true", "stages.1.max_length=96", "stages.1.batch_size=2", "stages.1.max_steps=null")
+    _, samples, stage = prepared(world, *overrides)
+    batches = plan_batches(samples, stage, seed=0)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(samples)))
+    collate = Collator(0, max_length=96, packing=True)
+    for batch in batches:
+        assert collate([samples[index] for index in batch])["input_ids"].shape[0] <= 2
+
+
+def test_grouped_batches_hold_one_modality(world: Path) -> None:
+    _, samples, stage = prepared(world, "stages.1.group_by_modality=true", "stages.1.batch_size=2")
+    batches = plan_batches(samples, stage, seed=0)
+    mixed = [batch for batch in batches if len({samples.length(index) > 0 for index in batch}) > 1]
+    assert len(mixed) <= 1  # the remainder of both
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_packed_rows_give_the_loss_and_gradients_of_single_samples(world: Path, flat: bool) -> None:
+    model, samples, _ = prepared(world)
+    chosen = [samples[index] for index in range(9)]
+    items = sum(int((sample["labels"] != -100).sum()) for sample in chosen)
+    model.eval()
+    alone = 0.0
+    for sample in chosen:
+        batch = StageCollator(0)([sample])
+        batch.pop("tokens")
+        loss = model(**batch, skip_logits=True, num_items_in_batch=items).loss
+        loss.backward()
+        alone += loss.item()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    batch = StageCollator(0, 128, packing=True, flat=flat)(chosen)
+    assert batch.pop("tokens") == sum(len(sample["input_ids"]) for sample in chosen)
+    if flat:
+        assert batch["input_ids"].shape[0] == 1
+        assert switch_on(model)
+        with packed_attention():
+            segments = segments_of(batch["position_ids"])
+            packed = model(**batch, packed_segments=segments, skip_logits=True, num_items_in_batch=items).loss
+    else:
+        packed = model(**batch, skip_logits=True, num_items_in_batch=items).loss
+    packed.backward()
+    assert packed.item() == pytest.approx(alone, abs=1e-4)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(parameter.grad, wanted[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("decoder", sorted(tiny.DECODERS))
+def test_packed_attention_is_exact_or_stays_off(decoder: str) -> None:
+    net = tiny.model(decoder=decoder)
+    ids = torch.randint(3, 90, (2, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1, 2], [*range(12)]])
+    wanted = net(input_ids=ids, position_ids=positions).logits
+    if switch_on(net):
+        with packed_attention():
+            got = net(input_ids=ids, position_ids=positions, packed_segments=segments_of(positions)).logits
+        assert torch.allclose(got, wanted, atol=1e-5)
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[0] * 3 + [1] * 9, [1] * 12])}
+    unswitched = tiny.model(decoder=decoder)
+    assert torch.allclose(net(**padded).logits[1], unswitched(**padded).logits[1], atol=1e-5)
+
+
+# Features
+
+
+def test_cached_features_train_to_the_same_weights(world: Path, tmp_path: Path) -> None:
+    plain = run(world, tmp_path / "plain")
+    cached = run(world, tmp_path / "cached", "stages.0.cache_features=float32", "stages.1.cache_features=float32")
+    assert losses(plain) == pytest.approx(losses(cached), abs=1e-5)
+    half = run(world, tmp_path / "half", "stages.1.cache_features=true")
+    assert losses(plain) == pytest.approx(losses(half), abs=1e-2)
+
+
+def test_the_cache_finds_media_by_content_and_survives_a_torn_write(world: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(tiny_training.recipe(world))
+    model, processor = build_model(recipe)
+    messages = [record.messages for record in open_records(recipe, 1)]
+    cache = FeatureCache(tmp_path, model, processor, "float32")
+    computed = cache.fill(messages)
+    assert computed == len(cache) == sum(1 for own in messages if any(p["type"] == "image" for p in own[0]["content"]))
+    assert cache.fill(messages) == 0
+    before = cache(messages[0], [], [])[0].clone()
+    lines = cache.index.read_bytes()
+    cache.index.write_bytes(lines[:-7])
+    with cache.data.open("ab") as data:
+        data.write(b"half a number")
+    again = FeatureCache(tmp_path, model, processor, "float32")
+    assert len(again) == computed - 1
+    assert again.fill(messages) == 1
+    assert torch.equal(again(messages[0], [], [])[0], before)
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.class_embedding.add_(1) if hasattr(
+            model.model.vision_tower, "embeddings"
+        ) else model.model.vision_tower.vision_model.embeddings.class_embedding.add_(1)
+    assert len(FeatureCache(tmp_path, model, processor, "float32")) == 0  # other weights, other features
+
+
+def test_features_of_a_training_encoder_are_not_cached(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"stages\.0\.cache_features: an encoder trains"):
+        run(world, tmp_path, "stages.0.cache_features=true", "stages.0.train.vision_tower=true")
+
+
+# Stages
+
+
+def test_stages_leave_loadable_checkpoints_and_are_not_repeated(world: Path, tmp_path: Path) -> None:
+    result = run(world, tmp_path, "stages.1.save_steps=2")
+    model, processor = load_checkpoint(result.final)
+    assert model.config.system == "llava-1.5"
+    assert processor.template == "v1"  # stage 1 had another; that is a matter of its training
+    assert processor.spec.route("image").planner.__class__.__name__ == "Pad"
+    assert not list((tmp_path / "tune").glob("checkpoint-*"))
+    metrics = json.loads((tmp_path / "tune" / "metrics.json").read_text())
+    assert metrics["finished"]
+    assert [entry["step"] for entry in metrics["log"]] == [1, 2, 3, 4, 5, 6]
+    assert metrics["log"][-1]["loss"] < metrics["log"][0]["loss"]
+    assert metrics["trainable"]["multi_modal_projector"] > 0
+    align = load_file(tmp_path / "align" / "final" / "model.safetensors")
+    tune = weights(result)
+    assert all(torch.equal(align[name], tune[name]) for name in align if ".vision_tower." in name)
+    assert not torch.equal(align["lm_head.weight"], tune["lm_head.weight"])
+    began = time.monotonic()
+    again = run(world, tmp_path, "stages.1.save_steps=3")
+    assert [stage.ran for stage in again.stages] == [False, False]
+    assert time.monotonic() - began < 2
+    with pytest.raises(RecipeError, match=r"was made by a recipe with another `stages\.tune`"):
+        run(world, tmp_path, "stages.1.learning_rate=1e-5")
+
+
+def test_accumulation_is_a_bigger_batch(world: Path, tmp_path: Path) -> None:
+    big = run(world, tmp_path / "big")
+    parts = ("stages.1.batch_size=2", "stages.1.accumulation=2", "stages.0.batch_size=2", "stages.0.global_batch=4")
+    small = run(world, tmp_path / "small", *parts)
+    assert losses(big) == pytest.approx(losses(small), abs=1e-5)
+    with pytest.raises(UserError, match=r"stages\.align\.global_batch: 5 is not a multiple of 4 samples x 1 processes"):
+        run(world, tmp_path / "odd", "stages.0.global_batch=5")
+
+
+def test_memory_savers_change_little_or_nothing(world: Path, tmp_path: Path) -> None:
+    plain = losses(run(world, tmp_path / "plain"))
+    packed = ("stages.1.packing=true", "stages.1.max_length=96", "stages.1.batch_size=2")
+    rows = losses(run(world, tmp_path / "rows", *packed))
+    checkpointed = run(world, tmp_path / "checkpointed", "stages.1.gradient_checkpointing=true")
+    assert plain == pytest.approx(losses(checkpointed), abs=1e-6)
+    both = run(world, tmp_path / "both", "stages.1.gradient_checkpointing=true", *packed)
+    assert rows == pytest.approx(losses(both), abs=1e-6)
+    half = run(world, tmp_path / "half", "stages.1.bf16=true")
+    assert plain == pytest.approx(losses(half), abs=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(half).values())
+
+
+def test_schedule_clipping_and_rates_reach_the_optimiser(world: Path, tmp_path: Path) -> None:
+    result = run(
+        world,
+        tmp_path,
+        "stages.1.schedule=linear",
+        "stages.1.warmup=2",
+        "stages.1.clip=0.5",
+        "report_to=tensorboard",
+    )
+    rates = [entry["learning_rate"] for entry in result.stages[1].metrics["log"]]
+    assert rates == pytest.approx([0, 1.5e-3, 3e-3, 2.25e-3, 1.5e-3, 0.75e-3])
+    assert all("grad_norm" in entry for entry in result.stages[1].metrics["log"])
+    assert list((tmp_path / "tune").rglob("events.out.tfevents*"))
+
+
+def test_a_broken_record_stops_or_is_listed(world: Path, tmp_path: Path) -> None:
+    records = json.loads((world / "records.json").read_text())
+    records[3]["image"] = "missing.png"
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    with pytest.raises(UserError, match=r"records\.json:4: .*missing\.png"):
+        run(world, tmp_path / "stop", f"data.0.path={path}", "stages.0.max_steps=6")
+    for extra in ((), ("stages.0.cache_features=true",)):
+        folder = tmp_path / f"skip{len(extra)}"
+        options = (f"data.0.path={path}", "data.on_bad_record=skip", "stages.0.max_steps=6", *extra)
+        result = run(world, folder, *options)
+        assert "missing.png" in json.dumps(result.stages[0].metrics["skipped"])
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_lora_trains_merges_and_leaves_an_adapter(world: Path, tmp_path: Path, quantize: str | None) -> None:
+    pytest.importorskip("peft")
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+    stage = {"rank": 4, "alpha": 8, "quantize": quantize}
+    lora = (f"stages.1.lora={json.dumps(stage)}", "stages.1.train={multi_modal_projector: 1e-3}")
+    result = run(world, tmp_path, *lora)
+    start = load_file(tmp_path / "align" / "final" / "model.safetensors")
+    end = weights(result)
+    assert set(start) == set(end)
+    changed = {name for name in end if not torch.equal(start[name], end[name])}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_1", "linear_2"
+    }  # fmt: skip
+    adapter = load_file(tmp_path / "tune" / "adapter" / "adapter_model.safetensors")
+    name = "language_model.layers.1.mlp.up_proj"
+    down, up = (adapter[f"base_model.model.model.{name}.lora_{which}.weight"] for which in "AB")
+    assert torch.allclose(end[f"model.{name}.weight"], start[f"model.{name}.weight"] + 2 * up @ down, atol=1e-6)
+    connector = "multi_modal_projector.linear_1.weight"
+    assert torch.equal(adapter[f"base_model.model.model.{connector}"], end[f"model.{connector}"])
+
+
+def test_an_adapter_that_is_not_merged_is_what_peft_reads(world: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = ("stages.1.lora={rank: 4, merge: false}", "stages.1.train=[multi_modal_projector]")
+    result = run(world, tmp_path / "apart", *lora)
+    merged = run(world, tmp_path / "merged", *lora, "stages.1.lora.merge=true")
+    base, _ = load_checkpoint(tmp_path / "apart" / "align" / "final")
+    state = peft.PeftModel.from_pretrained(base, result.final).merge_and_unload().state_dict()
+    for name, tensor in weights(merged).items():
+        assert torch.allclose(state[name], tensor, atol=1e-5), name
+
+
+# Restarts
+
+
+def _start(recipe: Path, out: Path) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llavakit.training.run", "peft", "tensorboard"])
+    process = context.Process(target=train, args=(str(recipe), [f"output={out}"]))
+    process.start()
+    return process
+
+
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from llavakit.training.trainer import StageTrainer
+
+    options = ("stages.1.save_steps=2", "stages.1.cache_features=true", "stages.1.accumulation=2")
+    whole = run(world, tmp_path / "whole", *options)
+    step = StageTrainer.training_step
+
+    def stop(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(StageTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, tmp_path / "cut", *options)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "cut" / "tune").glob("checkpoint-*")] == ["checkpoint-4"]
+    load_checkpoint(tmp_path / "cut" / "tune" / "checkpoint-4")
+    rest = run(world, tmp_path / "cut", *options)
+    assert losses(rest) == losses(whole)
+    ours, theirs = weights(whole), weights(rest)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_killed_at_random_moments_training_ends_in_the_same_weights(world: Path, tmp_path: Path, lora: bool) -> None:
+    raw = tiny_training.recipe(world)
+    for stage in raw["stages"]:
+        stage |= {"max_steps": 30, "save_steps": 3, "log_steps": 5, "cache_features": True}
+    raw["stages"][1] |= {"packing": True, "max_length": 96, "batch_size": 2}
+    if lora:
+        raw["stages"][1] |= {"lora": {"rank": 4, "dropout": 0.2}, "train": ["multi_modal_projector"]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(raw))
+    process = _start(recipe, tmp_path / "whole")
+    process.join()
+    assert process.exitcode == 0
+    moment = random.Random(time.time_ns())
+    cut = tmp_path / "cut"
+
+    def made() -> set[Path]:
+        return {*cut.glob("*/checkpoint-*"), *cut.glob("*/.saving-*"), *cut.glob("*/final"), *cut.glob("*/.final*")}
+
+    for _ in range(3):
+        seen = made()
+        process = _start(recipe, cut)
+        while process.is_alive() and made() <= seen:
+            time.sleep(0.002)
+        time.sleep(moment.uniform(0, 0.4))
+        process.kill()
+        process.join()
+    process = _start(recipe, cut)
+    process.join()
+    assert process.exitcode == 0
+    ours, theirs = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert ours == theirs
+    assert not list(cut.glob("*/.saving-*"))
+
+
+_LIMITED = """
+import resource, sys
+from llavakit.errors import CheckpointError
+from llavakit.training.run import train
+import transformers, peft
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    train(sys.argv[1], ["output=" + sys.argv[2]])
+except CheckpointError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(world: Path, tmp_path: Path) -> None:
+    raw = tiny_training.recipe(world)
+    raw["stages"] = [raw["stages"][1] | {"save_steps": 2}]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(raw))
+    out = tmp_path / "out"
+    train(recipe, ["output=" + str(tmp_path / "whole")], console=QUIET)
+    size = (tmp_path / "whole" / "final" / "model.safetensors").stat().st_size
+
+    def limited(limit: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", _LIMITED, str(recipe), str(out), str(limit)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = limited(size + 2000)  # the weights fit, the optimiser's state does not
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert not list(out.glob("tune/checkpoint-*"))
+    done = limited(size - 2000)
+    assert done.returncode == 2, done.stderr
+    assert not (out / "tune" / "final").exists()
+    result = train(recipe, ["output=" + str(out)], console=QUIET)
+    assert all(
+        torch.equal(tensor, weights(result)[name])
+        for name, tensor in load_file(tmp_path / "whole" / "final" / "model.safetensors").items()
+    )
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    saved = torch.save
+
+    def full(value: Any, path: Any, *args: Any) -> None:
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        saved(value, path, *args)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4: could not be written \(No space left on device\); check"):
+        run(world, tmp_path, "stages.1.save_steps=2")
+    assert [path.name for path in (tmp_path / "tune").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list((tmp_path / "tune").glob(".saving-*"))
+
+
+# Several processes
+
+
+def _processes(recipe: Path, count: int, *overrides: str) -> None:
+    code = "import sys; from llavakit.training.run import train; train(sys.argv[1], sys.argv[2:])"
+    port = str(random.randrange(20000, 60000))
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(recipe), *overrides],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.slow
+def test_sharded_processes_have_the_loss_curve_of_one(world: Path, tmp_path: Path) -> None:
+    raw = tiny_training.recipe(world)
+    for stage in raw["stages"]:
+        stage |= {"batch_size": 2, "global_batch": 4, "save_steps": 3, "log_steps": 1, "clip": 1.0}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(raw))
+    one = train(recipe, [f"output={tmp_path / 'one'}"], console=QUIET)
+    sharded = ["stages.0.shard=true", "stages.1.shard=true"]
+    _processes(recipe, 2, f"output={tmp_path / 'two'}", *sharded)
+    for stage in ("align", "tune"):
+        curves = [
+            [entry["loss"] for entry in json.loads((tmp_path / run / stage / "metrics.json").read_text())["log"]]
+            for run in ("one", "two")
+        ]
+        assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    ours, theirs = weights(one), load_file(tmp_path / "two" / "final" / "model.safetensors")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+
+
+def test_accelerate_reads_the_configuration_files() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    assert files
+    for path in files:
+        config = load_config_from_file(str(path))
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert str(config.distributed_type).endswith("FSDP")
+
+
+def test_repeated_layers_are_what_is_sharded() -> None:
+    from llavakit.training.distributed import repeated_blocks
+
+    net = tiny.model()
+    kinds = [type(block).__name__ for block in repeated_blocks(net)]
+    assert kinds == ["CLIPEncoderLayer"] * 3 + ["LlamaDecoderLayer"] * 2
