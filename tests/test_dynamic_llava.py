@@ -21,6 +21,7 @@ from llavakit.systems.dynamic_llava.cache import SelectiveCache
 from llavakit.systems.dynamic_llava.decisions import gumbel_keep, rate_penalty, temperature, top_keep
 from llavakit.systems.dynamic_llava.predictors import ImagePredictor
 from llavakit.systems.dynamic_llava.roles import token_roles
+from llavakit.views.plan import MediumSize
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "dynamic-llava").iterdir())
 OPTIONS = {
@@ -472,6 +473,43 @@ def test_a_lora_step_with_packing_moves_adapters_and_predictors():
         assert any(part in name and not torch.equal(before, after[name]) for name, before in trainable.items())
 
 
+@pytest.mark.parametrize("size", [(1, 32, 32), (1, 40, 90)])
+def test_under_slices_of_another_system(tmp_path, monkeypatch, size):
+    """Sparsification under UHD's slices and separators: forward, backward, cached as uncached, save, load."""
+    views = {"type": "native_slices", "size": tiny.SIZE, "patch": 8, "max_slices": 4}
+    monkeypatch.setitem(tiny.CONNECTORS, "slices", {"type": "spatial_resampler", "queries": 4, "heads": 2})
+    schema = {"type": "spatial_schema", "column_separator": 5, "row_separator": 6}
+    net = tiny.model(
+        text_config=tiny.DECODERS["llama"] | {"num_hidden_layers": 4},
+        connector="slices",
+        media={"image": {"views": views, "arrange": schema}},
+        language_adapter=OPTIONS | {"vision_keep_rate": 0.5},
+    )
+    medium = MediumSize(*size)
+    plan = net.model.media.plan("image", medium)
+    layout = [[[tiny.TOKEN] * run.visual, list(run.ids)] for run in net.model.media.layout("image", medium)]
+    image = [token for run in layout for ids in run for token in ids]
+    ids = torch.tensor([[7, 8, *image, 9, 10, 11, 12, 13, 14, 15]])
+    sample = {
+        "input_ids": ids,
+        "pixel_values": [torch.randn(3, view.height, view.width) for view in plan.views],
+        "visual_sizes": torch.tensor([size]),
+    }
+    output, sums = gradients(net, with_answer(sample, 5))
+    assert torch.isfinite(output.loss)
+    assert min(sums.values()) > 0
+    net.eval()
+    balance(net, net.model.language_adapter.text_predictor)
+    cache = net.model.language_adapter.make_cache()
+    greedy = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached = net.generate(**sample, **greedy, past_key_values=cache)
+    assert torch.equal(cached, net.generate(**sample, **greedy, use_cache=False))
+    dropped = image.count(tiny.TOKEN) - int(image.count(tiny.TOKEN) * 0.5)
+    assert 0 < dropped <= cache.stored()[0][0] - cache.stored()[1][0] < dropped + 8
+    net.save_pretrained(tmp_path)
+    assert torch.equal(type(net).from_pretrained(tmp_path).generate(**sample, **greedy), cached)
+
+
 # Files and errors
 
 
@@ -571,3 +609,69 @@ def test_cost_is_what_the_spec_says():
     }
     for key, value in expected.items():
         assert rows[key] == pytest.approx(value, rel=1e-3), key
+
+
+# As a user meets it
+
+
+def test_the_engine_answers_like_generate():
+    from llavakit.generation import Engine, Request, SamplingParams
+
+    net, _ = build(seed=2)
+    samples = [tiny.prompt(net, layout, seed=number) for number, layout in enumerate(("ttItt", "tttt", "tIttttItt"))]
+    media = ("pixel_values", "visual_sizes", "visual_kinds")
+    requests = [
+        Request(
+            sample["input_ids"][0],
+            **{name: sample[name] for name in media if name in sample},
+            sampling=SamplingParams(max_new_tokens=8, eos_token_ids=()),
+        )
+        for sample in samples
+    ]
+    replies = Engine(net).generate(requests)
+    net.generation_config.eos_token_id = None
+    for sample, reply in zip(samples, replies, strict=True):
+        sample.pop("labels")
+        expected = net.generate(**sample, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert reply.token_ids == expected[0, -8:].tolist()
+
+
+def test_a_recipe_trains_predictors_in_packed_rows(tmp_path):
+    import tiny_training
+    from rich.console import Console
+
+    from llavakit.training.recipe import parse_recipe
+    from llavakit.training.run import train
+
+    tiny_training.write_world(tmp_path)
+    raw = tiny_training.recipe(tmp_path, system="dynamic-llava")
+    options = {"d_model": 8, "nhead": 2, "sparse_layer": 1, "output_text_len_for_training": 3}
+    raw["parts"]["language_adapter"] = OPTIONS | options
+    tune = raw["stages"][1]
+    tune |= {"train": {"language_model": 1e-3, "language_adapter": 1e-2}, "packing": True, "max_length": 128}
+    result = train(parse_recipe(raw), console=Console(quiet=True))
+    assert result.stages[1].metrics["log"][-1]["auxiliary"] > 0
+
+
+def test_the_published_recipe_is_valid_and_builds_the_published_sizes():
+    from llavakit.training.build import build_meta
+    from llavakit.training.recipe import load_recipe
+    from llavakit.training.select import part_of, public_name
+
+    recipe = load_recipe(get_system("dynamic-llava").recipe)
+    model = build_meta(recipe)
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.model.named_children()}
+    assert sizes["language_adapter"] == 8572034 + 2270338
+    rates = recipe.stages[0].train
+    trained = {part_of(public_name(name), rates) for name, _ in model.named_parameters()}
+    assert trained == {None, "language_model", "lm_head", "language_adapter"}
+
+
+@pytest.mark.slow
+def test_the_miniature_tells_learned_from_random_dropping():
+    from llavakit.systems.dynamic_llava.miniature import one_seed
+
+    measured = one_seed(0)
+    assert measured["learned"] >= measured["full"] - 0.03
+    assert measured["random"] <= 0.4
+    assert measured["marks kept"] > 0.95
