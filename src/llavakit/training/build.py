@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 from llavakit.errors import CheckpointError, RecipeError, UserError
+from llavakit.model.checkpoint import read_json
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.convert import build, load_processor, load_tokenizer, local_folder, open_checkpoint
 from llavakit.model.media import MediaSpec
@@ -157,7 +158,8 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
         raise RecipeError(f"{where}: the model has no such part{nearest(part, known)}")
     folder = local_folder(source)
     module = model.model.get_submodule(part)
-    if part == "language_model":
+    own_kind = (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type")
+    if part == "language_model" and own_kind != LlavakitConfig.model_type:
         source_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         _copy(module, source_model.base_model.state_dict(), where)
         head = source_model.get_output_embeddings()
@@ -177,6 +179,9 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
     state = open_checkpoint(folder).state
     prefix = f"model.{part}."
     _copy(module, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}, where)
+    if part == "language_model" and not model.config.tie_word_embeddings:
+        head = {name.removeprefix("lm_head."): state[name] for name in state if name.startswith("lm_head.")}
+        _copy(model.lm_head, head, where)
 
 
 def _copy(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

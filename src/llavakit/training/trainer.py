@@ -32,6 +32,7 @@ from llavakit.training.recipe import LossWeights, Stage
 from llavakit.training.select import Rates, core, optimizer_groups, progress_hooks
 
 PREFIX = "checkpoint-"
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream", "file write failed")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -53,7 +54,7 @@ def clear_write_errors(target: Path, kept: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{target}: could not be written ({reason}); {kept}") from error
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("PytorchStreamWriter", "file write failed", "No space left")):
+        if not any(word in str(error) for word in _TORCH_WRITE_ERRORS):
             raise
         raise CheckpointError(f"{target}: could not be written (the file system refused); {kept}") from error
 
