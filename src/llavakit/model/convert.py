@@ -167,7 +167,11 @@ def save(model_state: Mapping[str, torch.Tensor], config: LlavakitConfig, proces
     with atomic_folder(Path(folder)) as scratch:
         raw = config.to_dict() | {"architectures": [LlavakitForConditionalGeneration.__name__]}
         (scratch / "config.json").write_text(json.dumps(raw, indent=2, default=str) + "\n", encoding="utf-8")
-        names = ((name.replace("_tower.vision_model.", "_tower."), tensor) for name, tensor in model_state.items())
+        names = (
+            (name.replace("_tower.vision_model.", "_tower."), tensor)
+            for name, tensor in model_state.items()
+            if not (config.tie_word_embeddings and name == "lm_head.weight")
+        )
         write_state(scratch, names)
         if processor is not None:
             processor.save_pretrained(scratch)
