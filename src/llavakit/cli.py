@@ -50,6 +50,13 @@ class Form(StrEnum):
     original = "original"
 
 
+class Engine(StrEnum):
+    """What runs the model."""
+
+    native = "native"
+    vllm = "vllm"
+
+
 class OnBadRecord(StrEnum):
     """What to do with a broken record."""
 
@@ -521,6 +528,58 @@ def phantom(
     else:
         counts = ", ".join(f"{count} {name}" for name, count in manifest["counts"].items())
         print(f"{out}: {counts}{' (was there already)' if manifest['reused'] else ''}")
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    engine: Annotated[Engine, typer.Option(help="vllm replaces this process by `vllm serve`.")] = Engine.native,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; default: its folder's name.")] = None,
+    web: Annotated[bool, typer.Option(help="Serve the web app too.")] = True,
+    api_key: Annotated[list[str] | None, typer.Option(help="Key that clients must send; may be repeated.")] = None,
+    origin: Annotated[list[str] | None, typer.Option(help="Origin of a web page that may call the API.")] = None,
+    media_folder: Annotated[list[Path] | None, typer.Option(help="Folder that file:// URLs may name.")] = None,
+    media_network: Annotated[list[str] | None, typer.Option(help="Network to fetch from although not public.")] = None,
+    fetch: Annotated[bool, typer.Option(help="Fetch media by http(s) URL.")] = True,
+    max_batch: Annotated[int, typer.Option(min=1, help="Replies decoded together.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    base: Base = None,
+    vision_tower: Tower = None,
+    extra: Annotated[list[str] | None, typer.Option(help="Argument for `vllm serve`; may be repeated.")] = None,
+) -> None:
+    """Serve a model: OpenAI's API and a web app.
+
+    Media come as data URLs, uploads, or from public addresses; nothing a client names is a path.
+
+    \b
+    Examples:
+      llavakit serve runs/demo/final
+      llavakit serve liuhaotian/llava-v1.5-7b --host 0.0.0.0 --api-key $KEY
+      llavakit serve exported-hf --engine vllm --extra=--tensor-parallel-size=2
+    """
+    from llavakit.serving.run import serve as run_server
+
+    options = _given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, name=name)
+    run_server(
+        model,
+        host=host,
+        port=port,
+        engine=engine.value,
+        web=web,
+        api_keys=tuple(api_key or ()),
+        origins=tuple(origin or ()),
+        media_folders=tuple(media_folder or ()),
+        media_networks=tuple(media_network or ()),
+        fetch=fetch,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        extra=tuple(extra or ()),
+        **options,
+    )
 
 
 @app.command()

@@ -120,11 +120,12 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     """
     measured = run_seeds(lambda seed: one_seed(seed, **budget), seeds, progress)
 
+    mended = measured.arm("attention_slices half").mean
+
     def compare(idea: str, baseline: str, question: str, threshold: float) -> Comparison:
         names = {
             "pooling": "3D encoder, 2 x 2 x 2 pooling",
             "attention": "slices, attention pooling",
-            "attention_slices": "slices, attention pooling, slice embedding",
         }
         return Comparison(
             metric=f"accuracy, {question}",
@@ -139,10 +140,12 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
         paper="compares the two 3D designs; no figure of depth questions is given",
         comparisons=(
             compare("pooling", "attention", "half", 0.2),
-            compare("attention_slices", "attention", "half", 0.2),
             compare("attention", "pooling", "present", -0.1),
         ),
         seeds=tuple(seeds),
         seconds=measured.seconds,
-        notes="The third comparison asks that detection itself is not lost with depth. Chance of `half` is 0.5.",
+        notes=(
+            "The second comparison asks that detection itself is not lost with depth. Chance of `half` is 0.5. With a "
+            f"slice embedding, which the paper does not have, attention pooling reaches {mended:.2f} on `half`."
+        ),
     )
