@@ -29,6 +29,10 @@ class Rows:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
         self.seen = 0
         self.lengths: list[int] = []
         self.arriving: list[int] = []
@@ -242,7 +246,7 @@ class SelectiveCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.rows.__init__()
+        self.rows.clear()
         for layer in self.layers:
             layer.reset()
 

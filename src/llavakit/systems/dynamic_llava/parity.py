@@ -214,18 +214,10 @@ def tiny_model(case: Case) -> LlavakitForConditionalGeneration:
     raw = {**case.config["llm"], "sparse_config": case.config["sparse_config"], "attn_implementation": "sdpa"}
     layout = _CaseLayout(case.config["vision"])
     config = layout.read_config(raw, {})
-    config.image_token_id = unused_id(case, config.text_config.vocab_size)
     weights = case.weights()
     state = LazyState({name: functools.partial(weights.get, name) for name in weights}, {})
     state = layout.drop_unused(config, state.renamed(rename_with(layout.renames_in())))
     return build(Checkpoint(case.path, layout.system, config, state))
-
-
-def unused_id(case: Case, vocabulary: int) -> int:
-    """An id that the case never feeds, as placeholder: published vocabularies have no image token."""
-    chunks = [case.tensors()["input_ids"].flatten().tolist(), case.config.get("fed_tokens", [])]
-    used = set().union(*chunks, *case.config.get("chunks", []))
-    return next((token for token in range(vocabulary) if token not in used), vocabulary)
 
 
 def image_tokens(case: Case) -> int:
