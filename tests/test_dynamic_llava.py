@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from llavakit.errors import UserError
@@ -636,21 +636,32 @@ def test_the_engine_answers_like_generate():
         assert reply.token_ids == expected[0, -8:].tolist()
 
 
-def test_a_recipe_trains_predictors_in_packed_rows(tmp_path):
+def test_a_recipe_continues_a_plain_model_in_packed_rows(tmp_path):
     import tiny_training
     from rich.console import Console
 
+    from llavakit.training.build import build_model
     from llavakit.training.recipe import parse_recipe
     from llavakit.training.run import train
 
+    quiet = Console(quiet=True)
     tiny_training.write_world(tmp_path)
+    raw = tiny_training.recipe(tmp_path, output=str(tmp_path / "plain"))
+    raw["stages"] = [raw["stages"][1] | {"max_steps": 1}]
+    plain = str(train(parse_recipe(raw), console=quiet).final)
+
     raw = tiny_training.recipe(tmp_path, system="dynamic-llava")
     options = {"d_model": 8, "nhead": 2, "sparse_layer": 1, "output_text_len_for_training": 3}
-    raw["parts"]["language_adapter"] = OPTIONS | options
-    tune = raw["stages"][1]
-    tune |= {"train": {"language_model": 1e-3, "language_adapter": 1e-2}, "packing": True, "max_length": 128}
-    result = train(parse_recipe(raw), console=Console(quiet=True))
-    assert result.stages[1].metrics["log"][-1]["auxiliary"] > 0
+    raw["parts"] |= {"language_adapter": OPTIONS | options, "tokenizer": plain}
+    raw["parts"]["init"] = dict.fromkeys(("vision_tower", "multi_modal_projector", "language_model"), plain)
+    tune = raw["stages"][1] | {"packing": True, "max_length": 128, "max_steps": 3}
+    raw["stages"] = [tune | {"train": {"language_model": 1e-3, "lm_head": 1e-3, "language_adapter": 1e-2}}]
+    recipe = parse_recipe(raw)
+    started = build_model(recipe)[0].state_dict()
+    for name, tensor in load_file(f"{plain}/model.safetensors").items():
+        assert torch.equal(started[name], tensor), name
+    result = train(recipe, console=quiet)
+    assert result.stages[0].metrics["log"][-1]["auxiliary"] > 0
 
 
 def test_the_published_recipe_is_valid_and_builds_the_published_sizes():
