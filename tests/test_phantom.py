@@ -95,11 +95,9 @@ def thorax_questions(difficulty, count):
     for index in range(count):
         findings, _ = chest_of(2, index, difficulty)
         rng = generator(2, index, "questions")
-        yield from report.ask(rng, findings, world.types, world.kinds, world.setting.prevalence)
+        yield from report.ask(rng, findings, world.types, world.kinds, world.setting)
         if difficulty == "full":
-            yield from report.ask(
-                rng, findings, report.VOLUME_TYPES, world.kinds, world.setting.prevalence, picture="scan"
-            )
+            yield from report.ask(rng, findings, report.VOLUME_TYPES, world.kinds, world.setting, picture="scan")
 
 
 def scene_questions(options, count):
@@ -153,7 +151,7 @@ def test_no_answer_can_be_read_from_the_dialogue_about_a_chest():
         findings, _ = chest_of(6, index)
         world = Thorax()
         seen = defaultdict(list)
-        questions = report.ask(generator(6, index, "q"), findings, world.types, world.kinds, world.setting.prevalence)
+        questions = report.ask(generator(6, index, "q"), findings, world.types, world.kinds, world.setting)
         for question in questions:
             kind = next((n for n in report.NAMES.values() if n in question.text), "cardiomegaly")
             seen[kind].append(rank.get(question.type, 2))

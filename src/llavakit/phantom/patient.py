@@ -65,10 +65,12 @@ class Setting:
 
     Attributes:
         prevalence: Share of the patients who have a finding of each kind, by kind; at most one half, see `base.thin`.
+        one_sided: Whether all findings of a patient lie in the same lung, so that naming the side takes no search.
         nodule, consolidation, effusion, pneumothorax: (low, high) of `Finding.extent`, by size where there are two.
     """
 
     prevalence: dict[str, float]
+    one_sided: bool
 
     nodule: dict[str, tuple[float, float]]
     consolidation: tuple[float, float]
@@ -78,6 +80,7 @@ class Setting:
 
 _FULL = Setting(
     prevalence={"cardiomegaly": 0.5, "nodule": 0.4, "consolidation": 0.4, "effusion": 0.4, "pneumothorax": 0.35},
+    one_sided=False,
     nodule={"small": (2.0, 2.6), "large": (9.0, 14.0)},
     consolidation=(20.0, 30.0),
     effusion={"small": (-14.0, -6.0), "large": (28.0, 55.0)},
@@ -85,6 +88,7 @@ _FULL = Setting(
 )
 _EASY = Setting(
     prevalence=dict.fromkeys(KINDS, 0.5),
+    one_sided=True,
     nodule={"small": (9.0, 10.0), "large": (15.0, 17.0)},
     consolidation=(26.0, 32.0),
     effusion={"small": (0.0, 8.0), "large": (50.0, 65.0)},
@@ -98,20 +102,21 @@ def draw_findings(
 ) -> list[Finding]:
     """Which findings of these kinds a patient has; places and extents are filled in by `build_chest`."""
     found: list[Finding] = []
+    same_side = pick(rng, anatomy.SIDES) if setting.one_sided else None
     for kind in kinds:
         if rng.random() >= setting.prevalence[kind]:
             continue
         if kind == "cardiomegaly":
             found.append(Finding(kind))
-        elif kind == "nodule":
-            found += [
-                Finding(kind, pick(rng, anatomy.SIDES), pick(rng, ZONES), pick(rng, SIZES), pick(rng, DEPTHS))
-                for _ in range(1 + int(rng.integers(most_nodules)))
-            ]
-        elif kind == "consolidation":
-            found.append(Finding(kind, pick(rng, anatomy.SIDES), pick(rng, ZONES)))
-        else:
-            found.append(Finding(kind, pick(rng, anatomy.SIDES), size=pick(rng, SIZES)))
+            continue
+        for _ in range(1 + int(rng.integers(most_nodules)) if kind == "nodule" else 1):
+            side = same_side or pick(rng, anatomy.SIDES)
+            if kind == "nodule":
+                found.append(Finding(kind, side, pick(rng, ZONES), pick(rng, SIZES), pick(rng, DEPTHS)))
+            elif kind == "consolidation":
+                found.append(Finding(kind, side, pick(rng, ZONES)))
+            else:
+                found.append(Finding(kind, side, size=pick(rng, SIZES)))
     return found
 
 
@@ -169,7 +174,7 @@ def _place(rng: np.random.Generator, chest: Chest, finding: Finding, setting: Se
     )
     finding = replace(finding, extent=float(rng.uniform(low, high)))
     if finding.kind in ("consolidation", "nodule"):
-        finding = _find_room(rng, chest, finding)
+        finding = _find_room(rng, chest, finding, setting)
     _insert(chest, finding)
     return finding
 
@@ -216,16 +221,17 @@ def _spot(rng: np.random.Generator, lung: Lung, finding: Finding) -> tuple[float
     return x, y, z
 
 
-def _find_room(rng: np.random.Generator, chest: Chest, finding: Finding) -> Finding:
+def _find_room(rng: np.random.Generator, chest: Chest, finding: Finding, setting: Setting) -> Finding:
     """A nodule or consolidation in aerated lung, apart from all else.
 
     If its zone has no room, it moves to the other side, and if there is none either, to another zone.
     """
     for attempt in range(480):
-        if attempt and attempt % 80 == 0:
-            finding = replace(finding, zone=pick(rng, ZONES))
         if attempt and attempt % 40 == 0:
-            finding = replace(finding, side="left" if finding.side == "right" else "right")
+            if attempt % 80 == 0 or setting.one_sided:
+                finding = replace(finding, zone=pick(rng, ZONES))
+            if not setting.one_sided:
+                finding = replace(finding, side="left" if finding.side == "right" else "right")
         center = _spot(rng, chest.lungs[finding.side], finding)
         if _is_free(chest, chest.lungs[finding.side], finding, center):
             break

@@ -6,7 +6,7 @@ import numpy as np
 
 from llavakit.phantom import anatomy, words
 from llavakit.phantom.base import Question, thin
-from llavakit.phantom.patient import CHANGES, DEPTHS, SIZES, ZONES, Finding
+from llavakit.phantom.patient import CHANGES, DEPTHS, SIZES, ZONES, Finding, Setting
 
 NAMES = {
     "cardiomegaly": "cardiomegaly",
@@ -91,7 +91,7 @@ def ask(
     findings: list[Finding],
     types: tuple[str, ...],
     kinds: tuple[str, ...],
-    prevalence: dict[str, float],
+    setting: Setting,
     *,
     picture: str = "radiograph",
 ) -> list[Question]:
@@ -103,7 +103,7 @@ def ask(
     Args:
         types: Which types to ask, of `TYPES`.
         kinds: Findings that occur in this world.
-        prevalence: How frequent each kind is.
+        setting: How frequent each kind is.
         picture: "radiograph" or "scan".
     """
     about: list[tuple[str, Question]] = []
@@ -112,10 +112,13 @@ def ask(
         details = [(kind, question) for question in _details(rng, kind, found, types)]
         # Whether a kind has details depends on the types alone, so yes and no stay equally likely.
         share = 0.5 if kind != "cardiomegaly" and set(types) - {"presence"} else 1.0
-        if "presence" in types and rng.random() < share and thin(rng, bool(found), prevalence[kind]):
+        if "presence" in types and rng.random() < share and thin(rng, bool(found), setting.prevalence[kind]):
             about.append((kind, presence_question(kind, bool(found), picture)))
         about += details
     about = [about[i] for i in rng.permutation(len(about))]
+    if setting.one_sided:
+        sides = [entry for entry in about if entry[1].type == "side"]
+        about = [entry for entry in about if entry not in sides[1:]]
     # A question about the nodule gives away that there is one, and that there are no more.
     for type_ in ("count", "presence"):
         for place, (kind, question) in enumerate(about):

@@ -54,10 +54,10 @@ class Scene(World):
     Args:
         size: Pixels of a square canvas; other canvases have about the same area.
         aspect: Width divided by height, 0.2 to 5; or "mixed": a different one for every scene.
-        difficulty: "full", or "easy": four shapes, six colours, no words, no relations; learnable by a tiny model at
-            24 to 48 pixels.
+        difficulty: "full", or "easy": one or two of four shapes in six colours, no words, no relations; learnable by
+            a tiny model at 24 to 48 pixels.
         types: Question types about the picture, of `IMAGE_TYPES`; None for those of the difficulty.
-        most: Largest number of objects, 1 to 6; None for 4, or 3 if easy.
+        most: Largest number of objects, 1 to 6; None for 4, or 2 if easy.
         scale: Size of an object as a share of its cell, 0.1 to 0.95.
         pairs: Add an item with a second, altered picture and questions that compare the two.
         videos: Add an item with a clip and questions about motion and order.
@@ -65,7 +65,7 @@ class Scene(World):
     """
 
     name = "scene"
-    version = 1
+    version = 2
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Scene(World):
         self.types = select_types(types, IMAGE_TYPES, EASY_TYPES if easy else IMAGE_TYPES)
         self.shapes = EASY_SHAPES if easy else SHAPES
         self.colours = EASY_COLOURS if easy else tuple(COLOURS)
-        self.most = int(check_range("most", most or (3 if easy else 4), 1, 6))
+        self.most = int(check_range("most", most or (2 if easy else 4), 1, 6))
         self.scale = check_range("scale", scale, 0.1, 0.95)
         self.pairs = pairs
         self.videos = videos

@@ -71,8 +71,8 @@ class Thorax(World):
 
     Args:
         size: Pixels along each side of the radiograph.
-        difficulty: "full", or "easy": larger findings, no nodules, no counting; learnable by a tiny model at 32 to
-            64 pixels.
+        difficulty: "full", or "easy": larger findings, all in one lung, no nodules, no counting; learnable by a tiny
+            model at 32 to 64 pixels.
         types: Question types about the radiograph, of `IMAGE_TYPES`; None for those of the difficulty.
         findings: Kinds of findings that occur, of `KINDS`; None for those of the difficulty.
         volumes: Add an item with the CT volume and a question that only depth answers.
@@ -83,7 +83,7 @@ class Thorax(World):
     """
 
     name = "thorax"
-    version = 1
+    version = 2
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Thorax(World):
                 id=case_id,
                 kind="image",
                 media=(image,),
-                questions=ask(asking, findings, self.types, self.kinds, self.setting.prevalence),
+                questions=ask(asking, findings, self.types, self.kinds, self.setting),
                 caption=report["findings"],
                 caption_prompt=_DESCRIBE,
                 boxes=[Box(f.kind, _box_name(f, findings), xyxy) for f, xyxy in find_boxes(chest, findings)],
@@ -156,7 +156,7 @@ class Thorax(World):
         self, case_id: str, chest: Chest, findings: list[Finding], rng: np.random.Generator, report: dict[str, str]
     ) -> Item:
         hounsfield, spacing = anatomy.volume(chest, (self.grid, self.grid, self.grid))
-        questions = ask(rng, findings, VOLUME_TYPES, self.kinds, self.setting.prevalence, picture="scan")
+        questions = ask(rng, findings, VOLUME_TYPES, self.kinds, self.setting, picture="scan")
         return Item(
             id=f"{case_id}-ct",
             kind="volume",
