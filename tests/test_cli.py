@@ -27,6 +27,7 @@ COMMANDS = [
     "cost",
     "reproduce",
     "phantom",
+    "serve",
     "doctor",
 ]
 

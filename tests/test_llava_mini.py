@@ -737,8 +737,8 @@ def test_packed_rows_train_like_padded_ones():
 
 def test_lora_trains_a_packed_step():
     pytest.importorskip("peft")
+    from llavakit.training.lora import prepare
     from llavakit.training.recipe import parse_recipe
-    from llavakit.training.select import prepare
 
     recipe = parse_recipe(
         {

@@ -522,8 +522,9 @@ def test_time_instruction_stands_between_video_and_question():
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_step_trains_what_it_should(chat, lora, packing):
+    from llavakit.training.lora import prepare
     from llavakit.training.recipe import parse_recipe
-    from llavakit.training.select import Rates, optimizer_groups, prepare
+    from llavakit.training.select import Rates, optimizer_groups
 
     train = {"multi_modal_projector": True, "image_newline": True}
     if not lora:

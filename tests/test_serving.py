@@ -182,10 +182,10 @@ def test_errors_name_the_field(server, body, param, words):
         assert (error["param"] or "").startswith(param)
 
 
-def test_broken_json_and_oversize_bodies(chat):
+def test_broken_json_and_oversize_bodies():
     import httpx
 
-    running = Running(chat, Settings(names=("tiny",), body_bytes=20_000))
+    running = Running(small_chat(), Settings(names=("tiny",), body_bytes=20_000))
     try:
         url = f"{running.url}/v1/chat/completions"
         broken = httpx.post(url, content=b"{nonsense", headers={"content-type": "application/json"})
@@ -203,8 +203,8 @@ def test_broken_json_and_oversize_bodies(chat):
         running.stop()
 
 
-def test_api_keys_are_asked_for(chat):
-    running = Running(chat, Settings(names=("tiny",), api_keys=("right", "other")))
+def test_api_keys_are_asked_for():
+    running = Running(small_chat(), Settings(names=("tiny",), api_keys=("right", "other")))
     try:
         with pytest.raises(openai.AuthenticationError):
             running.client("wrong").models.list()
@@ -213,12 +213,12 @@ def test_api_keys_are_asked_for(chat):
         running.stop()
 
 
-def test_a_full_queue_answers_429(chat):
+def test_a_full_queue_answers_429():
     import httpx
 
-    running = Running(chat, Settings(names=("tiny",), max_queue=0))
+    running = Running(small_chat(), Settings(names=("tiny",), max_queue=0))
     try:
-        running.app.state.service.active = chat.engine.max_batch
+        running.app.state.service.active = running.app.state.service.chat.engine.max_batch
         response = httpx.post(f"{running.url}/v1/chat/completions", json={"model": "tiny", "messages": ask()})
         assert response.status_code == 429
         assert response.headers["retry-after"] == "1"
@@ -367,15 +367,15 @@ def test_hostile_servers_end_in_a_clear_error(server, hostile, path, status, wor
         "gopher://127.0.0.1/x",
     ],
 )
-def test_addresses_that_are_not_public_are_refused(chat, strict, url):
+def test_addresses_that_are_not_public_are_refused(strict, url):
     found, message = refusal(strict, url)
     assert found == 400
     assert any(words in message for words in ("not a public address", "user names", "cannot be read", "is unknown"))
 
 
 @pytest.fixture(scope="module")
-def strict(chat):
-    running = Running(chat, Settings(names=("tiny",)))
+def strict():
+    running = Running(small_chat(), Settings(names=("tiny",)))
     yield running
     running.stop()
 

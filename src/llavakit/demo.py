@@ -34,9 +34,9 @@ from llavakit.training.run import TrainResult, train
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
-SIDE, PATCH, WIDTH = 48, 16, 64
+SIDE, PATCH, WIDTH = 48, 16, 96
 WORLDS = {
-    "scene": {"types": "colour,count,row,column", "most": 2},
+    "scene": {"types": "colour,shape,count", "most": 2},
     "thorax": {"types": "presence,side"},
 }
 SEEN = (
@@ -57,11 +57,11 @@ class Budget:
         questions: Held-out questions that are asked.
     """
 
-    cases: int = 5000
-    tower_steps: int = 500
+    cases: int = 3000
+    tower_steps: int = 1000
     caption_epochs: float = 2.0
     align_epochs: float = 1.0
-    tune_epochs: float = 5.0
+    tune_epochs: float = 6.0
     questions: int = 600
 
 

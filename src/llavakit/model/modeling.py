@@ -530,6 +530,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         table = names[id(self.get_input_embeddings())]
         self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"} if config.tie_word_embeddings else {}
         self.post_init()
+        if config.image_token_id < text.vocab_size:  # a placeholder in a reply would ask for visual tokens
+            self.generation_config.suppress_tokens = [config.image_token_id]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
