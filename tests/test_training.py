@@ -292,10 +292,9 @@ def test_packed_attention_is_exact_or_stays_off(decoder: str) -> None:
 
 def test_cached_features_train_to_the_same_weights(world: Path, tmp_path: Path) -> None:
     plain = run(world, tmp_path / "plain")
-    cached = run(world, tmp_path / "cached", "stages.0.cache_features=float32", "stages.1.cache_features=float32")
-    assert losses(plain) == pytest.approx(losses(cached), abs=1e-5)
-    half = run(world, tmp_path / "half", "stages.1.cache_features=true")
-    assert losses(plain) == pytest.approx(losses(half), abs=1e-2)
+    cached = run(world, tmp_path / "cached", "stages.0.cache_features=float32", "stages.1.cache_features=true")
+    assert losses(plain, 0) == pytest.approx(losses(cached, 0), abs=1e-5)
+    assert losses(plain) == pytest.approx(losses(cached), abs=1e-2)  # kept in 16 bit
 
 
 def test_the_cache_finds_media_by_content_and_survives_a_torn_write(world: Path, tmp_path: Path) -> None:
@@ -574,11 +573,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(world: Path, tm
 # Several processes
 
 
-def _processes(recipe: Path, count: int, *overrides: str) -> None:
+def _launch(recipe: Path, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
     code = "import sys; from llavakit.training.run import train; train(sys.argv[1], sys.argv[2:])"
     port = str(random.randrange(20000, 60000))
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    running = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", code, str(recipe), *overrides],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -587,21 +586,31 @@ def _processes(recipe: Path, count: int, *overrides: str) -> None:
         )
         for rank in range(count)
     ]
-    for process in running:
+
+
+def _finish(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors[-3000:]
 
 
 @pytest.mark.slow
-def test_sharded_processes_have_the_loss_curve_of_one(world: Path, tmp_path: Path) -> None:
+def test_sharded_processes_have_the_loss_curve_of_one_and_survive_a_kill(world: Path, tmp_path: Path) -> None:
     raw = tiny_training.recipe(world)
-    for stage in raw["stages"]:
-        stage |= {"batch_size": 2, "global_batch": 4, "save_steps": 3, "log_steps": 1, "clip": 1.0}
+    for stage in raw["stages"]:  # one sample a step and process: some steps are text alone in one of them
+        stage |= {"batch_size": 1, "global_batch": 4, "save_steps": 2, "log_steps": 1, "clip": 1.0}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(raw))
     one = train(recipe, [f"output={tmp_path / 'one'}"], console=QUIET)
-    sharded = ["stages.0.shard=true", "stages.1.shard=true"]
-    _processes(recipe, 2, f"output={tmp_path / 'two'}", *sharded)
+    two = [f"output={tmp_path / 'two'}", "stages.0.shard=true", "stages.1.shard=true"]
+    processes = _launch(recipe, 2, *two)
+    while not (tmp_path / "two" / "tune" / "checkpoint-2").exists() and processes[0].poll() is None:
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "two" / "tune" / "final").exists()
+    _finish(_launch(recipe, 2, *two))
     for stage in ("align", "tune"):
         curves = [
             [entry["loss"] for entry in json.loads((tmp_path / run / stage / "metrics.json").read_text())["log"]]

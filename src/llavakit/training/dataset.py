@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from llavakit.connectors.base import tokens_in
 from llavakit.data.collate import Collator
 from llavakit.data.dataset import SampleDataset
 from llavakit.data.mixing import generator_of
@@ -22,8 +23,12 @@ from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import first_fit_decreasing
 from llavakit.data.sampler import length_grouped, modality_grouped
 from llavakit.errors import UserError
+from llavakit.model.media import KINDS
+from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.splice import IGNORE
 from llavakit.training.recipe import Recipe, Stage
+from llavakit.views.plan import MediumSize
 
 MEMORY = 512 * 1024**2
 PACKING_WINDOW = 2048  # samples that are packed together: enough for full rows, few enough to stay fast
@@ -212,6 +217,7 @@ class StageCollator:
         features: Whether the samples hold encoder features instead of pixels.
         flat: Lay a packed batch into one row that is exactly as long as its samples, without any padding; for
             attention that computes samples one by one (`training.attention`).
+        stand_ins: Samples by route, see `stand_ins`; a batch gets those of the routes that it does not use.
     """
 
     def __init__(
@@ -222,14 +228,63 @@ class StageCollator:
         packing: bool = False,
         features: bool = False,
         flat: bool = False,
+        stand_ins: Mapping[tuple[int, ...], Mapping[str, Any]] | None = None,
     ) -> None:
         self.pad_token_id, self.features, self.flat = pad_token_id, features, flat
+        self.stand_ins = dict(stand_ins or {})
         self.collator = Collator(pad_token_id, max_length=max_length, packing=packing)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokens = sum(len(sample["input_ids"]) for sample in samples)
-        collator = Collator(self.pad_token_id, max_length=tokens, packing=True) if self.flat else self.collator
+        used = {kind for sample in samples for kind in sample["visual_kinds"]}
+        samples = [*samples, *(own for kinds, own in self.stand_ins.items() if not used.intersection(kinds))]
+        length = sum(len(sample["input_ids"]) for sample in samples)
+        collator = Collator(self.pad_token_id, max_length=length, packing=True) if self.flat else self.collator
         batch = collator(samples) | {"tokens": tokens}
         if self.features and "pixel_values" in batch:
             batch["features"] = batch.pop("pixel_values")
         return batch
+
+
+def stand_ins(
+    model: LlavakitForConditionalGeneration, *, features: bool = False
+) -> dict[tuple[int, ...], dict[str, Any]]:
+    """Samples without labels that make every encoder and connector take part in a batch.
+
+    Processes that share a sharded model must gather the same layers in every step. A batch that does not use one of
+    the routes (text alone, or images without videos) therefore gets a blank medium that nothing is learned from.
+
+    Args:
+        features: Whether samples hold encoder features instead of pixels.
+
+    Returns:
+        Samples by the kinds of media (indices into `KINDS`) that go the same way.
+    """
+    spec = model.model.media
+    routes: dict[tuple[str, str], list[str]] = {}
+    for kind, route in spec.routes.items():
+        routes.setdefault((route.tower, route.connector), []).append(kind)
+    samples = {}
+    for (tower, _), kinds in routes.items():
+        kind = kinds[0]
+        config, layer, _ = model.config.tower_config(tower)
+        size = MediumSize(1, config.image_size, config.image_size)
+        plan, route = spec.plan(kind, size), spec.route(kind)
+        ids = [i for run in spec.layout(kind, size) for i in [model.config.image_token_id] * run.visual + list(run.ids)]
+        if features:
+            width = route.geometry.width * (1 if isinstance(layer, int) else len(layer))
+            views = [torch.zeros(tokens_in(grid), width) for grid in route.feature_grids(plan)]
+        else:
+            channels = getattr(config, "num_channels", 3)
+            views = [
+                torch.zeros(channels, *((view.depth,) if view.depth > 1 else ()), view.height, view.width)
+                for view in plan.views
+            ]
+        samples[tuple(KINDS.index(kind) for kind in kinds)] = {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.full((len(ids),), IGNORE),
+            "pixel_values": views,
+            "visual_sizes": [size],
+            "visual_kinds": [KINDS.index(kind)],
+        }
+    return samples

@@ -102,19 +102,6 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
 
 
-def untouched(model: nn.Module) -> Tensor:
-    """Zero, with a gradient path to connectors and encoders that a text-only batch does not use.
-
-    Processes whose batches differ in this must still take part in the same exchange of gradients.
-    """
-    names = ["multi_modal_projector", *model.config.extra_connectors, "vision_tower", *model.config.extra_towers]
-    terms = [p.sum() * 0 for name in names for p in getattr(model.model, name).parameters() if p.requires_grad]
-    newline = model.model.image_newline
-    if newline is not None and newline.requires_grad:
-        terms.append(newline.sum() * 0)
-    return sum(terms, torch.zeros((), device=model.device))
-
-
 class Sharded(nn.Module):
     """A sharded model as the trainer holds it: another object than the model, so that nobody wraps it in DDP."""
 

@@ -42,12 +42,12 @@ from llavakit.model.processing import LlavakitProcessor, architecture_of
 from llavakit.training import distributed
 from llavakit.training.attention import switch_on
 from llavakit.training.build import build_model, load_checkpoint, merged_media
-from llavakit.training.dataset import Samples, StageCollator, global_batch, open_records, plan_batches
+from llavakit.training.dataset import Samples, StageCollator, global_batch, open_records, plan_batches, stand_ins
 from llavakit.training.features import FeatureCache, cacheable
 from llavakit.training.lora import merged_state, prepare, save_adapter
 from llavakit.training.recipe import Recipe, Stage, load_recipe
 from llavakit.training.report import Bar, Metrics
-from llavakit.training.select import trainable_by_part
+from llavakit.training.select import part_of, public_name, trainable_by_part
 from llavakit.training.trainer import StageTrainer, checkpoints, clear_write_errors
 
 STAMP = "training.json"
@@ -254,6 +254,7 @@ class StageRun:
             packing=stage.packing,
             features=samples.features is not None,
             flat=packed_attention,
+            stand_ins=self._stand_ins(base, model, samples),
         )
         trainer = StageTrainer(
             model,
@@ -341,6 +342,14 @@ class StageRun:
         if cache is not None:
             self._fill(cache, samples)
         return samples
+
+    def _stand_ins(self, base: LlavakitForConditionalGeneration, model: nn.Module, samples: Samples) -> dict[Any, Any]:
+        """Blank media for batches without any: where processes share layers, or where text alone trains nothing."""
+        text = ("language_model", "lm_head", "language_adapter")
+        trains_text = any(p.requires_grad and part_of(public_name(n), text) for n, p in model.named_parameters())
+        if distributed.world_size() == 1 and trains_text:
+            return {}
+        return stand_ins(base, features=samples.features is not None)
 
     def _fill(self, cache: FeatureCache, samples: Samples) -> None:
         if _is_main():

@@ -63,7 +63,7 @@ class StageTrainer(Trainer):
     """Trains one stage.
 
     Args:
-        model: Prepared by `select.prepare`, perhaps sharded by `distributed.shard`.
+        model: Prepared by `lora.prepare`, perhaps sharded by `distributed.shard`.
         args: See `training_arguments`.
         stage: The stage.
         samples: What to learn from.
@@ -167,11 +167,8 @@ class StageTrainer(Trainer):
         else:
             outputs = model(**inputs)
         loss = self._weighted(outputs.loss, outputs.aux_loss, self.stage.loss_weights)
-        world = self.args.world_size
-        if world > 1:
-            if "pixel_values" not in inputs and "visuals" not in inputs:
-                loss = loss + distributed.untouched(self.net)
-            loss = loss * world  # gradients are averaged over processes, the denominator already counts all of them
+        # gradients are averaged over processes, but the denominator counts all of them already
+        loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     def _weighted(self, loss: Tensor, auxiliary: Tensor | None, weights: LossWeights) -> Tensor:
