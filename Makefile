@@ -6,7 +6,7 @@
 
 VENV     ?= .venv
 PIP_ARGS ?=
-EXTRAS   ?= train,medical,eval,dev
+EXTRAS   ?= train,serve,medical,eval,dev
 ARGS     ?=
 
 OLDEST_TRANSFORMERS ?= 5.17.0
@@ -21,7 +21,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-oldest test-transformers-mixins test-vllm lint bench clean
+.PHONY: help install demo serve test test-slow test-oldest test-transformers-mixins test-vllm lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ install: $(STAMP)  ## the environment alone
 
 demo: $(STAMP)  ## train a tiny LLaVA-1.5 through both stages, evaluate it, write report.html
 	$(BIN)/python -m llavakit.demo $(ARGS)
+
+serve: $(STAMP)  ## the demo's model as an API and a web app on http://localhost:8000
+	@test -d runs/demo/final || { echo "runs/demo/final is missing; run make demo first" >&2; exit 2; }
+	$(BIN)/llavakit serve runs/demo/final $(ARGS)
 
 test: $(STAMP)  ## the fast tests; ARGS="tests/test_cli.py -k chat" narrows them
 	$(BIN)/python -m pytest -m "not slow and not vllm" $(ARGS)
