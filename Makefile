@@ -7,6 +7,7 @@
 VENV     ?= .venv
 PIP_ARGS ?=
 EXTRAS   ?= train,serve,medical,eval,dev
+CONSTRAINTS ?= constraints.txt
 ARGS     ?=
 
 OLDEST_TRANSFORMERS ?= 5.17.0
@@ -26,11 +27,11 @@ PYTHON  ?= $(shell $(FIND_PYTHON))
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=/path/to/python" >&2; exit 2; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "installing into $(VENV); the first time takes minutes"
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 install: $(STAMP)  ## the environment alone
@@ -38,9 +39,11 @@ install: $(STAMP)  ## the environment alone
 demo: $(STAMP)  ## train a tiny LLaVA-1.5 through both stages, evaluate it, write report.html
 	$(BIN)/python -m llavakit.demo $(ARGS)
 
-serve: $(STAMP)  ## the demo's model as an API and a web app on http://localhost:8000
+# Gradio asks for an older Pillow, whose resizing differs in the last bit: an environment of its own.
+serve:  ## the demo's model as an API and a web app on http://localhost:8000
 	@test -d runs/demo/final || { echo "runs/demo/final is missing; run make demo first" >&2; exit 2; }
-	$(BIN)/llavakit serve runs/demo/final $(ARGS)
+	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web CONSTRAINTS=constraints-web.txt install
+	.venv-web/bin/llavakit serve runs/demo/final $(ARGS)
 
 test: $(STAMP)  ## the fast tests; ARGS="tests/test_cli.py -k chat" narrows them
 	$(BIN)/python -m pytest -m "not slow and not vllm" $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import ipaddress
 import os
 import shutil
@@ -18,8 +20,6 @@ ENGINES = ("native", "vllm")
 
 
 def _need(module: str, extra: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -82,8 +82,9 @@ def serve(
         chat = load(model, dtype=dtype, device=device, max_batch=max_batch, **sources)
     app = create_app(chat, settings)
     address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"
-    if web:
-        _need("gradio", "serve")
+    if web and importlib.util.find_spec("gradio") is None:
+        console.print("web app  not installed; get it with: pip install 'llavakit[web]'")
+    elif web:
         from llavakit.serving.webapp import mount
 
         app = mount(app, chat)
