@@ -36,7 +36,7 @@ from llavakit.vision.geometry import geometry_of
 
 SIDE, PATCH, WIDTH = 48, 16, 96
 WORLDS = {
-    "scene": {"types": "colour,shape,count", "most": 2},
+    "scene": {"types": "colour,count,exist", "most": 2},
     "thorax": {"types": "presence,side"},
 }
 SEEN = (
@@ -57,11 +57,11 @@ class Budget:
         questions: Held-out questions that are asked.
     """
 
-    cases: int = 3000
-    tower_steps: int = 1000
-    caption_epochs: float = 2.0
+    cases: int = 5000
+    tower_steps: int = 1200
+    caption_epochs: float = 1.5
     align_epochs: float = 1.0
-    tune_epochs: float = 6.0
+    tune_epochs: float = 4.0
     questions: int = 600
 
 
@@ -270,7 +270,7 @@ class Demo:
             ),
             self._stage(
                 "tune",
-                {"multi_modal_projector": 2e-3, "language_model": 2e-3},
+                {"multi_modal_projector": 3e-3, "language_model": 3e-3},
                 self.budget.tune_epochs,
                 data=dialogues,
                 cache_features=True,
