@@ -12,7 +12,6 @@ Tower, connector, arrangements and decoder are the library's kinds, from scratch
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,6 @@ from transformers import Qwen2Config, Qwen2Model
 from llavakit import parts  # noqa: F401  registers the built-in parts
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
-from llavakit.miniature import Comparison, Measurements, Verdict, run_seeds
 from llavakit.model.arrange import Arrangement, Flat
 from llavakit.model.arrange_tiles import Frames, SpatialUnpad
 from llavakit.registry import PLANNERS
