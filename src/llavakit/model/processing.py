@@ -169,6 +169,14 @@ class LlavakitProcessor(ProcessorMixin):
         volume = readers.load_volume(source, **options)
         return volume.values, MediumSize(*volume.values.shape)
 
+    def size_of(self, part: Mapping[str, Any]) -> MediumSize:
+        """Size of the medium of a content part; of an image without decoding it."""
+        if part["type"] != "image":
+            return self.read_medium(part)[1]
+        options = (self.reading or {}).get("image", {})
+        upright = {key: value for key, value in options.items() if key in ("limits", "exif_transpose")}
+        return readers.image_size(part["image"], **upright)
+
     def views_of(self, kind: str, medium: Any, size: MediumSize) -> list[torch.Tensor]:
         """Encoder inputs of a medium, float32 [channels, (depth,) height, width] each."""
         plan = self.spec.plan(kind, size)
@@ -187,7 +195,7 @@ class LlavakitProcessor(ProcessorMixin):
         Args:
             messages: OpenAI-style messages with media parts.
             add_generation_prompt: End with the opening of an assistant turn.
-            pixels: Cut and normalise the views; False gives ids and sizes alone.
+            pixels: Cut and normalise the views; False gives ids and sizes alone, and decodes no image.
             options: Passed on to `llavakit.conversation.encode.encode`.
 
         Returns:
@@ -200,7 +208,7 @@ class LlavakitProcessor(ProcessorMixin):
         several = sum(part["type"] == "image" for part in encoded.media) > 1
         layouts, views, sizes, kinds = [], [], [], []
         for part in encoded.media:
-            medium, size = self.read_medium(part)
+            medium, size = self.read_medium(part) if pixels else (None, self.size_of(part))
             kind = "multi_image" if several and part["type"] == "image" else part["type"]
             layouts.append(self.spec.layout(kind, size))
             sizes.append(size)

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llavakit.connectors.base import tokens_in
+from llavakit.conversation.messages import is_medium
 from llavakit.data.collate import Collator
 from llavakit.data.dataset import SampleDataset
 from llavakit.data.mixing import generator_of
 from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import first_fit_decreasing
 from llavakit.data.sampler import length_grouped, modality_grouped
-from llavakit.errors import UserError
+from llavakit.errors import RecordError, UserError
 from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
@@ -112,11 +113,33 @@ class Samples(Dataset):
         return sample
 
     def length(self, index: int) -> int:
-        """Tokens of a sample, negative if it has no media."""
+        """Tokens of a sample, negative if it has no media. Decodes no image that there is no room to remember."""
         if index not in self._lengths:
-            sample = self[index]
+            if index in self._kept or self._room > 0:
+                sample = self[index]
+            else:
+                own, self.dataset.encode = self.dataset.encode, self._encode_ids
+                try:
+                    sample = self.dataset[index]
+                finally:
+                    self.dataset.encode = own
             self._lengths[index] = len(sample["input_ids"]) * (1 if sample["visual_kinds"] else -1)
         return self._lengths[index]
+
+    def _encode_ids(self, messages: Messages) -> dict[str, Any]:
+        return self.processor.encode(messages, pixels=False, **self.options)
+
+    def words(self, index: int) -> int:
+        """Words of a record, negative if it has no media (the original LLaVA's measure for grouping)."""
+        try:
+            messages = self.dataset.records[index].messages
+        except RecordError:
+            if self.dataset.on_bad_record == "stop":
+                raise
+            return -1  # another record takes its place
+        parts = [part for message in messages for part in message["content"]]
+        words = sum(len(part["text"].split()) if part["type"] == "text" else is_medium(part) for part in parts)
+        return max(words, 1) * (1 if any(map(is_medium, parts)) else -1)
 
 
 class Batches:
@@ -139,7 +162,7 @@ def _epoch_batches(samples: Samples, stage: Stage, seed: int, epoch: int, world:
             batch for begin in range(0, len(order), PACKING_WINDOW) for batch in _packed(samples, stage, order, begin)
         ]
     if stage.group_by_modality or stage.group_by_length:
-        lengths = [samples.length(index) for index in order]
+        lengths = [samples.words(index) for index in order]
         generator = generator_of(seed, epoch)
         if stage.group_by_modality:
             places = modality_grouped(lengths, stage.batch_size, world * stage.accumulation, generator)
