@@ -638,3 +638,12 @@ def test_repeated_layers_are_what_is_sharded() -> None:
     net = tiny.model()
     kinds = [type(block).__name__ for block in repeated_blocks(net)]
     assert kinds == ["CLIPEncoderLayer"] * 3 + ["LlamaDecoderLayer"] * 2
+
+
+def test_every_key_is_documented() -> None:
+    from llavakit.training.recipe import Lora, LossWeights, Parts, Recipe, Source, Stage
+
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    for section in (Recipe, Parts, Source, Stage, PartTraining, Lora, LossWeights):
+        for key in section.model_fields:
+            assert f"`{key}`" in text or f"{key}:" in text, f"{section.__name__}.{key}"
