@@ -327,7 +327,9 @@ def test_logprobs_are_the_models(net: Any, samples: list[dict[str, Any]]) -> Non
     sample["input_ids"] = torch.cat([sample["input_ids"], torch.tensor([reply.token_ids])], 1)
     sample.pop("attention_mask"), sample.pop("labels")
     with torch.no_grad():
-        expected = net(**sample).logits[0, -6:-1].log_softmax(-1)
+        logits = net(**sample).logits[0, -6:-1]
+    logits[:, net.generation_config.suppress_tokens] = -torch.inf  # what may not be said has no probability
+    expected = logits.log_softmax(-1)
     for entry, row in zip(reply.logprobs, expected, strict=True):
         assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
         assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
