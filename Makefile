@@ -73,8 +73,8 @@ lint: $(STAMP)  ## ruff, style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP)  ## every script of benchmarks/
-	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+bench: $(STAMP)  ## every script of benchmarks/, with its defaults
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
 
 clean:  ## remove outputs and caches; environments stay (rm -r .venv*)
 	rm -rf demo runs build dist .pytest_cache .ruff_cache

@@ -21,7 +21,6 @@ from llavakit.errors import UserError
 
 if TYPE_CHECKING:
     from llavakit.parity import Report
-    from llavakit.system import System
 
 app = typer.Typer(
     name="llavakit",
@@ -151,7 +150,7 @@ def chat(
 
     \b
     Examples:
-      llavakit chat runs/demo --image scan.png --prompt "Is there an effusion?"
+      llavakit chat runs/demo/final --image scan.png --prompt "Is there an effusion?"
       llavakit chat llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg
       echo "What is in the picture?" | llavakit chat MODEL --image a.jpg
     """
@@ -225,7 +224,7 @@ def evaluate(
 
     \b
     Examples:
-      llavakit eval runs/demo --task phantom --questions heldout.jsonl
+      llavakit eval runs/demo/final --task phantom --questions heldout.jsonl
       llavakit eval MODEL --task pope --questions coco_pope_random.json --images val2014
       llavakit eval MODEL --task scienceqa --questions q.json --gold gold.jsonl --json
     """
@@ -297,7 +296,7 @@ def convert(
     Examples:
       llavakit convert liuhaotian/llava-v1.5-7b mine --to llavakit --vision-tower openai/clip-vit-large-patch14-336
       llavakit convert lora-folder mine --to llavakit --base lmsys/vicuna-7b-v1.5
-      llavakit convert runs/demo exported --to hf
+      llavakit convert runs/demo/final exported --to hf
     """
     from llavakit.model.convert import convert as run_conversion
 
@@ -318,7 +317,7 @@ def inspect(model: Model, base: Base = None, vision_tower: Tower = None, as_json
 
     \b
     Examples:
-      llavakit inspect runs/demo
+      llavakit inspect runs/demo/final
       llavakit inspect llava-hf/llava-1.5-7b-hf --json
     """
     from llavakit.model.inspect import inspect_model
@@ -345,18 +344,6 @@ def inspect(model: Model, base: Base = None, vision_tower: Tower = None, as_json
     _print(head, parts, tokens)
 
 
-def _works(system: System) -> dict[str, bool]:
-    """What of a system is really there; nothing of it is imported."""
-    from importlib.util import find_spec
-
-    def there(target: str | Path | None) -> bool:
-        if isinstance(target, Path):
-            return target.exists()
-        return target is not None and find_spec(target.partition(":")[0]) is not None
-
-    return {name: there(getattr(system, name)) for name in ("parity", "cost", "miniature", "recipe", "checkpoint")}
-
-
 @app.command("systems")
 def list_systems(
     slug: Annotated[str | None, typer.Argument(metavar="[SLUG]", help="Show all about one system.")] = None,
@@ -370,43 +357,17 @@ def list_systems(
       llavakit systems llava-1.5
       llavakit systems --json
     """
+    from llavakit import catalogue
     from llavakit.system import get_system, systems
 
-    cards = list(systems().values()) if slug is None else [get_system(slug)]
+    cards = sorted(systems().values(), key=lambda card: card.slug) if slug is None else [get_system(slug)]
     if as_json:
-        rows = [_card(card) for card in sorted(cards, key=lambda card: card.slug)]
+        rows = [catalogue.facts(card) for card in cards]
         _print_json(rows if slug is None else rows[0])
     elif slug is None:
-        from rich.table import Table
-
-        table = Table("system", "title", "paper", *_works(cards[0])) if cards else Table("system")
-        for card in sorted(cards, key=lambda card: card.slug):
-            works = ("yes" if there else "-" for there in _works(card).values())
-            table.add_row(card.slug, card.title, f"arXiv:{card.paper}" if card.paper else "-", *works)
-        _print(table)
+        _print(catalogue.table(cards))
     else:
-        facts = _card(cards[0])
-        works = ", ".join(name for name, there in facts.pop("works").items() if there)
-        for name, value in (facts | {"works": works}).items():
-            lines = value if isinstance(value, list) else [value]
-            for line in lines:
-                print(f"{name:12}{line}")
-
-
-def _card(card: System) -> dict[str, Any]:
-    parts = [f"{kind}: {', '.join(sorted(names))}" for kind, names in card.parts.items()]
-    return {
-        "slug": card.slug,
-        "title": card.title,
-        "paper": card.paper,
-        "summary": card.summary,
-        "claims": [f"{claim.text} ({claim.source})" for claim in card.claims],
-        "checkpoints": list(card.checkpoints),
-        "parts": parts,
-        "recipe": str(card.recipe) if card.recipe else None,
-        "readme": str(card.readme) if card.readme else None,
-        "works": _works(card),
-    }
+        print(catalogue.page(cards[0]))
 
 
 @app.command()
