@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from llavakit.data.collate import Collator
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, SamplingParams
+from llavakit.generation.search import Branch, grow
 from llavakit.model.convert import build as build_checkpoint
 from llavakit.model.convert import convert, open_checkpoint
 from llavakit.model.media import KINDS
@@ -291,6 +293,20 @@ def test_cached_generation_equals_a_full_forward():
     prefix = embeds(net, batch)
     whole = net(inputs_embeds=torch.cat([prefix, net.model.embed_ids(new)], dim=1)).logits
     torch.testing.assert_close(whole[:, -6:-1], torch.stack(out.logits, dim=1), atol=1e-5, rtol=1e-4)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "use_cache": False}
+    assert net.generate(**batch, **options).tolist() == out.sequences.tolist()
+
+
+def test_a_branch_that_grows_keeps_what_was_generated_raw():
+    net = build()
+    batch = sample(net, "ttttttttttttttttItttt")
+    media = without(batch, "input_ids", "attention_mask")
+    request = Request(input_ids=batch["input_ids"][0], **media)
+    engine, sampling = Engine(net), SamplingParams(max_new_tokens=4, eos_token_ids=())
+    ((branch,),) = grow(engine, [Branch(request)], sampling)
+    ((branch,),) = grow(engine, [branch], sampling)
+    whole = Engine(net).submit(replace(request, sampling=replace(sampling, max_new_tokens=8))).result()
+    assert list(branch.ids) == whole.token_ids
 
 
 def test_blank_image_is_what_training_gave_samples_without_one():

@@ -96,8 +96,13 @@ class PromptReader:
             return Prompt(ids, len(ids), keys, media)
         input_ids = torch.tensor([ids], device=device)
         answers = None if request.answers is None else torch.as_tensor(request.answers, device=device)[None].bool()
-        digests = [medium.digest for medium in media]
-        prompt = core.read_prompt(input_ids, answers=answers, digests=digests, memory=self.features)
+        prompt = core.read_prompt(
+            input_ids,
+            answers=answers,
+            prompt_length=len(ids) - request.generated,
+            digests=[medium.digest for medium in media],
+            memory=self.features,
+        )
         visuals = self._visuals(media) if media else None
         embeds, visual, _ = core.embed(input_ids, visuals=visuals, prompt=prompt)
         if prompt.changed is None:

@@ -79,7 +79,10 @@ class Request:
         visual_sizes: Original (depth, height, width) of every medium [media, 3].
         visual_kinds: Kind of every medium [media], index into `llavakit.model.media.KINDS`.
         inputs_embeds: Embedded prompt [length, hidden] instead of media; visual tokens are in place already.
-        answers: True at earlier answers of the conversation [length]; connectors that read the prompt may ask for it.
+        answers: True at earlier answers of the conversation; connectors that read the prompt may ask for it. As long as
+            the prompt, or shorter if none follow.
+        generated: How many ids at the end the model has generated itself in answer to this prompt; connectors that read
+            the prompt leave them alone.
         sampling: How to decode.
     """
 
@@ -89,6 +92,7 @@ class Request:
     visual_kinds: Tensor | None = None
     inputs_embeds: Tensor | None = None
     answers: Sequence[bool] | Tensor | None = None
+    generated: int = 0
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def ids(self) -> list[int]:

@@ -67,7 +67,8 @@ def _longer(branch: Branch, sampling: SamplingParams) -> Request:
         return request
     if request.inputs_embeds is not None:
         raise ValueError("a branch that grows twice needs a request with input_ids, this one has embeddings only")
-    return replace(request, input_ids=[*request.ids(), *branch.ids])
+    ids = [*request.ids(), *branch.ids]
+    return replace(request, input_ids=ids, generated=request.generated + len(branch.ids))
 
 
 def _joined(branch: Branch, reply: Reply) -> Branch:
@@ -126,6 +127,7 @@ def beam(engine: Engine, request: Request, num_beams: int, *, length_penalty: fl
         "pixel_values": request.pixel_values,
         "visual_sizes": request.visual_sizes,
         "visual_kinds": request.visual_kinds,
+        "answers": None if request.answers is None else torch.as_tensor(request.answers, device=device)[None].bool(),
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
     options = {} if params.eos_token_ids is None else {"eos_token_id": list(params.eos_token_ids) or None}

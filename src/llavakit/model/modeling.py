@@ -319,6 +319,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         labels: Tensor | None = None,
         segments: Tensor | None = None,
         answers: Tensor | None = None,
+        prompt_length: int | None = None,
         prompt: Prompt | None = None,
         continues: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -328,6 +329,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
             visuals: Features that were encoded before (a frozen encoder's cache), instead of `pixel_values`.
             vectors: Visual vectors that were computed before, one tensor per medium.
             answers: True at earlier answers [batch, length], for connectors that treat them in a special way.
+            prompt_length: Columns that were not generated; connectors that read the prompt leave the others alone.
             prompt: What connectors that read the prompt get to see, if it was made before by `read_prompt`.
             continues: Whether the ids go on with a prompt that was embedded before.
 
@@ -353,6 +355,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
                     labels=labels,
                     segments=segments,
                     answers=answers,
+                    prompt_length=prompt_length,
                 )
             mask = prompt.visual
             visuals = visuals or Visuals([], [], {})
@@ -373,18 +376,26 @@ class LlavakitModel(LlavakitPreTrainedModel):
         *,
         attention_mask: Tensor | None = None,
         segments: Tensor | None = None,
+        answers: Tensor | None = None,
+        prompt_length: int | None = None,
         **given: Any,
     ) -> Prompt:
-        """What connectors that read the prompt get to see.
+        """What connectors that read the prompt get to see; see `embed`.
 
         Args:
             given: Further fields of `Prompt`.
         """
         inputs_embeds = self.embed_ids(input_ids) if inputs_embeds is None else inputs_embeds
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        length = mask.shape[1]
         visible = torch.ones_like(mask)
         if attention_mask is not None and attention_mask.dim() == 2:
-            visible = attention_mask[:, -mask.shape[1] :].bool()
+            visible = attention_mask[:, -length:].bool()
+        if prompt_length is not None:
+            own = torch.arange(length, device=mask.device) < prompt_length
+            visible, mask = visible & own, mask & own
+        if answers is not None:
+            given["answers"] = F.pad(answers, (0, length - answers.shape[1]))
         if segments is None:
             segments = torch.zeros_like(mask, dtype=torch.long)
         given.setdefault("labels", None)
@@ -442,6 +453,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
         visual_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         labels: Tensor | None = None,
+        answers: Tensor | None = None,
+        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> LlavakitModelOutput:
         """Run the pipeline up to the last hidden state.
@@ -453,6 +466,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
             position_ids: [batch, length]; positions that start again at 0 mark packed samples.
             visual_mask: Visual positions, if `inputs_embeds` are given that hold visual tokens already.
             labels: Only connectors and adapters that treat answers in a special way look at them here.
+            answers: True at earlier answers of a conversation that goes on, see `embed`.
+            prompt_length: Number of columns that were not generated, if some were.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -471,6 +486,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
             attention_mask=attention_mask,
             labels=labels,
             segments=segments,
+            answers=answers,
+            prompt_length=prompt_length,
             continues=self.reads_blank_image and past_key_values is not None and past_key_values.get_seq_length() > 0,
         )
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -486,6 +503,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
         if self.language_adapter is None:
             outputs = self.language_model(**inputs, **kwargs)
         else:
+            if prompt_length is not None:
+                kwargs["prompt_length"] = prompt_length
             outputs, aux_loss = self.language_adapter(
                 self.language_model,
                 **inputs,
@@ -564,6 +583,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         visual_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         labels: Tensor | None = None,
+        answers: Tensor | None = None,
         prompt_length: int | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
@@ -574,7 +594,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
 
         Args:
             labels: [batch, length], -100 where nothing is to be learned.
-            prompt_length: Number of columns that were not generated, for language adapters that ask for it.
+            answers, prompt_length: See `LlavakitModel.forward`.
             logits_to_keep: Compute logits of the last so many positions only (0: all).
             skip_logits: With `labels`, compute logits only where there is a label and do not return them.
             num_items_in_batch: Number of labels over all accumulated batches, the loss's denominator.
@@ -582,8 +602,6 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         Returns:
             Loss is the mean next-token cross entropy over labels, plus the adapter's own term.
         """
-        if prompt_length is not None and self.model.language_adapter is not None:
-            kwargs["prompt_length"] = prompt_length
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -597,6 +615,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             visual_mask=visual_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             labels=labels,
+            answers=answers,
+            prompt_length=prompt_length,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -633,31 +653,35 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         total = F.cross_entropy(logits, targets[chosen], reduction="sum")
         return total / (items if items is not None else max(len(chosen), 1))
 
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """Whether transformers' `generate` may encode media alone, in front of everything else."""
+        return not self.model.reads_prompt and super()._supports_mm_encoder_outputs()
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`; see `GenerationMixin.generate`.
 
-        A connector that reads the prompt runs once here, in front of prefill; a language adapter brings its cache.
-
-        Args:
-            answers: True at earlier answers [batch, length], for connectors that treat them in a special way.
+        With a cache, a connector that reads the prompt runs once here, in front of prefill; a language adapter brings
+        its cache.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        answers = kwargs.pop("answers", None)
-        has_media = kwargs.get("pixel_values") is not None
-        if self.model.reads_prompt and input_ids is not None and (has_media or self.model.reads_blank_image):
-            media = {name: kwargs.pop(name, None) for name in ("pixel_values", "visual_sizes", "visual_kinds")}
-            mask = kwargs.get("attention_mask")
-            embeds, visual, _ = self.model.embed(input_ids, attention_mask=mask, answers=answers, **media)
-            kwargs |= {"inputs_embeds": embeds, "visual_mask": visual}
+        settings = kwargs.get("generation_config") or self.generation_config
+        cached = kwargs.get("use_cache", settings.use_cache) is not False
         adapter = self.model.language_adapter
-        if adapter is not None and kwargs.get("past_key_values") is None:
-            settings = kwargs.get("generation_config") or self.generation_config
-            if kwargs.get("use_cache", settings.use_cache) is False:
-                prompt = input_ids if input_ids is not None else kwargs["inputs_embeds"]
-                kwargs.setdefault("prompt_length", prompt.shape[1])
-            elif (cache := adapter.make_cache()) is not None:
-                kwargs["past_key_values"] = cache
+        reads = self.model.reads_prompt and input_ids is not None
+        if reads and cached and (kwargs.get("pixel_values") is not None or self.model.reads_blank_image):
+            names = ("pixel_values", "visual_sizes", "visual_kinds", "answers")
+            given = {name: kwargs.pop(name, None) for name in names}
+            embeds, visual, _ = self.model.embed(input_ids, attention_mask=kwargs.get("attention_mask"), **given)
+            kwargs |= {"inputs_embeds": embeds, "visual_mask": visual}
+        elif not reads:
+            kwargs.pop("answers", None)
+        if not cached and (reads or adapter is not None):
+            prompt = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+            kwargs.setdefault("prompt_length", prompt.shape[1])
+        fresh = cached and adapter is not None and kwargs.get("past_key_values") is None
+        if fresh and (cache := adapter.make_cache()) is not None:
+            kwargs["past_key_values"] = cache
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
         return super().generate(**kwargs)

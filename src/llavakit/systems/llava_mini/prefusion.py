@@ -24,8 +24,9 @@ def block_config(text_config: Any, layers: int) -> Any:
     """The language model's configuration for `layers` blocks with full attention and next to no vocabulary."""
     options = {**text_config.to_dict(), "num_hidden_layers": layers, "vocab_size": 8}
     options |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    plain = {"layer_types": None, "sliding_window": None, "use_sliding_window": False}
+    plain = {"sliding_window": None, "use_sliding_window": False}
     options |= {name: value for name, value in plain.items() if name in options}
+    options.pop("layer_types", None)
     config = type(text_config)(**options)
     eager = getattr(text_config, "_attn_implementation", None) == "eager"
     config._attn_implementation = "eager" if eager else "sdpa"  # others take no mask with holes
