@@ -36,7 +36,7 @@ from llavakit.vision.geometry import geometry_of
 
 SIDE, PATCH, WIDTH = 48, 16, 96
 WORLDS = {
-    "scene": {"types": "colour,count,exist", "most": 2},
+    "scene": {"types": "colour,shape", "most": 1},
     "thorax": {"types": "presence,side"},
 }
 SEEN = (
@@ -57,11 +57,11 @@ class Budget:
         questions: Held-out questions that are asked.
     """
 
-    cases: int = 5000
-    tower_steps: int = 1200
+    cases: int = 3000
+    tower_steps: int = 1000
     caption_epochs: float = 1.5
     align_epochs: float = 1.0
-    tune_epochs: float = 4.0
+    tune_epochs: float = 5.0
     questions: int = 600
 
 
@@ -386,6 +386,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=Budget.cases, help="cases per world")
     parser.add_argument("--tune-epochs", type=float, default=Budget.tune_epochs)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are too small for more to help
     torch.manual_seed(0)
     Demo(arguments.out, Budget(cases=arguments.cases, tune_epochs=arguments.tune_epochs)).run()
 
