@@ -1,10 +1,12 @@
 """Generation beside transformers' `generate`, same weights, same prompts, equal tokens asserted, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation.py [--part batch|compiled|turns] [--repeats 3] [--layers 4] [--width 256]
+    OMP_NUM_THREADS=1 python benchmarks/generation.py [--part batch|compiled|turns] [--replies log|even]
+                                                      [--repeats 3] [--layers 6] [--width 256]
 
-- batch: 16 requests, each a picture and a question of its own length, replies of 8 to 256 tokens (log-spaced: most
-  answers are short, some are long); the engine beside transformers' own `LlavaForConditionalGeneration` on the same
-  left-padded batch, which decodes until the longest reply is done. Rate: tokens that were asked for per second.
+- batch: 16 requests, each a picture and a question of its own length, replies of 8 to 256 tokens (`log`: spaced by
+  equal factors, most answers short and some long; `even`: by equal differences); the engine beside transformers' own
+  `LlavaForConditionalGeneration` on the same left-padded batch, which decodes until the longest reply is done. Rate:
+  tokens that were asked for per second.
 - compiled: one request again and again; `Engine(compile=True)` beside `generate` in its defaults; CPU time per token
   (the first call, which compiles, is reported apart).
 - turns: a second question about a picture after a first answer; the engine with its states and vectors reused beside
@@ -99,9 +101,9 @@ def line(*cells: Any) -> None:
     print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
-def batch(layers: int, width: int, repeats: int) -> None:
+def batch(layers: int, width: int, repeats: int, replies: str) -> None:
     ours, theirs = models(layers, width)
-    lengths = [round(8 * 32 ** (step / 15)) for step in range(16)]
+    lengths = [round(8 * 32 ** (step / 15) if replies == "log" else 8 + 248 * step / 15) for step in range(16)]
     random.Random(1).shuffle(lengths)
     asked = prompts(16)
     longest = max(len(ids) for ids, _ in asked)
@@ -121,7 +123,7 @@ def batch(layers: int, width: int, repeats: int) -> None:
         ]
         return [reply.token_ids for reply in Engine(ours, max_batch=16).generate(requests)]
 
-    print(f"16 requests, {sum(lengths)} tokens asked for, Llama {layers} x {width}, replies of 8 to 256 tokens\n")
+    print(f"16 requests, replies of 8 to 256 tokens ({replies}), {sum(lengths)} in all; Llama {layers} x {width}\n")
     line("run", "generate, padded: tokens/s", "engine: tokens/s", "ratio (wall)", "ratio (CPU)")
     line("---", "---", "---", "---", "---")
     ratios = []
@@ -193,6 +195,7 @@ def turns(layers: int, width: int, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["batch", "compiled", "turns"], help="default: all")
+    parser.add_argument("--replies", choices=["log", "even"], default="log")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
@@ -203,7 +206,8 @@ def main() -> None:
     for name, part in (("batch", batch), ("compiled", compiled), ("turns", turns)):
         if options.part in (None, name):
             print(f"## {name}\n")
-            part(options.layers, options.width, options.repeats)
+            extra = (options.replies,) if part is batch else ()
+            part(options.layers, options.width, options.repeats, *extra)
             print()
 
 

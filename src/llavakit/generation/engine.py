@@ -301,7 +301,8 @@ class Engine:
         for row in rows:
             if params.repetition_penalty != 1:
                 row.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
-                row.seen[torch.tensor(prompt.ids, dtype=torch.long, device=self.device)] = True
+                known = [token for token in prompt.ids if token < len(row.seen)]  # the placeholder may be none
+                row.seen[torch.tensor(known, dtype=torch.long, device=self.device)] = True
             if self.tokenizer is not None and (handle.stream or params.stop):
                 row.text = TextStream(self.tokenizer, params.skip_special_tokens)
                 row.stop = StopStrings(params.stop)
@@ -335,7 +336,7 @@ class Engine:
             )
             return output.logits[0]
         hidden = self.core.language_model(
-            inputs_embeds=self.core.get_input_embeddings()(ids),
+            inputs_embeds=self.core.embed_ids(ids),
             position_ids=torch.arange(prompt.length, length, device=self.device).unsqueeze(0),
             past_key_values=one_row_cache(cache),
             use_cache=True,
@@ -396,7 +397,7 @@ class Engine:
         cache = self._cache
         cache.begin_step(len(tokens))
         padded = tokens + [0] * (cache.rows - len(tokens))  # fixed rows are computed whether they are in use or not
-        embeds = self.core.get_input_embeddings()(torch.tensor(padded, device=self.device).unsqueeze(-1))
+        embeds = self.core.embed_ids(torch.tensor(padded, device=self.device).unsqueeze(-1))
         masks, positions = self._masks(cache), cache.position_ids
         if self._compiled is not None:
             logits = self._compiled(embeds, masks, positions)[: len(tokens)]

@@ -94,9 +94,9 @@ class BatchSampler:
             numbers = torch.tensor([randomness[row].next() for row in self.rows], dtype=torch.float64)
             drawn = self._draw(own, numbers.to(logits.device).unsqueeze(-1))
             tokens = drawn if self.all_sampled else tokens.index_copy(0, self._index, drawn)
-        ids = tokens.tolist()
+        ids, good = torch.stack([tokens, sound.long()]).tolist()  # one wait for the device
         reports = {row: self._report(raw[row], ids[row], count) for row, count in self._reported.items()}
-        return ids, sound.tolist(), reports
+        return ids, [bool(one) for one in good], reports
 
     def _penalise(self, logits: Tensor, seen: Sequence[Tensor | None]) -> Tensor:
         rows = torch.tensor(self._penalised, device=logits.device)
