@@ -26,7 +26,8 @@ from llavakit.registry import nearest
 from llavakit.training.recipe import Parts, Recipe
 
 VOCABULARY_MULTIPLE = 64
-_OLD_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
+# Keys that some releases of transformers take without listing them.
+_MORE_KEYS = {"rope_theta", "rope_scaling", "torch_dtype", "vision_use_head"}
 
 
 def checked_config(options: Mapping[str, Any], default_type: str, where: str) -> PreTrainedConfig:
@@ -40,7 +41,7 @@ def checked_config(options: Mapping[str, Any], default_type: str, where: str) ->
     if kind not in CONFIG_MAPPING:
         raise RecipeError(f"{where}.model_type: transformers has no {kind!r}{nearest(kind, list(CONFIG_MAPPING))}")
     cls = CONFIG_MAPPING[kind]
-    known = [*cls().to_dict(), *cls.attribute_map, *_OLD_KEYS]
+    known = [*cls().to_dict(), *cls.attribute_map, *_MORE_KEYS]
     for key in options:
         if key not in known:
             raise RecipeError(f"{where}.{key}: unknown key of a {kind} configuration{nearest(key, known)}")

@@ -119,12 +119,14 @@ def train(
     except OSError as error:
         raise RecipeError(f"output: {output} cannot be made ({error.strerror})") from None
     if _is_main():
+        _sweep(output)
         _write_text(output / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     results = []
     for number in range(len(recipe.stages)):
         results.append(_run_stage(recipe, number, output, results, records, console))
     if _is_main():
         _publish(results[-1].folder / "final", output / "final")
+        console.print(f"finished: {output / 'final'}")
     distributed.barrier()
     return TrainResult(output, results)
 
@@ -137,6 +139,13 @@ def _write_text(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a kill left half-written."""
+    for pattern in (".saving-*", ".final.*", ".adapter.*"):
+        for half in folder.glob(pattern):
+            shutil.rmtree(half, ignore_errors=True)
 
 
 def _publish(source: Path, target: Path) -> None:
@@ -198,8 +207,7 @@ def _run_stage(
         return StageResult(stage.name, folder, metrics, ran=False)
     folder.mkdir(exist_ok=True)
     if _is_main():
-        for half in folder.glob(".saving-*"):
-            shutil.rmtree(half, ignore_errors=True)
+        _sweep(folder)
         if (folder / STAMP).is_file():
             _check_stamp(folder / STAMP, stamp, folder)
         _write_text(folder / STAMP, json.dumps({"recipe": stamp}, indent=1))
@@ -281,8 +289,9 @@ class StageRun:
         if len(bad) and _is_main():
             metrics.facts["skipped"] = bad.report()
             self.console.print(bad.report())
+        values = metrics.write(trainer.state, finished=True)  # first, so that a finished stage always has them
         self._finish(trainer, saved, stamp)
-        return metrics.write(trainer.state, finished=True)
+        return values
 
     def _start(self) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
         """What the stage starts from when nothing of it is done."""
