@@ -61,7 +61,7 @@ class Budget:
     tower_steps: int = 1000
     caption_epochs: float = 1.5
     align_epochs: float = 1.0
-    tune_epochs: float = 5.0
+    tune_epochs: float = 3.0
     questions: int = 600
 
 
