@@ -60,4 +60,4 @@ class Flat(Arrangement):
     def arrange(
         self, plan: Plan, grids: Sequence[Grid], tokens: Sequence[Tensor], newline: Tensor | None = None
     ) -> Tensor:
-        return torch.cat(list(tokens))
+        return tokens[0] if len(tokens) == 1 else torch.cat(list(tokens))

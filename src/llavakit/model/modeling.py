@@ -409,7 +409,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         """
         places = prompt.visual.nonzero()
         counts = [
-            sum(run.visual for run in self.media.route(kind).layout(plan))
+            sum(run.visual for run in self.media.layout(kind, plan.size))
             for kind, plan in zip(visuals.kinds, visuals.plans, strict=True)
         ]
         if sum(counts) != len(places):

@@ -285,19 +285,29 @@ def units_of(features: Features, plans: Sequence[Plan]) -> list[Unit]:
     """
     units = []
     first = 0
+    known: dict[int, list[Shape]] = {}  # by the identity of a plan, for media of one size share theirs
     for medium, plan in enumerate(plans):
-        for _, members in groupby(plan.views, key=lambda view: view.index):
-            views = list(members)
-            grids = set(features.grids[first : first + len(views)])
-            tiles = sorted((v.row, v.col, n) for n, v in enumerate(views) if v.role == "tile")
-            whole = [number for number, view in enumerate(views) if view.role != "tile"]
-            if len(whole) != 1 or len(grids) != 1 or len(tiles) not in (0, plan.rows * plan.cols):
-                raise ValueError(
-                    f"compressor_prefusion reads one view, or all tiles of one size and the whole image; "
-                    f"got {len(tiles)} tiles, {len(whole)} others, grids {sorted(grids)}"
-                )
-            rows, cols = (plan.rows, plan.cols) if tiles else (1, 1)
-            shape = Shape(tuple(n for *_, n in tiles), whole[0], rows, cols, grids.pop())
+        if id(plan) not in known:
+            known[id(plan)] = _shapes(plan, features.grids[first : first + len(plan.views)])
+        for shape in known[id(plan)]:
             units.append(Unit(medium, first, shape))
-            first += len(views)
+            first += shape.views
     return units
+
+
+def _shapes(plan: Plan, grids: Sequence[Grid]) -> list[Shape]:
+    """The shape of every unit of a medium whose views have these feature grids."""
+    shapes = []
+    pairs = zip(plan.views, grids, strict=True)
+    for _, members in groupby(pairs, key=lambda pair: pair[0].index):
+        views, own = zip(*members, strict=True)
+        tiles = sorted((view.row, view.col, number) for number, view in enumerate(views) if view.role == "tile")
+        whole = [number for number, view in enumerate(views) if view.role != "tile"]
+        if len(whole) != 1 or len(set(own)) != 1 or len(tiles) not in (0, plan.rows * plan.cols):
+            raise ValueError(
+                f"compressor_prefusion reads one view, or all tiles of one size and the whole image; "
+                f"got {len(tiles)} tiles, {len(whole)} others, grids {sorted(set(own))}"
+            )
+        rows, cols = (plan.rows, plan.cols) if tiles else (1, 1)
+        shapes.append(Shape(tuple(number for *_, number in tiles), whole[0], rows, cols, own[0]))
+    return shapes
