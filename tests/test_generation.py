@@ -409,9 +409,13 @@ def test_poisoned_requests_fail_alone(samples: list[dict[str, Any]]) -> None:
 def test_listener_that_breaks_ends_its_own_request(net: Any, samples: list[dict[str, Any]]) -> None:
     engine = Engine(net)
     handle = engine.submit(request(samples[0], max_new_tokens=50), listener=lambda piece: 1 / 0)
+    wrong = request(samples[2])
+    wrong.input_ids = wrong.input_ids[:-20]
+    failing = engine.submit(wrong, listener=lambda piece: 1 / 0)
     other = engine.submit(request(samples[1]))
     engine.run()
     assert handle.replies[0].finish_reason == "cancelled"
+    assert failing.replies[0].finish_reason == "error"
     assert other.result().token_ids == alone(net, samples[1], 12)
 
 
@@ -496,6 +500,20 @@ def test_reuse_can_be_switched_off(net: Any, samples: list[dict[str, Any]]) -> N
     assert engine.prompts.encoded == 2
     assert engine.prefixes.size == 0
     assert engine.prompts.features.size == 0
+
+
+def test_forget_after_the_weights_changed(samples: list[dict[str, Any]]) -> None:
+    net = tiny.model()
+    engine = Engine(net)
+    engine.submit(request(samples[1])).result()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.3)
+    engine.forget()
+    handle = engine.submit(request(samples[1]))
+    assert handle.result().token_ids == alone(net, samples[1], 12)
+    assert handle.reused_tokens == 0
+    assert engine.prompts.encoded == 2
 
 
 def test_memory_is_bounded() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 WIDTH_STEP = 64  # attention looks at a multiple of this many positions, so that views live for many steps
+_MOST_PREFIXES = 128  # every new prompt is compared with all of them
 
 
 def stack_layers(cache: Cache) -> Tensor:
@@ -234,10 +235,11 @@ class ByteBounded:
 
     Args:
         limit: Most bytes to hold; 0 holds nothing.
+        entries: Most entries to hold.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.size = limit, 0
+    def __init__(self, limit: int, entries: int = 4096) -> None:
+        self.limit, self.entries, self.size = limit, entries, 0
         self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -255,14 +257,19 @@ class ByteBounded:
         return entry[0]
 
     def put(self, key: Any, value: Any, size: int) -> None:
-        """Hold a value of `size` bytes; drops the least recently used ones beyond the limit."""
+        """Hold a value of `size` bytes; drops the least recently used ones beyond the limits."""
         self.drop(key)
         if size > self.limit:
             return
         self._entries[key] = (value, size)
         self.size += size
-        while self.size > self.limit:
+        while self.size > self.limit or len(self._entries) > self.entries:
             self.drop(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self.size = 0
 
     def drop(self, key: Any) -> None:
         """Forget a key if it is held."""
@@ -279,7 +286,7 @@ class PrefixStore:
     """
 
     def __init__(self, limit: int) -> None:
-        self._held = ByteBounded(limit)
+        self._held = ByteBounded(limit, _MOST_PREFIXES)
         self._keys: dict[int, np.ndarray] = {}
         self._next = 0
 
@@ -291,6 +298,11 @@ class PrefixStore:
     @property
     def enabled(self) -> bool:
         return self._held.limit > 0
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+        self._keys.clear()
 
     def find(self, keys: np.ndarray) -> tuple[int, Tensor | None]:
         """Length of the longest shared prefix and its states [layers, 2, kv heads, length, head size]."""

@@ -88,6 +88,9 @@ class Engine:
         max_prefill_tokens: int = 4096,
         compile: bool = False,
     ) -> None:
+        model = (
+            model.get_base_model() if hasattr(model, "get_base_model") else model
+        )  # a PEFT wrapper adds nothing here
         self.model = (model if device is None else model.to(device)).eval()
         self.core = self.model.model
         self.tokenizer = tokenizer
@@ -100,7 +103,7 @@ class Engine:
         self.prompts = PromptReader(self.core, feature_bytes)
         self.prefixes = PrefixStore(prefix_bytes)
         self._alone = self.core.language_adapter is not None
-        self._window = _sliding_window(self.core.config.text_config)
+        self._window = None if self._alone else _sliding_window(self.core.config.text_config)
         if not self._alone:
             _check_attention(self.core.language_model)
         generation = getattr(self.model, "generation_config", None)
@@ -207,6 +210,12 @@ class Engine:
                 scores.append(logits.float().log_softmax(-1).gather(-1, ids.T).squeeze(-1))
             return scores
 
+    def forget(self) -> None:
+        """Drop kept states and visual vectors; needed when the model's weights have changed."""
+        with self._stepping:
+            self.prefixes.clear()
+            self.prompts.features.clear()
+
     def start(self) -> None:
         """Step in a thread of the engine's own from now on."""
         if self._thread is None:
@@ -219,7 +228,9 @@ class Engine:
         if self._thread is None:
             return
         if not drain:
-            for handle in [*self._waiting, *(row.handle for row in self._rows + self._solo)]:
+            with self._wake:
+                handles = [*self._waiting, *(row.handle for row in self._rows + self._solo)]
+            for handle in handles:
                 handle.cancel()
         with self._wake:
             self._stopping = True
@@ -229,13 +240,13 @@ class Engine:
 
     def wait_for(self, pieces: queue.SimpleQueue[Piece]) -> Piece:
         """The next piece of a handle; steps if no thread does."""
-        while self._thread is None:
+        while True:
+            alone = self._thread is None
             try:
-                return pieces.get_nowait()
+                return pieces.get_nowait() if alone else pieces.get(timeout=1)  # the thread may be stopped meanwhile
             except queue.Empty:
-                if not self.step() and pieces.empty():
+                if alone and not self.step() and pieces.empty():
                     raise RuntimeError("the engine has no work left, but the request is not finished") from None
-        return pieces.get()
 
     # ------------------------------------------------------------------ admission
 
@@ -263,10 +274,13 @@ class Engine:
 
     def _purge(self) -> None:
         """Let cancelled requests go before anything is computed for them."""
-        for handle in [handle for handle in self._waiting if handle.cancelled]:
-            self._waiting.remove(handle)
+        with self._wake:  # other threads submit meanwhile
+            gone = [handle for handle in self._waiting if handle.cancelled]
+            for handle in gone:
+                self._waiting.remove(handle)
+        for handle in gone:
             for reply in handle.replies:
-                handle.deliver(Piece(reply.index, (), finish_reason="cancelled"))
+                _deliver(handle, Piece(reply.index, (), finish_reason="cancelled"))
         for row in [row for row in self._rows + self._solo if row.handle.cancelled]:
             self._finish(row, "cancelled")
 
@@ -483,11 +497,7 @@ class Engine:
             text = piece.text + self._rest(row)
             stop = row.stop.met if row.stop is not None else None
             piece = Piece(piece.index, piece.token_ids, text, piece.logprobs, reason, stop)
-        try:
-            row.handle.deliver(piece)
-        except Exception:  # a listener that breaks is a client that went away
-            row.handle.listener = None
-            row.handle.cancel()
+        _deliver(row.handle, piece)
 
     def _rest(self, row: _Row) -> str:
         """Text of a finished row that is not out yet."""
@@ -532,7 +542,15 @@ class Engine:
             self._retire(row, keep=False)
         for reply in handle.replies:
             if reply.finish_reason is None:
-                handle.deliver(Piece(reply.index, (), finish_reason="error"))
+                _deliver(handle, Piece(reply.index, (), finish_reason="error"))
+
+
+def _deliver(handle: Handle, piece: Piece) -> None:
+    try:
+        handle.deliver(piece)
+    except Exception:  # a listener that breaks is a client that went away
+        handle.listener = None
+        handle.cancel()
 
 
 def position_limit(text_config: Any) -> int | None:
