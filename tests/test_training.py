@@ -46,6 +46,12 @@ def run(world: Path, out: Path, *overrides: str, **changes: Any) -> TrainResult:
     return train(parse_recipe(raw, overrides), console=QUIET)
 
 
+@pytest.fixture(scope="session")
+def plain(world: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """Both stages as they stand."""
+    return run(world, tmp_path_factory.mktemp("plain"))
+
+
 def losses(result: TrainResult, stage: int = 1) -> list[float]:
     return [entry["loss"] for entry in result.stages[stage].metrics["log"]]
 
@@ -290,8 +296,7 @@ def test_packed_attention_is_exact_or_stays_off(decoder: str) -> None:
 # Features
 
 
-def test_cached_features_train_to_the_same_weights(world: Path, tmp_path: Path) -> None:
-    plain = run(world, tmp_path / "plain")
+def test_cached_features_train_to_the_same_weights(world: Path, tmp_path: Path, plain: TrainResult) -> None:
     cached = run(world, tmp_path / "cached", "stages.0.cache_features=float32", "stages.1.cache_features=true")
     assert losses(plain, 0) == pytest.approx(losses(cached, 0), abs=1e-5)
     assert losses(plain) == pytest.approx(losses(cached), abs=1e-2)  # kept in 16 bit
@@ -353,25 +358,23 @@ def test_stages_leave_loadable_checkpoints_and_are_not_repeated(world: Path, tmp
         run(world, tmp_path, "stages.1.learning_rate=1e-5")
 
 
-def test_accumulation_is_a_bigger_batch(world: Path, tmp_path: Path) -> None:
-    big = run(world, tmp_path / "big")
+def test_accumulation_is_a_bigger_batch(world: Path, tmp_path: Path, plain: TrainResult) -> None:
     parts = ("stages.1.batch_size=2", "stages.1.accumulation=2", "stages.0.batch_size=2", "stages.0.global_batch=4")
     small = run(world, tmp_path / "small", *parts)
-    assert losses(big) == pytest.approx(losses(small), abs=1e-5)
+    assert losses(plain) == pytest.approx(losses(small), abs=1e-5)
     with pytest.raises(UserError, match=r"stages\.align\.global_batch: 5 is not a multiple of 4 samples x 1 processes"):
         run(world, tmp_path / "odd", "stages.0.global_batch=5")
 
 
-def test_memory_savers_change_little_or_nothing(world: Path, tmp_path: Path) -> None:
-    plain = losses(run(world, tmp_path / "plain"))
+def test_memory_savers_change_little_or_nothing(world: Path, tmp_path: Path, plain: TrainResult) -> None:
     packed = ("stages.1.packing=true", "stages.1.max_length=96", "stages.1.batch_size=2")
     rows = losses(run(world, tmp_path / "rows", *packed))
     checkpointed = run(world, tmp_path / "checkpointed", "stages.1.gradient_checkpointing=true")
-    assert plain == pytest.approx(losses(checkpointed), abs=1e-6)
+    assert losses(plain) == pytest.approx(losses(checkpointed), abs=1e-6)
     both = run(world, tmp_path / "both", "stages.1.gradient_checkpointing=true", *packed)
     assert rows == pytest.approx(losses(both), abs=1e-6)
     half = run(world, tmp_path / "half", "stages.1.bf16=true")
-    assert plain == pytest.approx(losses(half), abs=0.05)
+    assert losses(plain) == pytest.approx(losses(half), abs=0.05)
     assert all(tensor.dtype == torch.float32 for tensor in weights(half).values())
 
 
@@ -598,7 +601,7 @@ def _finish(processes: list[subprocess.Popen[str]]) -> None:
 def test_sharded_processes_have_the_loss_curve_of_one_and_survive_a_kill(world: Path, tmp_path: Path) -> None:
     raw = tiny_training.recipe(world)
     for stage in raw["stages"]:  # one sample a step and process: some steps are text alone in one of them
-        stage |= {"batch_size": 1, "global_batch": 4, "save_steps": 2, "log_steps": 1, "clip": 1.0}
+        stage |= {"batch_size": 1, "global_batch": 4, "save_steps": 2, "clip": 1.0, "max_steps": 4}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(raw))
     one = train(recipe, [f"output={tmp_path / 'one'}"], console=QUIET)
