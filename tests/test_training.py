@@ -393,6 +393,11 @@ def test_schedule_clipping_and_rates_reach_the_optimiser(world: Path, tmp_path: 
     assert list((tmp_path / "tune").rglob("events.out.tfevents*"))
 
 
+def test_a_reporter_that_is_not_installed_is_named(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="report_to: mlflow is not installed"):
+        run(world, tmp_path, "report_to=mlflow")
+
+
 def test_a_broken_record_stops_or_is_listed(world: Path, tmp_path: Path) -> None:
     records = json.loads((world / "records.json").read_text())
     records[3]["image"] = "missing.png"

@@ -470,7 +470,7 @@ def scale(
         hidden, layers, heads: Language model; its MLP is four times as wide.
         vocab: Vocabulary; None keeps the recipe's.
         vision_hidden, vision_layers: All encoders.
-        image_size, patch_size: All encoders; None keeps 4 patches a side less than nothing changed: 4 x patch.
+        image_size, patch_size: All encoders; default: 4 pixels a patch, 4 patches a side.
         stages: Keys that every stage gets on top, for instance `{"max_steps": 5, "batch_size": 2}`.
 
     Raises:

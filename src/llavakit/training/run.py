@@ -17,7 +17,9 @@ which recipe made it, so a changed recipe never passes for the old one.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -109,6 +111,9 @@ def train(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     console = console or Console(stderr=True)
+    for name in recipe.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(f"report_to: {name} is not installed; pip install {name}, or take it out")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -281,9 +286,11 @@ class StageRun:
         bar = Bar(stage.name, self.console)
         if _is_main():
             trainer.add_callback(bar)
+        gc.freeze()  # accelerate collects garbage at the start; what lives already need not be searched
         try:
             trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
         finally:
+            gc.unfreeze()
             bar.close()
         bad = samples.dataset.bad
         if len(bad) and _is_main():
