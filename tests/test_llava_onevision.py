@@ -551,3 +551,75 @@ def test_a_step_trains_what_it_should(chat, lora, packing):
     assert any("multi_modal_projector" in name for name in touched)
     assert any("vision_tower" in name for name in touched) is not lora
     assert any("lora_" in name for name in touched) is lora
+
+
+# Recipe, cost, claim
+
+
+def test_the_recipe_trains_each_part_at_its_rate():
+    from llavakit.system import get_system
+    from llavakit.training.build import build_meta, merged_media
+    from llavakit.training.recipe import load_recipe
+    from llavakit.training.select import Rates, freeze_all_but, optimizer_groups, trainable_by_part
+
+    recipe = load_recipe(get_system("llava-onevision").recipe)
+    model = build_meta(recipe)
+    found = []
+    for stage in recipe.stages:
+        freeze_all_but(model, stage.train)
+        spec = MediaSpec(merged_media(model.config, stage.media))
+        tokens = spec.count("image", MediumSize(1, 2304, 2304))
+        rates = {group["lr"] for group in optimizer_groups(model, Rates.of(stage))}
+        found.append((sum(trainable_by_part(model).values()), rates, tokens, stage.template))
+    everything = 397_747_744 + 16_980_992 + 7_615_616_512 + 3584
+    assert found == [
+        (16_980_992, {1e-3}, 729, "plain"),
+        (everything, {1e-5, 2e-6}, 729 + 54 * 55, None),
+        (everything, {1e-5, 2e-6}, 7371, None),
+        (everything, {1e-5, 2e-6}, 7371, None),
+    ]
+
+
+def test_cost_counts_what_the_formulas_say():
+    from llavakit.systems.llava_onevision import cost
+
+    assert cost.vision_flops(cost.tower()).total == 641_801_428_992
+    for size, tokens, flops in (
+        ("0.5B", 729, 567_423_553_536),
+        ("7B", 1485, 20_265_301_647_360),
+        ("7B", 8765, 145_226_566_410_240),
+        ("72B", 7371, 1_177_502_007_951_360),
+    ):
+        assert cost.body_flops(size, tokens) == flops
+    assert cost.views_and_tokens(2304, 2304) == (37, 7371)
+    assert cost.views_and_tokens(2304, 2304, ratio="anyres") == (37, 27_135)
+    assert (cost.video_tokens(32), cost.video_tokens(32, "grid")) == (6273, 6720)
+
+
+def test_the_miniature_measures_every_arm():
+    from llavakit.systems.llava_onevision import miniature
+
+    verdict = miniature.run((0,), transfer_steps=4, budget_steps=2, tower_steps=2)
+    assert [len(c.idea.values) for c in verdict.comparisons] == [1] * 5
+    assert verdict.verdict in ("supported", "not supported", "inconclusive")
+    assert "points against mixing" in verdict.notes
+
+
+def test_layouts_of_the_miniature_equal_those_of_single_media():
+    from llavakit.systems.llava_onevision import miniature
+
+    tokens, newline = torch.randn(3, miniature.FRAMES, 9, 8), torch.randn(8)
+    together = miniature.LAYOUTS[miniature.VIDEO](tokens, newline)
+    assert together.shape == (3, miniature.FRAMES * 4 + 1, 8)
+    for own, sample in zip(together, tokens, strict=True):
+        torch.testing.assert_close(miniature.LAYOUTS[miniature.VIDEO](sample[None], newline)[0], own)
+        torch.testing.assert_close(own[-1], newline)
+
+
+def test_counts_in_videos_are_balanced():
+    from llavakit.systems.llava_onevision import miniature
+
+    group = miniature.transfer_samples(miniature.VIDEO, 400, torch.Generator().manual_seed(0))
+    first, count = miniature.ANSWERS[miniature.VIDEO]
+    shares = torch.bincount(group.answer - first, minlength=count) / 400
+    assert ((shares - 1 / count).abs() < 0.08).all()

@@ -35,7 +35,7 @@ SCARCE = 300
 BATCH, FRESH = 32, 1000
 RATE = 5e-3
 SEEDS = (0, 1, 2, 3)
-TRANSFER_STEPS, BUDGET_STEPS = 600, 250
+TRANSFER_STEPS, BUDGET_STEPS, TOWER_STEPS = 600, 250, 200
 CLEARLY = 0.05  # gain that a claim of improvement asks for
 
 SINGLE, PAIRS, VIDEO = "single", "pairs", "video"
@@ -284,7 +284,7 @@ def transfer(seed: int, steps: int, width: int = 32, layers: int = 2) -> dict[st
 BASE, BUDGETED, FULL = "base view", "budget", "all tokens"
 
 
-def pretrained_tower(width: int, data: torch.Generator, steps: int = 200) -> nn.Module:
+def pretrained_tower(width: int, data: torch.Generator, steps: int) -> nn.Module:
     """A tower that tells glyphs on single views apart; it stands in for SigLIP."""
     tower, head = encoder(width), nn.Linear(width, CLASSES)
 
@@ -297,7 +297,7 @@ def pretrained_tower(width: int, data: torch.Generator, steps: int = 200) -> nn.
     return tower
 
 
-def budget(seed: int, steps: int, side: int = 24, width: int = 32) -> dict[str, float]:
+def budget(seed: int, steps: int, tower_steps: int, side: int = 24, width: int = 32) -> dict[str, float]:
     """Accuracy with the base view alone, with all tiles, and with tiles under a budget, under one seed."""
     size = MediumSize(1, side, side)
     plan = PLANNERS.build({"type": "anyres", "size": VIEW, "pinpoints": [[side, side]]}).plan(size)
@@ -318,7 +318,7 @@ def budget(seed: int, steps: int, side: int = 24, width: int = 32) -> dict[str, 
         return Group(views[:, :1] if name == BASE else views, torch.zeros_like(kinds), kinds, arms[name])
 
     torch.manual_seed(seed)
-    tower = pretrained_tower(width, torch.Generator().manual_seed(seed))
+    tower = pretrained_tower(width, torch.Generator().manual_seed(seed), tower_steps)
     found = {}
     for name in arms:
         torch.manual_seed(seed)
@@ -345,14 +345,16 @@ def run(
     *,
     transfer_steps: int = TRANSFER_STEPS,
     budget_steps: int = BUDGET_STEPS,
+    tower_steps: int = TOWER_STEPS,
 ) -> Verdict:
     """Train all arms of both experiments under every seed, and judge.
 
     Args:
         transfer_steps, budget_steps: Steps of every arm.
+        tower_steps: Steps of the tower that the arms of the second experiment start from.
     """
     measured = run_seeds(
-        lambda seed: transfer(seed, transfer_steps) | budget(seed, budget_steps), seeds or SEEDS, progress
+        lambda seed: transfer(seed, transfer_steps) | budget(seed, budget_steps, tower_steps), seeds or SEEDS, progress
     )
 
     def transferred(task: str) -> Comparison:
