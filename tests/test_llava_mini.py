@@ -443,7 +443,10 @@ def test_frames_at_once_change_nothing():
         found.append(net.model.embed(ids, **media)[0])
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found[0], found[2], atol=1e-6, rtol=1e-5)
+    whole = net.model.encode_media(**media).features["multi_modal_projector"]
     media["pixel_values"] = torch.stack(media["pixel_values"][:])
+    torch.testing.assert_close(whole.values, whole.to(torch.float64).values.float())
+    assert len(whole.split()) == 80
     with torch.enable_grad():
         torch.testing.assert_close(net.model.embed(ids, **media)[0], found[0], atol=1e-5, rtol=1e-4)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llavakit.views.plan import Plan
 
 Grid = tuple[int, int, int]  # depth, rows, columns
+AT_ONCE = 64  # entries of streamed features that are computed together when all are wanted
 
 
 def tokens_in(grid: Grid) -> int:
@@ -90,8 +91,9 @@ class StreamedFeatures(Features):
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
-        """All of them."""
-        return self.read(0, len(self.grids))
+        """All of them, computed some at a time."""
+        count = len(self.grids)
+        return torch.cat([self.read(start, min(start + AT_ONCE, count)) for start in range(0, count, AT_ONCE)])
 
     def part(self, start: int, stop: int) -> Tensor:
         return self.read(start, stop)
