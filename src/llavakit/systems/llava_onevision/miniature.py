@@ -34,8 +34,8 @@ FRAMES, PAIR = 4, 2
 SCARCE = 300
 BATCH, FRESH = 32, 1000
 RATE = 5e-3
-SEEDS = (0, 1, 2, 3)
-TRANSFER_STEPS, BUDGET_STEPS, TOWER_STEPS = 600, 250, 200
+SEEDS = (0, 1, 2)
+TRANSFER_STEPS, BUDGET_STEPS, TOWER_STEPS = 600, 200, 200
 CLEARLY = 0.05  # gain that a claim of improvement asks for
 
 SINGLE, PAIRS, VIDEO = "single", "pairs", "video"
@@ -173,8 +173,10 @@ def laid_out(arrangement: Arrangement, plan: Plan, views: int) -> LayOut:
 
 def fit(model: nn.Module, steps: int, rate: float, loss_of: Callable[[], Tensor]) -> None:
     """AdamW with a cosine schedule after a short warm-up."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
     model.train()
     for _ in range(steps):
         optimiser.zero_grad()
@@ -377,7 +379,7 @@ def run(
                 metric=f"{SINGLE}: accuracy",
                 idea=measured.arm(f"mixed {SINGLE}", "mixed"),
                 baseline=measured.arm(f"first {SINGLE}", "single images alone"),
-                threshold=-0.05,
+                threshold=-0.03,
             ),
             Comparison(
                 metric="small glyph: accuracy",
