@@ -3,10 +3,15 @@
 import io
 import json
 import math
+import multiprocessing
+import os
 
 import pytest
+import torch
 
+from llavakit.errors import UserError
 from llavakit.miniature import Arm, Comparison, Verdict, interval, run_seeds, t_quantile
+from llavakit.parallel import WorkerError, run_each
 
 
 @pytest.mark.parametrize(
@@ -74,13 +79,52 @@ def test_a_verdict_is_json_and_a_table():
     assert "+3" in text
 
 
-def test_seeds_run_in_order_and_report_progress():
+def twice(seed):
+    return {"a": seed, "b": 2 * seed}
+
+
+def broken(seed):
+    if seed == 1:
+        raise ZeroDivisionError("nothing to divide")
+    return {"a": seed}
+
+
+def killed(seed):
+    os._exit(7)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_seeds_keep_their_order_and_report_progress(workers):
     lines = []
-    measured = run_seeds(lambda seed: {"a": seed, "b": 2 * seed}, [3, 1], lines.append)
+    measured = run_seeds(twice, [3, 1], lines.append, workers=workers)
     assert measured.values == {"a": [3.0, 1.0], "b": [6.0, 2.0]}
     assert measured.arm("a", "idea") == Arm("idea", (3.0, 1.0))
-    assert lines == ["seed 3 (1 of 2): a 3, b 6", "seed 1 (2 of 2): a 1, b 2"]
+    assert sorted(line[:6] for line in lines) == ["seed 1", "seed 3"]
+    assert "(2 of 2)" in lines[1]
+
+
+def test_seeds_must_measure_the_same():
     with pytest.raises(ValueError, match="seed 1 measured"):
-        run_seeds(lambda seed: {str(seed): 0.0}, [0, 1])
+        run_seeds(lambda seed: {str(seed): 0.0}, [0, 1], workers=1)
     with pytest.raises(ValueError, match="one value per seed"):
         comparison((0.1,), (0.1, 0.2))
+
+
+def test_a_failing_seed_is_named_and_ends_the_others():
+    with pytest.raises(WorkerError, match="seed 1: ZeroDivisionError: nothing to divide") as caught:
+        run_seeds(broken, [0, 1], workers=2)
+    assert "in broken" in str(caught.value.__cause__)
+    with pytest.raises(UserError, match="exit code 7"):
+        run_seeds(killed, [0, 1], workers=2)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_compute_in_one_thread_and_give_it_back():
+    before = torch.get_num_threads()
+    assert [threads for _, threads in run_each(threads_of, [0, 1], workers=2)] == [1, 1]
+    assert [threads for _, threads in run_each(threads_of, [0, 1], workers=1)] == [1, 1]
+    assert torch.get_num_threads() == before
+
+
+def threads_of(_):
+    return torch.get_num_threads()

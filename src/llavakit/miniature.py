@@ -230,23 +230,30 @@ def run_seeds(
     function: Callable[[int], Mapping[str, float]],
     seeds: Sequence[int],
     progress: Callable[[str], None] | None = None,
+    workers: int | None = None,
 ) -> Measurements:
-    """Run an experiment once per seed.
+    """Run an experiment once per seed, as many at a time as there are cores, with one thread each.
 
     Args:
-        function: Runs all arms under one seed and returns the metrics by name, the same names for every seed.
+        function: Runs all arms under one seed and returns the metrics by name, the same names for every seed;
+            importable by name unless there is one worker, see `llavakit.parallel.run_each`.
         progress: Called with one line after every seed.
+        workers: Processes; default: one per core.
+
+    Raises:
+        llavakit.parallel.WorkerError: If the experiment failed in a worker; it names the seed.
     """
+    from llavakit.parallel import run_each
+
     started = time.perf_counter()
-    measured = Measurements(tuple(seeds))
-    for number, seed in enumerate(seeds, 1):
-        metrics = function(seed)
-        if measured.values and set(metrics) != set(measured.values):
-            raise ValueError(f"seed {seed} measured {sorted(metrics)}, the seeds before {sorted(measured.values)}")
-        for name, value in metrics.items():
-            measured.values.setdefault(name, []).append(float(value))
-        measured.seconds = time.perf_counter() - started
+    found: dict[int, Mapping[str, float]] = {}
+    for number, metrics in run_each(function, seeds, workers, name="seed"):
+        if found and set(metrics) != set(known := next(iter(found.values()))):
+            raise ValueError(f"seed {seeds[number]} measured {sorted(metrics)}, another one {sorted(known)}")
+        found[number] = metrics
         if progress is not None:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            progress(f"seed {seed} ({number} of {len(seeds)}): {shown}")
-    return measured
+            progress(f"seed {seeds[number]} ({len(found)} of {len(seeds)}): {shown}")
+    names = found[0] if found else {}
+    values = {name: [float(found[number][name]) for number in range(len(seeds))] for name in names}
+    return Measurements(tuple(seeds), values, time.perf_counter() - started)

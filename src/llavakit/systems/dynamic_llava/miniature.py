@@ -177,12 +177,7 @@ def one_seed(seed: int) -> dict[str, float]:
 
 def run(seeds: tuple[int, ...] | None = None, progress: Callable[[str], None] | None = None) -> Verdict:
     """Run all seeds and judge."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # operations this small only wait for each other
-    try:
-        measured = run_seeds(one_seed, seeds or SEEDS, progress)
-    finally:
-        torch.set_num_threads(threads)
+    measured = run_seeds(one_seed, seeds or SEEDS, progress)
     learned = measured.arm("learned", "learned dropping, 3 of 15 cells")
     return Verdict(
         system="dynamic-llava",

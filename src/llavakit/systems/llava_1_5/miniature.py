@@ -7,6 +7,7 @@ data, steps and seeds are the same (spec section 11).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -312,7 +313,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     Args:
         budget: Other step counts than the published ones, see `one_seed`.
     """
-    measured = run_seeds(lambda seed: one_seed(seed, **budget), seeds, progress)
+    measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
 
     def compare(metric: str) -> Comparison:
         return Comparison(

@@ -7,6 +7,7 @@ tiny decoder unless the question was there when the picture was read (spec secti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,6 +97,11 @@ def one_arm(connector: dict[str, Any], seed: int, steps: int, batch: int = 64) -
     return float((found == colour).float().mean())
 
 
+def one_seed(seed: int, steps: int) -> dict[str, float]:
+    """Accuracy of every arm under one seed."""
+    return {name: one_arm(options, seed, steps) for name, options in ARMS.items()}
+
+
 def flops(connector: dict[str, Any]) -> int:
     """FLOPs of one question, encoder not counted."""
     model = new_model(connector).eval()
@@ -109,9 +115,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     Args:
         steps: Steps of every arm; with much fewer some runs do not leave their plateau.
     """
-    measured = run_seeds(
-        lambda seed: {name: one_arm(options, seed, steps) for name, options in ARMS.items()}, seeds, progress
-    )
+    measured = run_seeds(functools.partial(one_seed, steps=steps), seeds, progress)
     metric = "accuracy on 2000 new pictures, chance 0.167"
     costs = ", ".join(f"{name}: {flops(options) / 1e3:.0f} k" for name, options in ARMS.items())
     fused = measured.arm("1 token, pre-fusion")

@@ -12,6 +12,7 @@ Tower, connector, arrangements and decoder are the library's kinds, from scratch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -341,6 +342,11 @@ def budget(seed: int, steps: int, tower_steps: int, side: int = 24, width: int =
 # Verdict
 
 
+def one_seed(seed: int, transfer_steps: int, budget_steps: int, tower_steps: int) -> dict[str, float]:
+    """Both experiments under one seed."""
+    return transfer(seed, transfer_steps) | budget(seed, budget_steps, tower_steps)
+
+
 def run(
     seeds: Sequence[int] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -355,9 +361,8 @@ def run(
         transfer_steps, budget_steps: Steps of every arm.
         tower_steps: Steps of the tower that the arms of the second experiment start from.
     """
-    measured = run_seeds(
-        lambda seed: transfer(seed, transfer_steps) | budget(seed, budget_steps, tower_steps), seeds or SEEDS, progress
-    )
+    steps = {"transfer_steps": transfer_steps, "budget_steps": budget_steps, "tower_steps": tower_steps}
+    measured = run_seeds(functools.partial(one_seed, **steps), seeds or SEEDS, progress)
 
     def transferred(task: str) -> Comparison:
         return Comparison(

@@ -8,6 +8,7 @@ the planner's native slices plus overview (`uhd`), the last two with 4 tokens pe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -177,7 +178,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     Args:
         budget: Other numbers of steps and of held-out pictures, see `one_seed`.
     """
-    measured = run_seeds(lambda seed: one_seed(seed, **budget), seeds, progress)
+    measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
 
     def compare(metric: str, group: str, baseline: str, threshold: float) -> Comparison:
         return Comparison(

@@ -7,6 +7,7 @@ encoder only an in-plane one. Connector and a one-layer reader are trained on an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -118,7 +119,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     Args:
         budget: Other numbers of steps and held-out volumes, see `one_seed`.
     """
-    measured = run_seeds(lambda seed: one_seed(seed, **budget), seeds, progress)
+    measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
 
     mended = measured.arm("attention_slices half").mean
 
