@@ -1,0 +1,313 @@
+"""Any part with any part: published systems and recipes that nobody published, each by configuration alone.
+
+Every combination is a dictionary that could stand in a config.json. Each must train in full, with LoRA and in packed
+rows, decode with a cache as without one, and come back from its folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+
+import pytest
+import tiny
+import torch
+
+from llavakit.data.collate import Collator
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.media import KINDS
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.training.lora import prepare
+from llavakit.training.recipe import parse_recipe
+from llavakit.views.plan import MediumSize
+
+SQUASH = {"type": "squash", "size": tiny.SIZE}
+FRAMES = {"type": "frames", "frame": SQUASH}
+ANYRES = {"type": "anyres", "size": tiny.SIZE, "pinpoints": "(1x1),...,(3x3)"}
+SLICES = {"type": "native_slices", "size": tiny.SIZE, "patch": 8, "max_slices": 4}
+SCHEMA = {"type": "spatial_schema", "column_separator": 5, "row_separator": 6}
+ONEVISION = {
+    "image": {"views": ANYRES, "arrange": {"type": "spatial_unpad", "max_tiles": 2}},
+    "multi_image": {"views": SQUASH, "arrange": {"type": "flat"}},
+    "video": {"views": FRAMES, "arrange": {"type": "frames", "newline": "one_token", "pool": {"mode": "bilinear"}}},
+}
+COMPRESSOR = {"type": "compressor_prefusion", "compressor_size": 2, "compressor_heads": 2, "prefusion_layer_num": 2}
+SPARSE = {
+    "type": "dynamic_sparsification",
+    "vision_keep_rate": 0.5,
+    "output_text_len_for_training": 2,
+    "sparse_layer": 1,
+    "d_model": 16,
+    "nhead": 4,
+    "dim_feedforward": 32,
+    "num_layers": 1,
+}
+M3D = {
+    "model_type": "m3d_clip_vision",
+    "image_size": [8, 16, 16],
+    "patch_size": [2, 4, 4],
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+BOX = {"type": "volume_box", "size": [8, 16, 16]}
+IMAGE = ("image", MediumSize(1, 40, 90))
+SMALL = ("image", MediumSize(1, 30, 20))
+VIDEO = ("video", MediumSize(3, 30, 40))
+VOLUME = ("volume", MediumSize(20, 64, 64))
+
+
+def combination(encoder: str, connector: dict, decoder: str, media: dict, layers: int = 2, **more) -> dict:
+    return {
+        "vision_config": tiny.ENCODERS[encoder],
+        "connector": connector,
+        "text_config": tiny.DECODERS[decoder] | {"num_hidden_layers": layers},
+        "image_token_id": tiny.TOKEN,
+        "media": media,
+        **more,
+    }
+
+
+# name: (configuration, media of the first sample, media of the second)
+COMBINATIONS = {
+    "OneVision": (combination("siglip", tiny.CONNECTORS["mlp"], "qwen2", ONEVISION), [IMAGE], [VIDEO]),
+    "UHD": (
+        combination(
+            "clip",
+            {"type": "spatial_resampler", "queries": 4, "heads": 2},
+            "llama",
+            {"image": {"views": SLICES, "arrange": SCHEMA}},
+        ),
+        [IMAGE],
+        [SMALL],
+    ),
+    "Mini": (
+        combination("clip", COMPRESSOR, "llama", {"image": {"views": SQUASH}, "video": {"views": FRAMES}}),
+        [IMAGE],
+        [VIDEO],
+    ),
+    "Dynamic": (
+        combination(
+            "clip",
+            tiny.CONNECTORS["mlp"],
+            "llama",
+            {"image": {"views": SQUASH}},
+            layers=4,
+            language_adapter=SPARSE,
+        ),
+        [IMAGE],
+        [SMALL],
+    ),
+    "MedM-VL": (
+        combination(
+            "clip",
+            {"type": "pooling", "stride": [2, 2, 2]},
+            "phi",
+            {"volume": {"views": BOX}},
+            vision_feature_layer=-1,
+        )
+        | {"vision_config": M3D},
+        [VOLUME],
+        [VOLUME],
+    ),
+    "UHD's slices into SigLIP and Qwen2": (
+        combination(
+            "siglip",
+            {"type": "resampler", "queries": 4, "heads": 2},
+            "qwen2",
+            {"image": {"views": SLICES, "arrange": SCHEMA}},
+        ),
+        [IMAGE, SMALL],
+        [SMALL],
+    ),
+    "Mini's compressor on OneVision's frames with Qwen2": (
+        combination(
+            "siglip",
+            COMPRESSOR,
+            "qwen2",
+            {
+                "image": {"views": ANYRES},
+                "video": {"views": FRAMES, "arrange": {"type": "frames", "newline": "one_token"}},
+            },
+        ),
+        [VIDEO],
+        [IMAGE],
+    ),
+    "Dynamic sparsification under UHD's slices": (
+        combination(
+            "clip",
+            {"type": "spatial_resampler", "queries": 4, "heads": 2},
+            "llama",
+            {"image": {"views": SLICES, "arrange": SCHEMA}},
+            layers=4,
+            language_adapter=SPARSE,
+        ),
+        [IMAGE],
+        [SMALL],
+    ),
+    "MedM-VL's attention pooling on SigLIP's tiles": (
+        combination(
+            "siglip", {"type": "attention_pooling", "queries": 6, "heads": 2}, "qwen2", {"image": {"views": ANYRES}}
+        ),
+        [IMAGE],
+        [SMALL, IMAGE],
+    ),
+    "A volume and a radiograph in one conversation": (
+        combination(
+            "clip",
+            tiny.CONNECTORS["mlp"],
+            "llama",
+            {
+                "image": {"views": SQUASH},
+                "volume": {"views": BOX, "tower": "volume_tower", "connector": "volume_projector"},
+            },
+            extra_towers={"volume_tower": {"config": M3D, "layer": -1}},
+            extra_connectors={"volume_projector": {"type": "pooling", "stride": [2, 2, 2], "tower": "volume_tower"}},
+        ),
+        [VOLUME, IMAGE],
+        [IMAGE, VOLUME],
+    ),
+    "Mini's compressor in front of Dynamic sparsification": (
+        combination("siglip", COMPRESSOR, "qwen2", {"image": {"views": ANYRES}}, layers=4, language_adapter=SPARSE),
+        [IMAGE, SMALL],
+        [SMALL],
+    ),
+}
+NAMES = list(COMBINATIONS)
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+@functools.cache
+def _built(name: str) -> LlavakitForConditionalGeneration:
+    torch.manual_seed(NAMES.index(name))
+    config = LlavakitConfig(**json.loads(json.dumps(COMBINATIONS[name][0])))
+    net = LlavakitForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    return net
+
+
+def build(name: str) -> LlavakitForConditionalGeneration:
+    return copy.deepcopy(_built(name))
+
+
+def sample(net, media, seed: int, text: int = 8) -> dict:
+    """One sample as a processor gives it: text, every medium with words behind it, a reply of five tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count):
+        return torch.randint(7, tiny.TOKEN, (count,), generator=generator).tolist()
+
+    ids, views, kinds = [1, *words(2)], [], []
+    spec = net.model.media
+    for kind, size in media:
+        for run in spec.layout(kind, size):
+            ids += [tiny.TOKEN] * run.visual + list(run.ids)
+        ids += words(2)
+        kinds.append(KINDS.index(kind))
+        for view in spec.plan(kind, size).views:
+            shape = (1, view.depth) if view.role == "volume" else (3,)
+            views.append(torch.randn(*shape, view.height, view.width, generator=generator))
+    ids += words(text)
+    labels = [-100] * (len(ids) - 5) + ids[-5:]
+    return {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor(labels),
+        "pixel_values": views,
+        "visual_sizes": torch.tensor([size for _, size in media]),
+        "visual_kinds": torch.tensor(kinds),
+    }
+
+
+def samples(net, name):
+    _, first, second = COMBINATIONS[name]
+    return [sample(net, first, 0), sample(net, second, 1, text=12)]
+
+
+def prompts(net, name):
+    """The two samples as one ragged batch, padded on the left, without labels."""
+    batch = Collator(0, padding_side="left")(samples(net, name))
+    batch.pop("labels")
+    return batch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_every_part(name):
+    net = build(name).train()
+    loss = net(**Collator(0)(samples(net, name))).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    for part, module in net.model.named_children():
+        grads = [float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None]
+        assert sum(grads) > 0, part
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_equals_uncached_and_batched_equals_alone(name):
+    net = build(name)
+    batch = prompts(net, name)
+    together = net.generate(**batch, **GREEDY)
+    assert torch.equal(together, net.generate(**batch, **GREEDY, use_cache=False))
+    for row, one in enumerate(samples(net, name)):
+        alone = Collator(0)([one])
+        alone.pop("labels")
+        assert torch.equal(net.generate(**alone, **GREEDY)[0, -6:], together[row, -6:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comes_back_from_its_folder(name, tmp_path):
+    net = build(name)
+    batch = prompts(net, name)
+    net.save_pretrained(tmp_path)
+    again = LlavakitForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(net(**batch).logits, again(**batch).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_rows_equal_padded_ones(name):
+    net = build(name)  # in evaluation: what drops tokens decides by chance while it trains
+    padded = Collator(0)(samples(net, name))
+    packed = Collator(0, 512, packing=True)(samples(net, name))
+    assert len(packed["input_ids"]) == 1
+    with torch.no_grad():
+        one, other = net(**padded), net(**packed)
+    torch.testing.assert_close(one.loss, other.loss, atol=2e-5, rtol=1e-4)
+    start = 0
+    for row, length in enumerate(padded["attention_mask"].sum(1).tolist()):
+        own = other.logits[0, start : start + length]
+        torch.testing.assert_close(own, one.logits[row, :length], atol=5e-5, rtol=1e-3)
+        start += length
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_learns_in_packed_rows(name):
+    pytest.importorskip("peft")
+    net = build(name)
+    train = {"multi_modal_projector": 3e-3}
+    if net.model.language_adapter is not None:
+        train["language_adapter"] = 3e-3
+    stage = {"name": "s", "learning_rate": 3e-3, "train": train, "lora": {"rank": 2, "alpha": 4, "dropout": 0.0}}
+    model = prepare(net, parse_recipe({"model": "tiny", "stages": [stage]}).stages[0]).train()
+    batch = Collator(0, 512, packing=True)(samples(net, name))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimiser = torch.optim.AdamW(trained, lr=3e-3)
+    losses = []
+    for _ in range(6):
+        torch.manual_seed(0)  # the same tokens are dropped every time
+        loss = model(**batch, skip_logits=True).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("lora_B" in n for n in moved)
+    for part in train:
+        assert any(part in n for n in moved), part
+    assert not any("vision_tower" in n or "volume_tower" in n for n in moved)
