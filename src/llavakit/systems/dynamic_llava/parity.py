@@ -358,11 +358,13 @@ def cached_turns(case: Case) -> Result:
     """Prefill, single tokens, and a later user turn in one chunk."""
     session = Session(case)
     prefill = session.prefill()
+    session.decided["instruct_predictor"].clear()  # what the first turn lost shows in the length of the prefill
     lengths, steps = [session.lengths()], [prefill[0, -1]]
     for chunk in case.json()["chunks"]:
         steps.append(session.feed(chunk)[0, -1])
         lengths.append(session.lengths())
-    decisions = [threshold_keep(logits).flatten().tolist() for logits in session.decided["instruct_predictor"]]
+    chosen = [threshold_keep(logits).flatten().tolist() for logits in session.decided["instruct_predictor"]]
+    decisions = [[*tokens[:-1], True] for tokens in chosen]  # the last token of a turn is stored in any case
     return Result(
         json={
             "cache_lengths": lengths,
