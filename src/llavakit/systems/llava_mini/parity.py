@@ -29,7 +29,7 @@ from llavakit.parity import Case, Result
 from llavakit.systems.llava_mini.checkpoint import Classic, media_of
 from llavakit.systems.llava_mini.compressor import Compressor, resized_table
 from llavakit.systems.llava_mini.connector import CompressorPrefusion, units_of
-from llavakit.systems.llava_mini.views import GridAndWhole
+from llavakit.systems.llava_mini.views import GridAndWhole, blocks
 from llavakit.views import sampling
 from llavakit.views.frames import squash_nearest
 from llavakit.views.plan import MediumSize
@@ -73,17 +73,15 @@ def split_plan(case: Case) -> Result:
     """Boxes of blocks."""
     plans = []
     for width, height, n in case.json()["items"]:
+        facts: dict[str, Any] = {"size": [width, height], "n": n}
+        if min(width, height) < n:  # llavakit refuses blocks without pixels, the original's arithmetic gives them
+            boxes = blocks(width, height, n)
+            plans.append({**facts, "boxes": boxes, "num_views": len(boxes) + 1, "last_is_full_image": True})
+            continue
         planner = GridAndWhole(grid=n, view={"type": "square"})
         plan = planner.plan(MediumSize(1, height, width))
-        plans.append(
-            {
-                "size": [width, height],
-                "n": n,
-                "boxes": planner.boxes(width, height),
-                "num_views": len(plan.views),
-                "last_is_full_image": plan.views[-1].role == "whole",
-            }
-        )
+        facts |= {"boxes": planner.boxes(width, height), "num_views": len(plan.views)}
+        plans.append(facts | {"last_is_full_image": plan.views[-1].role == "whole"})
     return Result(json={"plans": plans})
 
 
@@ -283,9 +281,8 @@ class Batch:
                 placeholder=PLACEHOLDER,
                 image_token_id=token,
             )
-            limit = case.config["llm"].get("tokenizer_model_max_length")
-            ids.append(torch.tensor(spliced.ids[:limit]))
-            labels.append(torch.tensor(spliced.labels[:limit]))
+            ids.append(torch.tensor(spliced.ids))
+            labels.append(torch.tensor(spliced.labels))
         pad = torch.nn.utils.rnn.pad_sequence
         self.input_ids = pad(ids, batch_first=True)
         self.labels = pad(labels, batch_first=True, padding_value=IGNORE)
@@ -370,18 +367,21 @@ def end_to_end(case: Case) -> Result:
     """Logits and loss of a tiny model, the spliced prompt and the results of every part."""
     batch = Batch(case)
     visuals = batch.model.model.encode_media(**batch.media)
-    embeds = batch.embeds(visuals)
-    out = batch.model(inputs_embeds=embeds, attention_mask=batch.attention_mask, labels=batch.supervised)
+    # rows are cut after media were laid out, perhaps in the middle of one
+    limit = case.config["llm"].get("tokenizer_model_max_length")
+    embeds, mask, labels = (x[:, :limit] for x in (batch.embeds(visuals), batch.attention_mask, batch.labels))
+    supervised = None if batch.supervised is None else labels
+    out = batch.model(inputs_embeds=embeds, attention_mask=mask, labels=supervised)
     tensors = {
         "inputs_embeds": embeds,
         "logits": out.logits,
-        "attention_mask_after_splice": batch.attention_mask,
-        "labels_after_splice": batch.labels,
+        "attention_mask_after_splice": mask,
+        "labels_after_splice": labels,
         **batch.calls(visuals),
     }
     if out.loss is not None:
         tensors["loss"] = out.loss.reshape(1)
-    return Result(tensors=tensors, mask={"logits": batch.attention_mask.unsqueeze(-1)})
+    return Result(tensors=tensors, mask={"logits": mask.bool().unsqueeze(-1)})
 
 
 @torch.no_grad()

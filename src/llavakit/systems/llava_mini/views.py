@@ -18,6 +18,13 @@ from llavakit.views.plan import MediumSize, Plan, Planner
 Box = tuple[int, int, int, int]
 
 
+def blocks(width: int, height: int, grid: int) -> list[Box]:
+    """(left, top, right, bottom) of grid x grid blocks, row by row; what the division leaves over is in none."""
+    across, down = width // grid, height // grid
+    places = [(row, col) for row in range(grid) for col in range(grid)]
+    return [(col * across, row * down, (col + 1) * across, (row + 1) * down) for row, col in places]
+
+
 class GridAndWhole(Planner):
     """`grid_and_whole`: r x r blocks row by row, each a view of its own, then the whole image.
 
@@ -55,14 +62,12 @@ class GridAndWhole(Planner):
             return []
         if self.pad_first:
             width = height = max(width, height)
-        across, down = width // self.grid, height // self.grid
-        if not across or not down:
+        if min(width, height) < self.grid:
             raise MediaError(
                 f"image: is {width} x {height} pixels, too small for {self.grid} x {self.grid} blocks; "
                 f"it needs at least {self.grid} pixels along each side"
             )
-        places = [(row, col) for row in range(self.grid) for col in range(self.grid)]
-        return [(col * across, row * down, (col + 1) * across, (row + 1) * down) for row, col in places]
+        return blocks(width, height, self.grid)
 
     def plan(self, size: MediumSize) -> Plan:
         blocks = len(self.boxes(size.width, size.height))

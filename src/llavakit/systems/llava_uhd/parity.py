@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -228,14 +228,14 @@ def end_to_end(case: Case) -> Result:
     inputs, config = case.tensors(), case.config
     token = config["llama"]["vocab_size"]
     schema = {"column_separator": config["comma_id"], "row_separator": config["newline_id"]}
-    side = config["resampler"]["grid_size"]
+    queries = config["resampler"]["grid_size"] ** 2
     model = LlavakitForConditionalGeneration(
         LlavakitConfig(
             text_config={"model_type": "llama", **config["llama"]},
             vision_config={"model_type": "clip_vision_model", **config["clip"]},
             connector={
                 "type": "spatial_resampler",
-                "queries": side**2,
+                "queries": queries,
                 "heads": config["resampler"]["num_heads"],
             },
             media={"image": {"views": {"type": "native_slices"}, "arrange": {"type": "spatial_schema", **schema}}},
@@ -267,20 +267,21 @@ def end_to_end(case: Case) -> Result:
             next(remaining, None)  # a text-only sample comes with one unused image
         layouts: list[list[Run]] = [route.layout(plans[sizes[n]]) for n in media]
         spliced = expand(own, targets[keep].tolist(), layouts, placeholder=PLACEHOLDER, image_token_id=token)
-        limit = config.get("tokenizer_model_max_length")
-        rows.append(spliced.ids[:limit])
-        labels.append(spliced.labels[:limit])
+        rows.append(torch.tensor(spliced.ids))
+        labels.append(torch.tensor(spliced.labels))
         used += media
-    left = config.get("padding_side", "right") == "left"
-    pad = lambda lists, fill: nn_pad(lists, fill, left)  # noqa: E731
-    ids, mask, targets = pad(rows, 0), pad([[1] * len(r) for r in rows], 0), pad(labels, IGNORE)
     views = [view for n in used for view in (*inputs[f"patches{n}"][: len(marks[n])], inputs[f"image{n}"])]
-    media = {"pixel_values": views, "visual_sizes": torch.tensor([sizes[n] for n in used])}
+    media = {"pixel_values": views, "visual_sizes": torch.tensor([sizes[n] for n in used])} if used else {}
+    limit, side = config.get("tokenizer_model_max_length"), config.get("padding_side", "right")
     with torch.no_grad():
-        embeds, _, _ = model.model.embed(ids, attention_mask=mask, **media)
-        out = model(input_ids=ids, attention_mask=mask, labels=targets, **media)
+        spliced_rows, _, _ = model.model.embed(padded(rows, 0), **media)
+        # rows are cut after media were laid out, perhaps in the middle of one
+        cut = [row[: len(ids)][:limit] for row, ids in zip(spliced_rows, rows, strict=True)]
+        embeds, targets = padded(cut, 0, side), padded([row[:limit] for row in labels], IGNORE, side)
+        mask = padded([torch.ones(len(row), dtype=torch.long) for row in cut], 0, side)
+        out = model(inputs_embeds=embeds, attention_mask=mask, labels=targets)
     tensors = {
-        "inputs_embeds": embeds * mask.unsqueeze(-1),
+        "inputs_embeds": embeds,
         "new_labels": targets,
         "new_attention_mask": mask,
         "logits": out.logits,
@@ -289,11 +290,9 @@ def end_to_end(case: Case) -> Result:
     return Result(tensors=tensors, mask={"logits": mask.bool().unsqueeze(-1)})
 
 
-def nn_pad(lists: list[list[int]], fill: int, left: bool) -> Tensor:
+def padded(rows: Sequence[Tensor], fill: float, side: str = "right") -> Tensor:
     """Rows of one length."""
-    length = max(map(len, lists))
-    pads = [[fill] * (length - len(row)) for row in lists]
-    return torch.tensor([p + row if left else row + p for row, p in zip(lists, pads, strict=True)])
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill, padding_side=side)
 
 
 def prompts(case: Case) -> Result:

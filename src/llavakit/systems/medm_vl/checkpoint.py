@@ -49,6 +49,7 @@ TEMPLATES = {
 CONNECTORS = {"mlp": "mlp", "spatial_pooling": "pooling", "attn_pooling": "attention_pooling"}
 VOLUME_TOWER, VOLUME_CONNECTOR = "volume_tower", "volume_projector"
 PUBLISHED_QUERIES = 256
+VOLUME_SIZE = (32, 256, 256)  # of both published 3D encoders
 
 
 def unprefixed(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +96,9 @@ class Published(Layout):
             media["volume"] = {"views": {"type": "volume_slices", "size": size, "stored": self._stored(raw)}}
         else:
             intensity = "standard" if tower["model_type"] == "medm_clip_vision" else "minmax"
-            media["volume"] = {"views": {"type": "volume_box", "intensity": intensity, "stored": self._stored(raw)}}
+            size = list(tower.get("image_size", VOLUME_SIZE))
+            views = {"type": "volume_box", "size": size, "intensity": intensity, "stored": self._stored(raw)}
+            media["volume"] = {"views": views}
         if flat and deep:
             tower3, layer3, strategy3, connector3 = slots["volume"]
             extra = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from llavakit.evaluation import metrics, processors, text_metrics
 from llavakit.model.arrange import Run
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.layouts import mlp_options, rename_with
+from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.splice import IGNORE, expand
 from llavakit.parity import Case, Result
-from llavakit.systems.medm_vl.checkpoint import Published
+from llavakit.systems.medm_vl.checkpoint import LLM_TYPES, Published
 from llavakit.systems.medm_vl.connector import AttentionPooling
 from llavakit.systems.medm_vl.parity_text import batch_collator, conversation
 from llavakit.systems.medm_vl.towers import M3DClipConfig, M3DClipVision, MedMClipConfig, MedMClipVision
@@ -26,6 +27,7 @@ from llavakit.systems.medm_vl.volumes import Box, Slices, windowed
 from llavakit.views.plan import MediumSize
 
 IMAGE, VOLUME = -200, -201
+STEPS = {"second": 2, "third": 3, "fourth": 4, "eighth": 8}
 
 
 def _connector(cls: type[MLP], case: Case, **options: Any) -> MLP:
@@ -75,7 +77,23 @@ def _m3d(config: Mapping[str, Any]) -> M3DClipConfig:
         num_hidden_layers=config["num_layers"],
         num_attention_heads=config["num_heads"],
         layer_norm_eps=config.get("layer_norm_eps", 1e-5),
+        qkv_bias=config.get("qkv_bias", False),
     )
+
+
+def _medm(config: Mapping[str, Any]) -> MedMClipConfig:
+    return MedMClipConfig(
+        image_size=[config["frames"], config["image_size"], config["image_size"]],
+        patch_size=[config["frame_patch_size"], config["image_patch_size"], config["image_patch_size"]],
+        num_channels=config.get("channels", 1),
+        hidden_size=config["dim"],
+        intermediate_size=config["mlp_dim"],
+        num_hidden_layers=config["depth"],
+        num_attention_heads=config["heads"],
+    )
+
+
+VOLUMETRIC = {"m3dclip": _m3d, "medmclip": _medm}
 
 
 def m3d_clip(case: Case) -> Result:
@@ -92,18 +110,7 @@ def m3d_clip(case: Case) -> Result:
 
 def medm_clip(case: Case) -> Result:
     """Outputs of every layer of MedM-CLIP, and its contrastive head."""
-    config = case.config
-    tower = MedMClipVision(
-        MedMClipConfig(
-            image_size=[config["frames"], config["image_size"], config["image_size"]],
-            patch_size=[config["frame_patch_size"], config["image_patch_size"], config["image_patch_size"]],
-            num_channels=config["channels"],
-            hidden_size=config["dim"],
-            intermediate_size=config["mlp_dim"],
-            num_hidden_layers=config["depth"],
-            num_attention_heads=config["heads"],
-        )
-    ).eval()
+    tower = MedMClipVision(_medm(case.config)).eval()
     tower.load_state_dict(case.weights())
     volume = case.tensors()["volume"]
     with torch.no_grad():
@@ -123,8 +130,9 @@ def volume_preprocess(case: Case) -> Result:
         if item["encoder"] == "siglip":
             planner = Slices(size=item["image_size"], slices=item["output"][1], window=window)
             values = np.stack(planner.cut(volume, planner.plan(size)), axis=1)
-            # what is sampled of the result is written in words in the case: channel 0, every second slice
-            tensors[f"sampled.{number}"] = torch.from_numpy(values[:1, ::2])
+            # what is sampled of the result is written in words in the case: "channel 0, every second slice"
+            step = next((n for word, n in STEPS.items() if word in item.get("sampled", "")), 1)
+            tensors[f"sampled.{number}"] = torch.from_numpy(values[:1, ::step])
         else:
             kind = "standard" if item["encoder"] == "medmclip" else "minmax"
             planner = Box(size=item["output"][1:], intensity=kind, window=window)
@@ -145,93 +153,120 @@ def volume_preprocess_paper(case: Case) -> Result:
     return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views, axis=1))})
 
 
-def end_to_end(case: Case) -> Result:
-    """Spliced embeddings, labels, mask, logits and loss of a tiny model."""
-    config, inputs = case.config, case.tensors()
-    encoder = dict(config["encoder"])
-    kind = encoder.pop("type")
-    volumetric = kind in ("m3dclip", "medmclip")
-    tower = _m3d(encoder) if kind == "m3dclip" else {"model_type": f"{kind}_vision_model", **encoder}
-    if kind == "siglip":
-        tower["vision_use_head"] = any(".head." in name for name in case.weights())
-    llm = {k: v for k, v in config["llm"].items() if k not in ("type", "qkv_bias")}
+def _tower(encoder: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    """The encoder's configuration of an end-to-end case."""
+    own = {key: value for key, value in encoder.items() if key != "type"}
+    if encoder["type"] in VOLUMETRIC:
+        return VOLUMETRIC[encoder["type"]](own)
+    if encoder["type"] == "siglip":
+        own["vision_use_head"] = any(".head." in name for name in weights)
+    return {"model_type": f"{encoder['type']}_vision_model", **own}
+
+
+def tiny_model(case: Case, slices: int) -> LlavakitForConditionalGeneration:
+    """The model of an end-to-end case with the original's weights.
+
+    Args:
+        slices: Slices of a volume that goes through a 2D encoder.
+    """
+    config, weights = case.config, case.weights()
+    kind, tower = config["encoder"]["type"], _tower(config["encoder"], weights)
+    llm = {key: value for key, value in config["llm"].items() if key not in ("type", "qkv_bias")}
     connector = Published._connector(
         {"connector_image_type": config["connector_type"], "connector_image_name": config["connector_name"]},
         "image",
-        encoder,
+        config["encoder"],
     )
-    slices = inputs["image3d"].shape[2] if "image3d" in inputs and not volumetric else 1
-    if volumetric:
-        media = {"volume": {"views": {"type": "volume_box", "size": encoder["img_size"]}}}
+    if connector["type"] == "attention_pooling":
+        connector["queries"] = next(t.shape[0] for name, t in weights.items() if name.endswith(".query"))
+    if kind in VOLUMETRIC:
+        media = {"volume": {"views": {"type": "volume_box", "size": list(tower.image_size)}}}
     else:
+        size = config["encoder"]["image_size"]
         media = {
-            "image": {"views": {"type": "squash", "size": encoder["image_size"]}},
-            "volume": {"views": {"type": "volume_slices", "size": encoder["image_size"], "slices": slices}},
+            "image": {"views": {"type": "squash", "size": size}},
+            "volume": {"views": {"type": "volume_slices", "size": size, "slices": slices}},
         }
-    token = llm["vocab_size"]
+    keeps = config["select_feature"] != "patch" and kind != "siglip"
     own = LlavakitConfig(
-        text_config={"model_type": config["llm"]["type"], **llm},
+        text_config={"model_type": LLM_TYPES[config["llm"]["type"]], **llm},
         vision_config=tower,
         connector=connector,
         media=media,
         vision_feature_layer=config["select_layer"],
-        vision_feature_select_strategy="full"
-        if config["select_feature"] == "cls_patch" and kind != "siglip"
-        else "default",
-        image_token_id=token,
+        vision_feature_select_strategy="full" if keeps else "default",
+        image_token_id=llm["vocab_size"],
         system="medm-vl",
     )
     model = LlavakitForConditionalGeneration(own).eval()
     rename = rename_with(Published().renames_in(own))
-    model.load_state_dict({rename(name): tensor for name, tensor in case.weights().items()})
+    missing, extra = model.load_state_dict({rename(name): t for name, t in weights.items()}, strict=False)
+    missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
+    if missing or extra:
+        raise ValueError(f"weights do not fit: missing {missing[:3]}, unknown {extra[:3]}")
+    model.tie_weights()
+    return model
 
-    kinds, views = [], []
-    volumes, images = iter(inputs.get("image3d", ())), iter(inputs.get("image", ()))
+
+def _padded(rows: Sequence[Tensor], fill: float, left: bool) -> Tensor:
+    side = "left" if left else "right"
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill, padding_side=side)
+
+
+def end_to_end(case: Case) -> Result:
+    """Spliced embeddings, labels, mask, logits and loss of a tiny model."""
+    inputs, limit, left = (
+        case.tensors(),
+        case.config.get("llm_max_length"),
+        case.config.get("llm_padding_side") == "left",
+    )
+    through_2d = case.config["encoder"]["type"] not in VOLUMETRIC
+    slices = inputs["image3d"].shape[2] if "image3d" in inputs and through_2d else 1
+    model = tiny_model(case, slices)
+    token, spec = model.config.image_token_id, model.model.media
+    asked = inputs["input_ids"]
+    given_mask = inputs.get("attention_mask", torch.ones_like(asked)).bool()
+    given_labels = inputs.get("labels", torch.full_like(asked, IGNORE))
+
+    kinds: list[int] = []
+    views: list[Tensor] = []
     rows, labels = [], []
-    for ids, mask, targets in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True):
-        keep = mask.bool()
-        text = ids[keep].tolist()
+    media = {VOLUME: ("volume", iter(inputs.get("image3d", ()))), IMAGE: ("image", iter(inputs.get("image", ())))}
+    for ids, keep, targets in zip(asked, given_mask, given_labels, strict=True):
         layouts: list[list[Run]] = []
-        for place in text:
-            if place == VOLUME:
-                volume = next(volumes)
-                kinds.append(2)
-                views += [volume] if volumetric else list(volume.unbind(1))
-                layouts.append(list(model.model.media.layout("volume", MediumSize(slices, 8, 8))))
-            elif place == IMAGE:
-                kinds.append(0)
-                views.append(next(images))
-                layouts.append(list(model.model.media.layout("image", MediumSize(1, 8, 8))))
-        flat = [IMAGE if place == VOLUME else place for place in text]
+        for place in ids[keep].tolist():
+            if place in media:
+                kind, left_over = media[place]
+                kinds.append(KINDS.index(kind))
+                medium = next(left_over)
+                views += list(medium.unbind(1)) if kind == "volume" and through_2d else [medium]
+                layouts.append(list(spec.layout(kind, MediumSize(slices if kind == "volume" else 1, 8, 8))))
+        flat = ids[keep].masked_fill(ids[keep] == VOLUME, IMAGE).tolist()
         spliced = expand(flat, targets[keep].tolist(), layouts, placeholder=IMAGE, image_token_id=token)
-        limit = config.get("llm_max_length")
-        rows.append(spliced.ids[:limit])
-        labels.append(spliced.labels[:limit])
-    length, left = max(map(len, rows)), config.get("llm_padding_side") == "left"
+        rows.append(torch.tensor(spliced.ids))
+        labels.append(torch.tensor(spliced.labels))
 
-    def pad(lists: list[list[int]], fill: int) -> Tensor:
-        pads = [[fill] * (length - len(row)) for row in lists]
-        return torch.tensor([p + row if left else row + p for row, p in zip(lists, pads, strict=True)])
-
-    ids, mask, targets = pad(rows, 0), pad([[1] * len(row) for row in rows], 0), pad(labels, IGNORE)
-    media_inputs: dict[str, Any] = {}
+    whole = _padded(rows, 0, False)
+    present = _padded([torch.ones_like(row) for row in rows], 0, False)
+    given: dict[str, Any] = {}
     if kinds:
-        sizes = [(slices if kind == 2 else 1, 8, 8) for kind in kinds]
-        media_inputs = {
-            "pixel_values": views,
-            "visual_sizes": torch.tensor(sizes),
-            "visual_kinds": torch.tensor(kinds),
-        }
+        sizes = [(slices if kind == KINDS.index("volume") else 1, 8, 8) for kind in kinds]
+        given = {"pixel_values": views, "visual_sizes": torch.tensor(sizes), "visual_kinds": torch.tensor(kinds)}
     with torch.no_grad():
-        embeds, _, _ = model.model.embed(ids, attention_mask=mask, **media_inputs)
-        out = model(input_ids=ids, attention_mask=mask, labels=targets, **media_inputs)
+        spliced, _, _ = model.model.embed(whole, attention_mask=present, **given)
+        # rows are cut after media were laid out, perhaps in the middle of one
+        cut = [row[: len(ids)][:limit] for row, ids in zip(spliced, rows, strict=True)]
+        embeds, targets = _padded(cut, 0.0, left), _padded([row[:limit] for row in labels], IGNORE, left)
+        mask = _padded([torch.ones(len(row), dtype=torch.long) for row in cut], 0, left)
+        out = model(inputs_embeds=embeds, attention_mask=mask, labels=targets if "labels" in inputs else None)
     tensors = {
-        "inputs_embeds": embeds * mask.unsqueeze(-1),
+        "inputs_embeds": embeds,
         "spliced_attention_mask": mask,
         "spliced_labels": targets,
         "logits": out.logits,
-        "loss": out.loss.reshape(1),
     }
+    if out.loss is not None:
+        tensors["loss"] = out.loss.reshape(1)
     return Result(tensors=tensors, mask={"logits": mask.bool().unsqueeze(-1)})
 
 

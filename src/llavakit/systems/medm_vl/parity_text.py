@@ -78,8 +78,12 @@ def conversation(case: Case) -> Result:
 def batch_collator(case: Case) -> Result:
     """Padded batches; the original pads labels with the padding id, llavakit with -100."""
     config = case.config
-    batch = Collator(config["pad_token_id"], max_length=config["model_max_length"])(case.json())
-    labels = torch.where(batch["attention_mask"].bool(), batch["labels"], config["pad_token_id"])
+    pad, limit = config["pad_token_id"], config["model_max_length"]
+    # a token that equals the padding id is masked wherever it stands, unless it is the end of the text as well
+    batch = Collator(pad, limit, mask_by_pad_id=pad != config["eos_token_id"])(case.json())
+    lengths = torch.tensor([len(sample["input_ids"][:limit]) for sample in case.json()])
+    real = torch.arange(batch["labels"].shape[1]) < lengths[:, None]
+    labels = torch.where(real, batch["labels"], pad)
     return Result(
         json={
             "input_ids": batch["input_ids"].tolist(),

@@ -24,6 +24,7 @@ class VolumeViTConfig(PreTrainedConfig):
     Args:
         image_size: (depth, height, width) of a volume in voxels.
         patch_size: (depth, height, width) of a patch.
+        qkv_bias: Whether M3D-CLIP's attention has biases in front; the released one has none.
     """
 
     model_type = "llavakit_volume_vit"
@@ -37,6 +38,7 @@ class VolumeViTConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    qkv_bias: bool = False
 
     @property
     def feature_stride(self) -> tuple[int, int, int]:
@@ -114,10 +116,10 @@ class VolumeViT(PreTrainedModel):
 
 
 class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ class _Block(nn.Module):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
-        self.attn = _Attention(width, config.num_attention_heads)
+        self.attn = _Attention(width, config.num_attention_heads, config.qkv_bias)
         self.mlp = _MLP(width, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
