@@ -1,6 +1,7 @@
 """Messages, templates, ids and labels against the golden figures and by their properties."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,18 @@ def test_new_template_for_another_system(vicuna):
     assert encode([image_turn("Hi")], mine, vicuna, add_generation_prompt=True).text == (
         "Look well. USER: [<image>]\nHi ASSISTANT:"
     )
+
+
+def test_threads_do_not_disturb_each_other():
+    template = get_template("vicuna_v1")
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": f"text {number}"}]}
+        for number, role in enumerate(["user", "assistant"] * 20)
+    ]
+    alone = [template.render(messages[:count]) for count in range(2, 41, 2)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda count: template.render(messages[:count]), [*range(2, 41, 2)] * 5))
+    assert together == alone * 5
 
 
 def test_unknown_template_names_the_nearest():

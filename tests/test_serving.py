@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 
 import pytest
@@ -162,6 +164,24 @@ def test_a_client_that_goes_away_frees_its_row(server, chat):
     assert service.active == 0
     assert not chat.engine.busy
     assert reply_tokens(server) - before < 440
+
+
+def test_a_client_that_goes_away_before_the_first_byte_frees_its_place(server):
+    service = server.app.state.service
+    body = json.dumps({"model": "tiny", "messages": ask(), "max_tokens": 200, "stream": True}).encode()
+    events = [{"type": "http.request", "body": body, "more_body": False}]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
+    scope |= {"path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "client": ("::1", 1), "server": ("::1", 2)}
+
+    async def receive():
+        return events.pop(0) if events else {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.sleep(0.01)  # the start of the answer does not get through
+
+    asyncio.run(server.app(scope | {"root_path": ""}, receive, send))
+    assert service.active == 0
 
 
 def test_tool_calls_are_read_and_never_evaluated():

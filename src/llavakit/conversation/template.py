@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -21,6 +22,8 @@ from llavakit.registry import TEMPLATES
 
 PLACEHOLDER = "<image>"
 TYPED = "[image]"  # what becomes of a placeholder that stands in a text: text must never call for a medium
+
+_RENDERING = threading.Lock()  # transformers keeps one tracker of spans per template: two threads would mix theirs
 
 Span = tuple[int, int]
 
@@ -140,15 +143,16 @@ class Template:
         bare = [{"role": m["role"], "content": [_bare(part) for part in m["content"]]} for m in messages]
         options = {} if placement is None else {"placement": placement}
         try:
-            (text,), (spans,) = render_jinja_template(
-                [bare],
-                chat_template=source,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                return_assistant_tokens_mask=True,
-                bos_token="",
-                **options,
-            )
+            with _RENDERING:
+                (text,), (spans,) = render_jinja_template(
+                    [bare],
+                    chat_template=source,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    return_assistant_tokens_mask=True,
+                    bos_token="",
+                    **options,
+                )
         except (TemplateError, ValueError) as error:
             raise UserError(f"template {self.name!r}: {error}") from error
         return text, [(start, min(end, len(text))) for start, end in spans if start < min(end, len(text))]

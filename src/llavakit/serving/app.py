@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -324,10 +324,10 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
         return JSONResponse(error_body("the server failed; its log says why", "server_error"), 500)
 
 
-def _authorised(service: Service) -> Callable[[Request], None]:
+def _authorised(service: Service) -> Callable[[Request], Awaitable[None]]:
     keys = [key.encode() for key in service.settings.api_keys]
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:  # plain functions would go through a thread each time
         if not keys:
             return
         sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
@@ -410,9 +410,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             answer.close()
             raise
         if body.stream:
-            return StreamingResponse(
-                answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-            )
+            return Events(answer)
         try:
             return JSONResponse(await answer.whole(request))
         finally:
@@ -483,10 +481,10 @@ class Answer:
             unfinished -= piece.finish_reason is not None
             if piece.finish_reason == "error":
                 error = self.handle.error
-                status = 400 if isinstance(error, (UserError, ValueError)) else 500
-                message = str(error) if status == 400 else "the request failed; the server's log says why"
+                if isinstance(error, UserError):
+                    raise APIError(400, str(error), "messages")
                 log.error("request failed", exc_info=error)
-                raise APIError(status, message, "messages" if status == 400 else None)
+                raise APIError(500, "the request failed; the server's log says why")
             yield piece
 
     @property
@@ -530,26 +528,23 @@ class Answer:
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events."""
+        for index in range(self.body.n or 1):
+            yield self._event([_delta(index, {"role": "assistant", "content": ""})])
+        trimmers = [Trimmer() for _ in range(self.body.n or 1)]
         try:
-            for index in range(self.body.n or 1):
-                yield self._event([_delta(index, {"role": "assistant", "content": ""})])
-            trimmers = [Trimmer() for _ in range(self.body.n or 1)]
-            try:
-                async for piece in self._each():
-                    if piece is None:
-                        yield ": still here\n\n"
-                        continue
-                    for choice in self._choices(piece, trimmers[piece.index]):
-                        yield self._event([choice])
-            except APIError as error:
-                self.service.metrics.failed(error.status)
-                yield f"data: {json.dumps(error.body)}\n\n"
-                return
-            if self.body.stream_options is not None and self.body.stream_options.include_usage:
-                yield self._event([], self._usage)
-            yield "data: [DONE]\n\n"
-        finally:
-            self.close()
+            async for piece in self._each():
+                if piece is None:
+                    yield ": still here\n\n"
+                    continue
+                for choice in self._choices(piece, trimmers[piece.index]):
+                    yield self._event([choice])
+        except APIError as error:
+            self.service.metrics.failed(error.status)
+            yield f"data: {json.dumps(error.body)}\n\n"
+            return
+        if self.body.stream_options is not None and self.body.stream_options.include_usage:
+            yield self._event([], self._usage)
+        yield "data: [DONE]\n\n"
 
     def _choices(self, piece: Piece, trim: Trimmer) -> Sequence[dict[str, Any]]:
         tokenizer = self.service.chat.processor.tokenizer
@@ -572,6 +567,20 @@ class Answer:
     def _event(self, choices: list[dict[str, Any]], counts: Any = None) -> str:
         body = chunk(self.identity, self.body.model, self.created, choices, counts)
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+class Events(StreamingResponse):
+    """An answer as server-sent events; closes it however the connection ends, also before the first event."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
 
 
 def _delta(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
