@@ -1,0 +1,139 @@
+"""llavakit's model inside vLLM: its Transformers back end, told how llavakit cuts images and lays out their tokens.
+
+Decoder, scheduler, paged cache and tensor parallelism are vLLM's. Encoders, connectors and arrangements are
+llavakit's own modules. The back end by itself knows images that give views of one shape; here an image is a list of
+views of any shapes, and the stretch of prompt that it becomes comes from its plan as ids. Imported by vLLM alone,
+through the entry of `vllm_plugin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+from vllm.model_executor.models.transformers import (
+    MultiModalDummyInputsBuilder,
+    MultiModalProcessingInfo,
+    TransformersMultiModalForCausalLM,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargsItems
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageSize, MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    PromptReplacement,
+    PromptUpdate,
+    PromptUpdateDetails,
+)
+
+from llavakit.model.processing import LlavakitProcessor
+from llavakit.serving.vllm_plugin import refuse
+from llavakit.views.plan import MediumSize
+
+SHAPES = (1, 2, 3, 4, 6, 8, 12)  # aspect ratios among which the image with the most tokens is looked for
+SHORT_SIDES = (336, 672, 1344)
+
+
+class ProcessingInfo(MultiModalProcessingInfo):
+    """What vLLM may ask of a model before it has weights."""
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Images per prompt: one if several would be laid out in another way than each alone, else any number.
+
+        Raises:
+            UserError: If vLLM cannot run this model.
+        """
+        config = self.get_hf_config()
+        refuse(config, str(self.ctx.model_config.model))
+        media = config.media
+        return {"image": None if media.get("multi_image", media["image"]) == media["image"] else 1}
+
+    def get_image_size_with_most_features(self) -> ImageSize:
+        """A size whose images take the most positions; which shape that is depends on the planner."""
+        sides = [(short, short * ratio) for short in SHORT_SIDES for ratio in SHAPES]
+        sizes = [ImageSize(width, height) for a, b in sides for width, height in ((a, b), (b, a))]
+        return max(sizes, key=lambda size: (self._get_num_image_tokens(size), -size.width * size.height))
+
+    def _get_num_image_tokens(self, size: ImageSize) -> int:
+        """Positions that an image takes, literal separators included."""
+        spec = self.get_hf_processor().spec
+        return spec.count("image", MediumSize(1, size.height, size.width))
+
+
+class Processor(BaseMultiModalProcessor[ProcessingInfo]):
+    """Images to views and sizes, and placeholders to the ids of their layouts."""
+
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
+        processor: LlavakitProcessor = self.info.get_hf_processor()
+        made = [processor.image_processor.preprocess([image], return_tensors="pt") for image in hf_data["images"]]
+        return BatchFeature(
+            {
+                "pixel_values": [
+                    list(image["pixel_values"]) for image in made
+                ],  # views of one image may differ in shape
+                "visual_sizes": torch.cat([image["visual_sizes"] for image in made]),
+            }
+        )
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            "pixel_values": MultiModalFieldConfig.batched("image"),
+            "visual_sizes": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        }
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        processor: LlavakitProcessor = self.info.get_hf_processor()
+        token = self.info.get_hf_config().image_token_id
+
+        def replacement(number: int) -> PromptUpdateDetails:
+            size = MediumSize(*out_mm_kwargs["image"][number]["visual_sizes"].data.tolist())
+            runs = processor.spec.layout("image", size)
+            ids = [id_ for run in runs for id_ in ([token] * run.visual + list(run.ids))]
+            return PromptUpdateDetails.select_token_id(ids, token)
+
+        return [PromptReplacement("image", [processor.image_token_id], replacement)]
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder)
+class LlavakitForVllm(TransformersMultiModalForCausalLM):
+    """`LlavakitModel` with vLLM's attention in its decoder and vLLM's head over it."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.configure_mm_token_handling(self.text_config.vocab_size, [self.config.image_token_id])
+
+    def recursive_replace(self) -> None:
+        """Everything but the connectors gets vLLM's layers.
+
+        A connector computes with its own modules: `nn.MultiheadAttention`, for one, reads the weight of its output
+        layer itself, which vLLM's layers may keep in another form.
+        """
+        names = ("multi_modal_projector", *(self.config.extra_connectors or {}))
+        connectors = {name: self.model._modules.pop(name) for name in names}
+        super().recursive_replace()
+        for name, connector in connectors.items():
+            self.model.add_module(name, connector)
+
+    def embed_multimodal(
+        self, pixel_values: Iterable[Iterable[Tensor]] = (), visual_sizes: Tensor | None = None, **kwargs: Any
+    ) -> list[Tensor]:
+        """Visual vectors [visual tokens, hidden] of every image.
+
+        Args:
+            pixel_values: The views of every image.
+            visual_sizes: Original (depth, height, width) of every image [images, 3].
+        """
+        views = [view for image in pixel_values for view in image]
+        if not views:
+            return []
+        return list(self.model.get_image_features(views, visual_sizes=visual_sizes, return_dict=True).pooler_output)
