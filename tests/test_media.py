@@ -1,5 +1,6 @@
 """Reading of media: what is accepted, and the one line that refused files get."""
 
+import gzip
 import struct
 import sys
 import zlib
@@ -357,6 +358,9 @@ def test_refused_nifti(tmp_path):
     (tmp_path / "cut.nii").write_bytes((tmp_path / "cut.nii").read_bytes()[:-500])
     refused(lambda: load_volume(tmp_path / "cut.nii"), "cut.nii", "cut off")
     refused(lambda: load_volume(tmp_path / "one.nii", limits=Limits(voxels=50)), "60 voxels")
+    bomb = bytearray((tmp_path / "one.nii").read_bytes())
+    struct.pack_into("<f", bomb, 108, 1e9)  # a gigabyte of comments in front of the voxels
+    refused(lambda: load_volume(gzip.compress(bytes(bomb))), "voxels begin at byte 1,000,000,000")
 
 
 def save_dicom(folder, values, *, series="1.2.3", order=None, spacing=(3.0, 2.0, 1.0), positions=True, start=0):

@@ -26,7 +26,8 @@ from tiny_server import Running, ask, data_url, png, small_chat
 from llavakit.generation import Engine
 from llavakit.generation.engine import _Row
 from llavakit.generation.request import Handle
-from llavakit.serving.app import Answer, Settings
+from llavakit.serving.answer import Answer
+from llavakit.serving.app import Settings
 from llavakit.serving.policy import decode_data_url
 
 CONCURRENCY = 16

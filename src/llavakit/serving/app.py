@@ -10,15 +10,13 @@ import asyncio
 import contextlib
 import functools
 import hmac
-import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import Depends, FastAPI, File, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -26,249 +24,72 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from llavakit.api import Chat
-from llavakit.conversation.encode import disarm
-from llavakit.errors import UserError
-from llavakit.generation.request import Handle, Piece
-from llavakit.serving import toolcalls
-from llavakit.serving.metrics import Metrics
-from llavakit.serving.policy import MediaFetcher, MediaPolicy, Refused, Uploads
-from llavakit.serving.protocol import (
-    ChatMessage,
-    ChatRequest,
-    ImagePart,
-    TextPart,
-    VideoPart,
-    chunk,
-    completion,
-    error_body,
-    logprobs_body,
-    new_id,
-    usage,
-)
+from llavakit.serving.answer import Answer, Events
+from llavakit.serving.protocol import ChatRequest, error_body, new_id
+from llavakit.serving.service import APIError, Service, Settings
 
 log = logging.getLogger("llavakit.serving")
-_KINDS = {"image_url": "image", "video_url": "video", "volume_url": "volume"}
 _UPLOAD_ID = re.compile(r"^file-[0-9a-f]{32}$")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How one server behaves.
+class BodyLimit:
+    """ASGI middleware: a request body that is too large or too slow is read no further.
 
-    Attributes:
-        names: Model names that clients may ask for; the first is listed.
-        api_keys: Keys of which a client must send one; none asks for none.
-        origins: Origins of web pages that may call the API; none closes it to other pages.
-        max_queue: Requests that may wait beside those being decoded; one more is answered with 429.
-        max_tokens: Longest reply; requests for more are cut to it.
-        default_tokens: Longest reply of a request that names none.
-        temperature: Of requests that name none; 0 is greedy.
-        body_bytes: Largest request.
-        upload_bytes: Memory for uploads.
-        keep_alive: Seconds between comments on a stream that is silent.
-        media: The media policy.
+    Args:
+        most: Bytes; more are answered with 413.
+        seconds: Time for the whole body; more is answered with 408.
     """
 
-    names: tuple[str, ...] = ("llavakit",)
-    api_keys: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()
-    max_queue: int = 64
-    max_tokens: int = 4096
-    default_tokens: int = 512
-    temperature: float = 0.0
-    body_bytes: int = 64 * 2**20
-    upload_bytes: int = 512 * 2**20
-    keep_alive: float = 15.0
-    media: MediaPolicy = field(default_factory=MediaPolicy)
-
-
-class APIError(Exception):
-    """An answer with an error in OpenAI's form."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
-    ) -> None:
-        super().__init__(message)
-        kind = "invalid_request_error" if status < 500 and status not in (401, 429) else "server_error"
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
-        self.status, self.body, self.headers = status, error_body(message, kind, param, code), headers
-
-
-class BodyLimit:
-    """ASGI middleware: a request body above a limit is answered with 413 and read no further."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self.app, self.most = app, most
+    def __init__(self, app: Any, most: int, seconds: float) -> None:
+        self.app, self.most, self.seconds = app, most, seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        seen, started = 0, False
+        loop = asyncio.get_running_loop()
+        deadline, seen, unfinished, started = loop.time() + self.seconds, 0, True, False
+        refused: JSONResponse | None = None
 
         async def limited() -> Any:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, unfinished, refused
+            if not unfinished:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                refused = _refusal(408, f"the request took longer than {self.seconds:g} s to arrive")
+                raise _Aborted from None
             seen += len(message.get("body", b""))
-            if seen > self.most and message["type"] == "http.request":
-                raise _TooLarge
+            if seen > self.most:
+                refused = _refusal(413, f"the request is larger than {self.most} bytes")
+                raise _Aborted
+            unfinished = message.get("more_body", False)
             return message
 
         async def watched(message: Any) -> None:
             nonlocal started
-            if seen > self.most and not started:
-                return  # what the application makes of the aborted body is replaced below
-            started = True
-            await send(message)
+            if refused is None:  # what the application makes of an aborted body is replaced below
+                started = True
+                await send(message)
 
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.most:
-            seen = int(declared)
+            refused = _refusal(413, f"the request is larger than {self.most} bytes")
         else:
-            with contextlib.suppress(_TooLarge):
+            with contextlib.suppress(_Aborted):
                 await self.app(scope, limited, watched)
-        if seen > self.most and not started:
-            body = error_body(f"the request is larger than {self.most} bytes", "invalid_request_error")
-            await JSONResponse(body, 413)(scope, receive, send)
+        if refused is not None and not started:
+            await refused(scope, receive, send)
 
 
-class _TooLarge(Exception):
+class _Aborted(Exception):
     pass
 
 
-class Trimmer:
-    """Text as it streams, without white space at its ends: what may turn out to be the end is held back."""
-
-    def __init__(self) -> None:
-        self._held, self._begun = "", False
-
-    def __call__(self, text: str) -> str:
-        text = self._held + text
-        if not self._begun:
-            text = text.lstrip()
-            self._begun = bool(text)
-        kept = text.rstrip()
-        self._held = text[len(kept) :]
-        return kept
-
-
-class Service:
-    """A loaded model behind the API.
-
-    Args:
-        chat: Model, processor and engine.
-        settings: How to behave.
-    """
-
-    def __init__(self, chat: Chat, settings: Settings) -> None:
-        self.chat, self.settings = chat, settings
-        self.uploads = Uploads(settings.media.file_bytes, settings.upload_bytes)
-        self.fetcher = MediaFetcher(settings.media, self.uploads)
-        self.metrics = Metrics(chat.engine)
-        self.active = 0
-        self.closing = False
-        self._decoders = CapacityLimiter(2)
-        reading = chat.processor.reading or {}
-        limits = {"limits": settings.media.limits}
-        chat.processor.reading = {kind: {**reading.get(kind, {}), **limits} for kind in _KINDS.values()}
-
-    def admit(self) -> None:
-        """Count a request in.
-
-        Raises:
-            APIError: 429 if the queue is full, 503 while shutting down.
-        """
-        if self.closing:
-            raise APIError(503, "the server is shutting down", headers={"Retry-After": "10"})
-        if self.active >= self.chat.engine.max_batch + self.settings.max_queue:
-            raise APIError(429, "the queue is full; try again", code="queue_full", headers={"Retry-After": "1"})
-        self.active += 1
-
-    def release(self) -> None:
-        """Count a request out."""
-        self.active -= 1
-
-    async def submit(self, request: ChatRequest, listener: Callable[[Piece], None]) -> Handle:
-        """Fetch, decode and queue a request.
-
-        Raises:
-            APIError: If it cannot be run, naming the field.
-        """
-        messages = await self._messages(request)
-        sampling = self._sampling(request)
-        prepare = functools.partial(self._prepare, messages, sampling)
-        try:
-            prepared = await to_thread.run_sync(prepare, limiter=self._decoders)
-            return self.chat.engine.submit(prepared, stream=bool(request.stream), listener=listener)
-        except UserError as error:
-            raise APIError(400, str(error), "messages") from None
-
-    def _prepare(self, messages: list[dict[str, Any]], sampling: dict[str, Any]) -> Any:
-        return self.chat.request(disarm(messages, self.chat.processor.tokenizer), **sampling)
-
-    def _sampling(self, request: ChatRequest) -> dict[str, Any]:
-        settings = self.settings
-        stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        if (request.n or 1) > self.chat.engine.max_batch:
-            raise APIError(400, f"this server answers at most n = {self.chat.engine.max_batch}", "n")
-        given = {
-            "temperature": settings.temperature if request.temperature is None else request.temperature,
-            "max_new_tokens": min(request.budget or settings.default_tokens, settings.max_tokens),
-            "stop": stop,
-            "n": request.n or 1,
-            "seed": request.seed,
-            "top_p": request.top_p,
-            "top_k": request.top_k,
-            "min_p": request.min_p,
-            "repetition_penalty": request.repetition_penalty,
-            "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
-        }
-        return {name: value for name, value in given.items() if value is not None}
-
-    async def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
-        counts = dict.fromkeys(_KINDS.values(), 0)
-        messages: list[dict[str, Any]] = []
-        for number, message in enumerate(request.messages):
-            role = "system" if message.role == "developer" else message.role
-            content = await self._content(message, f"messages.{number}", counts)
-            messages.append({"role": role, "content": content})
-        tools = toolcalls.describe(request)
-        if tools is not None:
-            part = {"type": "text", "text": tools}
-            if messages[0]["role"] == "system":
-                messages[0]["content"] = [*messages[0]["content"], {"type": "text", "text": "\n"}, part]
-            else:
-                messages.insert(0, {"role": "system", "content": [part]})
-        return messages
-
-    async def _content(self, message: ChatMessage, where: str, counts: dict[str, int]) -> list[dict[str, Any]]:
-        if message.tool_calls:
-            return [{"type": "text", "text": toolcalls.as_text(message)}]
-        if message.content is None:
-            if message.role != "assistant":
-                raise APIError(400, f"a {message.role} message needs content", f"{where}.content")
-            return []
-        if isinstance(message.content, str):
-            return [{"type": "text", "text": message.content}]
-        parts = []
-        for number, part in enumerate(message.content):
-            if isinstance(part, TextPart):
-                parts.append({"type": "text", "text": part.text})
-                continue
-            kind = "image" if isinstance(part, ImagePart) else "video" if isinstance(part, VideoPart) else "volume"
-            field_name = f"{where}.content.{number}.{part.type}.url"
-            if message.role not in ("user", "tool"):
-                raise APIError(400, f"a {message.role} message holds no media", field_name)
-            counts[kind] += 1
-            most = getattr(self.settings.media, f"{kind}s")
-            if counts[kind] > most:
-                raise APIError(400, f"a request holds at most {most} {kind}s", field_name)
-            try:
-                content = await self.fetcher.read(getattr(part, part.type).url)
-            except Refused as refused:
-                raise APIError(refused.status, str(refused), field_name) from None
-            parts.append({"type": kind, kind: content})
-        return parts
+def _refusal(status: int, message: str) -> JSONResponse:
+    return JSONResponse(error_body(message, "invalid_request_error"), status, headers={"Connection": "close"})
 
 
 def create_app(chat: Chat, settings: Settings | None = None) -> FastAPI:
@@ -285,7 +106,7 @@ def create_app(chat: Chat, settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(title="llavakit", version="1", lifespan=lifespan, redoc_url=None)
     app.state.service = service
-    app.add_middleware(BodyLimit, most=settings.body_bytes)
+    app.add_middleware(BodyLimit, most=settings.body_bytes, seconds=settings.body_seconds)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -430,163 +251,3 @@ def _file(identity: str, size: int, purpose: str) -> dict[str, Any]:
         "filename": identity,  # the client's own name is not kept
         "purpose": purpose,
     }
-
-
-class Answer:
-    """One request from its first byte to its last piece."""
-
-    def __init__(self, service: Service, body: ChatRequest) -> None:
-        self.service, self.body = service, body
-        self.identity, self.created = new_id("chatcmpl"), int(time.time())
-        self.tools = [tool.function.name for tool in body.tools or ()] if body.tool_choice != "none" else []
-        self.handle: Handle | None = None
-        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self._began = time.perf_counter()
-        self._closed = False
-
-    async def start(self) -> None:
-        """Queue the request."""
-        loop = asyncio.get_running_loop()
-
-        def listen(piece: Piece) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed when the server has gone
-                loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-
-        self.handle = await self.service.submit(self.body, listen)
-
-    def close(self) -> None:
-        """Give back what the request holds; may be called twice."""
-        if self._closed:
-            return
-        self._closed = True
-        if self.handle is not None:
-            if not self.handle.done:
-                self.handle.cancel()
-            tokens = sum(len(reply.token_ids) for reply in self.handle.replies)
-            self.service.metrics.finished(time.perf_counter() - self._began, self.handle.prompt_tokens, tokens)
-        self.service.release()
-
-    async def _each(self) -> AsyncIterator[Piece | None]:
-        """Pieces of all replies; None when nothing came for a while."""
-        unfinished, first = self.body.n or 1, True
-        while unfinished:
-            try:
-                piece = await asyncio.wait_for(self._pieces.get(), self.service.settings.keep_alive)
-            except TimeoutError:
-                yield None
-                continue
-            if first and piece.token_ids:
-                first = False
-                self.service.metrics.first_token(time.perf_counter() - self._began)
-            unfinished -= piece.finish_reason is not None
-            if piece.finish_reason == "error":
-                error = self.handle.error
-                if isinstance(error, UserError):
-                    raise APIError(400, str(error), "messages")
-                log.error("request failed", exc_info=error)
-                raise APIError(500, "the request failed; the server's log says why")
-            yield piece
-
-    @property
-    def _usage(self) -> dict[str, Any]:
-        tokens = sum(len(reply.token_ids) for reply in self.handle.replies)
-        return usage(self.handle.prompt_tokens, self.handle.reused_tokens, tokens)
-
-    async def whole(self, request: Request) -> dict[str, Any]:
-        """The whole answer; ends early if the client goes away."""
-        gone = asyncio.ensure_future(_disconnected(request))
-        collect = asyncio.ensure_future(self._collect())
-        try:
-            await asyncio.wait({gone, collect}, return_when=asyncio.FIRST_COMPLETED)
-            if not collect.done():
-                raise APIError(499, "the client closed the request")
-            await collect
-        finally:
-            for task in (gone, collect):
-                task.cancel()
-        tokenizer = self.service.chat.processor.tokenizer
-        choices = []
-        for reply in self.handle.replies:
-            text, calls = reply.text.strip(), []
-            if self.tools:
-                text, calls = toolcalls.read(text, self.tools)
-            message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
-            if calls:
-                message["tool_calls"] = calls
-            choice = {
-                "index": reply.index,
-                "message": message,
-                "finish_reason": "tool_calls" if calls else reply.finish_reason,
-                "logprobs": logprobs_body(reply.logprobs, tokenizer) if self.body.logprobs else None,
-            }
-            choices.append(choice)
-        return completion(self.identity, self.body.model, choices, self._usage)
-
-    async def _collect(self) -> None:
-        async for _ in self._each():
-            pass
-
-    async def stream(self) -> AsyncIterator[str]:
-        """Server-sent events."""
-        for index in range(self.body.n or 1):
-            yield self._event([_delta(index, {"role": "assistant", "content": ""})])
-        trimmers = [Trimmer() for _ in range(self.body.n or 1)]
-        try:
-            async for piece in self._each():
-                if piece is None:
-                    yield ": still here\n\n"
-                    continue
-                for choice in self._choices(piece, trimmers[piece.index]):
-                    yield self._event([choice])
-        except APIError as error:
-            self.service.metrics.failed(error.status)
-            yield f"data: {json.dumps(error.body)}\n\n"
-            return
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            yield self._event([], self._usage)
-        yield "data: [DONE]\n\n"
-
-    def _choices(self, piece: Piece, trim: Trimmer) -> Sequence[dict[str, Any]]:
-        tokenizer = self.service.chat.processor.tokenizer
-        logs = logprobs_body(piece.logprobs, tokenizer) if self.body.logprobs and piece.logprobs else None
-        reason = piece.finish_reason
-        if self.tools:  # calls are known when the reply is whole
-            if reason is None:
-                return []
-            text, calls = toolcalls.read(self.handle.replies[piece.index].text.strip(), self.tools)
-            delta: dict[str, Any] = {"content": text} if text else {}
-            if calls:
-                delta["tool_calls"] = [{**call, "index": number} for number, call in enumerate(calls)]
-            return [_delta(piece.index, delta, logs), _delta(piece.index, {}, None, "tool_calls" if calls else reason)]
-        text = trim(piece.text)
-        choices = [_delta(piece.index, {"content": text}, logs)] if text or logs else []
-        if reason is not None:
-            choices.append(_delta(piece.index, {}, None, reason))
-        return choices
-
-    def _event(self, choices: list[dict[str, Any]], counts: Any = None) -> str:
-        body = chunk(self.identity, self.body.model, self.created, choices, counts)
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-
-class Events(StreamingResponse):
-    """An answer as server-sent events; closes it however the connection ends, also before the first event."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._answer = answer
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answer.close()
-
-
-def _delta(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 import httpcore
 
 from llavakit.errors import UserError
+from llavakit.generation.cache import ByteBounded
 from llavakit.views.media import Limits
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -32,7 +33,12 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DATA_URL = re.compile(
     r"^data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<parameters>(?:;[\w.=+-]+)*?)(?P<base64>;base64)?,", re.ASCII
 )
-_TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))  # NAT64 holds any IPv4
+_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is routed in public, special parts aside
+_SPECIAL = tuple(  # what `ipaddress` calls global in some releases of Python
+    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20"))
+)
+_LIMITS = Limits(pixels=50_000_000, file_bytes=32 * 2**20, frames=512, video_pixels=2**28, voxels=2**27)
+_KEPT = "%/:=&?~#+!$,;'@()*[]"  # characters of a path and query that stay as they are
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 
@@ -51,6 +57,7 @@ class MediaPolicy:
     Attributes:
         fetch: Whether http(s) URLs are fetched at all.
         file_bytes: Largest file, fetched, inlined or uploaded.
+        request_bytes: All media of one request together.
         seconds: Longest time for one download, redirects included.
         idle_seconds: Longest time without a byte.
         redirects: Most redirects to follow.
@@ -62,13 +69,14 @@ class MediaPolicy:
 
     fetch: bool = True
     file_bytes: int = 32 * 2**20
+    request_bytes: int = 64 * 2**20
     seconds: float = 20.0
     idle_seconds: float = 5.0
     redirects: int = 3
     images: int = 16
     videos: int = 2
     volumes: int = 2
-    limits: Limits = field(default_factory=lambda: Limits(pixels=50_000_000, file_bytes=64 * 2**20, frames=512))
+    limits: Limits = _LIMITS
     folders: tuple[Path, ...] = ()
     networks: tuple[Network, ...] = ()
 
@@ -77,8 +85,11 @@ class MediaPolicy:
         plain = _embedded(address)
         if any(plain.version == network.version and plain in network for network in self.networks):
             return True
-        hidden = plain.version == 6 and any(plain in network for network in _TRANSLATED)
-        return plain.is_global and not (plain.is_multicast or plain.is_reserved or hidden)
+        if any(plain.version == network.version and plain in network for network in _SPECIAL):
+            return False
+        if plain.version == 6 and plain not in _UNICAST:
+            return False
+        return plain.is_global and not (plain.is_multicast or plain.is_reserved)
 
 
 def _embedded(address: Address) -> Address:
@@ -103,8 +114,11 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Any = None,
     ) -> httpcore.AsyncNetworkStream:
-        address = await self.resolve(host, port)
-        return await self._inner.connect_tcp(address, port, timeout=timeout, local_address=local_address)
+        *others, last = await self.resolve(host, port)
+        for address in others:
+            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self._inner.connect_tcp(address, port, timeout=timeout, local_address=local_address)
+        return await self._inner.connect_tcp(last, port, timeout=timeout, local_address=local_address)
 
     async def connect_unix_socket(self, path: str, timeout: float | None = None, socket_options: Any = None) -> Any:
         raise Refused("local sockets are not fetched from")
@@ -112,8 +126,8 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
     async def sleep(self, seconds: float) -> None:
         await self._inner.sleep(seconds)
 
-    async def resolve(self, host: str, port: int) -> str:
-        """An address of the host; all of them must be allowed.
+    async def resolve(self, host: str, port: int) -> list[str]:
+        """The addresses of the host; all of them must be allowed.
 
         Raises:
             Refused: If one is not public, or the name is unknown.
@@ -128,7 +142,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
                 raise Refused(f"host {host!r} is not a public address; media are fetched from public addresses only")
         if not addresses:
             raise Refused(f"host {host!r} has no address")
-        return str(addresses[0])
+        return list(dict.fromkeys(map(str, addresses)))
 
 
 class MediaFetcher:
@@ -174,12 +188,13 @@ class MediaFetcher:
         try:
             async with asyncio.timeout(self.policy.seconds), self._pool() as pool:
                 for _ in range(self.policy.redirects + 1):
-                    self._check_url(url)
                     target, content = await self._get(pool, url)
                     if target is None:
                         return content
                     url = urljoin(url, target)
                 raise Refused(f"more than {self.policy.redirects} redirects")
+        except ValueError:
+            raise Refused("the other server redirects to a malformed URL") from None
         except TimeoutError:
             raise Refused(f"the download took longer than {self.policy.seconds:g} s", 408) from None
         except httpcore.TimeoutException:
@@ -190,28 +205,14 @@ class MediaFetcher:
     def _pool(self) -> httpcore.AsyncConnectionPool:
         return httpcore.AsyncConnectionPool(network_backend=CheckedBackend(self.policy), max_connections=1, http2=False)
 
-    @staticmethod
-    def _check_url(url: str) -> None:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError:
-            raise Refused("the URL is malformed") from None
-        if parts.scheme.lower() not in ("http", "https") or not parts.hostname or port == 0:
-            raise Refused("only http and https URLs with a host are fetched")
-        if parts.username or parts.password:
-            raise Refused("URLs with user names are not fetched")
-        if not parts.hostname.isprintable() or any(character in url for character in "\r\n\t "):
-            raise Refused("the URL is malformed")
-
     async def _get(self, pool: httpcore.AsyncConnectionPool, url: str) -> tuple[str | None, bytes]:
         """The content, or where the answer redirects to."""
+        address, host = _parsed(url)
         idle = self.policy.idle_seconds
         timeouts = {"connect": idle, "read": idle, "write": idle, "pool": idle}
-        headers = {"Accept": "image/*, video/*, */*;q=0.1", "Accept-Encoding": "identity", "User-Agent": "llavakit"}
-        parts = urlsplit(url)
-        headers["Host"] = parts.netloc
-        async with pool.stream("GET", _ascii(url), headers=headers, extensions={"timeout": timeouts}) as response:
+        headers = {"Host": host, "Accept-Encoding": "identity", "User-Agent": "llavakit"}
+        headers["Accept"] = "image/*, video/*, */*;q=0.1"
+        async with pool.stream("GET", address, headers=headers, extensions={"timeout": timeouts}) as response:
             fields = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
             if response.status in _REDIRECTS and "location" in fields:
                 return fields["location"], b""
@@ -228,8 +229,28 @@ class MediaFetcher:
             return None, bytes(content)
 
 
-def _ascii(url: str) -> str:
-    return quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+def _parsed(url: str) -> tuple[httpcore.URL, str]:
+    """An http(s) URL in parts, and its Host header.
+
+    Raises:
+        Refused: If it is something else, or malformed.
+    """
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, (parts.hostname or "").encode("idna")
+    except ValueError:
+        raise Refused("the URL is malformed") from None
+    if parts.scheme not in ("http", "https") or not host or port == 0:
+        raise Refused("only http and https URLs with a host are fetched")
+    if parts.username is not None or parts.password is not None:
+        raise Refused("URLs with user names are not fetched")
+    if not url.isprintable() or any(character in url for character in " \\"):
+        raise Refused("the URL is malformed")
+    target = quote(parts.path or "/", safe=_KEPT) + (f"?{quote(parts.query, safe=_KEPT)}" if parts.query else "")
+    name = host.decode()
+    name = f"[{name}]" if ":" in name else name
+    address = httpcore.URL(scheme=parts.scheme.encode(), host=host, port=port, target=target.encode())
+    return address, name if port is None else f"{name}:{port}"
 
 
 def decode_data_url(url: str, most: int) -> bytes:
@@ -255,22 +276,18 @@ def decode_data_url(url: str, most: int) -> bytes:
 class Uploads:
     """Media that clients sent ahead of their requests, in memory under names of the server's own.
 
-    The oldest are forgotten when the store is full.
+    Those that were not used for longest are forgotten when the store is full.
 
     Args:
-        file_bytes: Largest upload.
         total_bytes: Memory for all of them.
     """
 
-    def __init__(self, file_bytes: int, total_bytes: int) -> None:
-        self.file_bytes, self.total_bytes = file_bytes, total_bytes
-        self._files: dict[str, bytes] = {}
+    def __init__(self, total_bytes: int) -> None:
+        self._files = ByteBounded(total_bytes)
 
     def add(self, name: str, content: bytes) -> None:
         """Keep an upload, forgetting old ones if need be."""
-        self._files[name] = content
-        while sum(map(len, self._files.values())) > self.total_bytes and len(self._files) > 1:
-            self._files.pop(next(iter(self._files)))
+        self._files.put(name, content, len(content))
 
     def get(self, name: str) -> bytes:
         """An upload's content.
@@ -278,16 +295,13 @@ class Uploads:
         Raises:
             Refused: If it is unknown or forgotten.
         """
-        if name not in self._files:
+        content = self._files.get(name)
+        if content is None:
             raise Refused(f"upload {name[:64]!r} is unknown or has been forgotten; upload it again", 404)
-        return self._files[name]
+        return content
 
     def remove(self, name: str) -> bool:
         """Forget an upload; whether there was one."""
-        return self._files.pop(name, None) is not None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        return iter([(name, len(content)) for name, content in self._files.items()])
+        known = self._files.get(name) is not None
+        self._files.drop(name)
+        return known

@@ -7,6 +7,8 @@ an orientation (.npy) are taken to be so already.
 
 from __future__ import annotations
 
+import gzip
+import struct
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from llavakit.errors import MediaError, UserError
 from llavakit.views.media import Limits, Source, check_file, looks_like, name_of, reason
 
 _WANTED = ".npy, .nii, .nii.gz or a folder with one DICOM series"
+_MOST_OFFSET = 16 * 2**20  # bytes in front of the voxels; nibabel reads them all, and gzip makes zeros of nearly none
 _GAP = 1.5  # distance of neighbouring slices, in median distances, from which one counts as missing
 
 
@@ -157,6 +160,9 @@ def _upright(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[fl
 def _read_nifti(path: Path, name: str, limits: Limits, orientation: str | None) -> Volume:
     nibabel = _extra("nibabel")
     try:
+        offset = _voxel_offset(path)
+        if offset > _MOST_OFFSET:
+            raise ValueError(f"its voxels begin at byte {offset:,.0f}, the limit is {_MOST_OFFSET:,}")
         image = nibabel.load(path)
     except Exception as error:
         raise MediaError(f"{name}: is not a readable NIfTI file ({reason(error)}); {looks_like(path)}") from None
@@ -174,6 +180,19 @@ def _read_nifti(path: Path, name: str, limits: Limits, orientation: str | None) 
     except Exception as error:
         raise MediaError(f"{name}: is cut off or damaged ({reason(error)}); copy it again") from None
     return Volume(*_upright(data, affine))
+
+
+def _voxel_offset(path: Path) -> float:
+    """Where a NIfTI file says its voxels begin; 0 if it does not say."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        head = file.read(540)
+    for order in "<>":
+        size = struct.unpack_from(f"{order}i", head.ljust(4, b"\0"))[0]
+        if size == 348 <= len(head):
+            return struct.unpack_from(f"{order}f", head, 108)[0]
+        if size == 540 <= len(head):
+            return struct.unpack_from(f"{order}q", head, 168)[0]
+    return 0
 
 
 def _affine(image: Any, name: str, orientation: str | None) -> np.ndarray:

@@ -1,0 +1,198 @@
+"""From the engine's pieces to an answer of the API, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from llavakit.errors import UserError
+from llavakit.generation.request import Handle, Piece
+from llavakit.serving import toolcalls
+from llavakit.serving.protocol import ChatRequest, chunk, completion, logprobs_body, new_id, usage
+from llavakit.serving.service import APIError, Service
+
+log = logging.getLogger("llavakit.serving")
+
+
+class Trimmer:
+    """Text as it streams, without white space at its ends: what may turn out to be the end is held back."""
+
+    def __init__(self) -> None:
+        self._held, self._begun = "", False
+
+    def __call__(self, text: str) -> str:
+        text = self._held + text
+        if not self._begun:
+            text = text.lstrip()
+            self._begun = bool(text)
+        kept = text.rstrip()
+        self._held = text[len(kept) :]
+        return kept
+
+
+class Answer:
+    """One request from its first byte to its last piece."""
+
+    def __init__(self, service: Service, body: ChatRequest) -> None:
+        self.service, self.body = service, body
+        self.identity, self.created = new_id("chatcmpl"), int(time.time())
+        self.tools = [tool.function.name for tool in body.tools or ()] if body.tool_choice != "none" else []
+        self.handle: Handle | None = None
+        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self._began = time.perf_counter()
+        self._closed = False
+
+    async def start(self) -> None:
+        """Queue the request."""
+        loop = asyncio.get_running_loop()
+
+        def listen(piece: Piece) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed when the server has gone
+                loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+        self.handle = await self.service.submit(self.body, listen)
+
+    def close(self) -> None:
+        """Give back what the request holds; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.handle is not None:
+            if not self.handle.done:
+                self.handle.cancel()
+            tokens = sum(len(reply.token_ids) for reply in self.handle.replies)
+            self.service.metrics.finished(time.perf_counter() - self._began, self.handle.prompt_tokens, tokens)
+        self.service.release()
+
+    async def _each(self) -> AsyncIterator[Piece | None]:
+        """Pieces of all replies; None when nothing came for a while."""
+        unfinished, first = self.body.n or 1, True
+        while unfinished:
+            try:
+                piece = await asyncio.wait_for(self._pieces.get(), self.service.settings.keep_alive)
+            except TimeoutError:
+                yield None
+                continue
+            if first and piece.token_ids:
+                first = False
+                self.service.metrics.first_token(time.perf_counter() - self._began)
+            unfinished -= piece.finish_reason is not None
+            if piece.finish_reason == "error":
+                error = self.handle.error
+                if isinstance(error, UserError):
+                    raise APIError(400, str(error), "messages")
+                log.error("request failed", exc_info=error)
+                raise APIError(500, "the request failed; the server's log says why")
+            yield piece
+
+    @property
+    def _usage(self) -> dict[str, Any]:
+        tokens = sum(len(reply.token_ids) for reply in self.handle.replies)
+        return usage(self.handle.prompt_tokens, self.handle.reused_tokens, tokens)
+
+    async def whole(self, request: Request) -> dict[str, Any]:
+        """The whole answer; ends early if the client goes away."""
+        gone = asyncio.ensure_future(_disconnected(request))
+        collect = asyncio.ensure_future(self._collect())
+        try:
+            await asyncio.wait({gone, collect}, return_when=asyncio.FIRST_COMPLETED)
+            if not collect.done():
+                raise APIError(499, "the client closed the request")
+            await collect
+        finally:
+            for task in (gone, collect):
+                task.cancel()
+        tokenizer = self.service.chat.processor.tokenizer
+        choices = []
+        for reply in self.handle.replies:
+            text, calls = reply.text.strip(), []
+            if self.tools:
+                text, calls = toolcalls.read(text, self.tools)
+            message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+            if calls:
+                message["tool_calls"] = calls
+            choice = {
+                "index": reply.index,
+                "message": message,
+                "finish_reason": "tool_calls" if calls else reply.finish_reason,
+                "logprobs": logprobs_body(reply.logprobs, tokenizer) if self.body.logprobs else None,
+            }
+            choices.append(choice)
+        return completion(self.identity, self.body.model, choices, self._usage)
+
+    async def _collect(self) -> None:
+        async for _ in self._each():
+            pass
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Server-sent events."""
+        for index in range(self.body.n or 1):
+            yield self._event([_delta(index, {"role": "assistant", "content": ""})])
+        trimmers = [Trimmer() for _ in range(self.body.n or 1)]
+        try:
+            async for piece in self._each():
+                if piece is None:
+                    yield ": still here\n\n"
+                    continue
+                for choice in self._choices(piece, trimmers[piece.index]):
+                    yield self._event([choice])
+        except APIError as error:
+            self.service.metrics.failed(error.status)
+            yield f"data: {json.dumps(error.body)}\n\n"
+            return
+        if self.body.stream_options is not None and self.body.stream_options.include_usage:
+            yield self._event([], self._usage)
+        yield "data: [DONE]\n\n"
+
+    def _choices(self, piece: Piece, trim: Trimmer) -> Sequence[dict[str, Any]]:
+        tokenizer = self.service.chat.processor.tokenizer
+        logs = logprobs_body(piece.logprobs, tokenizer) if self.body.logprobs and piece.logprobs else None
+        reason = piece.finish_reason
+        if self.tools:  # calls are known when the reply is whole
+            if reason is None:
+                return []
+            text, calls = toolcalls.read(self.handle.replies[piece.index].text.strip(), self.tools)
+            delta: dict[str, Any] = {"content": text} if text else {}
+            if calls:
+                delta["tool_calls"] = [{**call, "index": number} for number, call in enumerate(calls)]
+            return [_delta(piece.index, delta, logs), _delta(piece.index, {}, None, "tool_calls" if calls else reason)]
+        text = trim(piece.text)
+        choices = [_delta(piece.index, {"content": text}, logs)] if text or logs else []
+        if reason is not None:
+            choices.append(_delta(piece.index, {}, None, reason))
+        return choices
+
+    def _event(self, choices: list[dict[str, Any]], counts: Any = None) -> str:
+        body = chunk(self.identity, self.body.model, self.created, choices, counts)
+        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+class Events(StreamingResponse):
+    """An answer as server-sent events; closes it however the connection ends, also before the first event."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+def _delta(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+async def _disconnected(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)
