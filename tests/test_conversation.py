@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from llavakit.conversation.encode import IMAGE_PLACEHOLDER, disarm, encode, tokenize
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, disarm, encode, tokenize
 from llavakit.conversation.messages import from_llava, media_first, normalise, split_literals, to_llava
 from llavakit.conversation.stop import KeywordStop
 from llavakit.conversation.template import Template, get_template
@@ -181,6 +181,28 @@ def test_source_is_a_chat_template_for_transformers(vicuna):
     assert answer == [label for label in encode(messages, "v1", vicuna).labels if label != -100]
     assert hf["input_ids"][0] == vicuna.bos_token_id
     assert hf["input_ids"].count(vicuna.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("tokenizer", ["vicuna", "legacy", "qwen"])
+@pytest.mark.parametrize("name", ["v1", "v0", "v1_mmtag", "llava_llama_2", "mistral_instruct", "mpt", "vicuna_phi"])
+def test_the_saved_template_gives_the_same_ids_in_one_go(tokenizer, name, request):
+    tokenizer = request.getfixturevalue(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    compare_two = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Compare "}, {"type": "image", "image": "a"},
+                                     {"type": "text", "text": " with "}, {"type": "image", "image": "b"}]},
+        {"role": "assistant", "content": "Alike."},
+        {"role": "user", "content": "Why?"},
+    ]  # fmt: skip
+    for messages in ([image_turn("What?")], [{"role": "user", "content": "Hi"}], compare_two):
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=chat_template_for(name, tokenizer), add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        wanted = encode(messages, name, tokenizer, add_generation_prompt=True).ids
+        assert ids == [image if token == IMAGE_PLACEHOLDER else token for token in wanted]
 
 
 def test_message_order_of_parts_is_kept_or_moved(vicuna):

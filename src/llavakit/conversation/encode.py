@@ -111,6 +111,15 @@ def encode(
     return Encoded(ids, learnt, media, text, blanked)
 
 
+def chat_template_for(template: str | Template, tokenizer: Any) -> str:
+    """The Jinja text to save beside a tokenizer: transformers and servers that use it get the ids of `encode`.
+
+    They tokenise the rendered text as a whole, placeholders included, and add no special tokens.
+    """
+    begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] != [None]
+    return get_template(template).whole(begins=begins, restarts=marks_first_word(tokenizer))
+
+
 def disarm(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
     """Messages in which nothing that a user or a tool wrote is a special token (`</s>`, `<|im_end|>`).
 

@@ -106,11 +106,26 @@ class Template:
 
     @functools.cached_property
     def source(self) -> str:
-        """The whole Jinja text, complete in itself: what `chat_template.jinja` of a checkpoint holds."""
+        """The whole Jinja text, complete in itself; `llavakit.conversation.encode` tokenises what it renders."""
         return self._source(self.file)
 
-    def _source(self, file: str) -> str:
-        values = {"default_system": self.system, "default_placement": self.placement, **self.values}
+    def whole(self, *, begins: bool, restarts: bool) -> str:
+        """`source` for whoever tokenises the rendered text in one go and adds no special tokens to it.
+
+        Args:
+            begins: Whether the tokenizer puts its begin token in front of a text by itself.
+            restarts: Whether it must be told that a new word starts behind a begin token or a medium; a space does.
+        """
+        gap = " " if restarts else ""
+        opening = (
+            f"{{%- set bos_token = bos_token + {json.dumps(gap)} -%}}\n" if begins else "{%- set bos_token = '' -%}\n"
+        )
+        if begins and self.bos == "double" and "bos_token" not in _read(self.file):
+            opening += "{{- bos_token -}}\n"
+        return opening + self._source(self.file, gap=gap)
+
+    def _source(self, file: str, **values: Any) -> str:
+        values = {"default_system": self.system, "default_placement": self.placement, **self.values, **values}
         head = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items())
         return head + _read("_content") + _read(file)
 

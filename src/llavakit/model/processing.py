@@ -17,8 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import MultiModalData
 
-from llavakit.conversation.encode import IMAGE_PLACEHOLDER, encode
-from llavakit.conversation.template import get_template
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.media import KINDS, MediaSpec
 from llavakit.model.splice import expand
@@ -136,7 +135,8 @@ class LlavakitProcessor(ProcessorMixin):
                 {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
             )
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or get_template(template).source)
+        chat_template = chat_template or chat_template_for(template, tokenizer)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def from_config(cls, config: LlavakitConfig, tokenizer: Any, **options: Any) -> LlavakitProcessor:
