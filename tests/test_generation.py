@@ -297,6 +297,12 @@ def test_draws_follow_the_distribution() -> None:
     assert (counts / counts.sum() - expected).abs().max() < 0.02
 
 
+def test_coldest_temperature_is_greedy() -> None:
+    logits = torch.tensor([[0.0, 30.0, -5.0, 29.0]])
+    sampler = BatchSampler([SamplingParams(temperature=5e-324)], torch.device("cpu"))
+    assert sampler.choose(logits, [Randomness(0)], [None])[:2] == ([1], [True])
+
+
 def test_seeded_reply_does_not_depend_on_neighbours(net: Any, samples: list[dict[str, Any]]) -> None:
     sampling = {"temperature": 1.0, "top_p": 0.95, "seed": 11, "max_new_tokens": 20}
     single = [Engine(net).submit(request(sample, **sampling)).result().token_ids for sample in samples]

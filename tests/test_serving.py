@@ -91,6 +91,15 @@ def test_uploads_are_named_by_the_server(server, chat):
         ({"messages": ask(url="data:image/png;base64,@@@")}, "messages.0.content.0.image_url.url", "valid base64"),
         ({"messages": ask(url=data_url(b"not a picture"))}, "messages", "not an image"),
         ({"messages": ask(url=data_url(png()))[0:1] * 4}, "messages.3.content.0.image_url.url", "at most 3 images"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid list"),
+        ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "messages.0.content.0", "'image_url'"),
+        ({"messages": ask(url=5)}, "messages.0.content.0.image_url.url", "valid string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.image_url.url",
+            "required",
+        ),
+        ({"stop": 5}, "stop", "valid string"),
         ({"n": 99}, "n", "at most n = 8"),
         ({"top_logprobs": 3}, None, "needs logprobs"),
         ({"model": "other"}, "model", "not served here"),
@@ -105,6 +114,23 @@ def test_errors_name_the_field(server, body, param, words):
     assert words in error["message"]
     if param is not None:
         assert (error["param"] or "").startswith(param)
+
+
+def test_halves_of_characters_are_no_failure(server):
+    url = f"{server.url}/v1/chat/completions"
+    bodies = [
+        r'{"model": "tiny", "messages": [{"role": "user", "content": "\ud800"}]}',
+        r'{"model": "\ud800", "messages": [{"role": "user", "content": "x"}]}',
+        r'{"\ud800": 1, "model": "tiny", "messages": [{"role": "user", "content": "x"}]}',
+        r'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": ['
+        r'{"type": "function", "function": {"name": "f", "parameters": {"\ud800": 1}}}]}',
+        r'{"model": "tiny", "messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", '
+        r'"function": {"name": "f", "arguments": "{\"a\": \"\\ud800\"}"}}]}]}',
+    ]
+    answers = [httpx.post(url, content=body, headers={"content-type": "application/json"}) for body in bodies]
+    assert [answer.status_code for answer in answers] == [400, 400, 400, 200, 200]
+    call = r'<tool_call>{"name": "f", "arguments": {"a": "\ud800"}}</tool_call>'
+    assert read(call, ["f"])[1][0]["function"]["arguments"] == '{"a": "?"}'
 
 
 def test_broken_json_and_oversize_bodies():

@@ -14,6 +14,7 @@ from torch import Tensor
 from llavakit.generation.request import SamplingParams, TokenLogprob
 
 _DRAWN_AT_ONCE = 64
+_COLDEST = 1e-4  # below, divided logits overflow; this cold already only ties are drawn
 _NUCLEUS_GUESS = 512  # most nuclei are smaller; sorting only this many spares a sort of the whole vocabulary
 
 
@@ -58,7 +59,7 @@ class BatchSampler:
             return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(-1)
 
         self._index = torch.tensor(self.rows, dtype=torch.long, device=device)
-        self._temperature = column([one.temperature for one in chosen])
+        self._temperature = column([max(one.temperature, _COLDEST) for one in chosen])
         self._top_p = column([one.top_p for one in chosen])
         self._top_k = column([one.top_k or torch.inf for one in chosen])
         self._min_p = column([one.min_p for one in chosen])

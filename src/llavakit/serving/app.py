@@ -13,22 +13,34 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from anyio import to_thread
-from fastapi import Depends, FastAPI, File, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
 from llavakit.api import Chat
 from llavakit.serving.answer import Answer, Events
-from llavakit.serving.protocol import ChatRequest, error_body, new_id
+from llavakit.serving.protocol import ChatRequest, Completion, ErrorAnswer, error_body, new_id
 from llavakit.serving.service import APIError, Service, Settings
 
 log = logging.getLogger("llavakit.serving")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request cannot be answered; `param` names the field"},
+    "5XX": {"model": ErrorAnswer, "description": "The server failed, or is shutting down"},
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": Completion,
+        "description": "The answer; with `stream` as server-sent events, each a `chat.completion.chunk`",
+        "content": {"text/event-stream": {"schema": {"properties": {"data": {"type": "string"}}}}},
+    }
+}
 _UPLOAD_ID = re.compile(r"^file-[0-9a-f]{32}$")
 
 
@@ -126,7 +138,7 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         service.metrics.failed(400)
         first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"] if step not in ("body", "query", "path"))
+        place = _place(first, error.body)
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "json_invalid":
             message = f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"
@@ -145,27 +157,36 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
         return JSONResponse(error_body("the server failed; its log says why", "server_error"), 500)
 
 
-def _authorised(service: Service) -> Callable[[Request], Awaitable[None]]:
-    keys = [key.encode() for key in service.settings.api_keys]
+def _place(error: dict[str, Any], body: Any) -> str:
+    """Dotted path of the field that an error is about, without the names of types that pydantic puts in between."""
+    steps, node = [], body
+    for step in error["loc"][1:]:
+        known = step in node if isinstance(node, dict) else isinstance(node, list) and step in range(len(node))
+        if known:
+            node = node[step]
+        if known or (step is error["loc"][-1] and error["type"] == "missing"):
+            steps.append(str(step))
+    return ".".join(steps)
 
-    async def check(request: Request) -> None:  # plain functions would go through a thread each time
-        if not keys:
-            return
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        matches = [hmac.compare_digest(sent, key) for key in keys]  # every key, so that time tells nothing
+
+def _guard(keys: Sequence[str]) -> list[Any]:
+    """What every operation of the API depends on: a key, if there are keys."""
+    known = [key.encode() for key in keys]
+    bearer = HTTPBearer(auto_error=False)
+
+    # asynchronous, since plain functions would go through a thread each time
+    async def check(sent: HTTPAuthorizationCredentials | None = Depends(bearer)) -> None:
+        given = sent.credentials.encode() if sent is not None else b""
+        matches = [hmac.compare_digest(given, key) for key in known]  # every key, so that time tells nothing
         if not any(matches):
             raise APIError(401, "a valid API key is needed in the Authorization header", code="invalid_api_key")
 
-    return check
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": "An error in OpenAI's form"} for status in statuses}
+    return [Depends(check)] if known else []
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
     settings = service.settings
-    guarded = [Depends(_authorised(service))]
+    guarded: dict[str, Any] = {"dependencies": _guard(settings.api_keys), "responses": _ERRORS}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -179,20 +200,20 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Counters in Prometheus' form."""
         return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models", dependencies=guarded, responses=_errors(401))
+    @app.get("/v1/models", **guarded)
     async def models() -> dict[str, Any]:
         """The served model."""
         return {"object": "list", "data": [_model(name) for name in settings.names]}
 
-    @app.get("/v1/models/{name:path}", dependencies=guarded, responses=_errors(401, 404))
+    @app.get("/v1/models/{name:path}", **guarded)
     async def model(name: str) -> dict[str, Any]:
         """Facts about one model."""
         if name not in settings.names:
             raise APIError(404, f"model {name!r} is not served here", "model", "model_not_found")
         return _model(name)
 
-    @app.post("/v1/files", dependencies=guarded, responses=_errors(400, 401, 413))
-    async def upload(file: UploadFile = File(), purpose: str = "vision") -> dict[str, Any]:
+    @app.post("/v1/files", **guarded)
+    async def upload(file: UploadFile = File(), purpose: str = Form("vision", max_length=64)) -> dict[str, Any]:
         """Keep a medium in memory for later requests, which name it `upload:ID`."""
         content = bytearray()
         while block := await file.read(2**20):
@@ -205,19 +226,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         service.uploads.add(identity, bytes(content))
         return _file(identity, len(content), purpose)
 
-    @app.delete("/v1/files/{identity}", dependencies=guarded, responses=_errors(401, 404))
+    @app.delete("/v1/files/{identity}", **guarded)
     async def forget(identity: str) -> dict[str, Any]:
         """Forget an upload."""
         if not _UPLOAD_ID.match(identity) or not service.uploads.remove(identity):
             raise APIError(404, "no such upload", "identity")
         return {"id": identity, "object": "file", "deleted": True}
 
-    @app.post(
-        "/v1/chat/completions",
-        dependencies=guarded,
-        responses=_errors(400, 401, 404, 408, 413, 429, 503),
-        response_model=None,
-    )
+    @app.post("/v1/chat/completions", response_model=None, **(guarded | {"responses": _ERRORS | _ANSWERS}))
     async def chat_completions(body: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
         """Answer a conversation."""
         if body.model not in settings.names:

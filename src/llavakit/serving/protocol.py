@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from llavakit.registry import nearest
@@ -78,6 +78,15 @@ class VolumePart(Strict):
 Part = Annotated[TextPart | ImagePart | VideoPart | VolumePart, Field(discriminator="type")]
 
 
+Content = (
+    Annotated[
+        Annotated[Text, Tag("text")] | Annotated[list[Part], Tag("parts")],
+        Discriminator(lambda value: "text" if isinstance(value, str) else "parts"),
+    ]
+    | None
+)
+
+
 class FunctionCall(Strict):
     """A call of a function; arguments are JSON text."""
 
@@ -98,7 +107,7 @@ class ChatMessage(Strict):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Content = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -160,7 +169,7 @@ class ChatRequest(Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=MOST_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     n: int | None = Field(1, ge=1, le=128)
     stop: (
         Annotated[str, Field(min_length=1, max_length=1000)]
@@ -194,6 +203,59 @@ class ChatRequest(Strict):
     def budget(self) -> int | None:
         """The longest reply that the client asks for."""
         return self.max_completion_tokens or self.max_tokens
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, and in which field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """An error in OpenAI's form."""
+
+    error: ErrorDetail
+
+
+class Reply(BaseModel):
+    """What the assistant said."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCall] = []
+
+
+class Choice(BaseModel):
+    """One of `n` replies."""
+
+    index: int
+    message: Reply
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: dict[str, Any] | None
+
+
+class Usage(BaseModel):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class Completion(BaseModel):
+    """A whole answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def describe(request: ChatRequest) -> str | None:
     """The sentences that tell the model of its tools, None if it has none to use."""
     if not request.tools or request.tool_choice == "none":
         return None
-    listed = "\n".join(json.dumps(t.function.model_dump(exclude_none=True), ensure_ascii=False) for t in request.tools)
+    listed = "\n".join(_json(tool.function.model_dump(exclude_none=True)) for tool in request.tools)
     must = ""
     if request.tool_choice == "required":
         must = " You must call one of them."
@@ -36,16 +36,21 @@ def describe(request: ChatRequest) -> str | None:
 def as_text(message: ChatMessage) -> str:
     """Earlier calls of an assistant message as the text that the model wrote."""
     calls = [
-        json.dumps({"name": call.function.name, "arguments": _parsed(call.function.arguments)}, ensure_ascii=False)
+        _json({"name": call.function.name, "arguments": _parsed(call.function.arguments)})
         for call in message.tool_calls or ()
     ]
     return "\n".join(f"<tool_call>{call}</tool_call>" for call in calls)
 
 
+def _json(value: Any) -> str:
+    """JSON text that every encoder takes: escapes may have smuggled in halves of characters."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -80,5 +85,5 @@ def _call(text: str, names: Sequence[str]) -> dict[str, Any] | None:
     if not isinstance(body, Mapping) or body.get("name") not in names:
         return None
     arguments = body.get("arguments", body.get("parameters", {}))
-    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    arguments = arguments if isinstance(arguments, str) else _json(arguments)
     return {"id": new_id("call"), "type": "function", "function": {"name": body["name"], "arguments": arguments}}
