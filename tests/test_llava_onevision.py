@@ -492,6 +492,16 @@ def test_a_clip_from_a_file_is_answered_and_sampling_can_be_configured(classic, 
     sample = chat.processor.encode(messages)
     assert sample["visual_sizes"] == [MediumSize(6, 32, 48)]
     assert sample["input_ids"].count(chat.config.image_token_id) == 6 * 4 + 1
+    chat.processor.configure({"sampling.type": "rate", "sampling.fps": 1, "reading.video.partial": True})
+    assert chat.processor.sampling == {"type": "rate", "fps": 1}
+    assert chat.processor.encode(messages)["visual_sizes"] == [MediumSize(3, 32, 48)]
+    for name, message in (
+        ("sampling", "write sampling.OPTION"),
+        ("reading.film.rate", "unknown kind of medium"),
+        ("reading.video.partly", "did you mean 'partial'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chat.processor.configure({name: 1})
     reloaded = LlavakitProcessor.from_config(chat.config, chat.processor.tokenizer, sampling={"type": "nonsense"})
     with pytest.raises(UserError, match="unknown rule 'nonsense'"):
         reloaded.encode(messages)

@@ -343,7 +343,11 @@ def test_nifti_stands_upright_whatever_its_axes(tmp_path, codes):
 
 
 def test_refused_nifti(tmp_path):
-    refused(lambda: load_volume(save_nifti(tmp_path / "a.nii", grid(), stated=False)), "codes are 0", "'RAS'")
+    refused(
+        lambda: load_volume(save_nifti(tmp_path / "a.nii", grid(), stated=False)),
+        "codes are 0",
+        "RAS (reading.volume.orientation)",
+    )
     assert np.array_equal(load_volume(tmp_path / "a.nii", orientation="RAS").values, grid())
     refused(lambda: load_volume(tmp_path / "a.nii", orientation="RRS"), "'RRS'")
     refused(lambda: load_volume(tmp_path / "a.nii", orientation="front"), "'front'")

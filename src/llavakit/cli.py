@@ -131,7 +131,13 @@ def chat(
     model: Model,
     image: Annotated[list[str] | None, typer.Option(help="Image file or URL; may be repeated.")] = None,
     video: Annotated[list[str] | None, typer.Option(help="Video file; may be repeated.")] = None,
-    volume: Annotated[list[str] | None, typer.Option(help="NIfTI file or DICOM folder; may be repeated.")] = None,
+    volume: Annotated[
+        list[str] | None, typer.Option(help="NIfTI or .npy file, or DICOM folder; may be repeated.")
+    ] = None,
+    processor: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="How media are read, as reading.volume.fill=-1000; may be repeated."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System message; default: the template's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
@@ -152,6 +158,7 @@ def chat(
     Examples:
       llavakit chat runs/demo/final --image scan.png --prompt "Is there an effusion?"
       llavakit chat llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg
+      llavakit chat MODEL --video clip.mp4 --processor sampling.type=rate --processor sampling.fps=2
       echo "What is in the picture?" | llavakit chat MODEL --image a.jpg
     """
     from llavakit.chat import Session, attachment, interact
@@ -161,6 +168,8 @@ def chat(
     import llavakit
 
     loaded = llavakit.load(model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower))
+    if processor:
+        loaded.processor.configure(_assignments(processor))
     settings = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     session = Session(loaded, settings, system)
     session.attached = attached

@@ -7,6 +7,7 @@ saved with the checkpoint. Two doors lead in: `encode` takes messages and is wha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers.image_utils import make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import MultiModalData
 
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
+from llavakit.errors import UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.media import KINDS, MediaSpec
 from llavakit.model.splice import expand
+from llavakit.registry import nearest
 from llavakit.views import media as readers
 from llavakit.views.plan import MediumSize
 
@@ -105,6 +108,27 @@ def _as_pil(image: Any) -> Any:
     return image
 
 
+def check_reading(reading: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Options of the media readers, as they are.
+
+    Raises:
+        UserError: If a kind of medium or an option is unknown.
+    """
+    if not reading:
+        return None
+    from llavakit.views import read_video, read_volume
+
+    known = {"image": readers.load_image, "video": read_video.load_video, "volume": read_volume.load_volume}
+    for kind, options in reading.items():
+        if kind not in known:
+            raise UserError(f"reading.{kind}: unknown kind of medium{nearest(kind, list(known))}")
+        names = [name for name in inspect.signature(known[kind]).parameters if name not in ("source", "sampling")]
+        for name in options:
+            if name not in names:
+                raise UserError(f"reading.{kind}.{name}: unknown option{nearest(name, names)}")
+    return dict(reading)
+
+
 class LlavakitProcessor(ProcessorMixin):
     """Messages to model inputs.
 
@@ -128,7 +152,7 @@ class LlavakitProcessor(ProcessorMixin):
     ) -> None:
         self.template = template
         self.sampling = sampling
-        self.reading = reading
+        self.reading = check_reading(reading)
         self.image_token = IMAGE_TOKEN
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_special_tokens(
@@ -148,6 +172,28 @@ class LlavakitProcessor(ProcessorMixin):
     def spec(self) -> MediaSpec:
         """Plans and layouts of the configuration."""
         return self.image_processor.spec
+
+    def configure(self, changes: Mapping[str, Any]) -> None:
+        """Change how media are read, by dotted names.
+
+        Args:
+            changes: `{"sampling.type": "rate", "sampling.fps": 2, "reading.volume.orientation": "RAS"}`. A new type of
+                sampling forgets the options of the old one.
+
+        Raises:
+            UserError: If a name is unknown.
+        """
+        sampling = {} if "sampling.type" in changes else dict(self.sampling or {})
+        reading = {kind: dict(options) for kind, options in (self.reading or {}).items()}
+        for name, value in changes.items():
+            match name.split("."):
+                case ["sampling", option]:
+                    sampling[option] = value
+                case ["reading", kind, option]:
+                    reading.setdefault(kind, {})[option] = value
+                case _:
+                    raise UserError(f"{name}: unknown; write sampling.OPTION or reading.KIND.OPTION")
+        self.sampling, self.reading = sampling or None, check_reading(reading) or None
 
     # llavakit's door: messages
 

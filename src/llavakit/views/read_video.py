@@ -228,7 +228,7 @@ class _Reader:
         if missing and not self.partial and (error or missing != wanted[-1:]):
             raise MediaError(
                 f"{self.name}: {len(missing)} of {len(wanted)} frames cannot be decoded"
-                f" ({error or 'the stream ends early'}); copy it again, or read it with partial"
+                f" ({error or 'the stream ends early'}); copy it again, or take what there is (reading.video.partial)"
             )
         previous = found[min(found)]
         for time in wanted:

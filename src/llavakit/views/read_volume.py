@@ -78,7 +78,10 @@ def load_volume(
     values = np.array(volume.values, dtype=np.float32, order="C")
     bad = values.size - int(np.isfinite(values).sum())
     if bad and fill is None:
-        raise MediaError(f"{name}: {bad:,} of {values.size:,} voxels are NaN or infinite; give the value to fill in")
+        raise MediaError(
+            f"{name}: {bad:,} of {values.size:,} voxels are NaN or infinite; "
+            "give the value to fill in (reading.volume.fill)"
+        )
     if bad:
         values[~np.isfinite(values)] = fill
     if window is not None:
@@ -202,7 +205,7 @@ def _affine(image: Any, name: str, orientation: str | None) -> np.ndarray:
         if orientation is None:
             raise MediaError(
                 f"{name}: does not say how its axes lie in the patient (sform and qform codes are 0);"
-                " give the orientation, for example 'RAS'"
+                " give the orientation, for example RAS (reading.volume.orientation)"
             )
         orientations = _extra("nibabel.orientations")
         try:
@@ -275,7 +278,10 @@ def _choose_series(headers: list[tuple[Path, Any]], name: str, series: str | Non
         raise MediaError(f"{name}: has no series {series!r}; it has {', '.join(by_series)}")
     if series is None and len(by_series) > 1:
         listed = "; ".join(f"{uid or 'without UID'}: {len(files)} slices" for uid, files in sorted(by_series.items()))
-        raise MediaError(f"{name}: holds {len(by_series)} series ({listed}); give the one to read, or one folder each")
+        raise MediaError(
+            f"{name}: holds {len(by_series)} series ({listed}); give the one to read (reading.volume.series), or one"
+            " folder each"
+        )
     return by_series[series] if series is not None else next(iter(by_series.values()))
 
 
