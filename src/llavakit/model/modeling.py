@@ -471,7 +471,9 @@ class LlavakitModel(LlavakitPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        segments = packed_segments(position_ids, attention_mask, past_key_values)
+        segments = None
+        if kwargs.get("use_cache") is not False or self.reads_prompt or self.language_adapter is not None:
+            segments = packed_segments(position_ids, attention_mask, past_key_values)
         if segments is not None:
             kwargs["use_cache"] = False  # the decoder only sees that rows are packed while it has no cache
         given = (mm_encoder_outputs or {}).get("image")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import ipaddress
+import json
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from rich.console import Console
 from llavakit.errors import UserError
 
 ENGINES = ("native", "vllm")
+NO_HOST = "none.invalid"  # a name that never resolves (RFC 2606), where vLLM is to fetch from nowhere
 
 
 def _need(module: str, extra: str) -> Any:
@@ -64,8 +66,15 @@ def serve(
     console = console or Console(stderr=True)
     if engine not in ENGINES:
         raise UserError(f"--engine {engine}: unknown; known: {', '.join(ENGINES)}")
+    keys = (*api_keys, *filter(None, os.environ.get("LLAVAKIT_API_KEYS", "").split(",")))
     if engine == "vllm":
-        _serve_vllm(model, host, port, name, api_keys, extra)
+        given = {"--device": device, "--media-network": media_networks, **{f"--{k}": v for k, v in sources.items()}}
+        for option, value in given.items():
+            if value:
+                raise UserError(f"{option.replace('_', '-')}: belongs to --engine native; vLLM has no such option")
+        arguments = ["--host", host, "--port", str(port), "--served-model-name", name or Path(model).name]
+        arguments += vllm_arguments(keys, origins, media_folders, fetch, dtype)
+        _serve_vllm(model, [*arguments, *extra], console)
         return
     uvicorn = _need("uvicorn", "serve")
     _need("fastapi", "serve")
@@ -74,7 +83,6 @@ def serve(
     from llavakit.serving.policy import MediaPolicy
 
     _check_port(host, port)
-    keys = (*api_keys, *filter(None, os.environ.get("LLAVAKIT_API_KEYS", "").split(",")))
     names = tuple(dict.fromkeys([name or Path(model).name or "llavakit"]))
     policy = MediaPolicy(fetch=fetch, folders=media_folders, networks=tuple(map(_network, media_networks)))
     settings = Settings(names=names, api_keys=keys, origins=origins, max_queue=max_queue, media=policy)
@@ -109,19 +117,42 @@ def _check_port(host: str, port: int) -> None:
             raise UserError(f"{host}:{port} cannot be used ({error.strerror}); choose another --port") from None
 
 
-def _serve_vllm(
-    model: str, host: str, port: int, name: str | None, api_keys: tuple[str, ...], extra: tuple[str, ...]
-) -> None:
+def vllm_arguments(
+    api_keys: tuple[str, ...],
+    origins: tuple[str, ...],
+    media_folders: tuple[Path, ...],
+    fetch: bool,
+    dtype: str | None,
+) -> list[str]:
+    """Options of `serve` as arguments of `vllm serve`.
+
+    Raises:
+        UserError: If vLLM cannot do what an option asks for.
+    """
+    arguments = ["--override-generation-config", '{"temperature": 0}']  # greedy where a request does not say otherwise
+    if api_keys:
+        arguments += ["--api-key", *api_keys]
+    if origins:
+        arguments += ["--allowed-origins", json.dumps(origins)]
+    if len(media_folders) > 1:
+        raise UserError("--media-folder: vLLM takes one folder; name one that holds the others")
+    if media_folders:
+        arguments += ["--allowed-local-media-path", str(media_folders[0].resolve())]
+    if not fetch:
+        arguments += ["--allowed-media-domains", NO_HOST]
+    if dtype is not None:
+        arguments += ["--dtype", dtype]
+    return arguments
+
+
+def _serve_vllm(model: str, arguments: list[str], console: Console) -> None:
     """Replace this process by `vllm serve`, which loads llavakit's plugin by its entry point."""
     from llavakit.serving.vllm_plugin import check
 
-    check(model)
+    for hint in check(model):
+        console.print(hint)
     beside = Path(sys.executable).with_name("vllm")
     command = str(beside) if beside.is_file() else shutil.which("vllm")
     if command is None:
         raise UserError("vLLM is not installed here; install it in an environment of its own, see docs/serving.md")
-    arguments = [command, "serve", model, "--host", host, "--port", str(port)]
-    arguments += ["--served-model-name", name or Path(model).name]
-    if api_keys:
-        arguments += ["--api-key", *api_keys]
-    os.execv(command, [*arguments, *extra])
+    os.execv(command, [command, "serve", model, *arguments])

@@ -29,7 +29,7 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.processing import IMAGE_TOKEN, LlavakitProcessor
 from llavakit.serving.vllm_plugin import refuse
 from llavakit.views.plan import MediumSize
 
@@ -112,6 +112,11 @@ class LlavakitForVllm(TransformersMultiModalForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.configure_mm_token_handling(self.text_config.vocab_size, [self.config.image_token_id])
 
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What stands for a medium in a prompt whose chat template takes plain strings."""
+        return IMAGE_TOKEN if modality == "image" else None
+
     def recursive_replace(self) -> None:
         """Everything but the connectors gets vLLM's layers.
 
@@ -137,3 +142,11 @@ class LlavakitForVllm(TransformersMultiModalForCausalLM):
         if not views:
             return []
         return list(self.model.get_image_features(views, visual_sizes=visual_sizes, return_dict=True).pooler_output)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits, without the placeholder where it lies inside the vocabulary: no reply may ask for an image."""
+        logits = super().compute_logits(hidden_states)
+        token = self.config.image_token_id
+        if logits is not None and token < logits.shape[-1]:
+            logits[:, token] = -torch.inf
+        return logits

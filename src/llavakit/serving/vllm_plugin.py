@@ -27,8 +27,11 @@ def register() -> None:
         ModelRegistry.register_model("LlavakitForConditionalGeneration", "llavakit.serving.vllm_model:LlavakitForVllm")
 
 
-def check(model: str | Path) -> None:
+def check(model: str | Path) -> list[str]:
     """Refuse what vLLM would serve wrongly or not at all.
+
+    Returns:
+        Remarks for whoever starts the server.
 
     Raises:
         UserError: With the reason and what to do.
@@ -36,19 +39,29 @@ def check(model: str | Path) -> None:
     from llavakit.model import layouts
     from llavakit.model.checkpoint import read_json
     from llavakit.model.configuration import LlavakitConfig
+    from llavakit.model.convert import open_checkpoint
 
     path = Path(model)
     if not path.is_dir():
-        return  # a hub id; vLLM reads its configuration itself
+        return []  # a hub id: vLLM downloads it, and the model itself refuses
     raw = read_json(path / "config.json")
-    if raw.get("model_type") == LlavakitConfig.model_type:
-        refuse(LlavakitConfig.from_dict(raw), model)
-    elif "text_config" not in raw:
-        layout = layouts.detect(path, raw)
-        raise UserError(
-            f"{model}: vLLM does not read the layout {layout.system} ({layout.form}); convert it first: "
-            f"llavakit convert {model} NEW --to llavakit"
-        )
+    own = raw.get("model_type") == LlavakitConfig.model_type
+    if not own and "text_config" in raw:
+        return []
+    config = open_checkpoint(path).config
+    refuse(config, model)
+    try:
+        layouts.layout_for(config, "hf")
+    except UserError:
+        form = "llavakit"
+    else:
+        form = "hf"
+    command = f"llavakit convert {model} NEW --to {form}"
+    if not own:
+        raise UserError(f"{model}: vLLM does not read the authors' layout; convert it first: {command}")
+    if form == "hf":
+        return [f"runs in vLLM's Transformers back end; vLLM has a class of its own for it after: {command}"]
+    return []
 
 
 def refuse(config: Any, name: str | Path) -> None:
