@@ -251,6 +251,13 @@ def test_refused_videos(tmp_path):
     ]
     for source, words in cases:
         refused(lambda source=source: load_video(source), *words)
+    for missing in range(150, 1000, 50):  # the index at the end is there in part
+        refused(lambda missing=missing: load_video(whole[:-missing]), "bytes>: ")
+    with av.open(str(tmp_path / "none.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    refused(lambda: load_video(tmp_path / "none.avi"), "none.avi", "has no frames")
     refused(lambda: load_video(tmp_path / "a.mp4", {"type": "all"}, limits=Limits(frames=5)), "30 of 30", "limit is 5")
     refused(lambda: load_video(tmp_path / "a.mp4", limits=Limits(video_pixels=9000)), "8 frames of 3,072 pixels")
     refused(lambda: load_video(tmp_path / "a.mp4", limits=Limits(pixels=100)), "64 x 48")

@@ -19,7 +19,7 @@ from transformers.image_utils import make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import MultiModalData
 
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
-from llavakit.errors import UserError
+from llavakit.errors import MediaError, UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.media import KINDS, MediaSpec
 from llavakit.model.splice import expand
@@ -254,13 +254,17 @@ class LlavakitProcessor(ProcessorMixin):
         several = sum(part["type"] == "image" for part in encoded.media) > 1
         layouts, views, sizes, kinds = [], [], [], []
         for part in encoded.media:
-            medium, size = self.read_medium(part) if pixels else (None, self.size_of(part))
             kind = "multi_image" if several and part["type"] == "image" else part["type"]
-            layouts.append(self.spec.layout(kind, size))
+            self.spec.route(kind)  # a kind that the model does not take is refused before anything is read
+            medium, size = self.read_medium(part) if pixels else (None, self.size_of(part))
             sizes.append(size)
             kinds.append(KINDS.index(kind))
-            if pixels:
-                views += self.views_of(kind, medium, size)
+            try:
+                layouts.append(self.spec.layout(kind, size))
+                if pixels:
+                    views += self.views_of(kind, medium, size)
+            except MediaError as error:  # planners know a medium by its size and values alone
+                raise MediaError(f"{readers.name_of(part[part['type']])}: {error}") from None
         spliced = expand(
             encoded.ids,
             encoded.labels,

@@ -98,6 +98,10 @@ class _Reader:
         self.container, self.name, self.limits, self.partial = container, name, limits, partial
         self.damage: tuple[type[Exception], ...] = (av.error.FFmpegError, ValueError, EOFError)
         self.stream = container.streams.video[0]
+        if self.stream.codec_context is None:
+            raise MediaError(
+                f"{name}: the format of its pictures is unknown or cut off; copy it again, or convert it to {_WANTED}"
+            )
         self.stream.thread_type = "AUTO"
         check_pixels(name, self.stream.codec_context.width, self.stream.codec_context.height, limits)
 

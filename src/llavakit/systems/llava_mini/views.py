@@ -64,7 +64,7 @@ class GridAndWhole(Planner):
             width = height = max(width, height)
         if min(width, height) < self.grid:
             raise MediaError(
-                f"image: is {width} x {height} pixels, too small for {self.grid} x {self.grid} blocks; "
+                f"the image is {width} x {height} pixels, too small for {self.grid} x {self.grid} blocks; "
                 f"it needs at least {self.grid} pixels along each side"
             )
         return blocks(width, height, self.grid)
