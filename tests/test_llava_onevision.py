@@ -229,7 +229,8 @@ def test_transformers_files_come_back(chat, exported, tmp_path):
 
 
 def test_exported_preprocessing_gives_the_same_pixels(chat, exported):
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     theirs = AutoImageProcessor.from_pretrained(exported[0])
     for image in (picture(40, 23), picture(21, 90), picture(16, 16)):

@@ -168,6 +168,15 @@ class LlavakitProcessor(ProcessorMixin):
         image_processor = LlavakitImageProcessorPil(architecture_of(config))
         return cls(image_processor, tokenizer, template=options.pop("template", config.template), **options)
 
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Both halves by their own classes: the Auto class of older transformers asks for torchvision."""
+        image_processor = LlavakitImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        return [image_processor, tokenizer]
+
     @property
     def spec(self) -> MediaSpec:
         """Plans and layouts of the configuration."""

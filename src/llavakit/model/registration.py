@@ -25,7 +25,10 @@ def register_models() -> None:
 
 def register_processors() -> None:
     """`AutoImageProcessor` and `AutoProcessor`."""
-    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers import AutoProcessor
+
+    # Without torchvision, the package of older releases offers a stand-in that only complains; the class itself works.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from llavakit.model.configuration import LlavakitConfig
     from llavakit.model.processing import LlavakitImageProcessorPil, LlavakitProcessor
