@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -46,17 +47,26 @@ class Answer:
         self.identity, self.created = new_id("chatcmpl"), int(time.time())
         self.tools = [tool.function.name for tool in body.tools or ()] if body.tool_choice != "none" else []
         self.handle: Handle | None = None
-        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self._began = time.perf_counter()
+        self._pieces: deque[Piece] = deque()
+        self._news, self._told = asyncio.Event(), False
+        self._began, self._begun = time.perf_counter(), False
         self._closed = False
 
     async def start(self) -> None:
         """Queue the request."""
         loop = asyncio.get_running_loop()
+        each = bool(self.body.stream)
 
         def listen(piece: Piece) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed when the server has gone
-                loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+            """In the engine's thread; wakes the loop as seldom as may be."""
+            if not self._begun and piece.token_ids:
+                self._begun = True
+                self.service.metrics.first_token(time.perf_counter() - self._began)
+            self._pieces.append(piece)
+            if (each or piece.finish_reason is not None) and not self._told:
+                self._told = True
+                with contextlib.suppress(RuntimeError):  # the loop is closed when the server has gone
+                    loop.call_soon_threadsafe(self._news.set)
 
         self.handle = await self.service.submit(self.body, listen)
 
@@ -74,16 +84,18 @@ class Answer:
 
     async def _each(self) -> AsyncIterator[Piece | None]:
         """Pieces of all replies; None when nothing came for a while."""
-        unfinished, first = self.body.n or 1, True
+        unfinished = self.body.n or 1
         while unfinished:
-            try:
-                piece = await asyncio.wait_for(self._pieces.get(), self.service.settings.keep_alive)
-            except TimeoutError:
-                yield None
+            if not self._pieces:
+                try:
+                    async with asyncio.timeout(self.service.settings.keep_alive):
+                        await self._news.wait()
+                except TimeoutError:
+                    yield None
+                self._news.clear()
+                self._told = False
                 continue
-            if first and piece.token_ids:
-                first = False
-                self.service.metrics.first_token(time.perf_counter() - self._began)
+            piece = self._pieces.popleft()
             unfinished -= piece.finish_reason is not None
             if piece.finish_reason == "error":
                 error = self.handle.error
@@ -194,5 +206,5 @@ def _delta(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str 
 
 
 async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
