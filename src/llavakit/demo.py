@@ -9,8 +9,10 @@ baseline that was trained on the same questions without pictures. What is finish
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,15 @@ from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
 SIDE, PATCH, WIDTH = 48, 16, 96
-WORLDS = {
-    "scene": {"types": "colour,shape,count", "most": 2},
-    "thorax": {"types": "presence,side"},
+WORLDS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "scene": ("scene", 0, {"types": "colour,shape,count", "most": 2}),
+    "thorax": ("thorax", 0, {"types": "presence,side"}),
+    "crowded": ("scene", 1, {"types": "colour,shape", "most": 6}),
 }
-CROWDED = {"types": "colour,shape", "most": 6}
-"""Scenes with captions alone: many objects in a picture teach encoder and decoder more in the same time."""
+"""Folder to world, seed and options."""
+ASKED = ("scene", "thorax")
 CAPTIONED = ("crowded", "thorax")
+"""Many objects in a picture teach encoder and decoder more in the same time."""
 SEEN = (
     *("square", "disc", "triangle", "cross", "ring", "star", "diamond"),
     *("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white", "grey", "pink"),
@@ -116,12 +120,19 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Everything, or what is left of it; returns the contents of `metrics.json`."""
         began = time.perf_counter()
-        self._data()
-        self._tokenizer()
-        self._tower()
-        parts = self._train("parts", self._parts_recipe())
-        tuned = self._train("llava", self._llava_recipe(parts.final))
-        blind = self._train("text-only", self._blind_recipe(parts.final))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as beside:
+            worlds = beside.submit(_write_world, self.out, self.budget, "thorax")
+            self._write("scene")
+            self._write("crowded")
+            worlds.result()
+            self._blind_data()
+            self._tokenizer()
+            self._tower()
+            parts = self._train("parts", self._parts_recipe())
+            baseline = beside.submit(_train_blind, self.out, self.budget, parts.final)
+            tuned = self._train("llava", self._llava_recipe(parts.final))
+            baseline.result()
+        blind = self._blind(parts.final)
         answers = self._ask(tuned.final, "with pictures")
         guesses = self._ask(blind.final, "text only")
         self._publish(tuned.final)
@@ -138,16 +149,18 @@ class Demo:
     def _world(self, name: str) -> Path:
         return self.out / "data" / name
 
-    def _data(self) -> None:
+    def _write(self, name: str) -> None:
+        world, seed, options = WORLDS[name]
         easy = {"n": self.budget.cases, "size": SIDE, "difficulty": "easy"}
-        for name, options in WORLDS.items():
-            write_world(name, self._world(name), seed=0, **easy, **options)
-        write_world("scene", self._world("crowded"), seed=1, **easy, **CROWDED)
+        write_world(world, self._world(name), seed=seed, **easy, **options)
+
+    def _blind_data(self) -> None:
+        """The dialogues without their pictures."""
         blind = self.out / "data" / "blind"
         if blind.is_dir():
             return
         with atomic_folder(blind) as scratch:
-            for name in WORLDS:
+            for name in ASKED:
                 records = json.loads((self._world(name) / "train.json").read_text(encoding="utf-8"))
                 for record in records:
                     record.pop("image")
@@ -160,7 +173,7 @@ class Demo:
         if folder.is_dir():
             return
         texts = []
-        for name in WORLDS:
+        for name in ASKED:
             texts += json.loads((self._world(name) / "texts.json").read_text(encoding="utf-8"))
         with atomic_folder(folder) as scratch:
             tiny_tokenizer(texts, vocab_size=800).save_pretrained(scratch)
@@ -241,7 +254,7 @@ class Demo:
         return [{"path": str(self._world(name) / "captions.json"), "name": f"{name}-captions"} for name in CAPTIONED]
 
     def _dialogues(self) -> list[dict[str, Any]]:
-        return [{"path": str(self._world(name) / "train.json"), "name": f"{name}-dialogues"} for name in WORLDS]
+        return [{"path": str(self._world(name) / "train.json"), "name": f"{name}-dialogues"} for name in ASKED]
 
     def _stage(self, name: str, rates: dict[str, float], epochs: float, **options: Any) -> dict[str, Any]:
         return {
@@ -288,8 +301,11 @@ class Demo:
 
     def _blind_recipe(self, parts: Path) -> Recipe:
         init = {"vision_tower": str(parts), "language_model": str(parts)}
-        data = [{"path": str(self.out / "data" / "blind" / f"{name}.json"), "name": f"{name}-blind"} for name in WORLDS]
+        data = [{"path": str(self.out / "data" / "blind" / f"{name}.json"), "name": f"{name}-blind"} for name in ASKED]
         return self._recipe("text-only", init, data, [self._stage("tune", {"language_model": 2e-3}, 1.0)])
+
+    def _blind(self, parts: Path) -> TrainResult:
+        return self._train("text-only", self._blind_recipe(parts))
 
     def _train(self, name: str, recipe: Recipe) -> TrainResult:
         self.console.rule(name)
@@ -299,9 +315,9 @@ class Demo:
 
     def _questions(self) -> list[dict[str, Any]]:
         """Held-out questions of both worlds in equal parts, with the folder that their pictures are in."""
-        each = self.budget.questions // len(WORLDS)
+        each = self.budget.questions // len(ASKED)
         chosen = []
-        for name in WORLDS:
+        for name in ASKED:
             lines = (self._world(name) / "heldout_questions.jsonl").read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
             step = max(len(rows) / each, 1)
@@ -376,6 +392,17 @@ class Demo:
             question = row["text"].splitlines()[0]
             self.console.print(f"{row['path']}: {question} [bold]{row['reply']}[/bold] (truth: {row['answer']})")
         self.console.print(f"report: {self.out / 'report.html'}   checkpoint: {self.out / 'final'}")
+
+
+# What runs in a process beside the demo, without progress that would garble the demo's own.
+
+
+def _write_world(out: Path, budget: Budget, name: str) -> None:
+    Demo(out, budget, Console(quiet=True))._write(name)
+
+
+def _train_blind(out: Path, budget: Budget, parts: Path) -> None:
+    Demo(out, budget, Console(quiet=True))._blind(parts)
 
 
 def _conversation(row: dict[str, Any], root: Path | None) -> list[dict[str, Any]]:
