@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import llavakit
 from llavakit.errors import CheckpointError, UserError
-from llavakit.model.checkpoint import atomic_folder
+from llavakit.model.checkpoint import atomic_folder, clear_write_errors
 from llavakit.model.convert import build, convert, open_checkpoint
 from llavakit.model.inspect import inspect_model
 
@@ -364,3 +365,26 @@ def test_published_shapes_of_seven_billion_parameters():
     assert tuple(names["model.mm_projector.0.weight"].shape) == (4096, 1024)
     assert tuple(names["model.layers.31.mlp.down_proj.weight"].shape) == (4096, 11008)
     assert "model.vision_tower.vision_tower.vision_model.encoder.layers.23.mlp.fc2.bias" in names
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            SafetensorError("Error while serializing: No space left on device (os error 28)"),
+            "No space left on",
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), "file system refused"),
+        (Exception("File too large (os error 27)"), "File too large"),
+    ],
+)
+def test_every_library_s_way_of_saying_that_the_disk_is_full_is_one_line(tmp_path, error, reason):
+    def fill_the_disk() -> None:
+        with clear_write_errors(tmp_path / "outer", "the last one is whole"), atomic_folder(tmp_path / "inner"):
+            raise error
+
+    with pytest.raises(CheckpointError, match=rf"outer: could not be written \(.*{reason}.*\); the last one is whole"):
+        fill_the_disk()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError), clear_write_errors(tmp_path):
+        raise ZeroDivisionError

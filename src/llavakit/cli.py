@@ -10,7 +10,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +40,9 @@ Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1, mps
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: what fits the device.")]
 Base = Annotated[str | None, typer.Option(help="Language model of a LoRA or connector-only checkpoint.")]
 Tower = Annotated[str | None, typer.Option(help="Encoder of a checkpoint that does not contain it.")]
+
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 class Form(StrEnum):
@@ -86,6 +90,16 @@ def _assignments(pairs: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"{pair}: the value is not YAML") from None
     return found
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A disk that is full while `path` is written is reported under its name; the system does not say it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _print_json(value: Any) -> None:
@@ -248,19 +262,22 @@ def evaluate(
     import llavakit
     from llavakit.evaluation.run import evaluate as run_evaluation
 
-    result = run_evaluation(
-        llavakit.load(model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower)),
-        task,
-        questions,
-        output or Path("runs", "eval", task, f"{name}.jsonl"),
-        images=images,
-        gold=gold,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        limit=limit,
-        model_id=model,
-        **settings,
-    )
+    loaded = llavakit.load(model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower))
+    output = output or Path("runs", "eval", task, f"{name}.jsonl")
+    with _writing(output):
+        result = run_evaluation(
+            loaded,
+            task,
+            questions,
+            output,
+            images=images,
+            gold=gold,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+            model_id=model,
+            **settings,
+        )
     print(f"{result['asked']} questions asked; predictions are in {result['predictions']}", file=sys.stderr)
     if as_json:
         _print_json(result)
@@ -492,7 +509,8 @@ def phantom(
     options = _assignments(assignments or ())
     from llavakit.phantom.write import write_world
 
-    manifest = write_world(world, out, n=n, seed=seed, **options)
+    with _writing(out):
+        manifest = write_world(world, out, n=n, seed=seed, **options)
     if as_json:
         _print_json(manifest)
     else:
@@ -602,7 +620,7 @@ def _user_line(error: Exception) -> str | None:
     """What to tell the user, or None if the fault is ours."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
         return f"{error.filename or 'output'}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         from llavakit.doctor import extra_with

@@ -34,5 +34,19 @@ class CheckpointError(UserError):
     """A model folder that is not one, or whose tensors do not fit the configuration."""
 
 
+class WriteError(CheckpointError):
+    """A checkpoint that could not be written.
+
+    Args:
+        target: The file or folder that was to be written.
+        reason: What the file system said.
+        kept: What is still there.
+    """
+
+    def __init__(self, target: object, reason: str, kept: str) -> None:
+        super().__init__(f"{target}: could not be written ({reason}); {kept}")
+        self.reason = reason
+
+
 class RecipeError(UserError):
     """An unknown key or a wrong type in a recipe."""

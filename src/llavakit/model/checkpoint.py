@@ -7,6 +7,7 @@ loading; only safetensors are written.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, WriteError
 
 SHARD_BYTES = 5 * 1024**3
 
@@ -143,6 +144,35 @@ def _read_shards(folder: Path, index: Path) -> LazyState:
     return state
 
 
+# How the libraries that write files say it when the file system refuses.
+_REFUSALS = ("(os error ", "PytorchStreamWriter", "inline_container", "iostream", "file write failed")
+
+
+@contextmanager
+def clear_write_errors(target: Path, kept: str = "nothing was changed") -> Iterator[None]:
+    """Turn the ways in which libraries report a full disk into one clear line; the outermost target is named.
+
+    Args:
+        target: What is being written.
+        kept: What is still there if it fails, and what to do.
+
+    Raises:
+        WriteError: If the file system refused.
+    """
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(target, error.reason, kept) from error
+    except OSError as error:
+        raise WriteError(target, error.strerror or str(error), kept) from error
+    except Exception as error:  # safetensors, tokenizers and PyTorch raise classes of their own
+        text = " ".join(str(error).split())
+        if not any(word in text for word in _REFUSALS):
+            raise
+        said = re.search(r"([\w ]+) \(os error \d+\)", text)
+        raise WriteError(target, said[1].strip() if said else "the file system refused", kept) from error
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that replaces it only if everything in it was written.
@@ -151,28 +181,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     folder is removed.
 
     Raises:
-        CheckpointError: If the file system refuses, with its reason.
+        WriteError: If the file system refuses, with its reason.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    previous = target.parent / f".{target.name}.previous"
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if target.exists():
+    with clear_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        previous = target.parent / f".{target.name}.previous"
+        try:
+            yield scratch
+            scratch.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                target.rename(previous)
+            scratch.rename(target)
             shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous)
-        scratch.rename(target)
-        shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        if not target.exists() and previous.exists():
-            previous.rename(target)
-        raise CheckpointError(
-            f"{target}: could not be written ({error.strerror or error}); nothing was changed"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            if not target.exists() and previous.exists():
+                previous.rename(target)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_state(folder: Path, state: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:

@@ -35,7 +35,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from llavakit.errors import RecipeError, UserError
-from llavakit.model.checkpoint import atomic_folder
+from llavakit.model.checkpoint import atomic_folder, clear_write_errors
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.convert import save
 from llavakit.model.media import MediaSpec
@@ -50,7 +50,7 @@ from llavakit.training.lora import merged_state, prepare, save_adapter
 from llavakit.training.recipe import Recipe, Stage, load_recipe
 from llavakit.training.report import Bar, Metrics
 from llavakit.training.select import part_of, public_name, trainable_by_part
-from llavakit.training.trainer import StageTrainer, checkpoints, clear_write_errors
+from llavakit.training.trainer import StageTrainer, checkpoints
 
 STAMP = "training.json"
 # Keys that change how a run is watched or stored, not what it learns.

@@ -9,18 +9,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from llavakit.errors import CheckpointError
+from llavakit.model.checkpoint import clear_write_errors
 from llavakit.model.convert import save
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.splice import IGNORE
@@ -32,31 +30,12 @@ from llavakit.training.recipe import LossWeights, Stage
 from llavakit.training.select import Rates, core, optimizer_groups, progress_hooks
 
 PREFIX = "checkpoint-"
-_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream", "file write failed")
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a stage, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
-
-
-@contextmanager
-def clear_write_errors(target: Path, kept: str) -> Iterator[None]:
-    """Turn the ways in which libraries report a full disk into one clear line.
-
-    Raises:
-        CheckpointError: If the file system refused.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{target}: could not be written ({reason}); {kept}") from error
-    except RuntimeError as error:
-        if not any(word in str(error) for word in _TORCH_WRITE_ERRORS):
-            raise
-        raise CheckpointError(f"{target}: could not be written (the file system refused); {kept}") from error
 
 
 class StageTrainer(Trainer):
