@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -314,7 +315,7 @@ class Demo:
     # questions
 
     def _questions(self) -> list[dict[str, Any]]:
-        """Held-out questions of both worlds in equal parts, with the folder that their pictures are in."""
+        """Held-out questions of both worlds in equal parts, mixed, with the folder that their pictures are in."""
         each = self.budget.questions // len(ASKED)
         chosen = []
         for name in ASKED:
@@ -323,6 +324,7 @@ class Demo:
             step = max(len(rows) / each, 1)
             picked = [rows[int(number * step)] for number in range(min(each, len(rows)))]
             chosen += [{**row, "world": name, "path": f"data/{name}/{row['image']}"} for row in picked]
+        random.Random(0).shuffle(chosen)
         return chosen
 
     def _ask(self, model: Path, name: str) -> list[dict[str, Any]]:
