@@ -12,7 +12,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
-from tiny_server import LOOPBACK, Running, ask, data_url, expected, png, small_chat  # noqa: E402
+from tiny_server import LOOPBACK, Running, ask, data_url, expected, media, png, small_chat  # noqa: E402
 
 from llavakit.serving.app import Settings  # noqa: E402
 from llavakit.serving.policy import MediaPolicy  # noqa: E402
@@ -89,7 +89,7 @@ def test_uploads_are_named_by_the_server(server, chat):
         ({"messages": ask(url="file:///etc/passwd")}, "messages.0.content.0.image_url.url", "never paths"),
         ({"messages": ask(url="/etc/passwd")}, "messages.0.content.0.image_url.url", "never paths"),
         ({"messages": ask(url="data:image/png;base64,@@@")}, "messages.0.content.0.image_url.url", "valid base64"),
-        ({"messages": ask(url=data_url(b"not a picture"))}, "messages", "not an image"),
+        ({"messages": ask(url=data_url(b"not a picture"))}, "messages.0.content.0.image_url", "not an image"),
         ({"messages": ask(url=data_url(png()))[0:1] * 4}, "messages.3.content.0.image_url.url", "at most 3 images"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid list"),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "messages.0.content.0", "'image_url'"),
@@ -100,6 +100,15 @@ def test_uploads_are_named_by_the_server(server, chat):
             "required",
         ),
         ({"stop": 5}, "stop", "valid string"),
+        ({"messages": media("video_url", data_url(b"x"))}, "messages", "video"),
+        ({"messages": media("volume_url", data_url(b"x"))}, "messages", "volume"),
+        (
+            {"messages": [media("image_url", data_url(png()))[0] | {"role": "assistant"}]},
+            "messages",
+            "no media",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "needs content"),
+        ({"tool_choice": "required"}, None, "needs tools"),
         ({"n": 99}, "n", "at most n = 8"),
         ({"top_logprobs": 3}, None, "needs logprobs"),
         ({"model": "other"}, "model", "not served here"),

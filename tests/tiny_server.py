@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from ipaddress import ip_network
+from typing import Any
 
 import openai
 import tiny
@@ -23,12 +24,13 @@ from llavakit.serving.app import Settings, create_app
 LOOPBACK = ip_network("127.0.0.0/8")
 
 
-def small_chat() -> Chat:
+def small_chat(**fields: Any) -> Chat:
+    """A tiny random model; `fields` of its configuration."""
     tokenizer = tiny_tokenizer(["What is in this picture? A red square and a blue disc."], vocab_size=600)
     torch.manual_seed(0)
     text = {**tiny.DECODERS["llama"], "vocab_size": len(tokenizer), "max_position_embeddings": 512}
     net = tiny.LlavakitForConditionalGeneration(
-        tiny.config(text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
+        tiny.config(text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **fields)
     ).eval()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -82,3 +84,8 @@ def expected(chat, text="What is in this picture?", image=None, **sampling):
     if image is not None:
         parts.insert(0, {"type": "image", "image": image})
     return chat.chat([{"role": "user", "content": parts}], **sampling)
+
+
+def media(kind: str, url: str, text: str = "What is this?") -> list[dict[str, Any]]:
+    """A message with a medium of a kind such as "video_url"."""
+    return [{"role": "user", "content": [{"type": kind, kind: {"url": url}}, {"type": "text", "text": text}]}]

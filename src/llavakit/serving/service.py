@@ -6,6 +6,7 @@ Media are fetched and decoded before a request is queued. This module knows noth
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,6 +71,15 @@ class APIError(Exception):
         self.status, self.body, self.headers = status, error_body(message, kind, param, code), headers
 
 
+class Attached(bytes):
+    """Content of a medium that is called by its field of the request in messages."""
+
+    def __new__(cls, content: bytes, name: str) -> Attached:
+        self = super().__new__(cls, content)
+        self.name = name
+        return self
+
+
 class Service:
     """A loaded model behind the API.
 
@@ -119,7 +129,8 @@ class Service:
             prepared = await to_thread.run_sync(prepare, limiter=self._decoders)
             return self.chat.engine.submit(prepared, stream=bool(request.stream), listener=listener)
         except UserError as error:
-            raise APIError(400, str(error), "messages") from None
+            named = re.match(r"messages\.[\w.]+(?=: )", str(error))
+            raise APIError(400, str(error), named[0] if named else "messages") from None
 
     def _prepare(self, messages: list[dict[str, Any]], sampling: dict[str, Any]) -> Any:
         return self.chat.request(disarm(messages, self.chat.processor.tokenizer), **sampling)
@@ -160,14 +171,13 @@ class Service:
         return messages
 
     async def _content(self, message: ChatMessage, where: str, held: Counter[str]) -> list[dict[str, Any]]:
-        if message.tool_calls:
-            return [{"type": "text", "text": toolcalls.as_text(message)}]
+        calls = [{"type": "text", "text": toolcalls.as_text(message)}] if message.tool_calls else []
         if message.content is None:
             if message.role != "assistant":
                 raise APIError(400, f"a {message.role} message needs content", f"{where}.content")
-            return []
+            return calls
         if isinstance(message.content, str):
-            return [{"type": "text", "text": message.content}]
+            return [{"type": "text", "text": message.content}, *calls]
         parts = []
         for number, part in enumerate(message.content):
             if isinstance(part, TextPart):
@@ -188,5 +198,5 @@ class Service:
             held["bytes"] += len(content)
             if held["bytes"] > policy.request_bytes:
                 raise APIError(413, f"the media of a request hold at most {policy.request_bytes} bytes", field_name)
-            parts.append({"type": kind, kind: content})
-        return parts
+            parts.append({"type": kind, kind: Attached(content, f"{where}.content.{number}.{part.type}")})
+        return [*parts, *calls]

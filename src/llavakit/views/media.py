@@ -50,7 +50,7 @@ class Limits:
 def name_of(source: Any) -> str:
     """What a message calls a source."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"<{len(source)} bytes>"
+        return getattr(source, "name", f"<{len(source)} bytes>")
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
 
 

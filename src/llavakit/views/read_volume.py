@@ -168,7 +168,8 @@ def _read_nifti(path: Path, name: str, limits: Limits, orientation: str | None) 
             raise ValueError(f"its voxels begin at byte {offset:,.0f}, the limit is {_MOST_OFFSET:,}")
         image = nibabel.load(path)
     except Exception as error:
-        raise MediaError(f"{name}: is not a readable NIfTI file ({reason(error)}); {looks_like(path)}") from None
+        why = reason(error).replace(str(path), path.name)
+        raise MediaError(f"{name}: is not a readable NIfTI file ({why}); {looks_like(path)}") from None
     shape = tuple(image.shape)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
