@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -388,3 +389,44 @@ def test_every_library_s_way_of_saying_that_the_disk_is_full_is_one_line(tmp_pat
     assert not list(tmp_path.iterdir())
     with pytest.raises(ZeroDivisionError), clear_write_errors(tmp_path):
         raise ZeroDivisionError
+
+
+def test_a_recipe_takes_single_parts_out_of_the_authors_folders(classic, tmp_path):
+    from llavakit.training.build import build_model
+    from llavakit.training.recipe import load_recipe
+
+    folder, tower = classic
+    connector = tmp_path / "stage1"  # what the authors publish after stage 1: the connector alone
+    connector.mkdir()
+    stem = projector_tensors(torch.Generator().manual_seed(9))
+    torch.save(stem, connector / "mm_projector.bin")
+    shutil.copy(folder / "config.json", connector)
+    recipe = {
+        "system": "llava-1.5",
+        "parts": {
+            "media": {"image": {"views": {"type": "pad", "size": SIDE}}},
+            "init": {
+                "language_model": str(folder),
+                "vision_tower": str(tower),
+                "multi_modal_projector": str(connector),
+            },
+        },
+        "data": [{"name": "x", "path": "x.json"}],
+        "stages": [{"name": "tune", "train": ["multi_modal_projector"], "learning_rate": 1e-3}],
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    model, processor = build_model(load_recipe(tmp_path / "recipe.yaml", []))
+    source = load_file(tower / "model.safetensors") | torch.load(folder / "pytorch_model-00001-of-00002.bin") | stem
+    own = model.state_dict()
+    assert torch.equal(own["lm_head.weight"], source["lm_head.weight"])
+    for name in ("embed_tokens.weight", "layers.1.mlp.down_proj.weight", "norm.weight"):
+        assert torch.equal(own[f"model.language_model.{name}"], source[f"model.{name}"])
+    assert torch.equal(own["model.multi_modal_projector.linear_2.weight"], source["model.mm_projector.2.weight"])
+    assert len(processor.tokenizer) == vocabulary() + 1
+
+    recipe["parts"]["init"] |= {"language_model": str(connector), "multi_modal_projector": str(folder)}
+    recipe["parts"]["tokenizer"] = str(folder)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(CheckpointError, match="parts.init.language_model: tensor .* is missing"):
+        build_model(load_recipe(tmp_path / "recipe.yaml", []))

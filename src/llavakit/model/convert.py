@@ -98,7 +98,8 @@ def _native_names(state: LazyState) -> LazyState:
     return state.renamed(lambda name: name.replace("_tower.vision_model.", "_tower."))
 
 
-def _names_in_memory(model: torch.nn.Module, state: LazyState) -> LazyState:
+def names_in_memory(model: torch.nn.Module, state: LazyState) -> LazyState:
+    """Tensors under the names that the installed transformers release gives them."""
     wrapped = any("_tower.vision_model." in name for name in model.state_dict())
     return state.renamed(lambda n: n.replace("_tower.", "_tower.vision_model.", 1)) if wrapped else state
 
@@ -113,7 +114,7 @@ def build(
     """
     with torch.device("meta"):
         model = LlavakitForConditionalGeneration(checkpoint.config)
-    state = _names_in_memory(model, checkpoint.state)
+    state = names_in_memory(model, checkpoint.state)
     assign_state(model, state, where=str(checkpoint.folder), dtype=dtype, device=device)
     _materialise_buffers(model, device)
     model.tie_weights()

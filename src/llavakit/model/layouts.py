@@ -68,6 +68,14 @@ class Layout:
         """
         raise NotImplementedError(f"{type(self).__name__} must define read")
 
+    def read_own(self, folder: Path, raw: dict[str, Any]) -> LazyState:
+        """Tensors that the folder itself holds, under llavakit's names: for whoever takes one part out of it."""
+        return self.read(folder, raw, {})[1]
+
+    def part_config(self, folder: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Options of the configuration `text_config` or `vision_config` of the folder's model."""
+        return dict(raw[name])
+
     def expresses(self, config: LlavakitConfig) -> bool:
         """Whether a model with this configuration can be written in this layout."""
         return config.system == self.system
@@ -192,6 +200,18 @@ class ClassicLayout(Layout):
         if not any(name.startswith("model.vision_tower.") for name in state):
             state = state.joined(self._read_tower(raw, sources))
         return config, self.drop_unused(config, state)
+
+    def read_own(self, folder: Path, raw: dict[str, Any]) -> LazyState:
+        if (folder / "adapter_config.json").is_file():
+            state = self._read_lora(folder, {})
+        elif any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):
+            state = read_folder(folder, "mm_projector").renamed(strip_trainable_prefix)
+        else:
+            state = read_folder(folder)
+        return state.renamed(rename_with(self.renames_in()))
+
+    def part_config(self, folder: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+        return self.text_config(raw) if name == "text_config" else self.tower_config(raw, {})
 
     def drop_unused(self, config: LlavakitConfig, state: LazyState) -> LazyState:
         """Tensors that the original never used and llavakit does not build."""
@@ -326,15 +346,20 @@ def layouts() -> dict[str, Layout]:
     return {name: LAYOUTS.get(name)() for name in LAYOUTS}
 
 
+def published(folder: Path, raw: Mapping[str, Any]) -> Layout | None:
+    """The layout of a published folder; None if no layout is like it (a language model or an encoder alone)."""
+    return next((layout for layout in layouts().values() if layout.matches(raw, folder)), None)
+
+
 def detect(folder: Path, raw: Mapping[str, Any]) -> Layout:
     """The layout of a published folder.
 
     Raises:
         CheckpointError: If none fits.
     """
-    for layout in layouts().values():
-        if layout.matches(raw, folder):
-            return layout
+    layout = published(folder, raw)
+    if layout is not None:
+        return layout
     raise CheckpointError(
         f"{folder}: model_type {raw.get('model_type')!r} is not a layout that llavakit reads; "
         f"known layouts: {', '.join(LAYOUTS)}"

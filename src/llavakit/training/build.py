@@ -18,7 +18,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 from llavakit.errors import CheckpointError, RecipeError, UserError
 from llavakit.model.checkpoint import read_json
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.convert import build, load_processor, load_tokenizer, local_folder, open_checkpoint
+from llavakit.model.convert import (
+    build,
+    load_processor,
+    load_tokenizer,
+    local_folder,
+    names_in_memory,
+    open_checkpoint,
+)
+from llavakit.model.layouts import published
 from llavakit.model.media import MediaSpec
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
@@ -69,9 +77,7 @@ def config_of(recipe: Recipe) -> LlavakitConfig:
         given = getattr(parts, name)
         source = parts.init.get({"text_config": "language_model", "vision_config": "vision_tower"}[name])
         if given is None and source is not None:
-            config = AutoConfig.from_pretrained(local_folder(source))
-            nested = getattr(config, name, None)
-            fields[name] = nested if nested is not None and hasattr(nested, "model_type") else config
+            fields[name] = _config_in(local_folder(source), name)
         elif given is not None:
             fields[name] = checked_config(given, default, f"parts.{name}")
         else:
@@ -91,6 +97,18 @@ def config_of(recipe: Recipe) -> LlavakitConfig:
     return config
 
 
+def _config_in(folder: Path, name: str) -> PreTrainedConfig:
+    """The configuration `text_config` or `vision_config` of a checkpoint, or of a model that is that part alone."""
+    raw = read_json(folder / "config.json")
+    layout = published(folder, raw)
+    if layout is not None:
+        options = layout.part_config(folder, raw, name)
+        return CONFIG_MAPPING[options.pop("model_type")](**options)
+    config = AutoConfig.from_pretrained(folder)
+    nested = getattr(config, name, None)
+    return nested if nested is not None and hasattr(nested, "model_type") else config
+
+
 def build_meta(recipe: Recipe) -> LlavakitForConditionalGeneration:
     """The recipe's model on meta tensors: every name and shape at published scale, no memory."""
     config = config_of(recipe)
@@ -108,7 +126,7 @@ def build_model(recipe: Recipe) -> tuple[LlavakitForConditionalGeneration, Llava
         return load_checkpoint(str(recipe.model))
     parts = recipe.parts
     config = config_of(recipe)
-    tokenizer = _tokenizer(parts)
+    tokenizer = _tokenizer(parts, config)
     processor = LlavakitProcessor.from_config(config, tokenizer, **{"template": parts.template, **parts.processor})
     config.image_token_id = processor.image_token_id
     set_seed(recipe.seed)
@@ -128,11 +146,11 @@ def load_checkpoint(folder: str | Path) -> tuple[LlavakitForConditionalGeneratio
     return model, processor
 
 
-def _tokenizer(parts: Parts) -> Any:
+def _tokenizer(parts: Parts, config: LlavakitConfig) -> Any:
     source = parts.tokenizer or parts.init.get("language_model")
     if source is None:
         raise RecipeError("parts.tokenizer: is missing; name the folder of a tokenizer")
-    return load_tokenizer(local_folder(source))
+    return load_tokenizer(local_folder(source), config=config)
 
 
 def _fit_vocabulary(model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> None:
@@ -159,17 +177,17 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
         raise RecipeError(f"{where}: the model has no such part{nearest(part, known)}")
     folder = local_folder(source)
     module = model.model.get_submodule(part)
-    own_kind = (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type")
-    if part == "language_model" and own_kind != LlavakitConfig.model_type:
-        source_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        _copy(module, source_model.base_model.state_dict(), where)
-        head = source_model.get_output_embeddings()
-        if head is not None and not model.config.tie_word_embeddings:
-            _copy(model.lm_head, head.state_dict(), where)
-        return
-    if part == "vision_tower" or part in model.config.extra_towers:
-        kind = AutoConfig.from_pretrained(folder).model_type
-        if kind != LlavakitConfig.model_type:
+    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    layout = published(folder, raw)
+    if layout is None and raw.get("model_type") != LlavakitConfig.model_type:
+        if part == "language_model":
+            source_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            _copy(module, source_model.base_model.state_dict(), where)
+            head = source_model.get_output_embeddings()
+            if head is not None and not model.config.tie_word_embeddings:
+                _copy(model.lm_head, head.state_dict(), where)
+            return
+        if part == "vision_tower" or part in model.config.extra_towers:
             source_model = AutoModel.from_pretrained(folder, dtype=torch.float32)
             inner = getattr(source_model, "vision_model", source_model)
             own = module.state_dict()
@@ -177,7 +195,8 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
             prefix = "vision_model." if wrapped and not hasattr(inner, "vision_model") else ""
             _copy(module, {f"{prefix}{name}": tensor for name, tensor in inner.state_dict().items()}, where)
             return
-    state = open_checkpoint(folder).state
+    state = layout.read_own(folder, raw) if layout is not None else open_checkpoint(folder).state
+    state = names_in_memory(model, state)
     prefix = f"model.{part}."
     _copy(module, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}, where)
     if part == "language_model" and not model.config.tie_word_embeddings:
