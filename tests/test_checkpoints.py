@@ -428,5 +428,5 @@ def test_a_recipe_takes_single_parts_out_of_the_authors_folders(classic, tmp_pat
     recipe["parts"]["init"] |= {"language_model": str(connector), "multi_modal_projector": str(folder)}
     recipe["parts"]["tokenizer"] = str(folder)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(CheckpointError, match="parts.init.language_model: tensor .* is missing"):
+    with pytest.raises(CheckpointError, match=r"parts.init.language_model: tensor .* is missing"):
         build_model(load_recipe(tmp_path / "recipe.yaml", []))

@@ -247,8 +247,10 @@ class SelectiveCache(Cache):
     def reset(self) -> None:
         """Empty the cache."""
         self.rows.clear()
-        for layer in self.layers:
+        for layer in self.selective:
             layer.reset()
+        for number in range(len(self.layers) - len(self.selective)):
+            self.layers[number] = DynamicLayer()  # its own reset keeps zeros in older releases of transformers
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not possible: a dropped token cannot be told from one that was never offered.
