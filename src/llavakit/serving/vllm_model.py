@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import BatchFeature
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import (
     MultiModalDummyInputsBuilder,
     MultiModalProcessingInfo,
@@ -29,8 +30,9 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
+from llavakit.errors import UserError
 from llavakit.model.processing import IMAGE_TOKEN, LlavakitProcessor
-from llavakit.serving.vllm_plugin import refuse
+from llavakit.serving.vllm_plugin import NATIVE, refuse
 from llavakit.views.plan import MediumSize
 
 SHAPES = (1, 2, 3, 4, 6, 8, 12)  # aspect ratios among which the image with the most tokens is looked for
@@ -110,6 +112,13 @@ class LlavakitForVllm(TransformersMultiModalForCausalLM):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for layer in self.modules():
+            if isinstance(layer, Attention) and not layer.attn_backend.supports_head_size(layer.head_size):
+                known = ", ".join(map(str, layer.attn_backend.get_supported_head_sizes()))
+                raise UserError(
+                    f"{self.model_config.model}: attention heads have {layer.head_size} channels, vLLM's kernels here "
+                    f"take {known}; {NATIVE}"
+                )
         self.configure_mm_token_handling(self.text_config.vocab_size, [self.config.image_token_id])
 
     @classmethod

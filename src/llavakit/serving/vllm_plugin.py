@@ -12,6 +12,7 @@ from typing import Any
 
 from llavakit.errors import UserError
 
+NATIVE = "serve it with llavakit serve --engine native"
 # What vLLM's own classes take for granted, by transformers' model type: it expands a prompt to so many placeholders
 # whatever config.json says, and a checkpoint that says otherwise would be answered for from wrong features.
 FIXED = {"llava_onevision": {"vision_aspect_ratio": "anyres_max_9"}}
@@ -87,19 +88,18 @@ def refuse(config: Any, name: str | Path) -> None:
     """
     from llavakit.model.media import MediaSpec
 
-    native = "serve it with llavakit serve --engine native"
     routes = MediaSpec(config).routes
     readers = [route.connector_options["type"] for route in routes.values() if route.connector_cls.needs_prompt]
     if readers:
         raise UserError(
-            f"{name}: connector {readers[0]!r} reads the prompt, which vLLM's back end cannot express; {native}"
+            f"{name}: connector {readers[0]!r} reads the prompt, which vLLM's back end cannot express; {NATIVE}"
         )
     if config.language_adapter is not None:
         raise UserError(
             f"{name}: language adapter {config.language_adapter['type']!r} runs the decoder in its own way, which "
-            f"vLLM's back end cannot express; {native}"
+            f"vLLM's back end cannot express; {NATIVE}"
         )
     if "image" not in routes:
         raise UserError(
-            f"{name}: takes {', '.join(sorted(routes))} only, and llavakit's vLLM plugin passes on images; {native}"
+            f"{name}: takes {', '.join(sorted(routes))} only, and llavakit's vLLM plugin passes on images; {NATIVE}"
         )
