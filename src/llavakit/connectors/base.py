@@ -14,10 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llavakit.errors import UserError
 from llavakit.views.plan import Plan
 
 Grid = tuple[int, int, int]  # depth, rows, columns
 AT_ONCE = 64  # entries of streamed features that are computed together when all are wanted
+
+
+def check_heads(connector: str, width: int, heads: int) -> None:
+    """Refuse attention heads that do not divide the width that they share.
+
+    Raises:
+        UserError: One line.
+    """
+    if heads < 1 or width % heads:
+        raise UserError(f"connector {connector!r}: heads is {heads}, it must divide the width {width}")
 
 
 def tokens_in(grid: Grid) -> int:

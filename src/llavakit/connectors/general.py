@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from llavakit.connectors.base import Connector, Features, Grid, Prompt
+from llavakit.connectors.base import Connector, Features, Grid, Prompt, check_heads
 from llavakit.errors import UserError
 from llavakit.views.plan import Plan
 
@@ -129,6 +129,7 @@ class Resampler(Connector):
         self.query = nn.Parameter(torch.zeros(queries, hidden_size))
         same = vision_width == hidden_size
         self.kv_proj = nn.Identity() if same else nn.Linear(vision_width, hidden_size, bias=False)
+        check_heads("resampler", hidden_size, heads)
         self.attn = nn.MultiheadAttention(hidden_size, heads, batch_first=True)
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(hidden_size, eps=1e-6) for _ in range(3))
         self.proj = nn.Linear(hidden_size, hidden_size, bias=False)

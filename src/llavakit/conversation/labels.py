@@ -53,6 +53,8 @@ def by_marks(
 
 def _single_id(mark: str, tokenizer: Any) -> int:
     ids = tokenizer.encode(mark, add_special_tokens=False)
+    if len(ids) != 1 and (known := tokenizer.get_vocab().get(mark)) is not None:
+        return known  # alone it gets a blank in front, as words at the beginning of a text do
     if len(ids) != 1:
         raise UserError(f"label policy 'marks': {mark!r} must be one token of the tokenizer, it is {len(ids)}")
     return ids[0]

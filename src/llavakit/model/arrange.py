@@ -30,9 +30,11 @@ class Arrangement:
 
     Attributes:
         uses_newline: Whether the model must own a learned `image_newline` vector.
+        literal_ids: Token ids that layouts may write between visual positions.
     """
 
     uses_newline = False
+    literal_ids: tuple[int, ...] = ()
 
     def layout(self, plan: Plan, grids: Sequence[Grid]) -> list[Run]:
         """The layout of one medium whose connector output has the grids `grids`."""

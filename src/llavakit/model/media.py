@@ -105,6 +105,20 @@ class MediaSpec:
         """Prompt positions that a medium takes, literal separators included."""
         return sum(run.visual + len(run.ids) for run in self.layout(kind, size))
 
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse layouts that write token ids which the language model lacks.
+
+        Raises:
+            UserError: Naming kind and id.
+        """
+        for kind, route in self.routes.items():
+            beyond = [token for token in route.arrangement.literal_ids if not 0 <= token < size]
+            if beyond:
+                raise UserError(
+                    f"media.{kind}.arrange: token id {beyond[0]} is outside the vocabulary of {size}; "
+                    "give the ids of this tokenizer"
+                )
+
     @property
     def uses_newline(self) -> bool:
         """Whether any arrangement needs the learned `image_newline`."""

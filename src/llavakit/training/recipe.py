@@ -463,8 +463,8 @@ def scale(
 ) -> Recipe:
     """The same recipe with tiny dimensions, for phantom data: parts, their kinds and the stages stay.
 
-    Widths, depths and sizes are replaced; sizes of views keep their ratio to the encoder's image size. Weights start
-    at random, precision is float32, memory savers are off.
+    Widths, depths and sizes are replaced; sizes of views keep their ratio to the encoder's image size, connectors get
+    as many attention heads as the encoders. Weights start at random, precision is float32, memory savers are off.
 
     Args:
         hidden, layers, heads: Language model; its MLP is four times as wide.
@@ -494,6 +494,8 @@ def scale(
     if vocab is not None:
         parts["text_config"]["vocab_size"] = vocab
         parts["image_token_id"] = None
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # ids of another vocabulary
+            parts["text_config"].pop(name, None)
     old_size = (parts["vision_config"] or {}).get("image_size", 224)
     patch = patch_size or 4
     size = image_size or 4 * patch
@@ -506,23 +508,23 @@ def scale(
     parts["vision_config"] = tiny_tower(dict(parts["vision_config"] or {}))
     for tower in (parts["extra_towers"] or {}).values():
         tower["config"] = tiny_tower(dict(tower["config"]))
-    parts["media"] = _shrunk(parts["media"], size / old_size)
+    for connector in (parts["connector"] or {}, *(parts["extra_connectors"] or {}).values()):
+        connector |= {key: heads for key in connector if key in ("heads", "compressor_heads")}
+    parts["media"] = _shrunk(parts["media"], size / old_size, patch)
     for stage in raw["stages"]:
-        stage["media"] = _shrunk(stage["media"], size / old_size)
+        stage["media"] = _shrunk(stage["media"], size / old_size, patch)
         stage |= {"bf16": False, "dtype": "float32", "gradient_checkpointing": False, "global_batch": None}
         stage |= dict(stages or {})
     return Recipe.model_validate(raw)
 
 
-def _shrunk(value: Any, ratio: float) -> Any:
-    """Pixel sizes in a media section times `ratio`."""
-    if isinstance(value, dict):
-        pixels = ("size", "pinpoints", "crop", "resize")
-        return {
-            key: _times(item, ratio) if key in pixels else _shrunk(item, ratio) if isinstance(item, dict) else item
-            for key, item in value.items()
-        }
-    return value
+def _shrunk(value: Any, ratio: float, patch: int) -> Any:
+    """Pixel sizes in a media section times `ratio`; planners that count patches get the new one."""
+    if not isinstance(value, dict):
+        return value
+    pixels = ("size", "pinpoints", "crop", "resize", "nearest", "long_side")
+    shrunk = {key: _times(item, ratio) if key in pixels else _shrunk(item, ratio, patch) for key, item in value.items()}
+    return shrunk | ({"patch": patch} if "patch" in value else {})
 
 
 def _times(value: Any, ratio: float) -> Any:

@@ -22,6 +22,7 @@ class SpatialSchema(Arrangement):
 
     def __init__(self, *, column_separator: int = 29892, row_separator: int = 13) -> None:
         self.column_separator, self.row_separator = column_separator, row_separator
+        self.literal_ids = (column_separator, row_separator)
 
     def layout(self, plan: Plan, grids: Sequence[Grid]) -> list[Run]:
         runs = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from llavakit.connectors.base import Features, Grid, Prompt
+from llavakit.connectors.base import Features, Grid, Prompt, check_heads
 from llavakit.connectors.general import MLP
 from llavakit.views.plan import Plan
 
@@ -31,6 +31,7 @@ class AttentionPooling(MLP):
         self, *, vision_width: int, queries: int = 256, heads: int = 8, slices: int = 0, **options: Any
     ) -> None:
         super().__init__(vision_width=vision_width, **options)
+        check_heads("attention_pooling", vision_width, heads)
         self.query = nn.Parameter(torch.randn(queries, vision_width))
         self.attn = nn.MultiheadAttention(vision_width, heads, batch_first=True)
         self.slice_embedding = nn.Parameter(torch.zeros(slices, vision_width)) if slices else None

@@ -1,0 +1,70 @@
+"""The published recipe of a system, made small, trains on the phantom world through all its stages and then answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+import llavakit
+from llavakit.errors import UserError
+from llavakit.phantom.tokenizer import tiny_tokenizer
+from llavakit.phantom.write import write_world
+from llavakit.system import get_system
+from llavakit.training.build import build_meta
+from llavakit.training.recipe import load_recipe, parse_recipe, scale
+from llavakit.training.run import train
+
+MARKS = ("<image>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+STEPS = {"max_steps": 2, "batch_size": 2, "workers": 0, "shard": False, "log_steps": 1, "max_length": 2048}
+WORLDS = {
+    "pictures": ("scene", {"size": 48}),
+    "scenes": ("scene", {"size": 32, "pairs": True, "videos": True}),
+    "thorax": ("thorax", {"size": 32, "volumes": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worlds")
+    for name, (world, options) in WORLDS.items():
+        write_world(world, folder / name, n=12, seed=0, **options)
+        texts = json.loads((folder / name / "texts.json").read_text())
+        tiny_tokenizer(texts, specials=MARKS).save_pretrained(folder / name / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("slug", "world", "medium"),
+    [
+        ("llava-1.5", "pictures", "image"),
+        ("llava-onevision", "scenes", "video"),
+        ("llava-uhd", "pictures", "image"),
+        ("llava-mini", "scenes", "video"),
+        ("dynamic-llava", "pictures", "image"),
+        ("medm-vl", "thorax", "volume"),
+    ],
+)
+def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, medium):
+    folder = worlds / world
+    recipe = scale(load_recipe(get_system(slug).recipe), vocab=1300, patch_size=4, image_size=16, stages=STEPS)
+    raw = recipe.model_dump()
+    raw["data"] = [
+        {"name": source.name, "path": str(folder / name), "images": str(folder)}
+        for source, name in zip(recipe.data, ["captions.json"] + ["train.json"] * len(recipe.data), strict=False)
+    ]
+    raw["parts"]["tokenizer"] = str(folder / "tokenizer")
+    if slug == "llava-uhd":  # its separators are ids of Llama's tokenizer
+        with pytest.raises(UserError, match="token id 29892 is outside the vocabulary of 1300"):
+            build_meta(parse_recipe(raw))
+        for media in (raw["parts"]["media"], *(stage["media"] for stage in raw["stages"] if stage["media"])):
+            media["image"]["arrange"] |= {"column_separator": 5, "row_separator": 6}
+    result = train(parse_recipe(raw | {"output": str(tmp_path / "run")}), console=Console(quiet=True))
+    assert [stage.name for stage in result.stages] == [stage.name for stage in recipe.stages]
+    assert all(len(stage.metrics["log"]) == 2 for stage in result.stages)
+    records = json.loads((folder / "train.json").read_text())
+    file = next(str(folder / record[medium]) for record in records if isinstance(record.get(medium), str))
+    chat = llavakit.load(result.final)
+    question = [{"type": medium, medium: file}, {"type": "text", "text": "What is there?"}]
+    assert isinstance(chat.chat([{"role": "user", "content": question}], max_new_tokens=2), str)
