@@ -114,7 +114,6 @@ class LlavakitModel(LlavakitPreTrainedModel):
     def __init__(self, config: LlavakitConfig) -> None:
         super().__init__(config)
         self.media = MediaSpec(config)
-        self.media.check_vocabulary(config.text_config.vocab_size)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = self._build_connector("multi_modal_projector", "vision_tower")
         for name in config.extra_towers:

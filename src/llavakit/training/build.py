@@ -89,7 +89,7 @@ def config_of(recipe: Recipe) -> LlavakitConfig:
             fields[key] = getattr(text, key)
     try:
         config = LlavakitConfig(**fields, system=recipe.system)
-        MediaSpec(config)
+        MediaSpec(config).check_vocabulary(text.vocab_size)
     except UserError as error:
         raise RecipeError(f"parts: {error}") from None
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
