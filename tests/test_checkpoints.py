@@ -430,3 +430,55 @@ def test_a_recipe_takes_single_parts_out_of_the_authors_folders(classic, tmp_pat
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(CheckpointError, match=r"parts.init.language_model: tensor .* is missing"):
         build_model(load_recipe(tmp_path / "recipe.yaml", []))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vision_feature_layer": "x"}, "vision_feature_layer: is 'x', it should be the number of a layer"),
+        ({"vision_feature_layer": -9}, "vision_feature_layer: is -9, the encoder has 3 layers"),
+        ({"connector": {"type": "nothing"}}, "unknown connector 'nothing'"),
+        ({"connector": 3}, "connector: is 3, it should be of type dict"),
+        ({"text_config": {"model_type": "llamma"}}, "model_type 'llamma'"),
+        ({"media": {"image": {"views": {"type": "pad", "sze": 3}}}}, "view planner 'pad': has no option 'sze'"),
+        ({"media": {"image": {}}}, "views"),
+        ({"vision_feature_select_strategy": "all"}, "should be 'default' or 'full'"),
+    ],
+)
+def test_a_wrong_value_in_config_json_is_one_line_with_the_file(classic, tmp_path, change, said):
+    folder, tower = classic
+    convert(folder, tmp_path / "own", to="llavakit", vision_tower=tower)
+    path = tmp_path / "own" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError) as caught:
+        llavakit.load(tmp_path / "own")
+    assert str(caught.value).startswith(f"{path}: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_files_of_the_processor_and_devices_that_are_not_there_are_one_line(classic, tmp_path):
+    folder, tower = classic
+    convert(folder, tmp_path / "own", to="llavakit", vision_tower=tower)
+    with pytest.raises(UserError, match="device 'cudaa' cannot be used here"):
+        llavakit.load(tmp_path / "own", device="cudaa")
+    (tmp_path / "own" / "processor_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"processor_config\.json"):
+        llavakit.load(tmp_path / "own")
+    (tmp_path / "own" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        llavakit.load(tmp_path / "own")
+    (tmp_path / "own" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        llavakit.load(tmp_path / "own")
+
+
+def test_a_misshaped_tensor_is_not_converted(classic, tmp_path):
+    folder, tower = classic
+    convert(folder, tmp_path / "own", to="llavakit", vision_tower=tower)
+    file = tmp_path / "own" / "model.safetensors"
+    save_file(load_file(file) | {"model.language_model.norm.weight": torch.zeros(3)}, file)
+    for form in ("hf", "original", "llavakit"):
+        with pytest.raises(CheckpointError, match=r"norm.weight' has shape \[3\], the configuration calls for \[32\]"):
+            convert(tmp_path / "own", tmp_path / form, to=form)
+        assert not (tmp_path / form).exists()

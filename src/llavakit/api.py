@@ -136,6 +136,11 @@ def load(
         UserError: One clear line if the folder is not a model or its tensors do not fit.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch raises one or the other
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason}); cpu always can") from None
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if isinstance(dtype, str):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,7 +80,9 @@ class Registry:
         try:
             return cls(**options, **extra)
         except TypeError as error:
-            raise UserError(f"{self.kind} {name!r}: {error}") from error
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            problem = f"has no option {unknown[1]!r}" if unknown else str(error).partition(".__init__() ")[2] or error
+            raise UserError(f"{self.kind} {name!r}: {problem}") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,19 @@ class LazyState(Mapping[str, Tensor]):
                 raise CheckpointError(f"{self.origin[old]}: tensors {old!r} and another both become {new!r}")
             readers[new], origin[new] = read, self.origin.get(old, "")
         return LazyState(readers, origin)
+
+    def checked(self, shapes: Mapping[str, Sequence[int]], folder: Path) -> LazyState:
+        """The same tensors; one whose shape is not the wanted one raises `CheckpointError` when it is read."""
+
+        def reader(name: str) -> Callable[[], Tensor]:
+            def read() -> Tensor:
+                tensor = self[name]
+                check_shape(f"{folder}/{self.origin.get(name, '')}", name, tensor, shapes.get(name, tensor.shape))
+                return tensor
+
+            return read
+
+        return LazyState({name: reader(name) for name in self}, self.origin)
 
     def joined(self, other: Mapping[str, Tensor]) -> LazyState:
         """These tensors and others; the others win."""
@@ -238,6 +251,18 @@ def write_state(folder: Path, state: Iterable[tuple[str, Tensor]], shard_bytes: 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def check_shape(where: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        CheckpointError: It names the file and both shapes.
+    """
+    if tuple(tensor.shape) != tuple(shape):
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has shape {list(tensor.shape)}, the configuration calls for {list(shape)}"
+        )
+
+
 def assign_state(
     model: nn.Module,
     state: LazyState,
@@ -275,11 +300,7 @@ def assign_state(
                 absent.append(name)
             continue
         tensor = state[name]
-        if tuple(tensor.shape) != tuple(slot.shape):
-            raise CheckpointError(
-                f"{where}/{state.origin.get(name, '')}: tensor {name!r} has shape {list(tensor.shape)}, "
-                f"the configuration calls for {list(slot.shape)}"
-            )
+        check_shape(f"{where}/{state.origin.get(name, '')}", name, tensor, slot.shape)
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         _assign(model, name, tensor.to(device), slot)

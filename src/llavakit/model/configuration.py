@@ -16,9 +16,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from llavakit import parts  # noqa: F401  registers the built-in encoders
+from llavakit.errors import UserError
 from llavakit.registry import ENCODERS
 from llavakit.system import systems
 
+_KINDS: dict[str, type] = {
+    "connector": dict,
+    "media": dict,
+    "extra_towers": dict,
+    "extra_connectors": dict,
+    "image_token_id": int,
+    "template": str,
+}
 DEFAULT_MEDIA = {"image": {"views": {"type": "pad", "size": 336}, "arrange": {"type": "flat"}}}
 
 
@@ -31,6 +40,9 @@ def build_config(config: dict[str, Any] | PreTrainedConfig | None, default_type:
     options = dict(config or {})
     model_type = options.pop("model_type", default_type)
     if model_type not in CONFIG_MAPPING:
+        systems()
+        if model_type not in ENCODERS:
+            raise UserError(f"model_type {model_type!r}: neither transformers nor llavakit has one of that name")
         register_encoder(model_type)
     return CONFIG_MAPPING[model_type](**options)
 
@@ -97,6 +109,28 @@ class LlavakitConfig(PreTrainedConfig):
             getattr(self.text_config, "tie_word_embeddings", False)
         )
         super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Look at what transformers takes without looking.
+
+        Raises:
+            UserError: If a field has a wrong type or value; the message names it.
+        """
+        for name, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise UserError(f"{name}: is {value!r}, it should be of type {kind.__name__}")
+        layers = self.vision_feature_layer
+        depth = getattr(self.vision_config, "num_hidden_layers", None)
+        for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
+            if not isinstance(layer, int):
+                raise UserError(f"vision_feature_layer: is {layer!r}, it should be the number of a layer, or several")
+            if depth is not None and not -depth - 1 <= layer <= depth:
+                raise UserError(f"vision_feature_layer: is {layer}, the encoder has {depth} layers")
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise UserError(
+                f"vision_feature_select_strategy: is {self.vision_feature_select_strategy!r}, "
+                "it should be 'default' or 'full'"
+            )
 
     @property
     def hidden_size(self) -> int:

@@ -7,21 +7,25 @@ tensors from one layout to another without building a model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from llavakit.errors import CheckpointError, UserError
 from llavakit.model import layouts
 from llavakit.model.checkpoint import LazyState, assign_state, atomic_folder, read_folder, read_json, write_state
 from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.media import MediaSpec
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 
 FORMS = ("llavakit", "hf", "original")
+_MISFITS = (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError)  # of a configuration's values
 
 
 @dataclass
@@ -65,6 +69,27 @@ def local_folder(model: str | Path) -> Path:
         raise CheckpointError(f"{model}: not a local folder, and the hub did not deliver it ({reason})") from None
 
 
+@contextmanager
+def _naming(path: Path, *foreign: type[Exception]) -> Iterator[None]:
+    """What is wrong with a file's content becomes one line that names the file.
+
+    Args:
+        path: The file.
+        foreign: Exceptions that mean the same as `UserError` here.
+
+    Raises:
+        CheckpointError: In their place.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (UserError, *foreign) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        said = lines[0] if isinstance(error, OSError) else lines[-1]
+        raise CheckpointError(f"{path}: {said.strip()}") from error
+
+
 def open_checkpoint(
     model: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None
 ) -> Checkpoint:
@@ -81,15 +106,18 @@ def open_checkpoint(
     folder = local_folder(model)
     raw = read_json(folder / "config.json")
     if raw.get("model_type") == LlavakitConfig.model_type:
-        try:
+        with _naming(folder / "config.json", *_MISFITS):
             config = LlavakitConfig.from_dict(raw)
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[-1]}") from None
+            config.check()
+            MediaSpec(config)
         return Checkpoint(folder, "llavakit", config, _native_names(read_folder(folder)))
     layout = layouts.detect(folder, raw)
     given = {"base": base, "tower": vision_tower}
     sources = {name: local_folder(place) for name, place in given.items() if place is not None}
-    config, state = layout.read(folder, raw, sources)
+    with _naming(folder / "config.json", *_MISFITS):
+        config, state = layout.read(folder, raw, sources)
+        config.check()
+        MediaSpec(config)
     return Checkpoint(folder, f"{layout.system} ({layout.form})", config, state)
 
 
@@ -112,13 +140,18 @@ def build(
     Raises:
         CheckpointError: If a tensor is missing, superfluous or misshaped.
     """
-    with torch.device("meta"):
-        model = LlavakitForConditionalGeneration(checkpoint.config)
+    model = _skeleton(checkpoint)
     state = names_in_memory(model, checkpoint.state)
     assign_state(model, state, where=str(checkpoint.folder), dtype=dtype, device=device)
     _materialise_buffers(model, device)
     model.tie_weights()
     return model.eval()
+
+
+def _skeleton(checkpoint: Checkpoint) -> LlavakitForConditionalGeneration:
+    """The model on meta tensors: every name and shape."""
+    with torch.device("meta"), _naming(checkpoint.folder / "config.json", *_MISFITS):
+        return LlavakitForConditionalGeneration(checkpoint.config)
 
 
 def _materialise_buffers(model: torch.nn.Module, device: str | torch.device) -> None:
@@ -147,14 +180,18 @@ def load_tokenizer(folder: Path, base: Path | None = None, config: LlavakitConfi
         if place is not None and any(
             (place / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
         ):
-            return AutoTokenizer.from_pretrained(place, config=config and config.text_config)
+            with _naming(place / "tokenizer.json", Exception):  # the tokenizers library raises that very class
+                return AutoTokenizer.from_pretrained(place, config=config and config.text_config)
     raise CheckpointError(f"{folder}: no tokenizer; it should hold tokenizer.json, tokenizer.model or vocab.json")
 
 
 def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> LlavakitProcessor:
     """The processor of an opened checkpoint: its own, or the one that its layout implies."""
     if (checkpoint.folder / "processor_config.json").is_file() and checkpoint.layout == "llavakit":
-        return LlavakitProcessor.from_pretrained(checkpoint.folder)
+        read_json(checkpoint.folder / "processor_config.json")
+        load_tokenizer(checkpoint.folder, config=checkpoint.config)  # says clearly what is wrong with its files
+        with _naming(checkpoint.folder / "processor_config.json", OSError, *_MISFITS):
+            return LlavakitProcessor.from_pretrained(checkpoint.folder)
     tokenizer = load_tokenizer(checkpoint.folder, base, checkpoint.config)
     extras = checkpoint.config.extras or {}
     processor = LlavakitProcessor.from_config(checkpoint.config, tokenizer, **extras.get("processor", {}))
@@ -199,11 +236,15 @@ def convert(
     if to not in FORMS:
         raise UserError(f"--to {to}: unknown layout; known: {', '.join(FORMS)}")
     dst = Path(dst)
-    if dst.exists() and any(dst.iterdir()):
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is not empty; name a new folder")
     checkpoint = open_checkpoint(src, base=base, vision_tower=vision_tower)
     base_folder = local_folder(base) if base is not None else None
     _check_names(checkpoint)
+    shapes = {name: tensor.shape for name, tensor in _skeleton(checkpoint).state_dict().items()}
+    checkpoint.state = checkpoint.state.checked(
+        {name.replace("_tower.vision_model.", "_tower."): shape for name, shape in shapes.items()}, checkpoint.folder
+    )
     try:
         processor = load_processor(checkpoint, base_folder)
     except CheckpointError:
@@ -229,8 +270,7 @@ def convert(
 
 def _check_names(checkpoint: Checkpoint) -> None:
     """Missing or unknown tensors are errors before anything is written."""
-    with torch.device("meta"):
-        model = LlavakitForConditionalGeneration(checkpoint.config)
+    model = _skeleton(checkpoint)
     own = {name.replace("_tower.vision_model.", "_tower.") for name in model.state_dict()}
     tied = set(model._tied_weights_keys or {})
     missing = sorted(own - set(checkpoint.state) - tied)
