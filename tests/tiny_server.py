@@ -7,10 +7,10 @@ import io
 import socket
 import threading
 import time
+from collections.abc import Callable
 from ipaddress import ip_network
 from typing import Any
 
-import openai
 import tiny
 import torch
 import uvicorn
@@ -24,11 +24,11 @@ from llavakit.serving.app import Settings, create_app
 LOOPBACK = ip_network("127.0.0.0/8")
 
 
-def small_chat(**fields: Any) -> Chat:
+def small_chat(positions: int = 512, **fields: Any) -> Chat:
     """A tiny random model; `fields` of its configuration."""
     tokenizer = tiny_tokenizer(["What is in this picture? A red square and a blue disc."], vocab_size=600)
     torch.manual_seed(0)
-    text = {**tiny.DECODERS["llama"], "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    text = {**tiny.DECODERS["llama"], "vocab_size": len(tokenizer), "max_position_embeddings": positions}
     net = tiny.LlavakitForConditionalGeneration(
         tiny.config(text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **fields)
     ).eval()
@@ -42,12 +42,12 @@ def small_chat(**fields: Any) -> Chat:
 class Running:
     """A server in a thread, on a free port."""
 
-    def __init__(self, chat: Chat, settings: Settings) -> None:
+    def __init__(self, chat: Chat, settings: Settings, mount: Callable[[Any], Any] = lambda app: app) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.app = create_app(chat, settings)
-        self.server = uvicorn.Server(uvicorn.Config(self.app, port=self.port, log_level="error"))
+        self.server = uvicorn.Server(uvicorn.Config(mount(self.app), port=self.port, log_level="error"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:
@@ -58,7 +58,9 @@ class Running:
         self.server.should_exit = True
         self.thread.join(20)
 
-    def client(self, key: str = "none"):
+    def client(self, key: str = "none") -> Any:
+        import openai
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
 

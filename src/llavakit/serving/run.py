@@ -95,7 +95,7 @@ def serve(
     elif web:
         from llavakit.serving.webapp import mount
 
-        app = mount(app, chat)
+        app = mount(app, chat, keys)
         console.print(f"web app  {address}/")
     console.print(f"API      {address}/v1   (model {names[0]!r}, documentation at {address}/docs)")
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)

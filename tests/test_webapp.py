@@ -1,0 +1,271 @@
+"""The web app in a headless Chromium: `make test-web`.
+
+CHROMIUM names the browser's executable if it is not /usr/bin/chromium. WEBAPP_MODEL names a checkpoint and
+WEBAPP_SCREENSHOT a file to keep the picture of the documentation in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+pytest.importorskip("gradio", reason="the web app's environment: make test-web")
+playwright = pytest.importorskip("playwright.sync_api", reason="the web app's environment: make test-web")
+from tiny_server import Running, png, small_chat  # noqa: E402
+
+from llavakit.serving.app import Settings  # noqa: E402
+from llavakit.serving.webapp import export, mount, slice_of  # noqa: E402
+
+pytestmark = pytest.mark.web
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
+QUESTION = "What is in this picture?"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"{CHROMIUM} is missing; install Chromium, or name it: CHROMIUM=/path/to/chromium")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def served():
+    squash = {"type": "squash", "size": tiny.SIZE}
+    from llavakit.systems.medm_vl import towers  # noqa: F401  (its encoder is registered with it)
+
+    deep = {"model_type": "m3d_clip_vision", "image_size": [8, 16, 16], "patch_size": [2, 4, 4], "hidden_size": 16}
+    deep |= {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    volume = {"views": {"type": "volume_box", "size": [8, 16, 16]}, "tower": "tower3d", "connector": "projector3d"}
+    chat = small_chat(
+        positions=2048,
+        media={"image": {"views": squash}, "volume": volume},
+        extra_towers={"tower3d": {"config": deep, "layer": -1}},
+        extra_connectors={"projector3d": {"type": "pooling", "stride": [2, 2, 2], "tower": "tower3d"}},
+    )
+    running = Running(chat, Settings(names=("tiny",)), lambda app: mount(app, chat))
+    yield running, chat
+    running.stop()
+
+
+@pytest.fixture
+def page(browser, served):
+    opened = browser.new_page(viewport={"width": 1000, "height": 800})
+    errors = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    visit(opened, served[0].url)
+    yield opened
+    opened.close()
+    assert errors == []
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "red.png"
+    path.write_bytes(png("red", (60, 40)))
+    return path
+
+
+def visit(page, url):
+    page.goto(url)
+    page.wait_for_function("document.activeElement.tagName == 'TEXTAREA'")  # the page is alive
+
+
+def ask(page, text, picture=None):
+    if picture is not None:
+        page.set_input_files("input[type=file] >> nth=0", str(picture))
+        page.wait_for_selector(".thumbnails img, .thumbnail-item")
+    page.fill("textarea >> nth=0", text)
+    page.press("textarea >> nth=0", "Enter")
+
+
+def answered(page, turns=1):
+    """Wait until so many answers are whole."""
+    page.wait_for_function(
+        "n => document.querySelectorAll('[data-testid=bot]').length == n && !document.querySelector('.stop-button')"
+        " && document.querySelector('[aria-label=Retry]') && !document.querySelector('textarea').disabled",
+        arg=turns,
+        timeout=30_000,
+    )
+
+
+def exported(page):
+    with page.expect_download() as download:
+        page.get_by_text("Export conversation").click()
+    return json.loads(Path(download.value.path()).read_text())["messages"]
+
+
+def test_a_chat_about_a_picture_is_answered_and_exported(page, served, picture):
+    running, chat = served
+    parts = [{"type": "image", "image": str(picture)}, {"type": "text", "text": QUESTION}]
+    first = chat.chat([{"role": "user", "content": parts}], max_new_tokens=256)
+    ask(page, QUESTION, picture)
+    answered(page)
+    ask(page, "And now?")
+    answered(page, 2)
+    messages = exported(page)
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [part["type"] for part in messages[0]["content"]] == ["image_url", "text"]
+    assert messages[1]["content"] == [{"type": "text", "text": first}]
+    body = {"model": "tiny", "messages": messages[:1], "max_tokens": 256}
+    answer = page.request.post(f"{running.url}/v1/chat/completions", data=body).json()
+    assert answer["choices"][0]["message"]["content"] == first, "what is exported is not what was asked"
+
+
+def test_stop_and_retry(page, served, monkeypatch):
+    chat = served[1]
+    engine = chat.engine
+    forward = engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda tokens: (time.sleep(0.05), forward(tokens))[1])
+    ask(page, "Tell me a long story")
+    page.locator(".stop-button").click()
+    deadline = time.time() + 5
+    while engine.busy and time.time() < deadline:
+        time.sleep(0.05)
+    assert not engine.busy, "the reply goes on after it was stopped"
+    monkeypatch.setattr(engine, "_forward", forward)
+    page.get_by_label("Retry").click()
+    question = {"role": "user", "content": [{"type": "text", "text": "Tell me a long story"}]}
+    wanted = {"role": "assistant", "content": [{"type": "text", "text": chat.chat([question], max_new_tokens=256)}]}
+    deadline = time.time() + 20
+    while (messages := exported(page)) != [question, wanted] and time.time() < deadline:
+        page.wait_for_timeout(200)
+    assert messages == [question, wanted]
+
+
+def test_the_keyboard_is_enough(page):
+    assert page.evaluate("document.activeElement.tagName") == "TEXTAREA"
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    assert page.locator("[data-testid=user]").count() == 0, "Shift+Enter is a new line"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Submit"
+    page.keyboard.press("Enter")
+    answered(page)
+    assert exported(page)[0]["content"][0]["text"] == "one\ntwo"
+
+
+def test_a_telephone_shows_everything(browser, served, picture):
+    page = browser.new_page(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    visit(page, served[0].url)
+    ask(page, QUESTION, picture)
+    answered(page)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for selector in ("textarea >> nth=0", ".submit-button", "[data-testid=bot]"):
+        box = page.locator(selector).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+    page.close()
+
+
+def test_a_broken_picture_is_one_clear_line(page, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(png()[:60])
+    ask(page, QUESTION, path)
+    page.get_by_text("broken.png: it is cut off").wait_for(timeout=10_000)
+    ask(page, "Still there?")
+    answered(page, 2)
+    assert exported(page)[0]["content"] == [{"type": "text", "text": "Still there?"}]
+
+
+def test_an_attached_volume_is_shown_slice_by_slice(page, tmp_path):
+    path = tmp_path / "scan.npy"
+    np.save(path, np.random.default_rng(0).normal(0, 300, (12, 20, 24)).astype(np.float32))
+    page.get_by_text("Volume viewer").click()
+    page.set_input_files("input[type=file] >> nth=0", str(path))
+    number = page.get_by_label("number input for Slice, from feet to head")
+    number.wait_for()
+    assert number.input_value() == "5"
+    shown = page.locator("img[alt='']:visible, .image-frame img").last
+    before = shown.get_attribute("src")
+    number.fill("9")
+    number.press("Enter")
+    page.wait_for_function(
+        "old => [...document.querySelectorAll('.image-frame img')].some(i => i.src != old)", arg=before
+    )
+    page.fill("textarea >> nth=0", "What is this?")
+    page.press("textarea >> nth=0", "Enter")
+    answered(page)
+    assert [part["type"] for part in exported(page)[0]["content"]] == ["volume_url", "text"]
+
+
+def test_keys_close_the_page():
+    chat = small_chat()
+    running = Running(chat, Settings(api_keys=("right",)), lambda app: mount(app, chat, ("right",)))
+    try:
+        import httpx
+
+        with httpx.Client(base_url=running.url) as client:
+            assert client.get("/config").status_code == 401
+            assert client.post("/login", data={"username": "x", "password": "wrong"}).status_code == 400
+            assert client.post("/login", data={"username": "x", "password": "right"}).status_code == 200
+            assert client.get("/config").status_code == 200
+    finally:
+        running.stop()
+
+
+def test_files_of_the_server_are_out_of_reach(served):
+    import httpx
+
+    url = served[0].url
+    assert httpx.get(f"{url}/gradio_api/file=/etc/passwd").status_code == 403
+    call = {
+        "data": [{"text": "x", "files": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, [], 0, 1, 8]
+    }
+    started = httpx.post(f"{url}/gradio_api/call/chat", json=call)
+    if started.status_code == 200:
+        events = httpx.get(f"{url}/gradio_api/call/chat/{started.json()['event_id']}", timeout=20).text
+        assert "event: error" in events
+        assert "root:" not in events
+
+
+def test_slices(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(60, dtype=np.float32).reshape(5, 3, 4))
+    picture, slider = slice_of(str(tmp_path / "a.npy"), None)
+    assert picture.size == (4, 3)
+    assert (slider["value"], slider["maximum"]) == (2, 4)
+    assert slice_of(None, 3)[0] is None
+
+
+def test_export_of_nothing():
+    assert json.loads(export([])) == {"messages": []}
+
+
+@pytest.mark.skipif("WEBAPP_SCREENSHOT" not in os.environ, reason="WEBAPP_SCREENSHOT names no file")
+def test_the_picture_of_the_documentation(browser, tmp_path):
+    import llavakit
+
+    model = Path(os.environ["WEBAPP_MODEL"])
+    chat = llavakit.load(model)
+    chat.name = "LLaVA-1.5 of make demo"
+    world = model.parent / "data" / "scene"
+    questions = [json.loads(line) for line in (world / "heldout_questions.jsonl").read_text().splitlines()]
+    running = Running(chat, Settings(), lambda app: mount(app, chat))
+    page = browser.new_page(viewport={"width": 900, "height": 720}, device_scale_factor=1.5)
+    try:
+        visit(page, running.url)
+        for turn, kind in enumerate(("colour", "yesno"), start=1):
+            question = next((one for one in questions if one["type"] == kind and right(chat, world, one)), None)
+            question = question or next(one for one in questions if right(chat, world, one))
+            ask(page, question["text"], world / question["image"])
+            answered(page, turn)
+        page.wait_for_timeout(500)
+        page.screenshot(path=os.environ["WEBAPP_SCREENSHOT"])
+    finally:
+        page.close()
+        running.stop()
+
+
+def right(chat, world, question):
+    parts = [{"type": "image", "image": str(world / question["image"])}, {"type": "text", "text": question["text"]}]
+    return chat.chat([{"role": "user", "content": parts}], max_new_tokens=8).rstrip(".") == question["answer"]
