@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -532,6 +533,18 @@ except CheckpointError as error:
     print(error)
     sys.exit(2)
 """
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.1.lora={rank: 4}", "train.language_model: trains in full, so lora has nothing to adapt there"),
+        ("system=lava", "system: unknown system 'lava'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(world: Path, tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        run(world, tmp_path, override, "stages.0.max_steps=1")
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from llavakit.model.media import MediaSpec
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.registry import nearest
+from llavakit.system import get_system
 from llavakit.training.recipe import Parts, Recipe
 
 VOCABULARY_MULTIPLE = 64
@@ -67,6 +68,11 @@ def config_of(recipe: Recipe) -> LlavakitConfig:
     """
     if recipe.parts is None:
         return open_checkpoint(str(recipe.model)).config
+    if recipe.system is not None:
+        try:
+            get_system(recipe.system)
+        except UserError as error:
+            raise RecipeError(f"system: {error}") from None
     parts = recipe.parts
     fields: dict[str, Any] = {
         name: getattr(parts, name)

@@ -66,6 +66,9 @@ def add_lora(model: nn.Module, stage: Stage) -> nn.Module:
     full = [part for part, options in stage.train.items() if not options.freeze]
     if EVERYTHING in full:
         raise RecipeError("train.all: with lora, name the parts that train in full")
+    whole = [part for part in lora.parts if part in full]
+    if whole:
+        raise RecipeError(f"train.{whole[0]}: trains in full, so lora has nothing to adapt there; take it out of train")
     targets = linear_layers(model, lora)
     if lora.quantize:
         quantise(model, targets, lora.quantize)
