@@ -39,27 +39,20 @@ def join(samples, side):
 
 
 @pytest.mark.parametrize(("encoder", "connector", "decoder"), GRID, ids=lambda part: part)
-def test_every_combination_runs_trains_and_decodes(encoder, connector, decoder):
+def test_every_combination_runs_trains_decodes_and_is_kept(tmp_path, encoder, connector, decoder):
     net = tiny.model(encoder=encoder, connector=connector, decoder=decoder)
     sample = tiny.prompt(net, "ttItttt")
     out = net(**sample)
     assert torch.isfinite(out.loss)
     out.loss.backward()
-    projector = next(net.model.multi_modal_projector.parameters())
-    assert projector.grad is not None
-    assert projector.grad.abs().sum() > 0
+    for part in (net.model.vision_tower, net.model.multi_modal_projector, net.model.language_model):
+        gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+        assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0
     sample.pop("labels")
     greedy = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4, "pad_token_id": 0}
     cached = net.generate(**sample, **greedy)
     uncached = net.generate(**sample, **greedy, use_cache=False)
     assert torch.equal(cached, uncached)
-
-
-@pytest.mark.parametrize("decoder", tiny.DECODERS)
-@pytest.mark.parametrize("encoder", ["clip", "convnext"])
-def test_save_and_load_keep_every_logit(tmp_path, encoder, decoder):
-    net = tiny.model(encoder=encoder, decoder=decoder)
-    sample = tiny.prompt(net, "ttItttt")
     net.save_pretrained(tmp_path)
     again = LlavakitForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(logits(net, **sample), logits(again, **sample))
