@@ -167,6 +167,7 @@ def test_classic_checkpoint_survives_every_round_trip(classic, tmp_path):
     written = load_file(tmp_path / "again" / "model.safetensors")
     assert set(written) == set(source)
     assert all(torch.equal(written[name], source[name]) for name in source)
+    assert torch.equal(probe(build(open_checkpoint(tmp_path / "again"))), before)  # needs nothing beside it
     raw, own = classic_config(), json.loads((tmp_path / "again" / "config.json").read_text())
     for key in ("mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio", "hidden_size", "vocab_size"):
         assert own[key] == raw[key]

@@ -256,6 +256,7 @@ def convert(
         with atomic_folder(dst) as scratch:
             raw = layout.write_config(checkpoint.config)
             (scratch / "config.json").write_text(json.dumps(raw, indent=2, default=str) + "\n", encoding="utf-8")
+            layout.write_parts(checkpoint.config, scratch)
             write_state(scratch, layout.write_state(checkpoint.config, checkpoint.state))
             if processor is not None:
                 layout.write_processor(processor, checkpoint.config, scratch)

@@ -7,6 +7,7 @@ own layout lives in its folder and is chosen by looking at the files, never at t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from llavakit.registry import LAYOUTS
 from llavakit.system import systems
 from llavakit.vision.known import KNOWN_TOWERS
 
+OWN_TOWER = "vision_tower"  # name of an encoder that was not published on its own
 Renames = tuple[tuple[str, str], ...]
 
 _DEAD_KEYS = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
@@ -91,6 +93,9 @@ class Layout:
     def write_processor(self, processor: Any, config: LlavakitConfig, folder: Path) -> None:
         """Tokenizer and preprocessing files; the default writes the tokenizer."""
         processor.tokenizer.save_pretrained(folder)
+
+    def write_parts(self, config: LlavakitConfig, folder: Path) -> None:
+        """Configurations of parts that config.json only names; the default writes none."""
 
 
 class ClassicLayout(Layout):
@@ -188,6 +193,8 @@ class ClassicLayout(Layout):
         )
 
     def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
+        if raw.get("mm_vision_tower") == OWN_TOWER and (folder / OWN_TOWER / "config.json").is_file():
+            sources = {"tower": folder / OWN_TOWER, **sources}
         config = self.read_config(raw, sources)
         if (folder / "adapter_config.json").is_file():
             state = self._read_lora(folder, sources)
@@ -257,6 +264,14 @@ class ClassicLayout(Layout):
             if new is not None:
                 yield new, state[name]
 
+    def write_parts(self, config: LlavakitConfig, folder: Path) -> None:
+        """An encoder that nobody published is described in a folder of its own, which `read` looks for."""
+        named = self.write_config(config).get("mm_vision_tower")
+        if named == OWN_TOWER:
+            (folder / OWN_TOWER).mkdir()
+            text = json.dumps(config.vision_config.to_dict(), indent=2, default=str)
+            (folder / OWN_TOWER / "config.json").write_text(text + "\n", encoding="utf-8")
+
     def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
         text = config.text_config.to_dict()
         depth = config.connector.get("depth", 2)
@@ -268,7 +283,7 @@ class ClassicLayout(Layout):
             "mm_projector_type": "linear" if depth == 1 else f"mlp{depth}x_gelu",
             "mm_vision_select_layer": config.vision_feature_layer,
             "mm_vision_select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
-            "mm_vision_tower": names.get(config.vision_config.image_size, "vision_tower"),
+            "mm_vision_tower": names.get(config.vision_config.image_size, OWN_TOWER),
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,
