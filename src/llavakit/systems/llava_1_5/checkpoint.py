@@ -19,6 +19,11 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 EXTRA_ROWS = 64  # the published conversion grows the vocabulary by so many rows: <image>, <pad>, unused
 
 
+def pinpoints_of(value: Any) -> list[list[int]]:
+    """Resolutions (width, height) from a list, or from the text of one."""
+    return [list(point) for point in (ast.literal_eval(value) if isinstance(value, str) else value)]
+
+
 def views_of(raw: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Planner options from `image_aspect_ratio` and its companions."""
     ratio = raw.get("image_aspect_ratio")
@@ -26,9 +31,7 @@ def views_of(raw: Mapping[str, Any], size: int) -> dict[str, Any]:
     if ratio == "pad":
         return {"type": "pad", **common}
     if ratio == "anyres":
-        pinpoints = raw["image_grid_pinpoints"]
-        pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-        return {"type": "anyres", "pinpoints": [list(point) for point in pinpoints], **common}
+        return {"type": "anyres", "pinpoints": pinpoints_of(raw["image_grid_pinpoints"]), **common}
     return {"type": "square", **common}
 
 

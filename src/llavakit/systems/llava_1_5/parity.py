@@ -17,7 +17,7 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.splice import IGNORE, expand, scatter
 from llavakit.parity import Case, Result
 from llavakit.systems.llava_1_5 import parity_eval, parity_text, parity_views
-from llavakit.systems.llava_1_5.checkpoint import Classic, Hf
+from llavakit.systems.llava_1_5.checkpoint import Classic, Hf, pinpoints_of
 from llavakit.views.plan import MediumSize
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
@@ -88,9 +88,21 @@ def expand_batch(
     return pad_rows(rows, 0, side), mask, pad_rows(targets, IGNORE, side), images
 
 
+def used_images(input_ids: Tensor, attention_mask: Tensor | None = None) -> list[int]:
+    """Numbers of the images that a batch shows: a text-only row comes with one image that nobody sees."""
+    shown = input_ids == PLACEHOLDER
+    used, start = [], 0
+    for count in (shown if attention_mask is None else shown & attention_mask.bool()).sum(dim=1).tolist():
+        used += range(start, start + count)
+        start += max(count, 1)
+    return used
+
+
 def vision_encoder(case: Case) -> Result:
     """CLIP features by layer and selection."""
-    config = {k: v for k, v in case.config.items() if k not in ("num_patches", "published")}
+    selection = ("mm_vision_select_layer", "mm_vision_select_feature")
+    config = {k: v for k, v in case.config.items() if k not in ("num_patches", "published", *selection)}
+    layer, select = (case.config.get(*pair) for pair in zip(selection, (-2, "patch"), strict=True))
     inputs, outputs = case.tensors(), {}
     model = LlavakitForConditionalGeneration(
         tiny_config({"vision": config, "text": {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2}})
@@ -101,10 +113,10 @@ def vision_encoder(case: Case) -> Result:
     for name in case.expected_tensors:
         if name.startswith("features_list_"):
             number = int(name.rsplit("_", 1)[1])
-            outputs[name] = _features(tower, pixels[number : number + 1], -2, "patch")
+            outputs[name] = _features(tower, pixels[number : number + 1], layer, select)
         else:
-            _, layer, select = name.split("_", 2)
-            outputs[name] = _features(tower, pixels, int(layer.removeprefix("layer")), select)
+            _, named, kind = name.split("_", 2)
+            outputs[name] = _features(tower, pixels, int(named.removeprefix("layer")), kind)
     return Result(tensors=outputs)
 
 
@@ -124,7 +136,8 @@ def load_tower(tower: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
 def multiscale(case: Case) -> Result:
     """S2 features."""
     config = dict(case.config)
-    scales = [int(scale) for scale in config["s2_scales"].split(",")]
+    named = config["s2_scales"]
+    scales = [int(scale) for scale in (named.split(",") if isinstance(named, str) else named)]
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     vision = {k: config[k] for k in (*names, "projection_dim", "hidden_act") if k in config}
     tower = MultiscaleTower(
@@ -212,6 +225,7 @@ def end_to_end(case: Case) -> Result:
     config = tiny_config(case.config)
     model = build(config, case.weights())
     counts = [case.config["tokens_per_image"]] * len(inputs["pixel_values"])
+    pixels = inputs["pixel_values"][used_images(inputs["input_ids"], inputs["attention_mask"])]
     token = config.image_token_id
     outputs: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
@@ -219,7 +233,7 @@ def end_to_end(case: Case) -> Result:
         ids, mask, labels, _ = expand_batch(
             inputs["input_ids"], inputs["attention_mask"], inputs["labels"], counts, token, side
         )
-        out = model(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=inputs["pixel_values"])
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=pixels if len(pixels) else None)
         name = "logits" if side == "right" else "logits_left_padded"
         outputs[name], masks[name] = out.logits, mask.bool().unsqueeze(-1)
         outputs[f"expanded_attention_mask{suffix}"] = mask
@@ -251,11 +265,12 @@ def _generations(case: Case, model: LlavakitForConditionalGeneration, pixels: Te
         rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[n]) for n in order], batch_first=True)
         lengths = torch.tensor([len(prompts[n]) for n in order])
         mask = torch.arange(rows.shape[1]) < lengths[:, None]
-        ids, expanded, _, _ = expand_batch(rows, mask, None, counts * len(order), token, "left")
+        ids, expanded, _, _ = expand_batch(rows, mask, None, counts * len(pixels), token, "left")
+        shown = [number for n in order for number in images[n]]
         out = model.generate(
             input_ids=ids,
             attention_mask=expanded,
-            pixel_values=pixels[list(order)],
+            pixel_values=pixels[shown] if shown else None,
             max_new_tokens=new,
             do_sample=False,
             eos_token_id=eos,
@@ -264,6 +279,10 @@ def _generations(case: Case, model: LlavakitForConditionalGeneration, pixels: Te
         answers = out[:, ids.shape[1] :].tolist()
         return [answer[: answer.index(eos) + 1] if eos in answer else answer for answer in answers]
 
+    images, start = [], 0  # numbers of every prompt's images
+    for prompt in prompts:
+        images.append(range(start, start + prompt.count(PLACEHOLDER)))
+        start += max(len(images[-1]), 1)
     results = {}
     for name in case.expected_json:
         if name == "generate_single":
@@ -279,7 +298,7 @@ def anyres_merge(case: Case) -> Result:
     sizes = [MediumSize(1, height, width) for width, height in case.config["image_sizes_wh"]]
     pixels = torch.cat([inputs[f"views_{n}"] for n in range(len(sizes))])
     size = case.config["vision"]["image_size"]
-    views = {"type": "anyres", "size": size, "pinpoints": case.config["image_grid_pinpoints"]}
+    views = {"type": "anyres", "size": size, "pinpoints": pinpoints_of(case.config["image_grid_pinpoints"])}
     outputs: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for merge in ("flat", "spatial", "spatial_unpad"):

@@ -12,6 +12,7 @@ from llavakit.model.arrange import Flat
 from llavakit.model.arrange_tiles import Spatial, SpatialUnpad
 from llavakit.parity import Case, Result
 from llavakit.registry import PLANNERS
+from llavakit.systems.llava_1_5.checkpoint import pinpoints_of
 from llavakit.views import pixels, tiles
 from llavakit.views.plan import MediumSize
 
@@ -30,14 +31,14 @@ def planner_options(config: dict[str, Any]) -> dict[str, Any]:
         "resample": str(config.get("resample", "bicubic")).split()[0],
     }
     if options["type"] == "anyres":
-        options["pinpoints"] = config["image_grid_pinpoints"]
+        options["pinpoints"] = pinpoints_of(config["image_grid_pinpoints"])
     return options
 
 
 def image_preprocessing(case: Case) -> Result:
     """Pixels of every image; with padding also the padded square, with tiles also the plan."""
     planner = PLANNERS.build(planner_options(case.config))
-    named = {name: Image.fromarray(array.numpy()) for name, array in case.tensors().items()}
+    named = {name: Image.fromarray(array.numpy()).convert("RGB") for name, array in case.tensors().items()}
     tensors, plans, views = {}, {}, {}
     for name, image in named.items():
         number = name.removeprefix("image_")
@@ -62,7 +63,7 @@ def image_preprocessing(case: Case) -> Result:
 def slicing_plan(case: Case) -> Result:
     """Canvas, grid, place of the content, and tokens of every arrangement, by image size."""
     tile, side = case.config["patch_size_of_grid"], case.config["tower_grid"]
-    planner = PLANNERS.build({"type": "anyres", "size": tile, "pinpoints": case.config["grid_pinpoints"]})
+    planner = PLANNERS.build({"type": "anyres", "size": tile, "pinpoints": pinpoints_of(case.config["grid_pinpoints"])})
     plans = []
     for width, height in case.json()["sizes_wh"]:
         plan = planner.plan(MediumSize(1, height, width))
