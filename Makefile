@@ -77,9 +77,13 @@ test-vllm: .venv-vllm/.installed  ## tests inside vLLM, which pins another trans
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 
-test-web:  ## the web app in a headless Chromium (CHROMIUM=/path/to/it), in its own environment
-	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web-test CONSTRAINTS=constraints-web.txt install
+test-web:  ## the web app in a headless Chromium (CHROMIUM=/path/to/it), in the environment of `make serve`
+	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web CONSTRAINTS=constraints-web.txt .venv-web/.tests
 	.venv-web/bin/python -m pytest -m web tests/test_webapp.py $(ARGS)
+
+.venv-web/.tests: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[web-test]'
+	@touch $@
 
 lint: $(STAMP)  ## ruff, style and format
 	$(BIN)/ruff check .
