@@ -270,7 +270,7 @@ def _generations(case: Case, model: LlavakitForConditionalGeneration, pixels: Te
         out = model.generate(
             input_ids=ids,
             attention_mask=expanded,
-            pixel_values=pixels[shown] if shown else None,
+            **({"pixel_values": pixels[shown]} if shown else {}),
             max_new_tokens=new,
             do_sample=False,
             eos_token_id=eos,
