@@ -57,7 +57,12 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     vision = {"model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3}
     vision |= {"num_attention_heads": 4, "image_size": SIZE, "patch_size": 8, "projection_dim": 16}
     align = {"name": "align", "train": ["multi_modal_projector"], "learning_rate": 1e-2, "max_steps": 4}
-    align |= {"template": "plain", "media": {"image": {"views": {"type": "square", "size": SIZE}}}, "batch_size": 4, "log_steps": 1}
+    align |= {
+        "template": "plain",
+        "media": {"image": {"views": {"type": "square", "size": SIZE}}},
+        "batch_size": 4,
+        "log_steps": 1,
+    }
     tune = {"name": "tune", "train": ["multi_modal_projector", "language_model", "lm_head"], "learning_rate": 3e-3}
     tune |= {"max_steps": 6, "batch_size": 4, "log_steps": 1}
     parts = {"text_config": text, "vision_config": vision, "tokenizer": str(folder / "tokenizer")}
