@@ -1,11 +1,12 @@
 """`llavakit serve --engine vllm` beside `vllm serve`, the same checkpoint, in turns.
 
-    PYTHONPATH=scripts/vllm_cpu .venv-vllm/bin/python benchmarks/vllm_serving.py [--repeats 5] [--requests 16]
+    PYTHONPATH=scripts/vllm_cpu .venv-vllm/bin/python benchmarks/vllm_serving.py [--repeats 15] [--requests 32]
 
 `llavakit serve --engine vllm` replaces its own process by `vllm serve`, so there is nothing of llavakit between client
 and engine; this measures that it stays so. A third server has the checkpoint in llavakit's own layout, which runs in
-vLLM's Transformers back end instead of vLLM's own class. All three are up while they are asked in turns; every
-request is a picture of its own with 32 new tokens, from 8 clients at once. Without vLLM the script says so and ends.
+vLLM's Transformers back end instead of vLLM's own class. All three are up while they are asked in turns, in rotating
+order; every request is a picture of its own with 32 new tokens, from 8 clients at once. Requests per second of wall
+time and of processor time of the server and its children. Without vLLM the script says so and ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
+
 CLIENTS, NEW = 8, 32
 OPTIONS = ["--enforce-eager", "--max-model-len=1024", "--max-num-seqs=8"]
 # each server's engine computes in one thread; VLLM_CPU_KVCACHE_SPACE is in GiB
@@ -33,7 +36,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_
 
 @contextmanager
 def running(command: list[str], port: int):
-    """A server; gives its address and the command line that its process really runs, once it answers."""
+    """A server; gives its address and its process, once it answers."""
     quiet = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"}
     process = subprocess.Popen(command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
@@ -47,8 +50,7 @@ def running(command: list[str], port: int):
                 break
             except OSError:
                 time.sleep(0.5)
-        line = Path(f"/proc/{process.pid}/cmdline")
-        yield address, line.read_text().split("\0") if line.exists() else command
+        yield address, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -58,6 +60,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def seconds(process: psutil.Process) -> float:
+    """Processor time of a server and its children so far."""
+    times = [member.cpu_times() for member in [process, *process.children(recursive=True)]]
+    return sum(own.user + own.system for own in times)
 
 
 def ask(address: str, seed: int) -> list[int]:
@@ -74,8 +82,8 @@ def ask(address: str, seed: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     given = parser.parse_args()
@@ -99,25 +107,29 @@ def main() -> None:
             else:
                 command += ["--served-model-name", "m", "--dtype", "float32", *OPTIONS]
             servers[name] = stack.enter_context(running([*command, "--port", str(port)], port))
-            print(f"{name}: process {' '.join(servers[name][1][:4])} ... for {folder.name}", flush=True)
-        rates: dict[str, list[float]] = {name: [] for name in servers}
+            print(f"{name}: process {' '.join(servers[name][1].cmdline()[1:4])} ... for {folder.name}", flush=True)
+        wall: dict[str, list[float]] = {name: [] for name in servers}
+        busy: dict[str, list[float]] = {name: [] for name in servers}
+        order = list(servers.items())
         with ThreadPoolExecutor(CLIENTS) as clients:
             for turn in range(given.repeats + 1):
                 seeds = range(turn * given.requests, (turn + 1) * given.requests)
                 replies = {}
-                for name, (address, _) in servers.items():
-                    start = time.perf_counter()
+                for name, (address, process) in order[turn % 3 :] + order[: turn % 3]:
+                    start, used = time.perf_counter(), seconds(process)
                     replies[name] = list(clients.map(ask, [address] * given.requests, seeds))
                     if turn:  # the first turn warms up
-                        rates[name].append(given.requests / (time.perf_counter() - start))
+                        wall[name].append(given.requests / (time.perf_counter() - start))
+                        busy[name].append(given.requests / (seconds(process) - used))
                 assert replies["vllm serve"] == replies["llavakit serve --engine vllm"]
-        base = rates["vllm serve"]
-        for name, own_rates in rates.items():
-            ratios = [ours / theirs for ours, theirs in zip(own_rates, base, strict=True)]
-            print(
-                f"{name}: {statistics.median(own_rates):.2f} requests/s, ratio {statistics.median(ratios):.2f} "
-                f"({min(ratios):.2f} to {max(ratios):.2f})"
-            )
+        for label, rates in (("wall", wall), ("processor", busy)):
+            for name, own_rates in rates.items():
+                ratios = [ours / theirs for ours, theirs in zip(own_rates, rates["vllm serve"], strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                print(
+                    f"{name}: {statistics.median(own_rates):.2f} requests per second of {label} time, "
+                    f"ratio {middle:.2f} (quartiles {low:.2f}, {high:.2f})"
+                )
 
 
 if __name__ == "__main__":
