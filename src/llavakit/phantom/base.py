@@ -22,8 +22,6 @@ from llavakit.errors import UserError
 HELDOUT_EVERY = 10
 """Every tenth case (index 9, 19, 29, ...) is held out."""
 
-MEDIA_KINDS = ("image", "images", "video", "volume")
-
 
 def split_of(index: int) -> str:
     """ "heldout" for every tenth index, "train" for the others: the split does not change when a world grows."""

@@ -36,7 +36,6 @@ KNOWN_LLMS: dict[str, dict[str, Any]] = {
     }
 }
 LLM_TYPES = {"llama": "llama", "llama3": "llama", "qwen2": "qwen2", "phi": "phi", "phi3": "phi3"}
-M3D = {"model_type": "m3d_clip_vision"}
 TEMPLATES = {
     "llama": "vicuna_llama",
     "llama3": "vicuna_llama_3",
