@@ -39,7 +39,7 @@ from llavakit.vision.geometry import geometry_of
 
 SIDE, PATCH, WIDTH = 48, 16, 96
 WORLDS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "scene": ("scene", 0, {"types": "colour,shape,count", "most": 2}),
+    "scene": ("scene", 0, {"types": "colour,shape", "most": 1}),
     "thorax": ("thorax", 0, {"types": "presence,side"}),
     "crowded": ("scene", 1, {"types": "colour,shape", "most": 6}),
 }
@@ -152,7 +152,7 @@ class Demo:
 
     def _write(self, name: str) -> None:
         world, seed, options = WORLDS[name]
-        easy = {"n": self.budget.cases, "size": SIDE, "difficulty": "easy"}
+        easy = {"n": self.budget.cases, "size": SIDE, "difficulty": "easy", "formats": "short,sentence"}
         write_world(world, self._world(name), seed=seed, **easy, **options)
 
     def _blind_data(self) -> None:
@@ -338,10 +338,10 @@ class Demo:
             for start in progress.track(range(0, len(rows), 16), description=f"asking: {name}"):
                 batch = rows[start : start + 16]
                 conversations = [_conversation(row, None if blind else self.out) for row in batch]
-                replies = chat.chat_batch(conversations, max_new_tokens=8)
+                replies = chat.chat_batch(conversations, max_new_tokens=24)
                 answers += [{**row, "reply": reply} for row, reply in zip(batch, replies, strict=True)]
         for row in answers:
-            row["right"] = row["reply"].strip().rstrip(".").lower() == row["answer"].strip().lower()
+            row["right"] = _plain(row["reply"]) == _plain(row["answer"])
         return answers
 
     def _publish(self, model: Path) -> None:
@@ -394,6 +394,10 @@ class Demo:
             question = row["text"].splitlines()[0]
             self.console.print(f"{row['path']}: {question} [bold]{row['reply']}[/bold] (truth: {row['answer']})")
         self.console.print(f"report: {self.out / 'report.html'}   checkpoint: {self.out / 'final'}")
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").lower()
 
 
 # What runs in a process beside the demo, without progress that would garble the demo's own.
