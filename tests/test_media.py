@@ -77,6 +77,9 @@ def test_refused_images(tmp_path, picture):
         (tmp_path / "missing.jpg", ["missing.jpg", "no such file"]),
         (tmp_path, ["is a folder"]),
         ("https://example.org/a.jpg", ["is an address"]),
+        ("data:image/png;base64," + 9000 * "A", ["is an address"]),
+        (9000 * "a", ["file name too long"]),
+        ("a\0b", ["cannot be read"]),
         (None, ["is no file"]),
         (b"", ["empty"]),
     ]

@@ -229,7 +229,9 @@ def evaluate(
     questions: Annotated[Path, typer.Option(help="The benchmark's question file.")],
     images: Annotated[Path | None, typer.Option(help="Folder of images; default: that of the questions.")] = None,
     gold: Annotated[Path | None, typer.Option(help="The benchmark's answers; without them nothing is scored.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Predictions; default: runs/eval/TASK/MODEL.jsonl.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Predictions; default: runs/eval/TASK/FOLDER--MODEL.jsonl.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions; not scored.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: as published.")] = None,
@@ -257,7 +259,8 @@ def evaluate(
     for place in (questions, gold, images):
         if place is not None and not place.exists():
             raise UserError(f"{place}: no such file")
-    name = Path(model).name if Path(model).exists() else model.replace("/", "--")
+    # Every finished run is called "final": the folder above it tells them apart.
+    name = "--".join(Path(model).resolve().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
     settings = {"score_options": _assignments(option or ()), "question_options": _assignments(question_option or ())}
     import llavakit
     from llavakit.evaluation.run import evaluate as run_evaluation

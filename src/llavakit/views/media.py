@@ -66,17 +66,16 @@ def check_file(source: Source, limits: Limits, wanted: str) -> None:
     elif not isinstance(source, (str, os.PathLike)):
         raise MediaError(f"{name}: is no file; give a path or the content of a file ({wanted})")
     else:
-        if "://" in name:
-            raise MediaError(f"{name}: is an address; give a file")
+        if "://" in name or name.startswith("data:"):
+            raise MediaError(f"{name[:60]}: is an address; give a file")
         path = Path(source)
-        if path.is_dir():
-            raise MediaError(f"{name}: is a folder; give a file ({wanted})")
         try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise MediaError(
-                f"{name}: {(error.strerror or 'cannot be read').lower()}; give a file ({wanted})"
-            ) from None
+            is_folder, size = path.is_dir(), path.stat().st_size
+        except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+            why = getattr(error, "strerror", None) or "cannot be read"
+            raise MediaError(f"{name[:200]}: {why.lower()}; give a file ({wanted})") from None
+        if is_folder:
+            raise MediaError(f"{name}: is a folder; give a file ({wanted})")
     if size == 0:
         raise MediaError(f"{name}: is empty (0 bytes); it should be {wanted}")
     if size > limits.file_bytes:
