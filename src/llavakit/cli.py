@@ -260,7 +260,7 @@ def evaluate(
         if place is not None and not place.exists():
             raise UserError(f"{place}: no such file")
     # Every finished run is called "final": the folder above it tells them apart.
-    name = "--".join(Path(model).resolve().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
+    name = "--".join(Path(model).absolute().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
     settings = {"score_options": _assignments(option or ()), "question_options": _assignments(question_option or ())}
     import llavakit
     from llavakit.evaluation.run import evaluate as run_evaluation
