@@ -12,10 +12,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
-from tiny_server import LOOPBACK, Running, ask, data_url, expected, media, png, small_chat  # noqa: E402
+from tiny_server import Running, ask, data_url, expected, media, png, small_chat, strict_server  # noqa: E402
 
 from llavakit.serving.app import Settings  # noqa: E402
-from llavakit.serving.policy import MediaPolicy  # noqa: E402
 from llavakit.serving.toolcalls import read  # noqa: E402
 
 
@@ -26,8 +25,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def server(chat):
-    media = MediaPolicy(networks=(LOOPBACK,), seconds=2.0, idle_seconds=0.7, file_bytes=200_000, images=3)
-    running = Running(chat, Settings(names=("tiny",), media=media, default_tokens=12))
+    running = strict_server(chat)
     yield running
     running.stop()
 

@@ -22,7 +22,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
 import httpx
-from tiny_server import LOOPBACK, Running, ask, data_url, expected, png, small_chat
+from tiny_server import LOOPBACK, Running, ask, data_url, expected, png, small_chat, strict_server
 
 from llavakit.serving.app import Settings
 from llavakit.serving.policy import MediaFetcher, MediaPolicy, Refused, _parsed, decode_data_url
@@ -35,8 +35,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def server(chat):
-    media = MediaPolicy(networks=(LOOPBACK,), seconds=2.0, idle_seconds=0.7, file_bytes=200_000, images=3)
-    running = Running(chat, Settings(names=("tiny",), media=media, default_tokens=12))
+    running = strict_server(chat)
     yield running
     running.stop()
 

@@ -20,6 +20,7 @@ from llavakit.api import Chat
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.serving.app import Settings, create_app
+from llavakit.serving.policy import MediaPolicy
 
 LOOPBACK = ip_network("127.0.0.0/8")
 
@@ -62,6 +63,12 @@ class Running:
         import openai
 
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def strict_server(chat: Chat) -> Running:
+    """A server that may read from this machine, but little and not for long."""
+    media = MediaPolicy(networks=(LOOPBACK,), seconds=2.0, idle_seconds=0.7, file_bytes=200_000, images=3)
+    return Running(chat, Settings(names=("tiny",), media=media, default_tokens=12))
 
 
 def png(colour="red", size=(40, 30)) -> bytes:

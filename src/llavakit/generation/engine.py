@@ -88,9 +88,8 @@ class Engine:
         max_prefill_tokens: int = 4096,
         compile: bool = False,
     ) -> None:
-        model = (
-            model.get_base_model() if hasattr(model, "get_base_model") else model
-        )  # a PEFT wrapper adds nothing here
+        if hasattr(model, "get_base_model"):  # a PEFT wrapper adds nothing here
+            model = model.get_base_model()
         self.model = (model if device is None else model.to(device)).eval()
         self.core = self.model.model
         self.tokenizer = tokenizer

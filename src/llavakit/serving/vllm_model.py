@@ -73,9 +73,8 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
         made = [processor.image_processor.preprocess([image], return_tensors="pt") for image in hf_data["images"]]
         return BatchFeature(
             {
-                "pixel_values": [
-                    list(image["pixel_values"]) for image in made
-                ],  # views of one image may differ in shape
+                # a list of views for every image: they may differ in shape
+                "pixel_values": [list(image["pixel_values"]) for image in made],
                 "visual_sizes": torch.cat([image["visual_sizes"] for image in made]),
             }
         )
