@@ -26,11 +26,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from llavakit.cost import count
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.proof.cost import count
 from llavakit.views.plan import MediumSize
 
 TEXT = 43

@@ -25,9 +25,8 @@ import torch
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llavakit import parts  # noqa: F401  registers the planners
+from llavakit.media import load_image
 from llavakit.registry import PLANNERS
-from llavakit.views.media import load_image
 from llavakit.views.plan import MediumSize
 
 SIZES = (

@@ -39,8 +39,8 @@ import torch
 import transformers
 from PIL import Image
 
+from llavakit.checkpoints.convert import convert, save
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.convert import convert, save
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.phantom.tokenizer import tiny_tokenizer

@@ -38,9 +38,9 @@ import torch  # noqa: E402
 from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainingArguments  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from llavakit.checkpoints.convert import convert, save  # noqa: E402
 from llavakit.data.collate import Collator  # noqa: E402
 from llavakit.data.mixture import Mixture  # noqa: E402
-from llavakit.model.convert import convert, save  # noqa: E402
 from llavakit.phantom.tokenizer import tiny_tokenizer  # noqa: E402
 from llavakit.phantom.write import write_world  # noqa: E402
 from llavakit.training.attention import switch_on  # noqa: E402

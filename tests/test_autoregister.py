@@ -14,9 +14,9 @@ assert type(config).__name__ == "LlavakitConfig"
 assert AutoModelForImageTextToText._model_mapping[type(config)].__name__ == "LlavakitForConditionalGeneration"
 assert AutoModel._model_mapping[type(config)].__name__ == "LlavakitModel"
 assert PROCESSOR_MAPPING[type(config)].__name__ == "LlavakitProcessor"
-assert not [finder for finder in sys.meta_path if type(finder).__module__ == "llavakit._autoregister"]
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "llavakit.hf"]
 spec = sys.modules["transformers.modeling_utils"].__spec__
-assert type(spec.loader).__module__ != "llavakit._autoregister"
+assert type(spec.loader).__module__ != "llavakit.hf"
 """
 
 

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import llavakit
+from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.files import atomic_folder, clear_write_errors
+from llavakit.checkpoints.inspect import inspect_model
 from llavakit.errors import CheckpointError, UserError
-from llavakit.model.checkpoint import atomic_folder, clear_write_errors
-from llavakit.model.convert import build, convert, open_checkpoint
-from llavakit.model.inspect import inspect_model
 
 TOKENIZER = Path(__file__).parent / "golden" / "llava-1.5" / "tokenizer-sp" / "tokenizer_nonlegacy.json"
 WIDTH, LAYERS, VOCAB, SIDE = 32, 2, 96, 16

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import llavakit
-from llavakit import cli
+from llavakit.cli import app as cli
 from llavakit.errors import UserError
 
 COMMANDS = [
@@ -250,8 +250,8 @@ def toy(monkeypatch):
     """A system with parity, cost and a miniature, that only this test knows."""
     from rich.table import Table
 
-    from llavakit import parity
-    from llavakit.miniature import Arm, Comparison, Verdict
+    from llavakit.proof import golden as parity
+    from llavakit.proof.miniature import Arm, Comparison, Verdict
 
     adapters = {"right": lambda case: 1, "wrong": lambda case: 2, "aside": parity.declined("incidental")}
 
@@ -265,8 +265,8 @@ def toy(monkeypatch):
     offers = {"parity": adapters, "cost": lambda: cost, "miniature": miniature}
     system = SimpleNamespace(load=offers.__getitem__)
     monkeypatch.setattr("llavakit.system.get_system", lambda slug: system)
-    monkeypatch.setattr("llavakit.parity.get_system", lambda slug: system)
-    monkeypatch.setattr("llavakit.parity.systems", lambda: {"toy": system})
+    monkeypatch.setattr("llavakit.proof.golden.get_system", lambda slug: system)
+    monkeypatch.setattr("llavakit.proof.golden.systems", lambda: {"toy": system})
 
 
 def test_parity_prints_one_object_or_one_line_per_case(toy, tmp_path, capsys):
@@ -342,7 +342,7 @@ def test_doctor_is_json_and_a_table(capsys):
 
 
 def test_doctor_names_what_is_wrong(monkeypatch):
-    from llavakit import doctor
+    from llavakit.cli import doctor
 
     found = {"transformers": "4.37.2", "av": None}
     monkeypatch.setattr(doctor, "_version", lambda name, real=doctor._version: found.get(name, real(name)))

@@ -16,8 +16,8 @@ import torch
 
 from llavakit.data.collate import Collator
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.routes import KINDS
 from llavakit.training.lora import prepare
 from llavakit.training.recipe import parse_recipe
 from llavakit.views.plan import MediumSize

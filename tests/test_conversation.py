@@ -13,7 +13,7 @@ from llavakit.conversation.messages import from_llava, media_first, normalise, s
 from llavakit.conversation.stop import KeywordStop
 from llavakit.conversation.template import Template, get_template
 from llavakit.errors import UserError
-from llavakit.parity import Case, Result, compare
+from llavakit.proof.golden import Case, Result, compare
 from llavakit.registry import TEMPLATES
 from llavakit.systems.llava_1_5.parity_text import ADAPTERS, load_tokenizer
 

@@ -20,7 +20,7 @@ from llavakit.data.readers import JsonlSource, JsonSource, Selected, open_source
 from llavakit.data.records import BadRecords, check_media, read_record
 from llavakit.data.sampler import GroupedSampler, length_grouped, modality_grouped, widely_grouped
 from llavakit.errors import RecordError, UserError
-from llavakit.parity import Case, Result, compare
+from llavakit.proof.golden import Case, Result, compare
 from llavakit.systems.llava_1_5.parity_text import ADAPTERS
 
 GOLDEN = Path(__file__).parent / "golden"

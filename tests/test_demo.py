@@ -6,8 +6,8 @@ import json
 
 from rich.console import Console
 
-from llavakit.demo import Budget, Demo
-from llavakit.report import curve
+from llavakit.demo.report import curve
+from llavakit.demo.run import Budget, Demo
 
 
 def test_the_demo_runs_from_nothing_and_is_found_again(tmp_path):

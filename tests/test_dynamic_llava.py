@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from llavakit.errors import UserError
-from llavakit.parity import run_case
+from llavakit.proof.golden import run_case
 from llavakit.system import get_system
 from llavakit.systems.dynamic_llava.adapter import DynamicSparsification
 from llavakit.systems.dynamic_llava.attention import masked_softmax
@@ -523,9 +523,9 @@ def test_save_and_load(tmp_path):
 
 
 def test_the_published_layout_goes_there_and_back(tmp_path):
-    from llavakit.model.convert import build as build_from
-    from llavakit.model.convert import open_checkpoint
-    from llavakit.model.layouts import detect
+    from llavakit.checkpoints.convert import build as build_from
+    from llavakit.checkpoints.convert import open_checkpoint
+    from llavakit.checkpoints.layouts import detect
 
     net, _ = build(use_instruct_predictor=True)
     net.config.system = "dynamic-llava"
@@ -666,8 +666,8 @@ def test_a_recipe_continues_a_plain_model_in_packed_rows(tmp_path):
 
 def test_the_published_recipe_is_valid_and_builds_the_published_sizes():
     from llavakit.training.build import build_meta
+    from llavakit.training.parameter_groups import part_of, public_name
     from llavakit.training.recipe import load_recipe
-    from llavakit.training.select import part_of, public_name
 
     recipe = load_recipe(get_system("dynamic-llava").recipe)
     model = build_meta(recipe)

@@ -16,10 +16,10 @@ from PIL import Image
 from llavakit.errors import MediaError, RecordError, UserError
 from llavakit.evaluation import metrics, processors, text_metrics
 from llavakit.evaluation.benchmarks.base import Question
-from llavakit.evaluation.judge import Judge, parse_pair
+from llavakit.evaluation.judges import Judge, parse_pair
 from llavakit.evaluation.run import evaluate
 from llavakit.evaluation.score import benchmark, print_result, score
-from llavakit.parity import Case, run_case
+from llavakit.proof.golden import Case, run_case
 from llavakit.registry import BENCHMARKS
 from llavakit.systems.llava_1_5.parity_eval import ADAPTERS
 

@@ -13,16 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llavakit.checkpoints.convert import build as build_checkpoint
+from llavakit.checkpoints.convert import convert, open_checkpoint
 from llavakit.data.collate import Collator
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.generation.search import Branch, grow
-from llavakit.model.convert import build as build_checkpoint
-from llavakit.model.convert import convert, open_checkpoint
-from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.parity import run_case
+from llavakit.model.routes import KINDS
+from llavakit.proof.golden import run_case
 from llavakit.registry import PLANNERS
 from llavakit.system import get_system
 from llavakit.systems.llava_mini import cost, miniature

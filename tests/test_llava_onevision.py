@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import llavakit
+from llavakit.checkpoints.convert import build, convert, open_checkpoint
 from llavakit.conversation.template import get_template
 from llavakit.data.collate import Collator
 from llavakit.errors import CheckpointError, UserError
-from llavakit.model.convert import build, convert, open_checkpoint
-from llavakit.model.media import KINDS, MediaSpec
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.parity import find_cases, run_case
+from llavakit.model.routes import KINDS, MediaSpec
+from llavakit.proof.golden import find_cases, run_case
 from llavakit.systems.llava_onevision.checkpoint import Classic, Hf, media_of, settings_of
 from llavakit.systems.llava_onevision.data import time_instruction, with_time_instruction
 from llavakit.views.plan import MediumSize
@@ -321,8 +321,8 @@ def test_every_published_connector_name_survives_the_round_trip(connector):
     written = dict(layout.write_state(config, own))
     assert layout.write_config(config)["mm_projector_type"] == connector
     assert "lm_head.weight" not in written  # tied
-    from llavakit.model.checkpoint import LazyState
-    from llavakit.model.layouts import rename_with
+    from llavakit.checkpoints.files import LazyState
+    from llavakit.checkpoints.layouts import rename_with
 
     state = LazyState({name: (lambda t=t: t) for name, t in written.items()}, {})
     state = layout.drop_unused(config, state.renamed(rename_with(layout.renames_in())))
@@ -534,8 +534,8 @@ def test_time_instruction_stands_between_video_and_question():
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_step_trains_what_it_should(chat, lora, packing):
     from llavakit.training.lora import prepare
+    from llavakit.training.parameter_groups import Rates, optimizer_groups
     from llavakit.training.recipe import parse_recipe
-    from llavakit.training.select import Rates, optimizer_groups
 
     train = {"multi_modal_projector": True, "image_newline": True}
     if not lora:
@@ -570,8 +570,8 @@ def test_a_step_trains_what_it_should(chat, lora, packing):
 def test_the_recipe_trains_each_part_at_its_rate():
     from llavakit.system import get_system
     from llavakit.training.build import build_meta, merged_media
+    from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, trainable_by_part
     from llavakit.training.recipe import load_recipe
-    from llavakit.training.select import Rates, freeze_all_but, optimizer_groups, trainable_by_part
 
     recipe = load_recipe(get_system("llava-onevision").recipe)
     model = build_meta(recipe)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llavakit.model.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import build, convert, open_checkpoint
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.parity import find_cases, run_case
+from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.llava_uhd.checkpoint import Released
 from llavakit.systems.llava_uhd.partition import NativeSlices

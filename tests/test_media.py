@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llavakit.errors import UserError
-from llavakit.views.media import Limits, image_size, load_image, load_video, load_volume
+from llavakit.media import Limits, image_size, load_image, load_video, load_volume
 
 RED = (200, 30, 60)
 

@@ -11,10 +11,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from llavakit.checkpoints.convert import build, convert, open_checkpoint
 from llavakit.errors import MediaError
-from llavakit.model.convert import build, convert, open_checkpoint
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.parity import find_cases, run_case
+from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.medm_vl.checkpoint import KNOWN_LLMS, Published
 from llavakit.systems.medm_vl.towers import M3DClipConfig, M3DClipVision

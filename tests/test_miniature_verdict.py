@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llavakit.errors import UserError
-from llavakit.miniature import Arm, Comparison, Verdict, interval, run_seeds, t_quantile
-from llavakit.parallel import WorkerError, run_each
+from llavakit.proof.miniature import Arm, Comparison, Verdict, interval, run_seeds, t_quantile
+from llavakit.proof.parallel import WorkerError, run_each
 
 
 @pytest.mark.parametrize(

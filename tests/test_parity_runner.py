@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llavakit import parity
 from llavakit.errors import UserError
-from llavakit.parity import Case, Declined, Result, find_cases, run_case, summary
+from llavakit.proof import golden as parity
+from llavakit.proof.golden import Case, Declined, Result, find_cases, run_case, summary
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llavakit.parity import run_case
+from llavakit.proof.golden import run_case
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = ("tokenizer_model_max_length",)

@@ -29,9 +29,9 @@ from llavakit.training.build import build_meta, build_model, load_checkpoint
 from llavakit.training.dataset import Samples, StageCollator, open_records, plan_batches
 from llavakit.training.features import FeatureCache
 from llavakit.training.lora import prepare
+from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, public_name, trainable_by_part
 from llavakit.training.recipe import PartTraining, load_recipe, parse_recipe, scale
 from llavakit.training.run import TrainResult, train
-from llavakit.training.select import Rates, freeze_all_but, optimizer_groups, public_name, trainable_by_part
 
 QUIET = Console(quiet=True)
 MINIMAL = {"model": "somewhere", "stages": [{"name": "a", "train": ["multi_modal_projector"], "learning_rate": 1e-3}]}

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llavakit import parts  # noqa: F401  registers the built-in parts
 from llavakit.errors import UserError
-from llavakit.model.arrange_tiles import pool
-from llavakit.parity import Case, run_case
+from llavakit.media import frame_sampling as sampling
+from llavakit.proof.golden import Case, run_case
 from llavakit.registry import ARRANGEMENTS, PLANNERS
+from llavakit.splice.tiles import pool
 from llavakit.systems.llava_1_5.parity_views import ADAPTERS
-from llavakit.views import pixels, sampling, tiles
+from llavakit.views import pixels, tiles
 from llavakit.views.plan import MediumSize, Plan
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-1.5"

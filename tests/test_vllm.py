@@ -26,8 +26,8 @@ from PIL import Image
 
 import llavakit
 from llavakit import LlavakitConfig, LlavakitForConditionalGeneration, LlavakitProcessor
+from llavakit.checkpoints.convert import convert, save
 from llavakit.errors import UserError
-from llavakit.model.convert import convert, save
 from llavakit.serving.vllm_plugin import check
 from llavakit.systems.llava_onevision.checkpoint import media_of
 

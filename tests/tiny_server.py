@@ -16,7 +16,7 @@ import torch
 import uvicorn
 from PIL import Image
 
-from llavakit.api import Chat
+from llavakit.generation.chat import Chat
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.serving.app import Settings, create_app

@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llavakit import _autoregister
+from llavakit import hf
 
 if TYPE_CHECKING:
-    from llavakit.api import load as load
     from llavakit.errors import UserError as UserError
+    from llavakit.generation.chat import load as load
     from llavakit.model.configuration import LlavakitConfig as LlavakitConfig
     from llavakit.model.modeling import LlavakitForConditionalGeneration as LlavakitForConditionalGeneration
     from llavakit.model.modeling import LlavakitModel as LlavakitModel
@@ -28,7 +28,7 @@ _LAZY = {
     "LlavakitProcessor": "llavakit.model.processing",
     "System": "llavakit.system",
     "UserError": "llavakit.errors",
-    "load": "llavakit.api",
+    "load": "llavakit.generation.chat",
 }
 
 __all__ = ["__version__", *_LAZY]
@@ -51,4 +51,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_autoregister.install()
+hf.install()

@@ -1,6 +1,6 @@
 """`python -m llavakit` is the `llavakit` command."""
 
-from llavakit.cli import main
+from llavakit.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -101,3 +101,17 @@ BENCHMARKS = Registry("benchmark")
 WORLDS = Registry("phantom world")
 CODECS = Registry("assistant codec")
 LAYOUTS = Registry("checkpoint layout")
+
+# Built-in parts, as places to import from on first use. Parts of one published system are on that system's card.
+ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleTower")
+
+PLANNERS.add("square", "llavakit.views.image:Square")
+PLANNERS.add("pad", "llavakit.views.image:Pad")
+PLANNERS.add("squash", "llavakit.views.image:Squash")
+PLANNERS.add("anyres", "llavakit.views.image:AnyRes")
+PLANNERS.add("frames", "llavakit.views.frames:Frames")
+
+ARRANGEMENTS.add("spatial", "llavakit.splice.tiles:Spatial")
+ARRANGEMENTS.add("spatial_unpad", "llavakit.splice.tiles:SpatialUnpad")
+ARRANGEMENTS.add("frames", "llavakit.splice.tiles:Frames")
+ARRANGEMENTS.add("faster_video", "llavakit.splice.tiles:FasterVideo")

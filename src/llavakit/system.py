@@ -41,10 +41,10 @@ class System:
         claims: What the paper claims; the miniature re-tests the first.
         checkpoints: Hub ids of published weights.
         parts: Registry name -> {part name -> "module:attribute"} of the parts that only this system has.
-        parity: "module:attribute" of a dict from golden component names to adapters, see `llavakit.parity`.
-        cost: "module:function" that returns a `llavakit.cost.CostReport`.
-        miniature: "module:function" that returns a `llavakit.miniature.Verdict`.
-        checkpoint: "module:attribute" of the `llavakit.model.layouts.Layout` of its published files.
+        parity: "module:attribute" of a dict from golden component names to adapters, see `llavakit.proof.golden`.
+        cost: "module:function" that returns a `llavakit.proof.cost.CostReport`.
+        miniature: "module:function" that returns a `llavakit.proof.miniature.Verdict`.
+        checkpoint: "module:attribute" of the `llavakit.checkpoints.layouts.Layout` of its published files.
         recipe: The YAML file of every training stage at published scale.
         readme: The system's page.
     """

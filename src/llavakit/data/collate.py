@@ -1,7 +1,7 @@
 """Collation: processed samples to one batch, padded or packed.
 
 A processed sample is a dict with `input_ids` (media expanded), `labels`, and for its media `pixel_values` (one tensor
-per view), `visual_sizes` (depth, height, width) and `visual_kinds` (index into `llavakit.model.media.KINDS`). The
+per view), `visual_sizes` (depth, height, width) and `visual_kinds` (index into `llavakit.model.routes.KINDS`). The
 collator lays tokens side by side and media one after another; it knows neither tokenizer nor model.
 """
 

@@ -165,7 +165,7 @@ def check_media(record: Record) -> None:
     Raises:
         RecordError: If a file is missing, truncated or no image.
     """
-    from llavakit.views.media import load_image
+    from llavakit.media import load_image
 
     for message in record.messages:
         for part in message["content"]:

@@ -18,8 +18,8 @@ from llavakit.connectors.base import tokens_in
 from llavakit.errors import UserError
 from llavakit.generation.cache import ByteBounded, content_digest, prompt_keys
 from llavakit.generation.request import Request
-from llavakit.model.media import KINDS
-from llavakit.model.splice import scatter
+from llavakit.model.routes import KINDS
+from llavakit.splice.scatter import scatter
 from llavakit.vision.geometry import geometry_of
 
 

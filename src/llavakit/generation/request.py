@@ -77,7 +77,7 @@ class Request:
         input_ids: Expanded prompt [length] (one placeholder id per visual token).
         pixel_values: Views of all media, as the model's forward takes them for a single sample.
         visual_sizes: Original (depth, height, width) of every medium [media, 3].
-        visual_kinds: Kind of every medium [media], index into `llavakit.model.media.KINDS`.
+        visual_kinds: Kind of every medium [media], index into `llavakit.model.routes.KINDS`.
         inputs_embeds: Embedded prompt [length, hidden] instead of media; visual tokens are in place already.
         answers: True at earlier answers of the conversation; connectors that read the prompt may ask for it. As long as
             the prompt, or shorter if none follow.

@@ -15,7 +15,6 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
-from llavakit import parts  # noqa: F401  registers the built-in encoders
 from llavakit.errors import UserError
 from llavakit.registry import ENCODERS
 from llavakit.system import systems

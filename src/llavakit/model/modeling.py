@@ -22,9 +22,9 @@ from transformers.utils import can_return_tuple
 
 from llavakit.connectors.base import Connector, Features, Grid, Prompt, StreamedFeatures
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.media import KINDS, MediaSpec
-from llavakit.model.splice import IGNORE, scatter
+from llavakit.model.routes import KINDS, MediaSpec
 from llavakit.registry import ADAPTERS, CONNECTORS
+from llavakit.splice.scatter import IGNORE, scatter
 from llavakit.views.plan import MediumSize, Plan
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
@@ -170,7 +170,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         Args:
             pixel_values: [views, channels, (depth,) height, width], or a list of such views of several shapes.
             visual_sizes: Original (depth, height, width) of every medium [media, 3].
-            visual_kinds: Index into `llavakit.model.media.KINDS` of every medium [media].
+            visual_kinds: Index into `llavakit.model.routes.KINDS` of every medium [media].
         """
         kinds, plans = self.plan_media(pixel_values, visual_sizes, visual_kinds)
         owners = [number for number, plan in enumerate(plans) for _ in plan.views]

@@ -18,13 +18,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import MultiModalData
 
+from llavakit import media as readers
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
 from llavakit.errors import MediaError, UserError
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.media import KINDS, MediaSpec
-from llavakit.model.splice import expand
+from llavakit.model.routes import KINDS, MediaSpec
 from llavakit.registry import nearest
-from llavakit.views import media as readers
+from llavakit.splice.scatter import expand
 from llavakit.views.plan import MediumSize
 
 IMAGE_TOKEN = "<image>"
@@ -115,7 +115,8 @@ def check_reading(reading: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """
     if not reading:
         return None
-    from llavakit.views import read_video, read_volume
+    from llavakit.media import video as read_video
+    from llavakit.media import volume as read_volume
 
     known = {"image": readers.load_image, "video": read_video.load_video, "volume": read_volume.load_volume}
     for kind, options in reading.items():
@@ -135,7 +136,7 @@ class LlavakitProcessor(ProcessorMixin):
         image_processor: Holds planners and sizes.
         tokenizer: The language model's tokenizer; `<image>` is added if it has none.
         template: Name of the conversation template; see `llavakit.conversation.templates`.
-        sampling: How frames of a video are chosen, see `llavakit.views.media.load_video`.
+        sampling: How frames of a video are chosen, see `llavakit.media.load_video`.
         reading: Options of the media readers by type, e.g. `{"volume": {"window": [-1000, 1000]}}`.
     """
 

@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
-from llavakit.api import Chat
+from llavakit.generation.chat import Chat
 from llavakit.serving.answer import Answer, Events
 from llavakit.serving.protocol import ChatRequest, Completion, ErrorAnswer, error_body, new_id
 from llavakit.serving.service import APIError, Service, Settings

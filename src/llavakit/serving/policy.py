@@ -25,7 +25,7 @@ import httpcore
 
 from llavakit.errors import UserError
 from llavakit.generation.cache import ByteBounded
-from llavakit.views.media import Limits
+from llavakit.media.source import Limits
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -78,7 +78,7 @@ def serve(
         return
     uvicorn = _need("uvicorn", "serve")
     _need("fastapi", "serve")
-    from llavakit.api import load
+    from llavakit.generation.chat import load
     from llavakit.serving.app import Settings, create_app
     from llavakit.serving.policy import MediaPolicy
 

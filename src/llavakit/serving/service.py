@@ -14,9 +14,9 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 
-from llavakit.api import Chat
 from llavakit.conversation.encode import disarm
 from llavakit.errors import UserError
+from llavakit.generation.chat import Chat
 from llavakit.generation.request import Handle, Piece
 from llavakit.serving import toolcalls
 from llavakit.serving.metrics import Metrics

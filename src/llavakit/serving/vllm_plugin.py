@@ -41,9 +41,9 @@ def check(model: str | Path) -> list[str]:
     Raises:
         UserError: With the reason and what to do.
     """
-    from llavakit.model.checkpoint import read_json
+    from llavakit.checkpoints.convert import open_checkpoint
+    from llavakit.checkpoints.files import read_json
     from llavakit.model.configuration import LlavakitConfig
-    from llavakit.model.convert import open_checkpoint
 
     path = Path(model)
     if not path.is_dir():
@@ -70,7 +70,7 @@ def check(model: str | Path) -> list[str]:
 
 def _has_class_in_vllm(config: Any) -> bool:
     """Whether transformers' layout of this model exists and is one that vLLM's own class gets right."""
-    from llavakit.model import layouts
+    from llavakit.checkpoints import layouts
 
     try:
         raw = layouts.layout_for(config, "hf").write_config(config)
@@ -86,7 +86,7 @@ def refuse(config: Any, name: str | Path) -> None:
     Raises:
         UserError: With the reason and what to do.
     """
-    from llavakit.model.media import MediaSpec
+    from llavakit.model.routes import MediaSpec
 
     routes = MediaSpec(config).routes
     readers = [route.connector_options["type"] for route in routes.values() if route.connector_cls.needs_prompt]

@@ -16,13 +16,13 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image
 
-from llavakit.api import Chat
 from llavakit.conversation.encode import disarm
 from llavakit.errors import UserError
+from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestFailed
+from llavakit.media import load_volume
 from llavakit.phantom.write import build_world
 from llavakit.serving.policy import MediaPolicy
-from llavakit.views.media import load_volume
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 VOLUMES = (".npy", ".nii", ".nii.gz")

@@ -15,10 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
-from llavakit.errors import CheckpointError, RecipeError, UserError
-from llavakit.model.checkpoint import read_json
-from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.convert import (
+from llavakit.checkpoints.convert import (
     build,
     load_processor,
     load_tokenizer,
@@ -26,10 +23,13 @@ from llavakit.model.convert import (
     names_in_memory,
     open_checkpoint,
 )
-from llavakit.model.layouts import published
-from llavakit.model.media import MediaSpec
+from llavakit.checkpoints.files import read_json
+from llavakit.checkpoints.layouts import published
+from llavakit.errors import CheckpointError, RecipeError, UserError
+from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.routes import MediaSpec
 from llavakit.registry import nearest
 from llavakit.system import get_system
 from llavakit.training.recipe import Parts, Recipe

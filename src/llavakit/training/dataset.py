@@ -24,10 +24,10 @@ from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import first_fit_decreasing
 from llavakit.data.sampler import length_grouped, modality_grouped
 from llavakit.errors import RecordError, UserError
-from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.splice import IGNORE
+from llavakit.model.routes import KINDS
+from llavakit.splice.scatter import IGNORE
 from llavakit.training.recipe import Recipe, Stage
 from llavakit.views.plan import MediumSize
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from llavakit.conversation.encode import collect_media
 from llavakit.errors import UserError
-from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.routes import KINDS
 from llavakit.views.plan import MediumSize
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}

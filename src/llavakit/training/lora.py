@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llavakit.checkpoints.files import read_folder
 from llavakit.errors import CheckpointError, RecipeError, UserError
-from llavakit.model.checkpoint import read_folder
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.training.parameter_groups import EVERYTHING, freeze_all_but, linear_layers, public_name
 from llavakit.training.recipe import Lora, Stage
-from llavakit.training.select import EVERYTHING, freeze_all_but, linear_layers, public_name
 
 EXTRAS = "trained_parameters.safetensors"
 _PREFIX = "base_model.model."

@@ -4,7 +4,7 @@ output/
   recipe.yaml                 the recipe with its overrides, as it was run
   cache/                      features of frozen encoders (`cache_features`)
   STAGE/
-    metrics.json              loss curve and facts, see `training.report`
+    metrics.json              loss curve and facts, see `training.callbacks`
     checkpoint-N/             whole checkpoints of the running stage: model, optimiser, schedule, random states
     adapter/                  with LoRA: PEFT's adapter
     final/                    the stage's model: a llavakit checkpoint with its processor (`lora.merge: false`: the
@@ -34,22 +34,22 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from llavakit.checkpoints.convert import save
+from llavakit.checkpoints.files import atomic_folder, clear_write_errors
 from llavakit.errors import RecipeError, UserError
-from llavakit.model.checkpoint import atomic_folder, clear_write_errors
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.convert import save
-from llavakit.model.media import MediaSpec
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor, architecture_of
+from llavakit.model.routes import MediaSpec
 from llavakit.training import distributed
 from llavakit.training.attention import switch_on
 from llavakit.training.build import build_model, load_checkpoint, merged_media
+from llavakit.training.callbacks import Bar, Metrics
 from llavakit.training.dataset import Samples, StageCollator, global_batch, open_records, plan_batches, stand_ins
 from llavakit.training.features import FeatureCache, cacheable
 from llavakit.training.lora import merged_state, prepare, save_adapter
+from llavakit.training.parameter_groups import part_of, public_name, trainable_by_part
 from llavakit.training.recipe import Recipe, Stage, load_recipe
-from llavakit.training.report import Bar, Metrics
-from llavakit.training.select import part_of, public_name, trainable_by_part
 from llavakit.training.trainer import StageTrainer, checkpoints
 
 STAMP = "training.json"

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from llavakit.model.checkpoint import clear_write_errors
-from llavakit.model.convert import save
+from llavakit.checkpoints.convert import save
+from llavakit.checkpoints.files import clear_write_errors
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.splice import IGNORE
+from llavakit.splice.scatter import IGNORE
 from llavakit.training import distributed
 from llavakit.training.attention import packed_attention, segments_of
 from llavakit.training.dataset import Batches, Samples, StageCollator
 from llavakit.training.lora import load_adapter, save_adapter
+from llavakit.training.parameter_groups import Rates, core, optimizer_groups, progress_hooks
 from llavakit.training.recipe import LossWeights, Stage
-from llavakit.training.select import Rates, core, optimizer_groups, progress_hooks
 
 PREFIX = "checkpoint-"
 

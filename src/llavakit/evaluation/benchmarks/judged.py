@@ -25,7 +25,7 @@ from llavakit.evaluation.benchmarks.base import (
     write_json,
     write_lines,
 )
-from llavakit.evaluation.judge import Judge, parse_pair, review_content, review_record
+from llavakit.evaluation.judges import Judge, parse_pair, review_content, review_record
 from llavakit.evaluation.metrics import mean, relative_score
 from llavakit.evaluation.records import (
     Record,

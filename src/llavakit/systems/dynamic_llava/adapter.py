@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llavakit.errors import UserError
 from llavakit.language.adapter import LanguageAdapter
-from llavakit.model.splice import IGNORE
+from llavakit.splice.scatter import IGNORE
 from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, as_layer_mask
 from llavakit.systems.dynamic_llava.cache import SelectiveCache
 from llavakit.systems.dynamic_llava.decisions import (

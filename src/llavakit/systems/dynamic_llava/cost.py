@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from llavakit.cost import CostReport, Flops, language_model, module_flops, on_meta, parameters, prefill_flops
+from llavakit.proof.cost import CostReport, Flops, language_model, module_flops, on_meta, parameters, prefill_flops
 
 IMAGE = 576
 FULL_LAYERS = 2

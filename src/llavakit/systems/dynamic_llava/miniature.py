@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from llavakit.cost import count
-from llavakit.miniature import Comparison, Verdict, run_seeds
+from llavakit.proof.cost import count
+from llavakit.proof.miniature import Comparison, Verdict, run_seeds
 from llavakit.systems.dynamic_llava.adapter import DynamicSparsification, Places
 from llavakit.systems.dynamic_llava.decisions import top_keep
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llavakit.model.arrange import Run
-from llavakit.model.checkpoint import LazyState
-from llavakit.model.convert import Checkpoint, build
-from llavakit.model.layouts import rename_with
+from llavakit.checkpoints.convert import Checkpoint, build
+from llavakit.checkpoints.files import LazyState
+from llavakit.checkpoints.layouts import rename_with
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.splice import IGNORE, Spliced, expand
-from llavakit.parity import Case, Result
+from llavakit.proof.golden import Case, Result
+from llavakit.splice.layout import Run
+from llavakit.splice.scatter import IGNORE, Spliced, expand
 from llavakit.systems.dynamic_llava.adapter import Decisions, DynamicSparsification, Sample
 from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, masked_softmax
 from llavakit.systems.dynamic_llava.cache import SelectiveCache

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llavakit.model.splice import IGNORE
+from llavakit.splice.scatter import IGNORE
 
 USER_MARKER = (11889, 29901)  # "USER:" in the Llama-2 vocabulary
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavakit.model.checkpoint import LazyState, read_folder
+from llavakit.checkpoints.files import LazyState, read_folder
+from llavakit.checkpoints.layouts import ClassicLayout, Layout, rename_with
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import ClassicLayout, Layout, rename_with
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
-from llavakit.cost import (
+from llavakit.proof.cost import (
     CostReport,
     cache_bytes,
     count,
@@ -19,8 +19,8 @@ from llavakit.cost import (
     vision_flops,
     vision_model,
 )
-from llavakit.model.arrange_tiles import SpatialUnpad
 from llavakit.registry import PLANNERS
+from llavakit.splice.tiles import SpatialUnpad
 from llavakit.views.plan import MediumSize
 from llavakit.vision.known import KNOWN_TOWERS
 

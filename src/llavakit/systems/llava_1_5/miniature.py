@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llavakit.miniature import Comparison, Verdict, run_seeds
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.proof.miniature import Comparison, Verdict, run_seeds
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 

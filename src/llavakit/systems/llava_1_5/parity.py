@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavakit.checkpoints.layouts import mlp_options, rename_with
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
-from llavakit.model.arrange import Run
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import mlp_options, rename_with
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.splice import IGNORE, expand, scatter
-from llavakit.parity import Case, Result
+from llavakit.proof.golden import Case, Result
+from llavakit.splice.layout import Run
+from llavakit.splice.scatter import IGNORE, expand, scatter
 from llavakit.systems.llava_1_5 import parity_eval, parity_text, parity_views
 from llavakit.systems.llava_1_5.checkpoint import Classic, Hf, pinpoints_of
 from llavakit.views.plan import MediumSize

@@ -19,9 +19,9 @@ from llavakit.conversation.template import Rounds, Template, get_template
 from llavakit.data import scienceqa
 from llavakit.data.collate import Collator
 from llavakit.data.sampler import even_chunks, length_grouped, length_with_media, modality_grouped, word_length
-from llavakit.parity import Case, Result
+from llavakit.proof.golden import Case, Result
+from llavakit.training.parameter_groups import Rates, freeze_all_but, linear_layers, optimizer_groups, top_level_parts
 from llavakit.training.recipe import Lora, PartTraining
-from llavakit.training.select import Rates, freeze_all_but, linear_layers, optimizer_groups, top_level_parts
 
 SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 BYTE_LEVEL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llavakit.model.arrange import Flat
-from llavakit.model.arrange_tiles import Spatial, SpatialUnpad
-from llavakit.parity import Case, Result
+from llavakit.proof.golden import Case, Result
 from llavakit.registry import PLANNERS
+from llavakit.splice.layout import Flat
+from llavakit.splice.tiles import Spatial, SpatialUnpad
 from llavakit.systems.llava_1_5.checkpoint import pinpoints_of
 from llavakit.views import pixels, tiles
 from llavakit.views.plan import MediumSize

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llavakit.checkpoints.layouts import ClassicLayout, Renames
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import ClassicLayout, Renames
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]

@@ -13,7 +13,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llavakit.connectors.general import MLP
-from llavakit.cost import (
+from llavakit.proof.cost import (
     CostReport,
     Flops,
     cache_bytes,

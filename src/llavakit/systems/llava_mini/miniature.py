@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llavakit.connectors.base import Features
-from llavakit.cost import count
-from llavakit.miniature import Comparison, Verdict, run_seeds
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration, Visuals
+from llavakit.proof.cost import count
+from llavakit.proof.miniature import Comparison, Verdict, run_seeds
 from llavakit.views.plan import MediumSize
 
 CELLS = SHAPES = 8

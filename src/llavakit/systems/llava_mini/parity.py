@@ -14,23 +14,23 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.general import sincos_table
 from llavakit.conversation.encode import encode, tokenize
 from llavakit.conversation.messages import from_llava, media_first, split_literals, to_llava
 from llavakit.conversation.template import get_template
 from llavakit.evaluation import metrics, processors
-from llavakit.model.arrange import Run
+from llavakit.media import frame_sampling as sampling
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import rename_with
-from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration, Visuals
-from llavakit.model.splice import IGNORE, expand, scatter
-from llavakit.parity import Case, Result
+from llavakit.model.routes import KINDS
+from llavakit.proof.golden import Case, Result
+from llavakit.splice.layout import Run
+from llavakit.splice.scatter import IGNORE, expand, scatter
 from llavakit.systems.llava_mini.checkpoint import Classic, media_of
 from llavakit.systems.llava_mini.compressor import Compressor, resized_table
 from llavakit.systems.llava_mini.connector import CompressorPrefusion, units_of
 from llavakit.systems.llava_mini.views import GridAndWhole, blocks
-from llavakit.views import sampling
 from llavakit.views.frames import squash_nearest
 from llavakit.views.plan import MediumSize
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavakit.checkpoints.files import LazyState, read_folder, read_json
+from llavakit.checkpoints.layouts import ClassicLayout, Layout, mlp_options, rename_with
 from llavakit.errors import CheckpointError
-from llavakit.model.checkpoint import LazyState, read_folder, read_json
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import ClassicLayout, Layout, mlp_options, rename_with
 from llavakit.views.tiles import candidates
 from llavakit.vision.known import KNOWN_TOWERS
 

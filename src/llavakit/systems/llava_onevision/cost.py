@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
-from llavakit import parts  # noqa: F401  registers the built-in parts
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
-from llavakit.cost import (
+from llavakit.proof.cost import (
     CostReport,
     cache_bytes,
     count,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llavakit.conversation.messages import Message, Part, is_medium, text_of
-from llavakit.views.sampling import step
+from llavakit.media.frame_sampling import step
 
 NOISE = "QA_GT_caption_based_noisy"  # a left-over of VideoInstruct-100K
 
@@ -46,7 +46,7 @@ def sampled_times(
     Args:
         total: Frames of the video.
         average_rate: Frames per second.
-        fps, max_frames, force: See `llavakit.views.sampling.step`.
+        fps, max_frames, force: See `llavakit.media.frame_sampling.step`.
     """
     indices = step(total, average_rate, fps, max_frames, force)
     stride = max(round(average_rate / fps), 1)

@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
 
-from llavakit import parts  # noqa: F401  registers the built-in parts
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
-from llavakit.miniature import Comparison, Measurements, Verdict, run_seeds
-from llavakit.model.arrange import Arrangement, Flat
-from llavakit.model.arrange_tiles import Frames, SpatialUnpad
+from llavakit.proof.miniature import Comparison, Measurements, Verdict, run_seeds
 from llavakit.registry import PLANNERS
+from llavakit.splice.layout import Arrangement, Flat
+from llavakit.splice.tiles import Frames, SpatialUnpad
 from llavakit.views.plan import MediumSize, Plan
 
 VIEW, GRID, GLYPH, CLASSES = 12, 3, 6, 6

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
+from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.base import Features
-from llavakit.model.arrange import Run
-from llavakit.model.arrange_tiles import pool
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import rename_with
-from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.splice import IGNORE, expand, scatter
-from llavakit.parity import Case, Result
+from llavakit.model.routes import KINDS
+from llavakit.proof.golden import Case, Result
 from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
+from llavakit.splice.layout import Run
+from llavakit.splice.scatter import IGNORE, expand, scatter
+from llavakit.splice.tiles import pool
 from llavakit.systems.llava_onevision import parity_data, parity_views
 from llavakit.systems.llava_onevision.checkpoint import (
     Classic,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavakit.checkpoints.layouts import rename_with
 from llavakit.conversation.encode import encode, tokenize
 from llavakit.conversation.messages import Message, from_llava, split_literals, to_llava
 from llavakit.conversation.messages import media_of as media_in
@@ -17,9 +18,9 @@ from llavakit.conversation.template import get_template
 from llavakit.data.collate import Collator
 from llavakit.data.mixing import choose
 from llavakit.data.sampler import length_with_media, modality_grouped, widely_grouped, word_length
-from llavakit.model.layouts import rename_with
+from llavakit.media.frame_sampling import uniform
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.parity import Case, Result
+from llavakit.proof.golden import Case, Result
 from llavakit.registry import PLANNERS
 from llavakit.systems.llava_onevision.checkpoint import Classic, media_of
 from llavakit.systems.llava_onevision.data import (
@@ -30,10 +31,9 @@ from llavakit.systems.llava_onevision.data import (
     without_noise,
 )
 from llavakit.systems.llava_onevision.parity_views import image_of
+from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups
 from llavakit.training.recipe import PartTraining
-from llavakit.training.select import Rates, freeze_all_but, optimizer_groups
 from llavakit.views.plan import MediumSize
-from llavakit.views.sampling import uniform
 
 TEMPLATE = "qwen_1_5"
 PARTS = {

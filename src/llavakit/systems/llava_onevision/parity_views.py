@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llavakit.parity import Case, Result
+from llavakit.proof.golden import Case, Result
 from llavakit.registry import ARRANGEMENTS, PLANNERS
 from llavakit.systems.llava_onevision.checkpoint import media_of
 from llavakit.views import tiles

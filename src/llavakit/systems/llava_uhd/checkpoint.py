@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from llavakit.checkpoints.files import LazyState
+from llavakit.checkpoints.layouts import ClassicLayout, Renames
 from llavakit.connectors.general import sincos_table
-from llavakit.model.checkpoint import LazyState
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import ClassicLayout, Renames
 
 TYPES = {"adapt_spatial_resampler": "spatial_resampler", "perceiver_resampler": "resampler"}
 HEAD_WIDTH = 128

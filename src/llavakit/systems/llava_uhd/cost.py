@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP, Resampler
-from llavakit.cost import CostReport, count, language_model, on_meta, prefill_flops, vision_flops
+from llavakit.proof.cost import CostReport, count, language_model, on_meta, prefill_flops, vision_flops
 from llavakit.systems.llava_uhd.partition import NativeSlices
 from llavakit.systems.llava_uhd.resampler import pool_shape
 from llavakit.systems.llava_uhd.schema import SpatialSchema

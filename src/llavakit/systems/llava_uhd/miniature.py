@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llavakit.connectors.general import Resampler
-from llavakit.miniature import Comparison, Verdict, run_seeds
+from llavakit.proof.miniature import Comparison, Verdict, run_seeds
 from llavakit.systems.llava_uhd.partition import NativeSlices
 from llavakit.views.plan import MediumSize
 from llavakit.vision.encode import encode_views

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.general import Resampler
 from llavakit.conversation.template import get_template
 from llavakit.evaluation import metrics, processors
-from llavakit.model.arrange import Run
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import rename_with
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.splice import IGNORE, expand
-from llavakit.parity import Case, Result
+from llavakit.proof.golden import Case, Result
+from llavakit.splice.layout import Run
+from llavakit.splice.scatter import IGNORE, expand
 from llavakit.systems.llava_uhd.checkpoint import Released
 from llavakit.systems.llava_uhd.cost import golden_flops
 from llavakit.systems.llava_uhd.partition import NativeSlices, preview_partition

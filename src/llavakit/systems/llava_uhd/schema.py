@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llavakit.connectors.base import Grid, tokens_in
-from llavakit.model.arrange import Arrangement, Run
+from llavakit.splice.layout import Arrangement, Run
 from llavakit.views.plan import Plan
 
 

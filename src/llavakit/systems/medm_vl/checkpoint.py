@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from llavakit.checkpoints.files import LazyState, read_folder, read_json
+from llavakit.checkpoints.layouts import Layout, mlp_options, rename_with
 from llavakit.errors import CheckpointError
-from llavakit.model.checkpoint import LazyState, read_folder, read_json
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import Layout, mlp_options, rename_with
 from llavakit.vision.known import KNOWN_TOWERS
 
 KNOWN_LLMS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen2Config, SiglipVisionConfig
 
 from llavakit.connectors.general import Pooling
-from llavakit.cost import (
+from llavakit.proof.cost import (
     CostReport,
     count,
     language_model,

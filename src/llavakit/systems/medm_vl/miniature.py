@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import Pooling
-from llavakit.miniature import Comparison, Verdict, run_seeds
+from llavakit.proof.miniature import Comparison, Verdict, run_seeds
 from llavakit.systems.medm_vl.connector import AttentionPooling
 
 SIDE, WIDTH, HIDDEN = 4, 24, 32

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llavakit.checkpoints.layouts import mlp_options, rename_with
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP, Pooling
 from llavakit.evaluation import metrics, processors, text_metrics
-from llavakit.model.arrange import Run
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.layouts import mlp_options, rename_with
-from llavakit.model.media import KINDS
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.splice import IGNORE, expand
-from llavakit.parity import Case, Result
+from llavakit.model.routes import KINDS
+from llavakit.proof.golden import Case, Result
+from llavakit.splice.layout import Run
+from llavakit.splice.scatter import IGNORE, expand
 from llavakit.systems.medm_vl.checkpoint import LLM_TYPES, Published
 from llavakit.systems.medm_vl.connector import AttentionPooling
 from llavakit.systems.medm_vl.parity_text import batch_collator, conversation

@@ -9,7 +9,7 @@ import torch
 from llavakit.conversation.encode import encode
 from llavakit.conversation.messages import from_llava
 from llavakit.data.collate import Collator
-from llavakit.parity import Case, Result
+from llavakit.proof.golden import Case, Result
 from llavakit.systems.medm_vl.checkpoint import TEMPLATES
 
 IDS = {"image": -200, "volume": -201}

@@ -236,14 +236,14 @@ def run_seeds(
 
     Args:
         function: Runs all arms under one seed and returns the metrics by name, the same names for every seed;
-            importable by name unless there is one worker, see `llavakit.parallel.run_each`.
+            importable by name unless there is one worker, see `llavakit.proof.parallel.run_each`.
         progress: Called with one line after every seed.
         workers: Processes; default: one per core.
 
     Raises:
-        llavakit.parallel.WorkerError: If the experiment failed in a worker; it names the seed.
+        llavakit.proof.parallel.WorkerError: If the experiment failed in a worker; it names the seed.
     """
-    from llavakit.parallel import run_each
+    from llavakit.proof.parallel import run_each
 
     started = time.perf_counter()
     found: dict[int, Mapping[str, float]] = {}

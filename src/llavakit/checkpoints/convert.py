@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from llavakit.checkpoints import layouts
+from llavakit.checkpoints.files import LazyState, assign_state, atomic_folder, read_folder, read_json, write_state
 from llavakit.errors import CheckpointError, UserError
-from llavakit.model import layouts
-from llavakit.model.checkpoint import LazyState, assign_state, atomic_folder, read_folder, read_json, write_state
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.media import MediaSpec
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.routes import MediaSpec
 
 FORMS = ("llavakit", "hf", "original")
 _MISFITS = (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError)  # of a configuration's values

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from llavakit.checkpoints.convert import build, load_processor, local_folder, open_checkpoint
 from llavakit.conversation.template import get_template
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Handle, Request, SamplingParams
-from llavakit.model.convert import build, load_processor, local_folder, open_checkpoint
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.splice import IGNORE
+from llavakit.splice.scatter import IGNORE
 
 Messages = Sequence[Mapping[str, Any]]
 

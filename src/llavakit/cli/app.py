@@ -21,7 +21,7 @@ import typer
 from llavakit.errors import UserError
 
 if TYPE_CHECKING:
-    from llavakit.parity import Report
+    from llavakit.proof.golden import Report
 
 app = typer.Typer(
     name="llavakit",
@@ -175,7 +175,7 @@ def chat(
       llavakit chat MODEL --video clip.mp4 --processor sampling.type=rate --processor sampling.fps=2
       echo "What is in the picture?" | llavakit chat MODEL --image a.jpg
     """
-    from llavakit.chat import Session, attachment, interact
+    from llavakit.cli.terminal import Session, attachment, interact
 
     places = [("image", image), ("video", video), ("volume", volume)]
     attached = [attachment(kind, place) for kind, given in places for place in given or ()]
@@ -327,7 +327,7 @@ def convert(
       llavakit convert lora-folder mine --to llavakit --base lmsys/vicuna-7b-v1.5
       llavakit convert runs/demo/final exported --to hf
     """
-    from llavakit.model.convert import convert as run_conversion
+    from llavakit.checkpoints.convert import convert as run_conversion
 
     done = run_conversion(src, dst, to=to.value, **_given(base=base, vision_tower=vision_tower))
     if as_json:
@@ -349,7 +349,7 @@ def inspect(model: Model, base: Base = None, vision_tower: Tower = None, as_json
       llavakit inspect runs/demo/final
       llavakit inspect llava-hf/llava-1.5-7b-hf --json
     """
-    from llavakit.model.inspect import inspect_model
+    from llavakit.checkpoints.inspect import inspect_model
 
     facts = inspect_model(model, **_given(base=base, vision_tower=vision_tower))
     if as_json:
@@ -386,7 +386,7 @@ def list_systems(
       llavakit systems llava-1.5
       llavakit systems --json
     """
-    from llavakit import catalogue
+    from llavakit.cli import catalogue
     from llavakit.system import get_system, systems
 
     cards = sorted(systems().values(), key=lambda card: card.slug) if slug is None else [get_system(slug)]
@@ -416,7 +416,7 @@ def parity(
       llavakit parity path/to/golden --only llava-1.5
       llavakit parity path/to/golden/llava-1.5/projector --json
     """
-    from llavakit.parity import run_parity, summary
+    from llavakit.proof.golden import run_parity, summary
 
     reports = []
     for report in run_parity(paths, only):
@@ -584,7 +584,7 @@ def doctor(as_json: Json = False) -> None:
       llavakit doctor
       llavakit doctor --json
     """
-    from llavakit.doctor import examine, table
+    from llavakit.cli.doctor import examine, table
 
     report = examine()
     if as_json:
@@ -626,7 +626,7 @@ def _user_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return f"{error.filename or 'output'}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name:
-        from llavakit.doctor import extra_with
+        from llavakit.cli.doctor import extra_with
 
         extra = extra_with(error.name.partition(".")[0])
         return extra and f"this needs {error.name}: pip install 'llavakit[{extra}]'"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llavakit.errors import MediaError, UserError
-from llavakit.views.media import Limits, Source, check_file, looks_like, name_of, reason
+from llavakit.media.source import Limits, Source, check_file, looks_like, name_of, reason
 
 _WANTED = ".npy, .nii, .nii.gz or a folder with one DICOM series"
 _MOST_OFFSET = 16 * 2**20  # bytes in front of the voxels; nibabel reads them all, and gzip makes zeros of nearly none

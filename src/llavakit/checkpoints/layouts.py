@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from llavakit.checkpoints.files import LazyState, read_file, read_folder, read_json
 from llavakit.errors import CheckpointError, UserError
-from llavakit.model.checkpoint import LazyState, read_file, read_folder, read_json
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.registry import LAYOUTS
 from llavakit.system import systems

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from llavakit.model.convert import open_checkpoint
-from llavakit.model.media import MediaSpec
+from llavakit.checkpoints.convert import open_checkpoint
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.routes import MediaSpec
 from llavakit.views.plan import MediumSize
 
 EXAMPLES = {

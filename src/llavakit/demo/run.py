@@ -27,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from llavakit.model.checkpoint import atomic_folder
+from llavakit.checkpoints.files import atomic_folder
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.phantom.base import Box, cell_labels
 from llavakit.phantom.tokenizer import tiny_tokenizer
@@ -139,7 +139,7 @@ class Demo:
         self._publish(tuned.final)
         metrics = self._metrics(answers, guesses, [*parts.stages, *tuned.stages, *blind.stages], began)
         (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        from llavakit.report import write_report
+        from llavakit.demo.report import write_report
 
         write_report(self.out / "report.html", metrics, answers, guesses, self.out)
         self._show(metrics, answers)
@@ -329,7 +329,7 @@ class Demo:
 
     def _ask(self, model: Path, name: str) -> list[dict[str, Any]]:
         """Answers to the held-out questions; without pictures if the model never saw any."""
-        from llavakit.api import load
+        from llavakit.generation.chat import load
 
         chat = load(model)
         rows, blind = self._questions(), name == "text only"
@@ -430,7 +430,3 @@ def main() -> None:
     torch.set_num_threads(1)  # the matrices are too small for more to help
     torch.manual_seed(0)
     Demo(arguments.out, Budget(cases=arguments.cases, tune_epochs=arguments.tune_epochs)).run()
-
-
-if __name__ == "__main__":
-    main()

@@ -10,12 +10,11 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from llavakit import parts  # noqa: F401  registers the built-in parts
 from llavakit.connectors.base import Connector, Grid
 from llavakit.errors import UserError
-from llavakit.model.arrange import Arrangement, Run
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
+from llavakit.splice.layout import Arrangement, Run
 from llavakit.system import systems
 from llavakit.views.plan import MediumSize, Plan, Planner
 from llavakit.vision.geometry import Geometry, geometry_of

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from llavakit.connectors.base import Grid, tokens_in
 from llavakit.errors import UserError
-from llavakit.model.arrange import Arrangement, Run
+from llavakit.splice.layout import Arrangement, Run
 from llavakit.views import tiles
 from llavakit.views.plan import Plan
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llavakit.model.arrange import Run
+from llavakit.splice.layout import Run
 
 IGNORE = -100
 

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from llavakit.errors import MediaError
-from llavakit.views.media import Limits, Source, check_file, check_pixels, load_image, looks_like, name_of, reason
+from llavakit.media.frame_sampling import choose
+from llavakit.media.image import load_image
+from llavakit.media.source import Limits, Source, check_file, check_pixels, looks_like, name_of, reason
 from llavakit.views.plan import MediumSize
-from llavakit.views.sampling import choose
 
 _WANTED = "MP4, WebM, MKV, MOV, AVI or GIF"
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -55,8 +56,8 @@ def load_video(
 
     Args:
         source: Path or content of a file, a folder of images (frames in order of name), or a sequence of images.
-        sampling: `{"type": rule, **options}`, see `llavakit.views.sampling`; None takes 8 frames from a file, and all
-            of a folder or a sequence.
+        sampling: `{"type": rule, **options}`, see `llavakit.media.frame_sampling`; None takes 8 frames from a
+            file, and all of a folder or a sequence.
         limits: What is refused.
         partial: Accept a file that is cut off or damaged and use what can be decoded.
         rotate: Turn frames upright as the file notes (telephones store them turned).

@@ -1,0 +1,1 @@
+"""Published checkpoint layouts, reading, writing, conversion and inspection."""

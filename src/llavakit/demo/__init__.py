@@ -1,0 +1,1 @@
+"""`python -m llavakit.demo`: a tiny model trained, evaluated and shown."""

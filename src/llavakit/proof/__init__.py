@@ -1,0 +1,1 @@
+"""Golden cases, costs and miniatures: what llavakit proves about itself."""

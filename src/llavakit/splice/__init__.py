@@ -1,0 +1,1 @@
+"""Where visual tokens, separators and newlines go in the embedded prompt."""
