@@ -31,7 +31,7 @@ from llavakit.generation.request import Request, SamplingParams
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.cost import count
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 TEXT = 43
 VOCABULARY = 32000
@@ -145,7 +145,7 @@ def high_water() -> float:
 
 def _peak(frames: int, image: int, queue: Any) -> None:
     net = model(MINI, hidden=64, layers=2, image=image)
-    size = torch.tensor([MediumSize(frames, image, image)])
+    size = torch.tensor([MediaSize(frames, image, image)])
     before = high_water()
     start = time.process_time()
     with torch.inference_mode():
@@ -153,7 +153,7 @@ def _peak(frames: int, image: int, queue: Any) -> None:
             prompt(frames)[None],
             pixel_values=Film(frames, image),
             visual_sizes=size,
-            visual_kinds=torch.tensor([1]),
+            visual_modalities=torch.tensor([1]),
         )
     queue.put((before, high_water(), time.process_time() - start))
 

@@ -27,7 +27,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llavakit.media import load_image
 from llavakit.registry import PLANNERS
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 SIZES = (
     (336, 336),
@@ -83,7 +83,7 @@ def main() -> int:
         return theirs(image, return_tensors="np")["pixel_values"][0]
 
     def run_ours(image: Image.Image) -> np.ndarray:
-        return planner.cut(image, planner.plan(MediumSize(1, image.height, image.width)))[0]
+        return planner.cut(image, planner.plan(MediaSize(1, image.height, image.width)))[0]
 
     def line(name: str, reference: Callable[[], np.ndarray], own: Callable[[], np.ndarray]) -> tuple[bool, float]:
         equal = np.array_equal(reference(), own())

@@ -107,7 +107,7 @@ def recipe_of(work: Path, vocabulary: int) -> Recipe:
 
 def pad(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """The baseline's collator: pad to the longest sample, pictures in order."""
-    batch = Collator(0)([{**sample, "visual_sizes": [], "visual_kinds": []} for sample in samples])
+    batch = Collator(0)([{**sample, "visual_sizes": [], "visual_modalities": []} for sample in samples])
     return {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "pixel_values") if name in batch}
 
 
@@ -200,7 +200,7 @@ def main() -> None:
             sys.exit(f"the models differ: loss {theirs:.6f} and {own:.6f}")
         lengths = [len(sample["input_ids"]) for sample in samples]
         tokens = sum(lengths) * options.epochs
-        media = sum(bool(sample["visual_kinds"]) for sample in samples)
+        media = sum(bool(sample["visual_modalities"]) for sample in samples)
         print(
             f"{len(samples)} records ({media} with a picture), {min(lengths)} to {max(lengths)} tokens, mean "
             f"{sum(lengths) / len(lengths):.0f}; {sum(p.numel() for p in model.parameters()):,} parameters; "

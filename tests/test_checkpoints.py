@@ -102,7 +102,7 @@ def classic_config(**fields):
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",
-        "mm_vision_tower": "tower",
+        "mm_vision_tower": "encoder",
         "tokenizer_padding_side": "right",
         **fields,
     }
@@ -125,13 +125,13 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture
 def classic(tmp_path):
-    """A full checkpoint in the authors' layout, pickled shards with an index, and its tower beside it."""
+    """A full checkpoint in the authors' layout, pickled shards with an index, and its encoder beside it."""
     generator = torch.Generator().manual_seed(0)
     folder = tmp_path / "classic"
     folder.mkdir()
-    tower = tower_tensors(generator)
+    encoder = tower_tensors(generator)
     parts = [language_tensors(generator, vocabulary()), projector_tensors(generator)]
-    parts[1] |= {f"model.vision_tower.vision_tower.vision_model.{n}": t for n, t in tower.items()}
+    parts[1] |= {f"model.vision_tower.vision_tower.vision_model.{n}": t for n, t in encoder.items()}
     weight_map = {}
     for number, tensors in enumerate(parts, start=1):
         name = f"pytorch_model-{number:05d}-of-00002.bin"
@@ -140,7 +140,7 @@ def classic(tmp_path):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(classic_config()))
     write_tokenizer(folder)
-    return folder, write_tower(tmp_path / "tower", tower)
+    return folder, write_tower(tmp_path / "encoder", encoder)
 
 
 def probe(model):
@@ -154,10 +154,10 @@ def probe(model):
 
 
 def test_classic_checkpoint_survives_every_round_trip(classic, tmp_path):
-    folder, tower = classic
-    first = build(open_checkpoint(folder, vision_tower=tower))
+    folder, encoder = classic
+    first = build(open_checkpoint(folder, vision_tower=encoder))
     before = probe(first)
-    convert(folder, tmp_path / "native", to="llavakit", vision_tower=tower)
+    convert(folder, tmp_path / "native", to="llavakit", vision_tower=encoder)
     assert torch.equal(probe(build(open_checkpoint(tmp_path / "native"))), before)
     convert(tmp_path / "native", tmp_path / "again", to="original")
     source = {
@@ -176,9 +176,9 @@ def test_classic_checkpoint_survives_every_round_trip(classic, tmp_path):
 def test_export_gives_transformers_the_same_logits_and_comes_back(classic, tmp_path):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    folder, tower = classic
-    mine = build(open_checkpoint(folder, vision_tower=tower))
-    convert(folder, tmp_path / "hf", to="hf", vision_tower=tower)
+    folder, encoder = classic
+    mine = build(open_checkpoint(folder, vision_tower=encoder))
+    convert(folder, tmp_path / "hf", to="hf", vision_tower=encoder)
     names = set(load_file(tmp_path / "hf" / "model.safetensors"))
     assert "language_model.lm_head.weight" in names
     assert any(name.startswith("vision_tower.vision_model.") for name in names)
@@ -202,7 +202,7 @@ def test_lora_folder_is_merged_into_its_base(classic, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    _, tower = classic
+    _, encoder = classic
     generator = torch.Generator().manual_seed(5)
     base, lora = tmp_path / "base", tmp_path / "lora"
     base.mkdir()
@@ -220,25 +220,25 @@ def test_lora_folder_is_merged_into_its_base(classic, tmp_path):
     trained = projector_tensors(generator)
     torch.save({f"base_model.model.{n}": t for n, t in trained.items()}, lora / "non_lora_trainables.bin")
     (lora / "config.json").write_text(json.dumps(classic_config()))
-    merged = build(open_checkpoint(lora, base=base, vision_tower=tower))
+    merged = build(open_checkpoint(lora, base=base, vision_tower=encoder))
     ids = torch.tensor([[1, 5, 9, 30]])
     with torch.no_grad():
         wanted, got = tuned(ids).logits, merged(input_ids=ids).logits
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
     assert torch.equal(merged.model.multi_modal_projector.linear_2.weight, trained["model.mm_projector.2.weight"])
     with pytest.raises(CheckpointError, match="--base"):
-        open_checkpoint(lora, vision_tower=tower)
+        open_checkpoint(lora, vision_tower=encoder)
 
 
 def test_connector_only_file_joins_its_language_model(classic, tmp_path):
-    folder, tower = classic
+    folder, encoder = classic
     generator = torch.Generator().manual_seed(6)
     only = tmp_path / "only"
     only.mkdir()
     trained = projector_tensors(generator)
     torch.save(trained, only / "mm_projector.bin")
     (only / "config.json").write_text(json.dumps(classic_config()))
-    model = build(open_checkpoint(only, base=folder, vision_tower=tower))
+    model = build(open_checkpoint(only, base=folder, vision_tower=encoder))
     assert torch.equal(model.model.multi_modal_projector.linear_1.weight, trained["model.mm_projector.0.weight"])
 
 
@@ -262,10 +262,10 @@ def broken(folder: Path, change) -> None:
     ],
 )
 def test_missing_extra_and_misshaped_tensors_are_one_clear_line(classic, change, message):
-    folder, tower = classic
+    folder, encoder = classic
     broken(folder, change)
     with pytest.raises(CheckpointError, match=message) as caught:
-        build(open_checkpoint(folder, vision_tower=tower))
+        build(open_checkpoint(folder, vision_tower=encoder))
     assert "\n" not in str(caught.value)
 
 
@@ -283,7 +283,7 @@ def test_folders_that_are_not_models(tmp_path):
 
 
 def test_pickles_that_hold_code_are_refused(classic):
-    folder, tower = classic
+    folder, encoder = classic
 
     class Trap:
         def __reduce__(self):
@@ -291,7 +291,7 @@ def test_pickles_that_hold_code_are_refused(classic):
 
     torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(CheckpointError, match="not a readable state dict"):
-        build(open_checkpoint(folder, vision_tower=tower))
+        build(open_checkpoint(folder, vision_tower=encoder))
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint_whole(tmp_path):
@@ -311,18 +311,18 @@ def test_a_failed_write_leaves_the_previous_checkpoint_whole(tmp_path):
 
 
 def test_convert_refuses_a_folder_that_is_not_empty(classic, tmp_path):
-    folder, tower = classic
+    folder, encoder = classic
     with pytest.raises(UserError, match="is not empty"):
-        convert(folder, folder, to="hf", vision_tower=tower)
+        convert(folder, folder, to="hf", vision_tower=encoder)
 
 
 def test_inspect_counts_parameters_by_part(classic):
-    folder, tower = classic
-    facts = inspect_model(folder, vision_tower=tower)
+    folder, encoder = classic
+    facts = inspect_model(folder, vision_tower=encoder)
     parts = {part["name"]: part["parameters"] for part in facts["parts"]}
     assert parts["multi_modal_projector"] == 16 * 32 + 32 + 32 * 32 + 32
     assert facts["tokens"][0] == {
-        "kind": "image",
+        "modality": "image",
         "size": [1, 336, 336],
         "planner": "Pad",
         "views": 1,
@@ -333,8 +333,8 @@ def test_inspect_counts_parameters_by_part(classic):
 def test_load_answers_about_an_image(classic):
     from PIL import Image
 
-    folder, tower = classic
-    model = llavakit.load(folder, vision_tower=tower)
+    folder, encoder = classic
+    model = llavakit.load(folder, vision_tower=encoder)
     part = {"type": "image", "image": Image.new("RGB", (40, 20), "red")}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]
     answer = model.chat(messages, max_new_tokens=6)
@@ -396,7 +396,7 @@ def test_a_recipe_takes_single_parts_out_of_the_authors_folders(classic, tmp_pat
     from llavakit.training.build import build_model
     from llavakit.training.recipe import load_recipe
 
-    folder, tower = classic
+    folder, encoder = classic
     connector = tmp_path / "stage1"  # what the authors publish after stage 1: the connector alone
     connector.mkdir()
     stem = projector_tensors(torch.Generator().manual_seed(9))
@@ -408,7 +408,7 @@ def test_a_recipe_takes_single_parts_out_of_the_authors_folders(classic, tmp_pat
             "media": {"image": {"views": {"type": "pad", "size": SIDE}}},
             "init": {
                 "language_model": str(folder),
-                "vision_tower": str(tower),
+                "vision_tower": str(encoder),
                 "multi_modal_projector": str(connector),
             },
         },
@@ -418,7 +418,7 @@ def test_a_recipe_takes_single_parts_out_of_the_authors_folders(classic, tmp_pat
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     model, processor = build_model(load_recipe(tmp_path / "recipe.yaml", []))
-    source = load_file(tower / "model.safetensors") | torch.load(folder / "pytorch_model-00001-of-00002.bin") | stem
+    source = load_file(encoder / "model.safetensors") | torch.load(folder / "pytorch_model-00001-of-00002.bin") | stem
     own = model.state_dict()
     assert torch.equal(own["lm_head.weight"], source["lm_head.weight"])
     for name in ("embed_tokens.weight", "layers.1.mlp.down_proj.weight", "norm.weight"):
@@ -447,8 +447,8 @@ def test_a_recipe_takes_single_parts_out_of_the_authors_folders(classic, tmp_pat
     ],
 )
 def test_a_wrong_value_in_config_json_is_one_line_with_the_file(classic, tmp_path, change, said):
-    folder, tower = classic
-    convert(folder, tmp_path / "own", to="llavakit", vision_tower=tower)
+    folder, encoder = classic
+    convert(folder, tmp_path / "own", to="llavakit", vision_tower=encoder)
     path = tmp_path / "own" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError) as caught:
@@ -459,8 +459,8 @@ def test_a_wrong_value_in_config_json_is_one_line_with_the_file(classic, tmp_pat
 
 
 def test_broken_files_of_the_processor_and_devices_that_are_not_there_are_one_line(classic, tmp_path):
-    folder, tower = classic
-    convert(folder, tmp_path / "own", to="llavakit", vision_tower=tower)
+    folder, encoder = classic
+    convert(folder, tmp_path / "own", to="llavakit", vision_tower=encoder)
     with pytest.raises(UserError, match="device 'cudaa' cannot be used here"):
         llavakit.load(tmp_path / "own", device="cudaa")
     (tmp_path / "own" / "processor_config.json").write_text("{}")
@@ -475,8 +475,8 @@ def test_broken_files_of_the_processor_and_devices_that_are_not_there_are_one_li
 
 
 def test_a_misshaped_tensor_is_not_converted(classic, tmp_path):
-    folder, tower = classic
-    convert(folder, tmp_path / "own", to="llavakit", vision_tower=tower)
+    folder, encoder = classic
+    convert(folder, tmp_path / "own", to="llavakit", vision_tower=encoder)
     file = tmp_path / "own" / "model.safetensors"
     save_file(load_file(file) | {"model.language_model.norm.weight": torch.zeros(3)}, file)
     for form in ("hf", "original", "llavakit"):

@@ -17,10 +17,10 @@ import torch
 from llavakit.data.collate import Collator
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.routes import KINDS
+from llavakit.model.routes import MODALITIES
 from llavakit.training.lora import prepare
 from llavakit.training.recipe import parse_recipe
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 SQUASH = {"type": "squash", "size": tiny.SIZE}
 FRAMES = {"type": "frames", "frame": SQUASH}
@@ -53,10 +53,10 @@ M3D = {
     "num_attention_heads": 2,
 }
 BOX = {"type": "volume_box", "size": [8, 16, 16]}
-IMAGE = ("image", MediumSize(1, 40, 90))
-SMALL = ("image", MediumSize(1, 30, 20))
-VIDEO = ("video", MediumSize(3, 30, 40))
-VOLUME = ("volume", MediumSize(20, 64, 64))
+IMAGE = ("image", MediaSize(1, 40, 90))
+SMALL = ("image", MediaSize(1, 30, 20))
+VIDEO = ("video", MediaSize(3, 30, 40))
+VOLUME = ("volume", MediaSize(20, 64, 64))
 
 
 def combination(encoder: str, connector: dict, decoder: str, media: dict, layers: int = 2, **more) -> dict:
@@ -161,10 +161,10 @@ COMBINATIONS = {
             "llama",
             {
                 "image": {"views": SQUASH},
-                "volume": {"views": BOX, "tower": "volume_tower", "connector": "volume_projector"},
+                "volume": {"views": BOX, "encoder": "volume_tower", "connector": "volume_projector"},
             },
-            extra_towers={"volume_tower": {"config": M3D, "layer": -1}},
-            extra_connectors={"volume_projector": {"type": "pooling", "stride": [2, 2, 2], "tower": "volume_tower"}},
+            extra_encoders={"volume_tower": {"config": M3D, "layer": -1}},
+            extra_connectors={"volume_projector": {"type": "pooling", "stride": [2, 2, 2], "encoder": "volume_tower"}},
         ),
         [VOLUME, IMAGE],
         [IMAGE, VOLUME],
@@ -196,7 +196,7 @@ def build(name: str) -> LlavakitForConditionalGeneration:
 
 
 def sample(net, media, seed: int, text: int = 8) -> dict:
-    """One sample as a processor gives it: text, every medium with words behind it, a reply of five tokens."""
+    """One sample as a processor gives it: text, every media item with words behind it, a reply of five tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(count):
@@ -208,7 +208,7 @@ def sample(net, media, seed: int, text: int = 8) -> dict:
         for run in spec.layout(kind, size):
             ids += [tiny.TOKEN] * run.visual + list(run.ids)
         ids += words(2)
-        kinds.append(KINDS.index(kind))
+        kinds.append(MODALITIES.index(kind))
         for view in spec.plan(kind, size).views:
             shape = (1, view.depth) if view.role == "volume" else (3,)
             views.append(torch.randn(*shape, view.height, view.width, generator=generator))
@@ -219,7 +219,7 @@ def sample(net, media, seed: int, text: int = 8) -> dict:
         "labels": torch.tensor(labels),
         "pixel_values": views,
         "visual_sizes": torch.tensor([size for _, size in media]),
-        "visual_kinds": torch.tensor(kinds),
+        "visual_modalities": torch.tensor(kinds),
     }
 
 

@@ -393,7 +393,7 @@ def sample(length, *, image=None, first_label=False):
     made = {"input_ids": list(range(1, length + 1)), "labels": labels}
     if image is not None:
         made |= {"pixel_values": [torch.full((3, *image), float(length))], "visual_sizes": [(1, *image)]}
-        made["visual_kinds"] = [0]
+        made["visual_modalities"] = [0]
     return made
 
 
@@ -420,7 +420,7 @@ def test_media_are_stacked_or_listed_in_order():
     assert same["pixel_values"].shape == (2, 3, 4, 4)
     assert same["pixel_values"][:, 0, 0, 0].tolist() == [3, 5]
     assert same["visual_sizes"].tolist() == [[1, 4, 4], [1, 4, 4]]
-    assert same["visual_kinds"].dtype == torch.long
+    assert same["visual_modalities"].dtype == torch.long
     ragged = Collator(0)([sample(3, image=(4, 4)), sample(5, image=(2, 6))])
     assert [tuple(view.shape) for view in ragged["pixel_values"]] == [(3, 4, 4), (3, 2, 6)]
 
@@ -428,7 +428,7 @@ def test_media_are_stacked_or_listed_in_order():
 def test_packed_batch():
     samples = [sample(3, image=(4, 4)), sample(6, image=(4, 4)), sample(4, image=(4, 4))]
     batch = Collator(0, 8, packing=True)(samples)
-    assert set(batch) == {"input_ids", "labels", "position_ids", "pixel_values", "visual_sizes", "visual_kinds"}
+    assert set(batch) == {"input_ids", "labels", "position_ids", "pixel_values", "visual_sizes", "visual_modalities"}
     assert batch["input_ids"].tolist() == [[1, 2, 3, 1, 2, 3, 4, 0], [1, 2, 3, 4, 5, 6, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 0, 1]]
     assert batch["labels"][0].tolist() == [-100, 1, 2, -100, -100, 2, 3, -100]

@@ -21,7 +21,7 @@ from llavakit.systems.dynamic_llava.cache import SelectiveCache
 from llavakit.systems.dynamic_llava.decisions import gumbel_keep, rate_penalty, temperature, top_keep
 from llavakit.systems.dynamic_llava.predictors import ImagePredictor
 from llavakit.systems.dynamic_llava.roles import token_roles
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "dynamic-llava").iterdir())
 OPTIONS = {
@@ -83,7 +83,7 @@ def join(samples, side="left"):
         name: torch.cat([pad(sample[name], fill) for sample in samples])
         for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
     }
-    for name in ("pixel_values", "visual_sizes", "visual_kinds"):
+    for name in ("pixel_values", "visual_sizes", "visual_modalities"):
         batch[name] = torch.cat([sample[name] for sample in samples if name in sample])
     return batch
 
@@ -405,7 +405,7 @@ def test_packed_rows_train_and_prune_like_separate_samples():
     packed = {name: torch.cat([s[name] for s in samples], dim=1) for name in ("input_ids", "labels")}
     lengths = [sample["input_ids"].shape[1] for sample in samples]
     packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
-    for name in ("pixel_values", "visual_sizes", "visual_kinds"):
+    for name in ("pixel_values", "visual_sizes", "visual_modalities"):
         packed[name] = torch.cat([s[name] for s in samples if name in s])
     filling = torch.zeros(1, 5, dtype=torch.long)  # the unused tail of a packed row
     for name, value in (("input_ids", filling), ("labels", filling - 100), ("position_ids", torch.arange(5)[None])):
@@ -485,9 +485,9 @@ def test_under_slices_of_another_system(tmp_path, monkeypatch, size):
         media={"image": {"views": views, "arrange": schema}},
         language_adapter=OPTIONS | {"vision_keep_rate": 0.5},
     )
-    medium = MediumSize(*size)
-    plan = net.model.media.plan("image", medium)
-    layout = [[[tiny.TOKEN] * run.visual, list(run.ids)] for run in net.model.media.layout("image", medium)]
+    item = MediaSize(*size)
+    plan = net.model.media.plan("image", item)
+    layout = [[[tiny.TOKEN] * run.visual, list(run.ids)] for run in net.model.media.layout("image", item)]
     image = [token for run in layout for ids in run for token in ids]
     ids = torch.tensor([[7, 8, *image, 9, 10, 11, 12, 13, 14, 15]])
     sample = {
@@ -535,9 +535,9 @@ def test_the_published_layout_goes_there_and_back(tmp_path):
     raw, state = layout.write_config(net.config), dict(layout.write_state(net.config, net.state_dict()))
     assert "model.image_score_predictor.transformer.0.attn.qkv.weight" in state
     assert "model.output_text_score_predictor.output_mlp.7.bias" in state
-    raw["mm_vision_tower"] = str(tmp_path / "tower")
-    (tmp_path / "tower").mkdir()
-    (tmp_path / "tower" / "config.json").write_text(json.dumps(net.config.vision_config.to_dict()))
+    raw["mm_vision_tower"] = str(tmp_path / "encoder")
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(net.config.vision_config.to_dict()))
     raw["sparse_config"]["use_text_predictor"] = False  # image-only use of a full checkpoint
     for model_type in ("dynamic_llava_llama", "llava_llama"):
         (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": model_type}))
@@ -619,7 +619,7 @@ def test_the_engine_answers_like_generate():
 
     net, _ = build(seed=2)
     samples = [tiny.prompt(net, layout, seed=number) for number, layout in enumerate(("ttItt", "tttt", "tIttttItt"))]
-    media = ("pixel_values", "visual_sizes", "visual_kinds")
+    media = ("pixel_values", "visual_sizes", "visual_modalities")
     requests = [
         Request(
             sample["input_ids"][0],

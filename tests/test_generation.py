@@ -24,8 +24,8 @@ from llavakit.connectors.base import Connector
 from llavakit.errors import UserError
 from llavakit.generation import Engine, Request, RequestFailed, SamplingParams
 from llavakit.generation.cache import ByteBounded, PrefixStore, RowCache, prompt_keys
-from llavakit.generation.sampling import BatchSampler, Randomness
-from llavakit.generation.search import Branch, beam, best_of_n, grow, likelihood, staged
+from llavakit.generation.sampling import RowRng, TokenSampler
+from llavakit.generation.search import Branch, beam_search, best_of_n, expand_branches, likelihood, stage_beam_search
 from llavakit.generation.stopping import StopStrings
 from llavakit.generation.streaming import TextStream
 from llavakit.language.adapter import LanguageAdapter
@@ -37,7 +37,7 @@ LAYOUTS = ["ttttt", "tIttt", "ttIttIttttttttttt", "t", "Itt", "ttttttttttttttttt
 
 def request(sample: dict[str, Any], **sampling: Any) -> Request:
     sampling = {"max_new_tokens": 12, "eos_token_ids": ()} | sampling
-    media = {name: sample[name] for name in ("pixel_values", "visual_sizes", "visual_kinds") if name in sample}
+    media = {name: sample[name] for name in ("pixel_values", "visual_sizes", "visual_modalities") if name in sample}
     return Request(sample["input_ids"][0], **media, sampling=SamplingParams(**sampling))
 
 
@@ -126,7 +126,7 @@ def test_reply_is_cut_at_the_decoders_positions(net: Any, samples: list[dict[str
 
 def test_embeddings_instead_of_media(net: Any, samples: list[dict[str, Any]]) -> None:
     sample = samples[2]
-    media = {name: sample[name] for name in ("pixel_values", "visual_sizes", "visual_kinds")}
+    media = {name: sample[name] for name in ("pixel_values", "visual_sizes", "visual_modalities")}
     with torch.no_grad():
         embeds, _, _ = net.model.embed(sample["input_ids"], **media)
     params = SamplingParams(max_new_tokens=8, eos_token_ids=())
@@ -144,7 +144,7 @@ def test_generate_of_transformers_still_works(decoder: str) -> None:
         return torch.cat([torch.nn.functional.pad(s[name], (longest - s[name].shape[1], 0)) for s in samples])
 
     batch = {name: padded(name) for name in ("input_ids", "attention_mask")}
-    for name in ("pixel_values", "visual_sizes", "visual_kinds"):
+    for name in ("pixel_values", "visual_sizes", "visual_modalities"):
         batch[name] = torch.cat([sample[name] for sample in samples if name in sample])
     options = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
     for search in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
@@ -275,7 +275,7 @@ def test_filters_are_those_of_transformers(vocabulary: int) -> None:
     seen = torch.zeros(len(cases), vocabulary, dtype=torch.bool).scatter_(1, ids, True)
     groups = [[number] for number in range(len(cases))] + [list(range(len(cases))), [1, 3], [2, 3], [0, 4]]
     for group in groups:
-        sampler = BatchSampler([cases[number] for number in group], torch.device("cpu"))
+        sampler = TokenSampler([cases[number] for number in group], torch.device("cpu"))
         own = sampler._penalise(logits[group], list(seen[group])) if sampler._penalised else logits[group]
         kept, kept_ids = sampler.candidates(own)
         kept = kept / kept.sum(-1, keepdim=True)
@@ -288,7 +288,7 @@ def test_filters_are_those_of_transformers(vocabulary: int) -> None:
 def test_draws_follow_the_distribution() -> None:
     params = SamplingParams(temperature=1.0, top_k=4, seed=5)
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5, 0.5])
-    sampler, source = BatchSampler([params] * 500, torch.device("cpu")), Randomness(5)
+    sampler, source = TokenSampler([params] * 500, torch.device("cpu")), RowRng(5)
     counts = torch.zeros(6)
     for _ in range(20):
         tokens, _, _ = sampler.choose(logits.expand(500, -1), [source] * 500, [None] * 500)
@@ -299,8 +299,8 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_coldest_temperature_is_greedy() -> None:
     logits = torch.tensor([[0.0, 30.0, -5.0, 29.0]])
-    sampler = BatchSampler([SamplingParams(temperature=5e-324)], torch.device("cpu"))
-    assert sampler.choose(logits, [Randomness(0)], [None])[:2] == ([1], [True])
+    sampler = TokenSampler([SamplingParams(temperature=5e-324)], torch.device("cpu"))
+    assert sampler.choose(logits, [RowRng(0)], [None])[:2] == ([1], [True])
 
 
 def test_seeded_reply_does_not_depend_on_neighbours(net: Any, samples: list[dict[str, Any]]) -> None:
@@ -666,11 +666,11 @@ def test_branches_grow_from_shared_states(net: Any, samples: list[dict[str, Any]
     tokenizer = bytes_tokenizer()
     engine = Engine(net, tokenizer)
     start = request(samples[1], max_new_tokens=6, n=3, temperature=1.0, seed=1)
-    (branches,) = grow(engine, [Branch(start)], start.sampling)
+    (branches,) = expand_branches(engine, [Branch(start)], start.sampling)
     assert len(branches) == 3
     assert engine.prompts.encoded == 1
     step = SamplingParams(max_new_tokens=4, eos_token_ids=())
-    grown = grow(engine, branches, step)
+    grown = expand_branches(engine, branches, step)
     for branch, (longer,) in zip(branches, grown, strict=True):
         sample = dict(samples[1])
         sample["input_ids"] = torch.cat([sample["input_ids"], torch.tensor([branch.ids])], 1)
@@ -695,7 +695,7 @@ def test_best_of_n_and_stages(net: Any, samples: list[dict[str, Any]]) -> None:
         return candidates[0]
 
     greedy = request(samples[1], n=2, max_new_tokens=25)
-    branch = staged(engine, greedy, markers, first)
+    branch = stage_beam_search(engine, greedy, markers, first)
     assert seen == [(markers[0], 2), (markers[1], 2)]
     assert branch.text == free[: len(branch.text)]
     assert branch.text.endswith(markers[1])
@@ -706,7 +706,7 @@ def test_likelihood_and_beam(net: Any, samples: list[dict[str, Any]]) -> None:
     replies = [[5], [6, 7, 8], alone(net, samples[1], 6)]
     found = likelihood(engine, request(samples[1]), replies)
     for reply, value in zip(replies, found, strict=True):
-        sample = {name: samples[1][name] for name in ("pixel_values", "visual_sizes", "visual_kinds")}
+        sample = {name: samples[1][name] for name in ("pixel_values", "visual_sizes", "visual_modalities")}
         ids = torch.cat([samples[1]["input_ids"], torch.tensor([reply])], 1)
         with torch.no_grad():
             logprobs = net(input_ids=ids, **sample).logits[0].log_softmax(-1)
@@ -714,4 +714,4 @@ def test_likelihood_and_beam(net: Any, samples: list[dict[str, Any]]) -> None:
         expected = sum(float(logprobs[start + place, token]) for place, token in enumerate(reply))
         assert value == pytest.approx(expected, abs=1e-3)
     assert likelihood(engine, request(samples[1]), [[6, 7, 8]], mean=True)[0] == pytest.approx(found[1] / 3)
-    assert beam(engine, request(samples[1]), 3) == alone(net, samples[1], 12, num_beams=3)
+    assert beam_search(engine, request(samples[1]), 3) == alone(net, samples[1], 12, num_beams=3)

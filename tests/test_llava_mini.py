@@ -19,9 +19,9 @@ from llavakit.data.collate import Collator
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, SamplingParams
-from llavakit.generation.search import Branch, grow
+from llavakit.generation.search import Branch, expand_branches
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.routes import KINDS
+from llavakit.model.routes import MODALITIES
 from llavakit.proof.golden import run_case
 from llavakit.registry import PLANNERS
 from llavakit.system import get_system
@@ -32,7 +32,7 @@ from llavakit.systems.llava_mini.connector import CompressorPrefusion, Shape
 from llavakit.systems.llava_mini.prefusion import compacted
 from llavakit.training.build import build_meta
 from llavakit.training.recipe import load_recipe
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "llava-mini").iterdir())
 OPTIONS = {
@@ -70,8 +70,8 @@ def sample(net, layout, seed=0, frames=FRAMES):
     for letter in layout:
         if letter in "IV":
             kind, depth = ("image", 1) if letter == "I" else ("video", frames)
-            sizes.append(MediumSize(depth, tiny.SIZE, tiny.SIZE))
-            kinds.append(KINDS.index(kind))
+            sizes.append(MediaSize(depth, tiny.SIZE, tiny.SIZE))
+            kinds.append(MODALITIES.index(kind))
             count = len(net.model.media.plan(kind, sizes[-1]).views)
             views += list(torch.randn(count, 3, tiny.SIZE, tiny.SIZE, generator=generator))
             ids += [tiny.TOKEN] * net.model.media.count(kind, sizes[-1])
@@ -81,7 +81,7 @@ def sample(net, layout, seed=0, frames=FRAMES):
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     if views:
         batch |= {"pixel_values": torch.stack(views), "visual_sizes": torch.tensor(sizes)}
-        batch["visual_kinds"] = torch.tensor(kinds)
+        batch["visual_modalities"] = torch.tensor(kinds)
     return batch
 
 
@@ -98,7 +98,7 @@ def join(batches, side="left"):
 
     names = {"input_ids": 7, "attention_mask": 0, "labels": -100}  # the padding id is an ordinary one
     joined = {n: torch.cat([pad(b[n], fill) for b in batches]) for n, fill in names.items() if n in batches[0]}
-    for name in ("pixel_values", "visual_sizes", "visual_kinds"):
+    for name in ("pixel_values", "visual_sizes", "visual_modalities"):
         joined[name] = torch.cat([batch[name] for batch in batches if name in batch])
     return joined
 
@@ -257,7 +257,7 @@ def single_requests(net, new=6):
     requests = [
         Request(
             input_ids=batch["input_ids"][0],
-            **{n: batch.get(n) for n in ("pixel_values", "visual_sizes", "visual_kinds")},
+            **{n: batch.get(n) for n in ("pixel_values", "visual_sizes", "visual_modalities")},
             sampling=sampling,
         )
         for batch in samples
@@ -303,8 +303,8 @@ def test_a_branch_that_grows_keeps_what_was_generated_raw():
     media = without(batch, "input_ids", "attention_mask")
     request = Request(input_ids=batch["input_ids"][0], **media)
     engine, sampling = Engine(net), SamplingParams(max_new_tokens=4, eos_token_ids=())
-    ((branch,),) = grow(engine, [Branch(request)], sampling)
-    ((branch,),) = grow(engine, [branch], sampling)
+    ((branch,),) = expand_branches(engine, [Branch(request)], sampling)
+    ((branch,),) = expand_branches(engine, [branch], sampling)
     whole = Engine(net).submit(replace(request, sampling=replace(sampling, max_new_tokens=8))).result()
     assert list(branch.ids) == whole.token_ids
 
@@ -418,7 +418,7 @@ class Film:
 def film(net, frames):
     ids = torch.tensor([[5] + [tiny.TOKEN] * frames + [6, 7]])
     size = torch.tensor([[frames, tiny.SIZE, tiny.SIZE]])
-    return ids, {"pixel_values": Film(frames), "visual_sizes": size, "visual_kinds": torch.tensor([1])}
+    return ids, {"pixel_values": Film(frames), "visual_sizes": size, "visual_modalities": torch.tensor([1])}
 
 
 @torch.no_grad()
@@ -457,7 +457,7 @@ def test_frames_at_once_change_nothing():
 def test_pad_first_cuts_the_padded_square():
     view = {"type": "pad", "size": 8}
     image = Image.new("RGB", (40, 20), (255, 0, 0))
-    size = MediumSize(1, 20, 40)
+    size = MediaSize(1, 20, 40)
     for pad_first in (False, True):
         planner = PLANNERS.build({"type": "grid_and_whole", "view": view, "pad_first": pad_first})
         plan = planner.plan(size)
@@ -477,7 +477,7 @@ def test_mistakes_are_one_line():
         build(compressor_heads=3)
     planner = PLANNERS.build({"type": "grid_and_whole", "view": SQUASH})
     with pytest.raises(UserError, match="1 x 10000 pixels"):
-        planner.plan(MediumSize(1, 10_000, 1))
+        planner.plan(MediaSize(1, 10_000, 1))
     with pytest.raises(UserError, match="planner that makes views of one size"):
         PLANNERS.build({"type": "grid_and_whole", "view": MEDIA["video"]["views"]})
     net = build()
@@ -492,13 +492,13 @@ def test_mistakes_are_one_line():
 def published(folder, net, ratio=2):
     """A folder as the authors would have published this model, with true names of keys."""
     text, vision = net.config.text_config, net.config.vision_config
-    tower = folder / "clip"
-    tower.mkdir(parents=True)
-    (tower / "config.json").write_text(json.dumps(vision.to_dict()))
+    encoder = folder / "clip"
+    encoder.mkdir(parents=True)
+    (encoder / "config.json").write_text(json.dumps(vision.to_dict()))
     raw = text.to_dict() | {
         "model_type": "llava_mini_llama",
         "architectures": ["LlavaMiniLlamaForCausalLM"],
-        "mm_vision_tower": str(tower),
+        "mm_vision_tower": str(encoder),
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",

@@ -21,11 +21,11 @@ from llavakit.data.collate import Collator
 from llavakit.errors import CheckpointError, UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.routes import KINDS, MediaSpec
+from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.systems.llava_onevision.checkpoint import Classic, Hf, media_of, settings_of
 from llavakit.systems.llava_onevision.data import time_instruction, with_time_instruction
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-onevision"
 TINY = json.loads((GOLDEN / "e2e_logits" / "case.json").read_text())["config"]
@@ -69,10 +69,10 @@ def released(size: str, **fields):
 def write_classic(folder: Path, **fields) -> Path:
     """A tiny checkpoint in the authors' layout, with the weights and settings of the golden end-to-end case."""
     folder.mkdir()
-    tower = folder.parent / "siglip-tiny"
-    tower.mkdir(exist_ok=True)
-    (tower / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model", **TINY["vision"]}))
-    raw = RELEASED | TINY["model_config"] | {"mm_vision_tower": str(tower), "eos_token_id": 266, **fields}
+    encoder = folder.parent / "siglip-tiny"
+    encoder.mkdir(exist_ok=True)
+    (encoder / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model", **TINY["vision"]}))
+    raw = RELEASED | TINY["model_config"] | {"mm_vision_tower": str(encoder), "eos_token_id": 266, **fields}
     (folder / "config.json").write_text(json.dumps(raw))
     shutil.copy(GOLDEN / "e2e_logits" / "weights.safetensors", folder / "model.safetensors")
     shutil.copy(GOLDEN / "preprocess" / "tokenizer.json", folder)
@@ -154,7 +154,7 @@ def test_a_published_checkpoint_gives_the_golden_logits(chat):
     wanted = load_file(GOLDEN / "e2e_logits" / "outputs.safetensors")["single_anyres/logits"]
     (width, height), size = request["image_sizes"][0], chat.model.model.media
     token = chat.config.image_token_id
-    count = size.count("image", MediumSize(1, height, width))
+    count = size.count("image", MediaSize(1, height, width))
     ids = [token if i == -200 else i for i in request["input_ids"][0] for _ in range(count if i == -200 else 1)]
     with torch.no_grad():
         logits = chat.model(
@@ -185,7 +185,7 @@ def test_classic_and_native_layouts_hold_the_same(classic, tmp_path):
 
 def transformers_inputs(model, sample):
     """Inputs of transformers' class from a sample of ours: its placeholders, (height, width), padded views."""
-    ids, kinds = torch.tensor([sample["input_ids"]]), [KINDS[kind] for kind in sample["visual_kinds"]]
+    ids, kinds = torch.tensor([sample["input_ids"]]), [MODALITIES[kind] for kind in sample["visual_modalities"]]
     inputs = {"attention_mask": torch.ones_like(ids)}
     if kinds == ["video"]:
         ids = ids.masked_fill(ids == model.config.image_token_id, model.config.video_token_id)
@@ -287,14 +287,14 @@ def test_a_vocabulary_without_spare_rows_grows_on_export(classic, tmp_path):
 
 
 def test_files_of_the_first_stage_join_language_model_and_tower(classic, tmp_path):
-    """The tower's own folder still holds the layer that is deleted; the newline vector starts at random."""
+    """The encoder's own folder still holds the layer that is deleted; the newline vector starts at random."""
     tensors = load_file(classic / "model.safetensors")
-    tower = tmp_path / "siglip"
-    tower.mkdir()
+    encoder = tmp_path / "siglip"
+    encoder.mkdir()
     own = {n.split("vision_tower.vision_tower.")[1]: t for n, t in tensors.items() if "vision_tower" in n}
     own |= {n.replace("layers.1.", "layers.2."): t + 1 for n, t in own.items() if "layers.1." in n}
-    save_file(own | {"vision_model.head.probe": torch.zeros(1, 1, 24)}, tower / "model.safetensors")
-    (tower / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model", **TINY["vision"]}))
+    save_file(own | {"vision_model.head.probe": torch.zeros(1, 1, 24)}, encoder / "model.safetensors")
+    (encoder / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model", **TINY["vision"]}))
     first = write_classic(tmp_path / "first")
     (first / "model.safetensors").unlink()
     torch.save({n: t for n, t in tensors.items() if "mm_projector" in n}, first / "mm_projector.bin")
@@ -302,7 +302,7 @@ def test_files_of_the_first_stage_join_language_model_and_tower(classic, tmp_pat
     base.mkdir()
     language = {n: t for n, t in tensors.items() if not any(w in n for w in ("mm_", "vision_tower", "newline"))}
     save_file(language, base / "model.safetensors")
-    model = build(open_checkpoint(first, base=base, vision_tower=tower))
+    model = build(open_checkpoint(first, base=base, vision_tower=encoder))
     whole = build(open_checkpoint(classic))
     assert model.config.vision_config.num_hidden_layers == 2
     assert 0 < model.model.image_newline.std().item() < 0.4
@@ -395,13 +395,13 @@ def spec_of(**options) -> MediaSpec:
 
 def test_token_counts_of_every_kind_of_medium():
     spec = spec_of()
-    assert spec.count("image", MediumSize(1, 384, 384)) == 1485
-    assert spec.count("image", MediumSize(1, 2304, 2304)) == 7371
-    assert spec.count("image", MediumSize(1, 1362, 1123)) == 8765  # the most there can be
-    assert spec.count("image", MediumSize(1, 1, 10_000)) > 0
-    assert spec.count("multi_image", MediumSize(1, 1362, 1123)) == 730
-    assert spec_of(single_newline=False).count("multi_image", MediumSize(1, 5, 5)) == 729
-    assert spec.count("video", MediumSize(32, 720, 1280)) == 32 * 196 + 1
+    assert spec.count("image", MediaSize(1, 384, 384)) == 1485
+    assert spec.count("image", MediaSize(1, 2304, 2304)) == 7371
+    assert spec.count("image", MediaSize(1, 1362, 1123)) == 8765  # the most there can be
+    assert spec.count("image", MediaSize(1, 1, 10_000)) > 0
+    assert spec.count("multi_image", MediaSize(1, 1362, 1123)) == 730
+    assert spec_of(single_newline=False).count("multi_image", MediaSize(1, 5, 5)) == 729
+    assert spec.count("video", MediaSize(32, 720, 1280)) == 32 * 196 + 1
 
 
 @pytest.mark.parametrize("rounding", ["int", "hf"])
@@ -417,7 +417,7 @@ def test_counts_equal_tokens_and_transformers_where_it_rounds_alike(rounding, ex
     sizes = [(603, 1809), (1872, 832), *((pick.randint(1, 3000), pick.randint(1, 3000)) for _ in range(300))]
     differing = []
     for number, (width, height) in enumerate(sizes):
-        size = MediumSize(1, height, width)
+        size = MediaSize(1, height, width)
         count = spec.count("image", size)
         if count != theirs._get_number_of_features(height, width, 384, 384):
             differing.append((width, height))
@@ -432,7 +432,7 @@ def test_counts_equal_tokens_and_transformers_where_it_rounds_alike(rounding, ex
 def test_mirrored_images_have_transposed_grids():
     spec = spec_of()
     for width, height in ((1000, 300), (1920, 1080), (385, 384)):
-        wide, tall = (spec.plan("image", MediumSize(1, h, w)) for w, h in ((width, height), (height, width)))
+        wide, tall = (spec.plan("image", MediaSize(1, h, w)) for w, h in ((width, height), (height, width)))
         assert (wide.rows, wide.cols) == (tall.cols, tall.rows)
 
 
@@ -449,7 +449,9 @@ def test_the_last_norm_is_not_read_and_a_further_layer_would_be(chat):
 def test_a_mixed_batch_equals_its_samples_alone(chat):
     samples = [chat.processor.encode(messages) for messages in (ONE, SEVERAL, VIDEO, TEXT, BUDGETED)]
     batch = Collator(0)(samples)
-    assert sorted(set(batch["visual_kinds"].tolist())) == [KINDS.index(k) for k in ("image", "video", "multi_image")]
+    assert sorted(set(batch["visual_modalities"].tolist())) == [
+        MODALITIES.index(k) for k in ("image", "video", "multi_image")
+    ]
     with torch.no_grad():
         together = chat.model(**batch).logits
     for row, sample in zip(together, samples, strict=True):
@@ -491,14 +493,14 @@ def test_a_clip_from_a_file_is_answered_and_sampling_can_be_configured(classic, 
     assert isinstance(chat.chat(messages, max_new_tokens=3), str)
     chat.processor.sampling = {"type": "step", "fps": 2, "max_frames": 32}
     sample = chat.processor.encode(messages)
-    assert sample["visual_sizes"] == [MediumSize(6, 32, 48)]
+    assert sample["visual_sizes"] == [MediaSize(6, 32, 48)]
     assert sample["input_ids"].count(chat.config.image_token_id) == 6 * 4 + 1
     chat.processor.configure({"sampling.type": "rate", "sampling.fps": 1, "reading.video.partial": True})
     assert chat.processor.sampling == {"type": "rate", "fps": 1}
-    assert chat.processor.encode(messages)["visual_sizes"] == [MediumSize(3, 32, 48)]
+    assert chat.processor.encode(messages)["visual_sizes"] == [MediaSize(3, 32, 48)]
     for name, message in (
         ("sampling", "write sampling.OPTION"),
-        ("reading.film.rate", "unknown kind of medium"),
+        ("reading.film.rate", "unknown modality"),
         ("reading.video.partly", "did you mean 'partial'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -579,7 +581,7 @@ def test_the_recipe_trains_each_part_at_its_rate():
     for stage in recipe.stages:
         freeze_all_but(model, stage.train)
         spec = MediaSpec(merged_media(model.config, stage.media))
-        tokens = spec.count("image", MediumSize(1, 2304, 2304))
+        tokens = spec.count("image", MediaSize(1, 2304, 2304))
         rates = {group["lr"] for group in optimizer_groups(model, Rates.of(stage))}
         found.append((sum(trainable_by_part(model).values()), rates, tokens, stage.template))
     everything = 397_747_744 + 16_980_992 + 7_615_616_512 + 3584
@@ -594,7 +596,7 @@ def test_the_recipe_trains_each_part_at_its_rate():
 def test_cost_counts_what_the_formulas_say():
     from llavakit.systems.llava_onevision import cost
 
-    assert cost.vision_flops(cost.tower()).total == 641_801_428_992
+    assert cost.vision_flops(cost.encoder()).total == 641_801_428_992
     for size, tokens, flops in (
         ("0.5B", 729, 567_423_553_536),
         ("7B", 1485, 20_265_301_647_360),

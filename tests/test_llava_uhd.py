@@ -22,7 +22,7 @@ from llavakit.system import get_system
 from llavakit.systems.llava_uhd.checkpoint import Released
 from llavakit.systems.llava_uhd.partition import NativeSlices
 from llavakit.systems.llava_uhd.resampler import SpatialResampler, region_weights
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-uhd"
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
@@ -44,7 +44,7 @@ def test_golden_flops():
 @given(SIZES)
 def test_views_are_whole_patches_and_tile_the_canvas(size):
     width, height = size
-    plan = NativeSlices().plan(MediumSize(1, height, width))
+    plan = NativeSlices().plan(MediaSize(1, height, width))
     *slices, overview = plan.views
     assert all(view.width % 14 == 0 and view.height % 14 == 0 for view in plan.views)
     assert len(slices) == plan.rows * plan.cols <= 7
@@ -60,7 +60,7 @@ def test_views_are_whole_patches_and_tile_the_canvas(size):
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (30, 5000)])
 def test_extreme_shapes_can_be_capped(size):
     width, height = size
-    plan = NativeSlices(max_patches=600).plan(MediumSize(1, height, width))
+    plan = NativeSlices(max_patches=600).plan(MediaSize(1, height, width))
     assert all((v.width // 14) * (v.height // 14) <= 600 for v in plan.views)
     views = NativeSlices(max_patches=600).cut(Image.new("RGB", size), plan)
     assert [view.shape[1:] for view in views] == [(v.height, v.width) for v in plan.views]
@@ -87,7 +87,7 @@ def test_separators_stand_between_slices_as_words():
         }
     }
     net = tiny.model(connector="resampler", media=media)
-    size = MediumSize(1, 32, 48)
+    size = MediaSize(1, 32, 48)
     layout = net.model.media.layout("image", size)
     plan = net.model.media.plan("image", size)
     marks = [run.ids[0] for run in layout if run.ids]
@@ -109,7 +109,7 @@ def sample_of(net, sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids, views = [1, 5], []
     for height, width in sizes:
-        size = MediumSize(1, height, width)
+        size = MediaSize(1, height, width)
         for run in net.model.media.layout("image", size):
             ids += [tiny.TOKEN] * run.visual + list(run.ids)
         ids += [9, 11]
@@ -148,7 +148,7 @@ def test_views_encoded_together_equal_views_encoded_alone():
         together = net.model.get_image_features(both["pixel_values"], both["visual_sizes"]).pooler_output
         start = 0
         for number, size in enumerate(both["visual_sizes"]):
-            count = len(net.model.media.plan("image", MediumSize(*size.tolist())).views)
+            count = len(net.model.media.plan("image", MediaSize(*size.tolist())).views)
             alone = net.model.get_image_features(both["pixel_values"][start : start + count], size[None])
             torch.testing.assert_close(together[number], alone.pooler_output[0], atol=1e-5, rtol=0)
             start += count
@@ -156,20 +156,20 @@ def test_views_encoded_together_equal_views_encoded_alone():
 
 @pytest.fixture
 def released(tmp_path):
-    """A tiny checkpoint under the released names, tower included."""
+    """A tiny checkpoint under the released names, encoder included."""
     case = GOLDEN / "end_to_end"
     config = json.loads((case / "case.json").read_text())["config"]
     folder = tmp_path / "released"
     folder.mkdir()
     save_file(load_file(case / "weights.safetensors"), folder / "model.safetensors")
-    tower = tmp_path / "tower"
-    tower.mkdir()
-    (tower / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **config["clip"]}))
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **config["clip"]}))
     raw = {
         "model_type": "llava_llama",
         "architectures": ["LlavaLlamaForCausalLM"],
         **config["llama"],
-        "mm_vision_tower": "tower",
+        "mm_vision_tower": "encoder",
         "mm_hidden_size": config["clip"]["hidden_size"],
         "mm_projector_type": "adapt_spatial_resampler",
         "mm_num_queries": config["resampler"]["grid_size"] ** 2,
@@ -177,20 +177,20 @@ def released(tmp_path):
         "mm_vision_select_layer": -2,
     }
     (folder / "config.json").write_text(json.dumps(raw))
-    return folder, tower
+    return folder, encoder
 
 
 def test_released_layout_round_trips(released, tmp_path):
-    folder, tower = released
-    checkpoint = open_checkpoint(folder, vision_tower=tower)
+    folder, encoder = released
+    checkpoint = open_checkpoint(folder, vision_tower=encoder)
     assert checkpoint.config.system == "llava-uhd"
     net = build(checkpoint)
-    convert(folder, tmp_path / "native", to="llavakit", vision_tower=tower)
+    convert(folder, tmp_path / "native", to="llavakit", vision_tower=encoder)
     convert(tmp_path / "native", tmp_path / "again", to="original")
     source, written = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert set(written) == set(source)
     assert all(torch.allclose(written[name], source[name], atol=1e-6) for name in source)
-    back = build(open_checkpoint(tmp_path / "again", vision_tower=tower))
+    back = build(open_checkpoint(tmp_path / "again", vision_tower=encoder))
     assert torch.equal(net.model.multi_modal_projector.proj.weight, back.model.multi_modal_projector.proj.weight)
 
 
@@ -230,7 +230,7 @@ def test_recipe_builds_at_published_scale_on_meta_tensors():
 
 
 def test_planner_before_and_after_the_evaluation_resize():
-    plan = NativeSlices(long_side=1024).plan(MediumSize(1, 100, 100))
+    plan = NativeSlices(long_side=1024).plan(MediaSize(1, 100, 100))
     assert len(plan.views) == 7
     image = Image.fromarray(np.zeros((100, 100, 3), np.uint8))
     assert len(NativeSlices(long_side=1024).cut(image, plan)) == 7

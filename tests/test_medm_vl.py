@@ -17,9 +17,9 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.medm_vl.checkpoint import KNOWN_LLMS, Published
-from llavakit.systems.medm_vl.towers import M3DClipConfig, M3DClipVision
+from llavakit.systems.medm_vl.encoders import M3DClipConfig, M3DClipVision
 from llavakit.systems.medm_vl.volumes import Box, Slices
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 GOLDEN = Path(__file__).parent / "golden" / "medm-vl"
 BOX = {"volume": {"views": {"type": "volume_box", "size": [8, 16, 16]}}}
@@ -41,14 +41,14 @@ def test_golden_cases(path):
 
 
 def test_a_bright_voxel_changes_the_token_of_its_patch():
-    tower = M3DClipVision(M3DClipConfig(**{k: v for k, v in DEEP.items() if k != "model_type"})).eval()
-    torch.nn.init.normal_(tower.patch_embedding.patch_embeddings["1"].weight)
+    encoder = M3DClipVision(M3DClipConfig(**{k: v for k, v in DEEP.items() if k != "model_type"})).eval()
+    torch.nn.init.normal_(encoder.patch_embedding.patch_embeddings["1"].weight)
     empty = torch.zeros(1, 1, 8, 16, 16)
     lit = empty.clone()
     lit[0, 0, 5, 9, 2] = 10.0  # depth cell 2, row cell 2, column cell 0
     with torch.no_grad():
         cut = [
-            tower.patch_embedding.patch_embeddings["1"](tower._cut(v).permute(0, 1, 2, 3, 5, 6, 7, 4).flatten(4))
+            encoder.patch_embedding.patch_embeddings["1"](encoder._cut(v).permute(0, 1, 2, 3, 5, 6, 7, 4).flatten(4))
             for v in (empty, lit)
         ]
     changed = (cut[0] - cut[1]).abs().sum(-1)[0].nonzero().tolist()
@@ -61,7 +61,7 @@ def volume(seed=0, shape=(12, 20, 24)):
 
 def test_shifted_window_gives_the_same_box_of_values():
     planner = Box(size=(8, 16, 16))
-    plan = planner.plan(MediumSize(12, 20, 24))
+    plan = planner.plan(MediaSize(12, 20, 24))
     one = planner.cut(volume(), plan)[0]
     inner = volume() * 0.5  # inside the window, so only minimum and maximum matter
     other = planner.cut(inner, plan)[0]
@@ -74,8 +74,8 @@ def test_background_around_a_body_is_cropped_away():
     padded = np.full((20, 30, 34), -2000, np.float32)
     padded[4:16, 5:25, 6:30] = body
     planner = Slices(size=16, slices=6)
-    plain = planner.cut(body, planner.plan(MediumSize(*body.shape)))
-    framed = planner.cut(padded, planner.plan(MediumSize(*padded.shape)))
+    plain = planner.cut(body, planner.plan(MediaSize(*body.shape)))
+    framed = planner.cut(padded, planner.plan(MediaSize(*padded.shape)))
     assert len(plain) == 6
     np.testing.assert_array_equal(np.stack(plain), np.stack(framed))
 
@@ -83,14 +83,14 @@ def test_background_around_a_body_is_cropped_away():
 def test_empty_and_mistaken_volumes_are_one_clear_line():
     planner = Slices(size=16)
     with pytest.raises(MediaError, match="nothing is above the background"):
-        planner.cut(np.full((4, 8, 8), -2000, np.float32), planner.plan(MediumSize(4, 8, 8)))
+        planner.cut(np.full((4, 8, 8), -2000, np.float32), planner.plan(MediaSize(4, 8, 8)))
     grey = Slices(size=16, stored="grey")
     with pytest.raises(MediaError, match="takes grey levels from 0 to 255"):
-        grey.cut(volume(), grey.plan(MediumSize(12, 20, 24)))
+        grey.cut(volume(), grey.plan(MediaSize(12, 20, 24)))
 
 
 def sample(net, media, text=6, seed=0):
-    """A batch of one: text, then each medium given as (kind, size)."""
+    """A batch of one: text, then each media item given as (kind, size)."""
     generator = torch.Generator().manual_seed(seed)
     kinds = ("image", "video", "volume", "multi_image")
     ids, views, sizes, numbers = [1], [], [], []
@@ -114,7 +114,7 @@ def sample(net, media, text=6, seed=0):
         "labels": input_ids.masked_fill(input_ids == tiny.TOKEN, -100),
         "pixel_values": views,
         "visual_sizes": torch.tensor(sizes),
-        "visual_kinds": torch.tensor(numbers),
+        "visual_modalities": torch.tensor(numbers),
     }
 
 
@@ -133,14 +133,14 @@ def trains_decodes_and_survives(net, inputs, folder):
 def test_a_volume_and_a_radiograph_in_one_conversation(tmp_path):
     media = {
         "image": {"views": {"type": "squash", "size": tiny.SIZE}},
-        "volume": {**BOX["volume"], "tower": "volume_tower", "connector": "volume_projector"},
+        "volume": {**BOX["volume"], "encoder": "volume_tower", "connector": "volume_projector"},
     }
     net = tiny.model(
         media=media,
-        extra_towers={"volume_tower": {"config": DEEP, "layer": -1}},
-        extra_connectors={"volume_projector": {"type": "pooling", "stride": [2, 2, 2], "tower": "volume_tower"}},
+        extra_encoders={"volume_tower": {"config": DEEP, "layer": -1}},
+        extra_connectors={"volume_projector": {"type": "pooling", "stride": [2, 2, 2], "encoder": "volume_tower"}},
     )
-    both = sample(net, [("image", MediumSize(1, 40, 30)), ("volume", MediumSize(20, 64, 64))])
+    both = sample(net, [("image", MediaSize(1, 40, 30)), ("volume", MediaSize(20, 64, 64))])
     assert (both["input_ids"] == tiny.TOKEN).sum() == 16 + 2 * 2 * 2
     trains_decodes_and_survives(net, both, tmp_path)
     assert net.model.volume_projector.linear_1.weight.grad.abs().sum() > 0
@@ -159,7 +159,7 @@ def test_attention_pooling_on_tiles_of_another_encoder(tmp_path):
             **{**net.config.to_dict(), "connector": {"type": "attention_pooling", "queries": 6, "heads": 2}}
         )
     ).eval()
-    inputs = sample(net, [("image", MediumSize(1, 60, 64)), ("image", MediumSize(1, 64, 20))])
+    inputs = sample(net, [("image", MediaSize(1, 60, 64)), ("image", MediaSize(1, 64, 20))])
     assert (inputs["input_ids"] == tiny.TOKEN).sum() == 12
     trains_decodes_and_survives(net, inputs, tmp_path)
 

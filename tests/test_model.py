@@ -33,7 +33,7 @@ def join(samples, side):
             row[places[-1]] = sample[name][0]
             batch[name].append(row)
     batch = {name: torch.stack(rows) for name, rows in batch.items()}
-    for name in ("pixel_values", "visual_sizes", "visual_kinds"):
+    for name in ("pixel_values", "visual_sizes", "visual_modalities"):
         batch[name] = torch.cat([s[name] for s in samples if name in s])
     return batch, places
 
@@ -77,7 +77,7 @@ def test_packed_rows_give_the_logits_of_each_sample_alone(decoder):
     samples = [tiny.prompt(net, layout, seed) for seed, layout in enumerate(LAYOUTS)]
     row = {name: torch.cat([s[name] for s in samples], dim=1) for name in ("input_ids", "labels")}
     row["position_ids"] = torch.cat([torch.arange(s["input_ids"].shape[1]) for s in samples])[None]
-    for name in ("pixel_values", "visual_sizes", "visual_kinds"):
+    for name in ("pixel_values", "visual_sizes", "visual_modalities"):
         row[name] = torch.cat([s[name] for s in samples if name in s])
     packed = logits(net, **row)
     start = 0
@@ -112,7 +112,7 @@ def test_loss_from_supervised_positions_equals_full_loss_and_gradients():
 def test_features_that_were_encoded_before_give_the_same_logits():
     net = tiny.model()
     sample = tiny.prompt(net, "tItttItt")
-    media = {name: sample.pop(name) for name in ("pixel_values", "visual_sizes", "visual_kinds")}
+    media = {name: sample.pop(name) for name in ("pixel_values", "visual_sizes", "visual_modalities")}
     with torch.no_grad():
         visuals = net.model.encode_media(**media)
     torch.testing.assert_close(logits(net, **sample, visuals=visuals), logits(net, **sample, **media))

@@ -306,7 +306,7 @@ def test_boxes_hold_the_masks():
             assert rows.min() >= top - 2
             assert rows.max() <= bottom + 1
             assert right - left <= np.ptp(columns) + 6
-    assert seen == set(patient.KINDS)
+    assert seen == set(patient.MODALITIES)
 
 
 def test_depth_is_asked_about_volumes_only_and_is_true():
@@ -473,12 +473,12 @@ def test_a_folder_is_complete_and_repeatable(name, tmp_path):
             media = media_of(messages)
             assert media
             assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
-            for medium in media:
-                path = out / medium[medium["type"]]
+            for media_item in media:
+                path = out / media_item[media_item["type"]]
                 assert path.stat().st_size > 0
-                if medium["type"] == "image":
+                if media_item["type"] == "image":
                     assert np.asarray(Image.open(path)).dtype == np.uint8
-                if medium["type"] == "volume":
+                if media_item["type"] == "volume":
                     assert np.load(path).shape == (12, 12, 12)
     assert not ids["train"] & ids["heldout"]
     questions = [json.loads(line) for line in (out / "heldout_questions.jsonl").read_text().splitlines()]

@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 from tiny_server import Running, ask, data_url, media, png, small_chat  # noqa: E402
 
-from llavakit.generation.request import Handle, Piece  # noqa: E402
+from llavakit.generation.request import RequestHandle, StreamChunk  # noqa: E402
 from llavakit.serving.app import Settings  # noqa: E402
 
 WEATHER = {
@@ -44,15 +44,15 @@ class Scripted:
     def stop(self, drain: bool) -> None: ...
 
     def submit(self, request, *, stream, listener):
-        handle = Handle(self, request)
+        handle = RequestHandle(self, request)
         handle.listener = listener
         self.prompts.append(self.tokenizer.decode(request.ids()))
 
         def speak() -> None:
             for reply in handle.replies:
                 for letter in self.says:
-                    handle.deliver(Piece(reply.index, (5,), letter))
-                handle.deliver(Piece(reply.index, (2,), finish_reason="stop"))
+                    handle.deliver(StreamChunk(reply.index, (5,), letter))
+                handle.deliver(StreamChunk(reply.index, (2,), finish_reason="stop"))
 
         threading.Timer(0.02, speak).start()
         return handle
@@ -168,7 +168,7 @@ def test_an_error_in_a_stream_is_raised_by_the_client(client):
 @pytest.fixture(scope="module")
 def every_kind():
     """A model that takes images, videos and volumes."""
-    from llavakit.systems.medm_vl import towers  # noqa: F401  (its encoder is registered with it)
+    from llavakit.systems.medm_vl import encoders  # noqa: F401  (its encoder is registered with it)
 
     squash = {"type": "squash", "size": tiny.SIZE}
     deep = {"model_type": "m3d_clip_vision", "image_size": [8, 16, 16], "patch_size": [2, 4, 4], "hidden_size": 16}
@@ -178,14 +178,14 @@ def every_kind():
         "video": {"views": {"type": "frames", "frame": squash}, "arrange": {"type": "frames", "newline": "one_token"}},
         "volume": {
             "views": {"type": "volume_box", "size": [8, 16, 16]},
-            "tower": "volume_tower",
+            "encoder": "volume_tower",
             "connector": "volume_projector",
         },
     }
     chat = small_chat(
         media=routes,
-        extra_towers={"volume_tower": {"config": deep, "layer": -1}},
-        extra_connectors={"volume_projector": {"type": "pooling", "stride": [2, 2, 2], "tower": "volume_tower"}},
+        extra_encoders={"volume_tower": {"config": deep, "layer": -1}},
+        extra_connectors={"volume_projector": {"type": "pooling", "stride": [2, 2, 2], "encoder": "volume_tower"}},
     )
     running = Running(chat, Settings(names=("tiny",), default_tokens=6))
     yield running.client(), chat

@@ -25,7 +25,7 @@ from tiny_server import Running, ask, data_url, png, small_chat
 
 from llavakit.generation import Engine
 from llavakit.generation.engine import _Row
-from llavakit.generation.request import Handle
+from llavakit.generation.request import RequestHandle
 from llavakit.serving.answer import Answer
 from llavakit.serving.app import Settings
 from llavakit.serving.policy import decode_data_url
@@ -172,7 +172,7 @@ def left_over() -> dict[str, int]:
     gc.collect()
     found = dict.fromkeys(("Answer", "Handle", "_Row"), 0)
     for one in gc.get_objects():
-        if type(one) in (Answer, Handle, _Row):
+        if type(one) in (Answer, RequestHandle, _Row):
             found[type(one).__name__] += 1
     return found
 

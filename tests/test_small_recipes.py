@@ -36,7 +36,7 @@ def worlds(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("slug", "world", "medium"),
+    ("slug", "world", "item"),
     [
         ("llava-1.5", "pictures", "image"),
         ("llava-onevision", "scenes", "video"),
@@ -46,7 +46,7 @@ def worlds(tmp_path_factory):
         ("medm-vl", "thorax", "volume"),
     ],
 )
-def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, medium):
+def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, item):
     folder = worlds / world
     recipe = scale(load_recipe(get_system(slug).recipe), vocab=1300, patch_size=4, image_size=16, stages=STEPS)
     raw = recipe.model_dump()
@@ -64,7 +64,7 @@ def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, me
     assert [stage.name for stage in result.stages] == [stage.name for stage in recipe.stages]
     assert all(len(stage.metrics["log"]) == 2 for stage in result.stages)
     records = json.loads((folder / "train.json").read_text())
-    file = next(str(folder / record[medium]) for record in records if isinstance(record.get(medium), str))
+    file = next(str(folder / record[item]) for record in records if isinstance(record.get(item), str))
     chat = llavakit.load(result.final)
-    question = [{"type": medium, medium: file}, {"type": "text", "text": "What is there?"}]
+    question = [{"type": item, item: file}, {"type": "text", "text": "What is there?"}]
     assert isinstance(chat.chat([{"role": "user", "content": question}], max_new_tokens=2), str)

@@ -17,7 +17,7 @@ from llavakit.registry import ARRANGEMENTS, PLANNERS
 from llavakit.splice.tiles import pool
 from llavakit.systems.llava_1_5.parity_views import ADAPTERS
 from llavakit.views import pixels, tiles
-from llavakit.views.plan import MediumSize, Plan
+from llavakit.views.plan import MediaSize, Plan
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-1.5"
 GREY = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -30,7 +30,7 @@ def noise(width, height, seed=0):
 
 
 def size_of(image):
-    return MediumSize(1, image.height, image.width)
+    return MediaSize(1, image.height, image.width)
 
 
 def cut(planner, image):
@@ -100,7 +100,7 @@ def test_square_and_pad_differ_in_what_they_keep():
 
 
 def test_pad_plan_says_where_the_image_lies():
-    plan = PLANNERS.build({"type": "pad", "size": 28}).plan(MediumSize(1, 25, 40))
+    plan = PLANNERS.build({"type": "pad", "size": 28}).plan(MediaSize(1, 25, 40))
     assert plan.canvas == (40, 40)
     assert plan.content == (0, 7, 40, 32)
     assert [(view.height, view.width) for view in plan.views] == [(28, 28)]
@@ -145,7 +145,7 @@ def test_canvas_of_extreme_images():
 def test_mirrored_size_transposes_the_grid():
     planner = PLANNERS.build({"type": "anyres", "size": 384, "pinpoints": "(1x1),...,(6x6)"})
     for width, height in ((1000, 300), (1920, 1080), (500, 2600), (700, 650)):
-        plan, mirrored = (planner.plan(MediumSize(1, *size)) for size in ((height, width), (width, height)))
+        plan, mirrored = (planner.plan(MediaSize(1, *size)) for size in ((height, width), (width, height)))
         assert (plan.rows, plan.cols) == (mirrored.cols, mirrored.rows)
 
 
@@ -193,24 +193,24 @@ def test_layout_of_tiles_counts_what_arrange_makes(options):
     planner = PLANNERS.build({"type": "anyres", "size": 336, "pinpoints": V16})
     newline, draw = torch.full((3,), 7.0), random.Random(0)
     for _ in range(40):
-        size = MediumSize(1, draw.randint(1, 3000), draw.randint(1, 3000))
+        size = MediaSize(1, draw.randint(1, 3000), draw.randint(1, 3000))
         plan = planner.plan(size)
         rows, cols = draw.choice([(4, 4), (5, 5), (3, 4), (2, 2)])
         grids = [(1, rows, cols)] * len(plan.views)
         tokens = arrangement.arrange(plan, grids, features(len(grids), rows, cols), newline)
         assert len(tokens) == arrangement.layout(plan, grids)[0].visual, (size, rows, cols)
-    for thin in (MediumSize(1, 3000, 1), MediumSize(1, 1, 3000)):  # unpadding leaves next to nothing
+    for thin in (MediaSize(1, 3000, 1), MediaSize(1, 1, 3000)):  # unpadding leaves next to nothing
         plan = planner.plan(thin)
         grids = [(1, 4, 4)] * len(plan.views)
         tokens = arrangement.arrange(plan, grids, features(len(grids), 4, 4), newline)
         assert len(tokens) == arrangement.layout(plan, grids)[0].visual
-    single = Plan("image", MediumSize(1, 5, 5), ())
+    single = Plan("image", MediaSize(1, 5, 5), ())
     tokens = arrangement.arrange(single, [(1, 4, 4)], features(1, 4, 4), newline)
     assert len(tokens) == arrangement.layout(single, [(1, 4, 4)])[0].visual
 
 
 def test_map_keeps_tiles_in_place():
-    plan = PLANNERS.build({"type": "anyres", "size": 336, "pinpoints": V16}).plan(MediumSize(1, 640, 640))
+    plan = PLANNERS.build({"type": "anyres", "size": 336, "pinpoints": V16}).plan(MediaSize(1, 640, 640))
     grids = [(1, 2, 2)] * 5
     numbered = [torch.stack([torch.full((4,), float(view)), torch.arange(4.0)], dim=1) for view in range(5)]
     tokens = ARRANGEMENTS.build({"type": "spatial_unpad"}).arrange(plan, grids, numbered, torch.tensor([-1.0, -1.0]))
@@ -235,7 +235,7 @@ ONEVISION = [
 @pytest.mark.parametrize(("size", "nine", "four", "unlimited"), ONEVISION)
 def test_token_budget_of_onevision(size, nine, four, unlimited):
     planner = PLANNERS.build({"type": "anyres", "size": 384, "pinpoints": "(1x1),...,(6x6)"})
-    plan = planner.plan(MediumSize(1, size[1], size[0]))
+    plan = planner.plan(MediaSize(1, size[1], size[0]))
     grids = [(1, 27, 27)] * len(plan.views)
     for limit, tokens in ((9, nine), (4, four), (None, unlimited)):
         arrangement = ARRANGEMENTS.build({"type": "spatial_unpad", "max_tiles": limit})
@@ -244,7 +244,7 @@ def test_token_budget_of_onevision(size, nine, four, unlimited):
 
 def test_rounding_of_transformers_differs_where_it_should():
     planner = PLANNERS.build({"type": "anyres", "size": 384, "pinpoints": "(1x1),...,(6x6)"})
-    plan = planner.plan(MediumSize(1, 1809, 603))
+    plan = planner.plan(MediaSize(1, 1809, 603))
     grids = [(1, 27, 27)] * len(plan.views)
     counts = {
         rounding: ARRANGEMENTS.build({"type": "spatial_unpad", "max_tiles": 9, "rounding": rounding})
@@ -261,7 +261,7 @@ def test_rounding_of_transformers_differs_where_it_should():
 )
 def test_layout_of_frames_counts_what_arrange_makes(newline, options):
     arrangement = ARRANGEMENTS.build({"type": "frames", "newline": newline, "pool": options})
-    plan = Plan("video", MediumSize(3, 9, 9), ())
+    plan = Plan("video", MediaSize(3, 9, 9), ())
     for side in (4, 5, 7):
         grids = [(1, side, side)] * 3
         tokens = arrangement.arrange(plan, grids, features(3, side, side), torch.zeros(3))
@@ -271,7 +271,7 @@ def test_layout_of_frames_counts_what_arrange_makes(newline, options):
 
 
 def test_tokens_of_video_frames():
-    plan = Plan("video", MediumSize(32, 384, 384), ())
+    plan = Plan("video", MediaSize(32, 384, 384), ())
     grids = [(1, 27, 27)] * 32
     expected = {"one_token": 196 * 32 + 1, "grid": 210 * 32, "frame": 197 * 32, "no_token": 196 * 32}
     for newline, count in expected.items():
@@ -291,7 +291,7 @@ def test_faster_video_alternates_pooling():
     grids = [(1, 8, 8)] * 3
     frames = features(3, 8, 8)
     marks = torch.stack([torch.full((3,), 2.0), torch.full((3,), 3.0)])
-    tokens = arrangement.arrange(Plan("video", MediumSize(3, 8, 8), ()), grids, frames, marks)
+    tokens = arrangement.arrange(Plan("video", MediaSize(3, 8, 8), ()), grids, frames, marks)
     assert len(tokens) == arrangement.layout(None, grids)[0].visual == (4 * 5 + 1) + (2 * 3 + 1) + (4 * 5 + 1)
     assert (tokens[[20, 27, 48]] == 3).all()
     assert torch.allclose(tokens[21], pool(frames[1].view(1, 8, 8, 3), "average", 4)[0, 0, 0])
@@ -303,13 +303,13 @@ def test_faster_video_alternates_pooling():
 def test_frames_go_through_the_planner_of_images():
     planner = PLANNERS.build({"type": "frames", "frame": {"type": "squash", "size": 6, **GREY}})
     frames = [noise(9, 7, seed) for seed in range(3)]
-    plan = planner.plan(MediumSize(3, 7, 9))
+    plan = planner.plan(MediaSize(3, 7, 9))
     assert [(view.role, view.index) for view in plan.views] == [("frame", 0), ("frame", 1), ("frame", 2)]
     views = planner.cut(frames, plan)
     single = PLANNERS.build({"type": "squash", "size": 6, **GREY})
     assert all(np.array_equal(view, cut(single, frame)[0]) for view, frame in zip(views, frames, strict=True))
     tiled = PLANNERS.build({"type": "frames", "frame": {"type": "anyres", "size": 6, "pinpoints": [[6, 12]]}})
-    plan = tiled.plan(MediumSize(2, 7, 9))
+    plan = tiled.plan(MediaSize(2, 7, 9))
     assert [(view.role, view.index) for view in plan.views] == [
         (r, i) for i in (0, 1) for r in ("whole", "tile", "tile")
     ]
@@ -321,7 +321,7 @@ def test_frames_go_through_the_planner_of_images():
 def test_nearest_squash_is_torchs():
     frame = noise(50, 31)
     planner = PLANNERS.build({"type": "frames", "nearest": 24, "frame": {"type": "square", "size": 24, **GREY}})
-    (view,) = planner.cut([frame], planner.plan(MediumSize(1, 31, 50)))
+    (view,) = planner.cut([frame], planner.plan(MediaSize(1, 31, 50)))
     pixels_first = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float()
     expected = torch.nn.functional.interpolate(pixels_first, size=(24, 24), mode="nearest")[0]
     assert np.allclose(view, (expected / 255 - 0.5) / 0.5, atol=1e-6)
@@ -354,4 +354,4 @@ def test_sampling_names_mistakes():
 
 def test_options_survive_json():
     options = {"type": "frames", "frame": {"type": "anyres", "size": 8, "pinpoints": [[8, 16]], **GREY}, "nearest": 9}
-    assert PLANNERS.build(json.loads(json.dumps(options))).plan(MediumSize(2, 5, 6)).rows == 2
+    assert PLANNERS.build(json.loads(json.dumps(options))).plan(MediaSize(2, 5, 6)).rows == 2

@@ -208,12 +208,12 @@ def test_layouts_that_vllm_does_not_read_are_answered_with_the_command_that_conv
     with pytest.raises(UserError, match=r"anyres_max_9.*llavakit convert .*hf NEW --to llavakit"):
         check(tmp_path / "hf")
     convert(own, tmp_path / "classic", to="original")
-    tower = tmp_path / "tower"
-    tower.mkdir()
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
     raw = json.loads((own / "config.json").read_text())
-    (tower / "config.json").write_text(json.dumps(raw["vision_config"]))
+    (encoder / "config.json").write_text(json.dumps(raw["vision_config"]))
     written = tmp_path / "classic" / "config.json"
-    written.write_text(json.dumps(json.loads(written.read_text()) | {"mm_vision_tower": str(tower)}))
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"mm_vision_tower": str(encoder)}))
     with pytest.raises(UserError, match=f"llavakit convert {tmp_path / 'classic'} NEW --to hf"):
         check(tmp_path / "classic")
 

@@ -41,16 +41,16 @@ def browser():
 @pytest.fixture(scope="module")
 def served():
     squash = {"type": "squash", "size": tiny.SIZE}
-    from llavakit.systems.medm_vl import towers  # noqa: F401  (its encoder is registered with it)
+    from llavakit.systems.medm_vl import encoders  # noqa: F401  (its encoder is registered with it)
 
     deep = {"model_type": "m3d_clip_vision", "image_size": [8, 16, 16], "patch_size": [2, 4, 4], "hidden_size": 16}
     deep |= {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    volume = {"views": {"type": "volume_box", "size": [8, 16, 16]}, "tower": "tower3d", "connector": "projector3d"}
+    volume = {"views": {"type": "volume_box", "size": [8, 16, 16]}, "encoder": "tower3d", "connector": "projector3d"}
     chat = small_chat(
         positions=2048,
         media={"image": {"views": squash}, "volume": volume},
-        extra_towers={"tower3d": {"config": deep, "layer": -1}},
-        extra_connectors={"projector3d": {"type": "pooling", "stride": [2, 2, 2], "tower": "tower3d"}},
+        extra_encoders={"tower3d": {"config": deep, "layer": -1}},
+        extra_connectors={"projector3d": {"type": "pooling", "stride": [2, 2, 2], "encoder": "tower3d"}},
     )
     running = Running(chat, Settings(names=("tiny",)), lambda app: mount(app, chat))
     yield running, chat

@@ -8,7 +8,7 @@ import torch
 
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 SIZE = 32
 VOCAB = 96
@@ -124,7 +124,7 @@ def prompt(net: LlavakitForConditionalGeneration, layout: str, seed: int = 0) ->
         Batch of one: input_ids, attention_mask, labels, and pixel_values, visual_sizes, visual_kinds if it has images.
     """
     generator = torch.Generator().manual_seed(seed)
-    size = MediumSize(1, SIZE, SIZE)
+    size = MediaSize(1, SIZE, SIZE)
     count = net.model.media.count("image", size)
     ids: list[int] = []
     for letter in layout:
@@ -139,5 +139,5 @@ def prompt(net: LlavakitForConditionalGeneration, layout: str, seed: int = 0) ->
     if images:
         batch["pixel_values"] = torch.randn(images, 3, SIZE, SIZE, generator=generator)
         batch["visual_sizes"] = torch.tensor([size] * images)
-        batch["visual_kinds"] = torch.zeros(images, dtype=torch.long)
+        batch["visual_modalities"] = torch.zeros(images, dtype=torch.long)
     return batch

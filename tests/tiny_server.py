@@ -96,5 +96,5 @@ def expected(chat, text="What is in this picture?", image=None, **sampling):
 
 
 def media(kind: str, url: str, text: str = "What is this?") -> list[dict[str, Any]]:
-    """A message with a medium of a kind such as "video_url"."""
+    """A message with a media item of a kind such as "video_url"."""
     return [{"role": "user", "content": [{"type": kind, kind: {"url": url}}, {"type": "text", "text": text}]}]

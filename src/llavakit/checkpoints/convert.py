@@ -112,7 +112,7 @@ def open_checkpoint(
             MediaSpec(config)
         return Checkpoint(folder, "llavakit", config, _native_names(read_folder(folder)))
     layout = layouts.detect(folder, raw)
-    given = {"base": base, "tower": vision_tower}
+    given = {"base": base, "encoder": vision_tower}
     sources = {name: local_folder(place) for name, place in given.items() if place is not None}
     with _naming(folder / "config.json", *_MISFITS):
         config, state = layout.read(folder, raw, sources)
@@ -122,7 +122,7 @@ def open_checkpoint(
 
 
 def _native_names(state: LazyState) -> LazyState:
-    """Some transformers releases wrap CLIP and SigLIP towers in one more level; names on disk never have it."""
+    """Some transformers releases wrap CLIP and SigLIP encoders in one more level; names on disk never have it."""
     return state.renamed(lambda name: name.replace("_tower.vision_model.", "_tower."))
 
 

@@ -1,4 +1,4 @@
-"""What is in a model: parts, parameters by part, template, tokens per medium. Reads no weights."""
+"""What is in a model: parts, parameters by part, template, tokens per media item. Reads no weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from llavakit.checkpoints.convert import open_checkpoint
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MediaSpec
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 EXAMPLES = {
-    "image": [MediumSize(1, 336, 336), MediumSize(1, 480, 640), MediumSize(1, 1080, 1920)],
-    "multi_image": [MediumSize(1, 480, 640)],
-    "video": [MediumSize(8, 480, 640)],
-    "volume": [MediumSize(32, 256, 256)],
+    "image": [MediaSize(1, 336, 336), MediaSize(1, 480, 640), MediaSize(1, 1080, 1920)],
+    "multi_image": [MediaSize(1, 480, 640)],
+    "video": [MediaSize(8, 480, 640)],
+    "volume": [MediaSize(32, 256, 256)],
 }
 
 
@@ -45,20 +45,20 @@ def inspect_model(model: str | Path, **sources: Any) -> dict[str, Any]:
         "language_model": config.text_config.model_type,
         "language_adapter": (config.language_adapter or {}).get("type"),
     }
-    types |= {name: config.tower_config(name)[0].model_type for name in config.extra_towers}
+    types |= {name: config.encoder_config(name)[0].model_type for name in config.extra_encoders}
     types |= {name: options["type"] for name, options in config.extra_connectors.items()}
     spec = MediaSpec(config)
     tokens = []
-    for kind, route in spec.routes.items():
-        for size in EXAMPLES[kind]:
-            plan = spec.plan(kind, size)
+    for modality, route in spec.routes.items():
+        for size in EXAMPLES[modality]:
+            plan = spec.plan(modality, size)
             tokens.append(
                 {
-                    "kind": kind,
+                    "modality": modality,
                     "size": list(size),
                     "planner": type(route.planner).__name__,
                     "views": len(plan.views),
-                    "tokens": spec.count(kind, size),
+                    "tokens": spec.count(modality, size),
                 }
             )
     return {

@@ -20,7 +20,7 @@ from llavakit.errors import CheckpointError, UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.registry import LAYOUTS
 from llavakit.system import systems
-from llavakit.vision.known import KNOWN_TOWERS
+from llavakit.vision.known import KNOWN_ENCODERS
 
 OWN_TOWER = "vision_tower"  # name of an encoder that was not published on its own
 Renames = tuple[tuple[str, str], ...]
@@ -66,7 +66,7 @@ class Layout:
         """Configuration and tensors under llavakit's names.
 
         Args:
-            sources: Local folders of what the files need but do not hold: "base" (language model), "tower".
+            sources: Local folders of what the files need but do not hold: "base" (language model), "encoder".
         """
         raise NotImplementedError(f"{type(self).__name__} must define read")
 
@@ -126,35 +126,35 @@ class ClassicLayout(Layout):
         skip = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
         return {"model_type": model_type} | {k: v for k, v in raw.items() if k in known - skip and v is not None}
 
-    def tower_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
+    def encoder_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
         """The encoder's configuration: from a given or named local folder, else from the table of known encoders."""
         named = str(raw["mm_vision_tower"])
-        for folder in (sources.get("tower"), Path(named)):
+        for folder in (sources.get("encoder"), Path(named)):
             if folder is not None and (folder / "config.json").is_file():
                 config = read_json(folder / "config.json")
                 return config.get("vision_config", config) | {"model_type": vision_model_type(config)}
-        if named in KNOWN_TOWERS:
-            return dict(KNOWN_TOWERS[named])
+        if named in KNOWN_ENCODERS:
+            return dict(KNOWN_ENCODERS[named])
         raise CheckpointError(
             f"config.json: mm_vision_tower {named!r} is neither a local folder nor a known encoder; "
-            f"name its folder with --vision-tower; known: {', '.join(KNOWN_TOWERS)}"
+            f"name its folder with --vision-tower; known: {', '.join(KNOWN_ENCODERS)}"
         )
 
     def connector(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The connector that `mm_projector_type` names."""
         return mlp_options(str(raw.get("mm_projector_type", "linear")))
 
-    def extend_config(self, raw: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
+    def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
         """What a system adds to or changes in the configuration (media, template, adapter, ...)."""
         raise NotImplementedError(f"{type(self).__name__} must define extend_config")
 
     def read_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LlavakitConfig:
         """llavakit's configuration from a classic config.json."""
-        tower = self.tower_config(raw, sources)
+        encoder = self.encoder_config(raw, sources)
         text = self.text_config(raw)
         fields: dict[str, Any] = {
             "text_config": text,
-            "vision_config": tower,
+            "vision_config": encoder,
             "connector": self.connector(raw),
             "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
             "vision_feature_select_strategy": "full"
@@ -167,7 +167,7 @@ class ClassicLayout(Layout):
             "eos_token_id": raw.get("eos_token_id"),
             "pad_token_id": raw.get("pad_token_id"),
         }
-        return LlavakitConfig(**(fields | self.extend_config(raw, tower)))
+        return LlavakitConfig(**(fields | self.extend_config(raw, encoder)))
 
     # tensors
 
@@ -194,7 +194,7 @@ class ClassicLayout(Layout):
 
     def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
         if raw.get("mm_vision_tower") == OWN_TOWER and (folder / OWN_TOWER / "config.json").is_file():
-            sources = {"tower": folder / OWN_TOWER, **sources}
+            sources = {"encoder": folder / OWN_TOWER, **sources}
         config = self.read_config(raw, sources)
         if (folder / "adapter_config.json").is_file():
             state = self._read_lora(folder, sources)
@@ -218,17 +218,17 @@ class ClassicLayout(Layout):
         return state.renamed(rename_with(self.renames_in()))
 
     def part_config(self, folder: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-        return self.text_config(raw) if name == "text_config" else self.tower_config(raw, {})
+        return self.text_config(raw) if name == "text_config" else self.encoder_config(raw, {})
 
     def drop_unused(self, config: LlavakitConfig, state: LazyState) -> LazyState:
         """Tensors that the original never used and llavakit does not build."""
         return state
 
     def _read_tower(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LazyState:
-        folder = sources.get("tower") or Path(str(raw["mm_vision_tower"]))
+        folder = sources.get("encoder") or Path(str(raw["mm_vision_tower"]))
         if not folder.is_dir():
             raise CheckpointError(
-                f"the checkpoint holds no vision tower and {folder} is not a local folder; "
+                f"the checkpoint holds no vision encoder and {folder} is not a local folder; "
                 "name the encoder's folder with --vision-tower"
             )
         rules = (
@@ -275,7 +275,7 @@ class ClassicLayout(Layout):
     def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
         text = config.text_config.to_dict()
         depth = config.connector.get("depth", 2)
-        names = {size["image_size"]: name for name, size in KNOWN_TOWERS.items() if _same_tower(size, config)}
+        names = {size["image_size"]: name for name, size in KNOWN_ENCODERS.items() if _same_tower(size, config)}
         fields = {
             "architectures": ["LlavaLlamaForCausalLM"],
             "model_type": self.model_types[0],

@@ -39,7 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1, mps. Default: the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: what fits the device.")]
 Base = Annotated[str | None, typer.Option(help="Language model of a LoRA or connector-only checkpoint.")]
-Tower = Annotated[str | None, typer.Option(help="Encoder of a checkpoint that does not contain it.")]
+Encoder = Annotated[str | None, typer.Option(help="Encoder of a checkpoint that does not contain it.")]
 
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
@@ -162,7 +162,7 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     base: Base = None,
-    vision_tower: Tower = None,
+    vision_tower: Encoder = None,
 ) -> None:
     """Ask a model about pictures, once or in a conversation.
 
@@ -240,7 +240,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     base: Base = None,
-    vision_tower: Tower = None,
+    vision_tower: Encoder = None,
     as_json: Json = False,
 ) -> None:
     """Answer the questions of a benchmark and score the answers.
@@ -316,7 +316,7 @@ def convert(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
     to: Annotated[Form, typer.Option(help="hf is what transformers and vLLM read; original is the paper's own.")],
     base: Base = None,
-    vision_tower: Tower = None,
+    vision_tower: Encoder = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another layout.
@@ -339,7 +339,7 @@ def convert(
 
 
 @app.command()
-def inspect(model: Model, base: Base = None, vision_tower: Tower = None, as_json: Json = False) -> None:
+def inspect(model: Model, base: Base = None, vision_tower: Encoder = None, as_json: Json = False) -> None:
     """Show what a checkpoint consists of.
 
     Parts, parameters by part, template, tokens per image; weights are not read.
@@ -364,12 +364,12 @@ def inspect(model: Model, base: Base = None, vision_tower: Tower = None, as_json
     parts.add_column("parameters", justify="right")
     for part in facts["parts"]:
         parts.add_row(part["name"], part["type"] or "-", f"{part['parameters']:,}")
-    tokens = Table("medium", "size", "planner", title="visual tokens of some media", title_justify="left")
+    tokens = Table("modality", "size", "planner", title="visual tokens of some media", title_justify="left")
     tokens.add_column("views", justify="right")
     tokens.add_column("tokens", justify="right")
     for row in facts["tokens"]:
         size = " x ".join(map(str, row["size"]))
-        tokens.add_row(row["kind"], size, row["planner"], str(row["views"]), str(row["tokens"]))
+        tokens.add_row(row["modality"], size, row["planner"], str(row["views"]), str(row["tokens"]))
     _print(head, parts, tokens)
 
 
@@ -539,7 +539,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     base: Base = None,
-    vision_tower: Tower = None,
+    vision_tower: Encoder = None,
     extra: Annotated[list[str] | None, typer.Option(help="Argument for `vllm serve`; may be repeated.")] = None,
 ) -> None:
     """Serve a model: OpenAI's API and a web app.

@@ -27,8 +27,8 @@ class Streams(Protocol):
         """Yield the pieces of the answer to `messages`."""
 
 
-def attachment(kind: str, place: str) -> dict[str, Any]:
-    """A content part for a medium.
+def attachment(modality: str, place: str) -> dict[str, Any]:
+    """A content part for a media item.
 
     Args:
         kind: "image", "video" or "volume".
@@ -40,9 +40,9 @@ def attachment(kind: str, place: str) -> dict[str, Any]:
     local = Path(place).expanduser()
     if not place.startswith(("http://", "https://", "data:")):
         if not local.exists():
-            raise UserError(f"{place}: no such {kind} file")
+            raise UserError(f"{place}: no such {modality} file")
         place = str(local)
-    return {"type": kind, kind: place}
+    return {"type": modality, modality: place}
 
 
 class Session:
@@ -73,13 +73,13 @@ class Session:
             self.messages.append({"role": "system", "content": self.system})
         self.attached: list[dict[str, Any]] = []
 
-    def attach(self, kind: str, place: str) -> None:
-        """Attach a medium to the next message.
+    def attach(self, modality: str, place: str) -> None:
+        """Attach a media item to the next message.
 
         Raises:
             UserError: If there is nothing at `place`.
         """
-        self.attached.append(attachment(kind, place))
+        self.attached.append(attachment(modality, place))
 
     def say(self, text: str) -> str:
         """Send a message with what is attached, write the answer as it comes, and return it.

@@ -125,13 +125,13 @@ class Prompt:
         visual: True at positions that visual tokens will fill [batch, length].
         labels: Labels [batch, length] or None; a position whose label is not -100 is an answer.
         segments: Number of the packed sample that a position belongs to [batch, length].
-        owners: Row and segment that each medium of the batch belongs to, in prompt order.
-        media: For every medium that the connector gets, its number among all media of the batch in prompt order.
+        owners: Row and segment that each media item of the batch belongs to, in prompt order.
+        media: For every media item that the connector gets, its number among all media of the batch in prompt order.
         answers: True at earlier answers of a conversation that goes on [batch, length], or None; known only to callers
             that encoded messages.
-        digests: For every medium of the batch what names its content, or None.
-        memory: With `digests`, where results that depend on a medium alone may be kept for later prompts: `get(key)`
-            and `put(key, value, bytes)`.
+        digests: For every media item of the batch what names its content, or None.
+        memory: With `digests`, where results that depend on a media item alone may be kept for later prompts:
+            `get(key)` and `put(key, value, bytes)`.
         changed: Set by a connector whose changed embeddings depend on the media and on nothing behind them in the
             prompt: True at positions that it changed [batch, length]. States of such a prompt can be reused by
             prompts that begin in the same way.

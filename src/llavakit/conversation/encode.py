@@ -2,7 +2,7 @@
 
 A prompt is tokenised in pieces: the text between two media is a text of its own, as in the original LLaVA
 (`tokenizer_image_token`), so a piece starts a new word and a begin token is kept only in front of the first. Every
-medium is one placeholder id, which the processor expands when it knows how many tokens the medium takes. Labels
+media item is one placeholder id, which the processor expands when it knows how many tokens the media item takes. Labels
 follow from the characters that a token covers.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llavakit.conversation.labels import by_marks, by_rounds, by_spans, check_policy
-from llavakit.conversation.messages import Message, Part, is_medium, normalise
+from llavakit.conversation.messages import Message, Part, is_media, normalise
 from llavakit.conversation.template import PLACEHOLDER, Span, Template, get_template
 from llavakit.errors import UserError
 
@@ -26,7 +26,7 @@ class Encoded:
     """A conversation as the model reads it, media not yet expanded.
 
     Attributes:
-        ids: Token ids; `IMAGE_PLACEHOLDER` stands for one medium of any kind.
+        ids: Token ids; `IMAGE_PLACEHOLDER` stands for one media item of any kind.
         labels: The id where the model is to learn it, else -100.
         media: The media parts in the order of their placeholders; `boxes` that belong to one are in it.
         text: The rendered text.
@@ -37,7 +37,7 @@ class Encoded:
     labels: list[int]
     media: list[Part] = field(default_factory=list)
     text: str = ""
-    blanked: bool = False
+    fully_masked: bool = False
 
 
 def encode(
@@ -93,13 +93,13 @@ def encode(
         ids, offsets = ids[1:], offsets[1:]
     if max_length is not None and not media:
         ids, offsets = ids[:max_length], offsets[:max_length]
-    blanked = False
+    fully_masked = False
     if policy == "spans":
-        learnt = by_spans(spans, ids, offsets)
+        supervised = by_spans(spans, ids, offsets)
     elif policy == "marks":
-        learnt = by_marks(template.marks, tokenizer, text, spans, ids, offsets)
+        supervised = by_marks(template.marks, tokenizer, text, spans, ids, offsets)
     else:
-        learnt, blanked = by_rounds(
+        supervised, fully_masked = by_rounds(
             template.rounds,
             text,
             ids,
@@ -108,7 +108,7 @@ def encode(
             limit=tokenizer.model_max_length if max_length is None else max_length,
             continues_words=marks_first_word(tokenizer),
         )
-    return Encoded(ids, learnt, media, text, blanked)
+    return Encoded(ids, supervised, media, text, fully_masked)
 
 
 def chat_template_for(template: str | Template, tokenizer: Any) -> str:
@@ -120,7 +120,7 @@ def chat_template_for(template: str | Template, tokenizer: Any) -> str:
     return get_template(template).whole(begins=begins, restarts=marks_first_word(tokenizer))
 
 
-def disarm(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
+def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
     """Messages in which nothing that a user or a tool wrote is a special token (`</s>`, `<|im_end|>`).
 
     An invisible word joiner goes behind the first character of each, so that text from outside cannot end a turn
@@ -153,14 +153,14 @@ def collect_media(messages: Sequence[Message]) -> list[Part]:
     """The media of normalised messages, each with the boxes that were given for it.
 
     Raises:
-        UserError: If boxes stand in a message without a medium.
+        UserError: If boxes stand in a message without a media item.
     """
     media: list[Part] = []
     for index, message in enumerate(messages):
-        own = [dict(part) for part in message["content"] if is_medium(part)]
+        own = [dict(part) for part in message["content"] if is_media(part)]
         seen = 0
         for part in message["content"]:
-            seen += is_medium(part)
+            seen += is_media(part)
             if part["type"] == "boxes":
                 if not own:
                     raise UserError(f"messages.{index}.content: boxes need an image in the same message")

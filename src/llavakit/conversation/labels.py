@@ -47,8 +47,10 @@ def by_marks(
         if text.startswith(marks.after, end):
             end += len(marks.after)
         wide.append((start, end))
-    learnt = {_single_id(mark, tokenizer) for mark in marks.everywhere}
-    return [token if token in learnt else label for token, label in zip(ids, by_spans(wide, ids, offsets), strict=True)]
+    supervised = {_single_id(mark, tokenizer) for mark in marks.everywhere}
+    return [
+        token if token in supervised else label for token, label in zip(ids, by_spans(wide, ids, offsets), strict=True)
+    ]
 
 
 def _single_id(mark: str, tokenizer: Any) -> int:
@@ -86,10 +88,10 @@ def by_rounds(
         labels[place:end] = [IGNORE] * max(end - place, 0)
         place += length
     labels[place:] = [IGNORE] * max(len(ids) - place, 0)
-    blanked = place < limit and place != real
-    if blanked:
+    fully_masked = place < limit and place != real
+    if fully_masked:
         labels = [IGNORE] * len(ids)
-    return [label if label >= 0 else IGNORE for label in labels], blanked
+    return [label if label >= 0 else IGNORE for label in labels], fully_masked
 
 
 def _rounds(rule: Rounds, text: str) -> list[str]:

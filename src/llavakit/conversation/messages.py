@@ -3,8 +3,8 @@
 A conversation is a list of `{"role": ..., "content": [parts]}`. A part is a dict with a `type`:
 
     {"type": "text", "text": "..."}
-    {"type": "image" | "video" | "volume", KIND: path, URL, bytes or loaded medium}
-    {"type": "boxes", "boxes": [[x1, y1, x2, y2], ...]}     regions of the medium before it
+    {"type": "image" | "video" | "volume", KIND: path, URL, bytes or loaded media item}
+    {"type": "boxes", "boxes": [[x1, y1, x2, y2], ...]}     regions of the media item before it
 
 This module knows the shapes that conversations come in (OpenAI requests, LLaVA's `conversations/from/value`) and
 turns them into that form and back. It opens no media and knows no template.
@@ -54,14 +54,14 @@ _MEDIA_KEYS = {
 _LITERAL = re.compile("|".join(map(re.escape, LITERALS)))
 
 
-def is_medium(part: Part) -> bool:
+def is_media(part: Part) -> bool:
     """Whether a part takes a placeholder in the prompt."""
     return part["type"] in MEDIA
 
 
 def media_of(messages: Iterable[Message]) -> list[Part]:
     """The media of normalised messages in order of appearance."""
-    return [part for message in messages for part in message["content"] if is_medium(part)]
+    return [part for message in messages for part in message["content"] if is_media(part)]
 
 
 def text_of(message: Message) -> str:
@@ -110,28 +110,28 @@ def _message(message: Any, where: str) -> Message:
 def _part(part: Any, where: str) -> Part:
     if not isinstance(part, Mapping):
         raise FieldError(where, f"must be an object with a type, not {type(part).__name__}")
-    kind = part.get("type")
-    if kind in ("text", "input_text"):
+    modality = part.get("type")
+    if modality in ("text", "input_text"):
         if not isinstance(part.get("text"), str):
             raise FieldError(f"{where}.text", f"must be a string, not {type(part.get('text')).__name__}")
         return {"type": "text", "text": part["text"]}
-    if kind == "boxes":
+    if modality == "boxes":
         return {"type": "boxes", "boxes": _boxes(part.get("boxes"), f"{where}.boxes")}
-    if kind in _OPENAI:
-        value = part.get(kind, part.get("image_url"))
+    if modality in _OPENAI:
+        value = part.get(modality, part.get("image_url"))
         value = value.get("url") if isinstance(value, Mapping) else value
         if not isinstance(value, str):
-            raise FieldError(f"{where}.{kind}", "must be an object with a url")
-        return {"type": _OPENAI[kind], _OPENAI[kind]: value}
-    if kind in MEDIA:
+            raise FieldError(f"{where}.{modality}", "must be an object with a url")
+        return {"type": _OPENAI[modality], _OPENAI[modality]: value}
+    if modality in MEDIA:
         # Tables fill the keys that a part does not have with None.
         inner = {key: value for key, value in part.items() if value is not None}
         for alias in ("url", "path"):  # transformers' spelling of the same part
             if alias in inner:
-                inner.setdefault(kind, inner.pop(alias))
+                inner.setdefault(modality, inner.pop(alias))
         return inner
     known = ("text", *MEDIA, "boxes", "image_url", "video_url")
-    raise FieldError(f"{where}.type", f"must be one of {', '.join(known)}, not {kind!r}")
+    raise FieldError(f"{where}.type", f"must be one of {', '.join(known)}, not {modality!r}")
 
 
 def _boxes(boxes: Any, where: str) -> list[list[float]]:
@@ -145,7 +145,7 @@ def _boxes(boxes: Any, where: str) -> list[list[float]]:
 
 
 def split_literals(value: str, literals: Mapping[str, str] = LITERALS) -> list[Part]:
-    """Text with `<image>`, `<video>` and `<image3d>` as parts; media parts carry no medium yet.
+    """Text with `<image>`, `<video>` and `<image3d>` as parts; media parts carry no media item yet.
 
     What stands between two media stays exactly as it is: an empty text part marks that nothing stands there, so
     that a template adds no newline of its own.
@@ -198,7 +198,7 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
             raise FieldError(f"{field}.value", f"must be a string, not {type(value).__name__}")
         parts = split_literals(value)
         for place, part in enumerate(parts):
-            if is_medium(part):
+            if is_media(part):
                 taken += 1
                 parts[place] = _take(waiting, part["type"]) or part
         messages.append({"role": role, "content": parts})
@@ -211,20 +211,20 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
 
 def _record_media(record: Mapping[str, Any]) -> list[Part]:
     media: list[Part] = []
-    for key, kind in _MEDIA_KEYS.items():
+    for key, modality in _MEDIA_KEYS.items():
         value = record.get(key)
         if value is None:
             continue
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         if any(item is None or (isinstance(item, str) and not item) for item in values):
             raise FieldError(key, "must name a file, or the key must be left out")
-        media += [{"type": kind, kind: item} for item in values]
+        media += [{"type": modality, modality: item} for item in values]
     return media
 
 
-def _take(waiting: list[Part], kind: str) -> Part | None:
-    fitting = [place for place, part in enumerate(waiting) if part["type"] == kind]
-    if not fitting and kind == "image" and waiting:
+def _take(waiting: list[Part], modality: str) -> Part | None:
+    fitting = [place for place, part in enumerate(waiting) if part["type"] == modality]
+    if not fitting and modality == "image" and waiting:
         fitting = [0]
     return waiting.pop(fitting[0]) if fitting else None
 
@@ -235,12 +235,12 @@ def media_first(
     """Messages in which the media of a turn stand in front of its text, each on a line of its own.
 
     Args:
-        before, after: Text around every medium (`<Image>` and `</Image>`).
+        before, after: Text around every media item (`<Image>` and `</Image>`).
         collapse: Whether several media of a turn become one, as in the original LLaVA (the others are lost).
     """
     moved = []
     for message in normalise(messages):
-        media = [part for part in message["content"] if is_medium(part)][: 1 if collapse else None]
+        media = [part for part in message["content"] if is_media(part)][: 1 if collapse else None]
         if media:
             text = text_of(message).strip()
             content: list[Part] = []
@@ -255,14 +255,14 @@ def media_first(
 
 
 def to_llava(messages: Sequence[Message]) -> dict[str, Any]:
-    """A LLaVA record of messages: `conversations` and, per kind of medium, one value or a list."""
+    """A LLaVA record of messages: `conversations` and, per modality, one value or a list."""
     literal = {"image": "<image>", "video": "<video>", "volume": "<image3d>"}
     messages = normalise(messages)
     record: dict[str, Any] = {}
-    for kind in MEDIA:
-        values = [part.get(kind) for part in media_of(messages) if part["type"] == kind]
+    for modality in MEDIA:
+        values = [part.get(modality) for part in media_of(messages) if part["type"] == modality]
         if any(value is not None for value in values):
-            record[kind] = values[0] if len(values) == 1 else values
+            record[modality] = values[0] if len(values) == 1 else values
     record["conversations"] = [
         {
             "from": _TO[message["role"]],

@@ -21,7 +21,7 @@ from llavakit.errors import UserError
 from llavakit.registry import TEMPLATES
 
 PLACEHOLDER = "<image>"
-TYPED = "[image]"  # what becomes of a placeholder that stands in a text: text must never call for a medium
+TYPED = "[image]"  # what becomes of a placeholder that stands in a text: text must never call for a media item
 
 _RENDERING = threading.Lock()  # transformers keeps one tracker of spans per template: two threads would mix theirs
 
@@ -79,7 +79,7 @@ class Template:
         system: System text if the messages bring none.
         stop: Strings at which the assistant's turn is over.
         values: Further values of the Jinja file; `before` and `after` stand around every placeholder.
-        placement: "front": a message's only medium is put in front of its text as `<image>\\n`; "lead": the same,
+        placement: "front": a message's only media item is put in front of its text as `<image>\\n`; "lead": the same,
             unless it stands in front already; "keep": media stay where they are.
         labels: Label policy, see `llavakit.conversation.labels`.
         rounds: For the policy "rounds".
@@ -87,7 +87,7 @@ class Template:
         keeps_first_answer: Whether an assistant turn in front of the first user turn is kept; else it is dropped.
         bos: What happens to the tokenizer's begin token if the template writes one too: "double" keeps both, "once"
             drops one, "once_in_training" drops it from training samples only; "before_text" drops the tokenizer's
-            own in front of a prompt that opens with a medium.
+            own in front of a prompt that opens with a media item.
         training: File that writes training samples, if it is another one.
     """
 
@@ -114,7 +114,7 @@ class Template:
 
         Args:
             begins: Whether the tokenizer puts its begin token in front of a text by itself.
-            restarts: Whether it must be told that a new word starts behind a begin token or a medium; a space does.
+            restarts: Whether it must be told that a new word starts behind a begin token or a media item; a space does.
         """
         gap = " " if restarts else ""
         opening = (
@@ -140,7 +140,7 @@ class Template:
     ) -> tuple[str, list[Span]]:
         """The text of normalised messages and the character spans that the assistant says.
 
-        Every medium is `<image>`; an `<image>` that stands in a text part becomes `[image]`.
+        Every media item is `<image>`; an `<image>` that stands in a text part becomes `[image]`.
 
         Args:
             add_generation_prompt: Whether the text ends where the assistant is to answer.
@@ -174,7 +174,7 @@ class Template:
 
 
 def _bare(part: Part) -> Part:
-    """A part as the Jinja file sees it: without the medium itself."""
+    """A part as the Jinja file sees it: without the media item itself."""
     if part["type"] == "text":
         return {"type": "text", "text": part["text"].replace(PLACEHOLDER, TYPED)}
     return {"type": part["type"]}

@@ -1,8 +1,9 @@
 """Collation: processed samples to one batch, padded or packed.
 
 A processed sample is a dict with `input_ids` (media expanded), `labels`, and for its media `pixel_values` (one tensor
-per view), `visual_sizes` (depth, height, width) and `visual_kinds` (index into `llavakit.model.routes.KINDS`). The
-collator lays tokens side by side and media one after another; it knows neither tokenizer nor model.
+per view), `visual_sizes` (depth, height, width) and `visual_modalities` (index into
+`llavakit.model.routes.MODALITIES`). The collator lays tokens side by side and media one after another; it
+knows neither tokenizer nor model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Collator:
     `labels` and `position_ids` [rows, max_length] and no mask: positions restart at 0 with every sample, which is
     how the model tells samples apart; the unused tail of a row is a segment of its own. Media come as `pixel_values`
     ([views, channels, height, width] if all views have one shape, else a list of tensors), `visual_sizes` [media, 3]
-    and `visual_kinds` [media], in the order of their placeholders.
+    and `visual_modalities` [media], in the order of their placeholders.
 
     Args:
         pad_token_id: Id written where there is no token.
@@ -113,18 +114,18 @@ class Collator:
     def _media(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         views: list[Tensor] = []
         sizes: list[Sequence[int]] = []
-        kinds: list[int] = []
+        modalities: list[int] = []
         for sample in samples:
             views += [torch.as_tensor(view) for view in _listed(sample, "pixel_values")]
             sizes += [[int(x) for x in size] for size in _listed(sample, "visual_sizes")]
-            kinds += [int(kind) for kind in _listed(sample, "visual_kinds")]
+            modalities += [int(modality) for modality in _listed(sample, "visual_modalities")]
         if not views:
             return {}
         same = all(view.shape == views[0].shape for view in views)
         return {
             "pixel_values": torch.stack(views) if same else views,
             "visual_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 3),
-            "visual_kinds": torch.tensor(kinds, dtype=torch.long),
+            "visual_modalities": torch.tensor(modalities, dtype=torch.long),
         }
 
 

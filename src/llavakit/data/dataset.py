@@ -99,6 +99,6 @@ class SampleDataset(Dataset):
         own, self.encode = self.encode, encode or self.encode
         try:
             samples = (self[index] for index in range(len(self)))
-            return [len(s["input_ids"]) * (1 if len(s.get("visual_kinds", ())) else -1) for s in samples]
+            return [len(s["input_ids"]) * (1 if len(s.get("visual_modalities", ())) else -1) for s in samples]
         finally:
             self.encode = own

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llavakit.conversation.messages import MEDIA, FieldError, Message, from_llava, is_medium, normalise, text_of
+from llavakit.conversation.messages import MEDIA, FieldError, Message, from_llava, is_media, normalise, text_of
 from llavakit.errors import RecordError, UserError
 
 _COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "volume": ("volumes", "volume", "image3d")}
@@ -55,7 +55,7 @@ def read_record(
         file, line: Where it stands, for messages.
         media_root: Folder that relative media paths start from; default the folder of `file`.
         needs_answer: Whether a record without an assistant turn is an error (training), or not (questions).
-        check_files: Whether every medium must exist as a file.
+        check_files: Whether every media item must exist as a file.
 
     Raises:
         RecordError: With the field that is wrong and what would be right.
@@ -83,22 +83,24 @@ def _form(raw: Mapping[str, Any]) -> str:
 
 def _from_messages(raw: Mapping[str, Any]) -> list[Message]:
     messages = normalise(raw["messages"])
-    waiting = {kind: _column(raw, kind) for kind in MEDIA}
+    waiting = {modality: _column(raw, modality) for modality in MEDIA}
     for index, message in enumerate(messages):
         for number, part in enumerate(message["content"]):
-            kind = part["type"]
-            if is_medium(part) and part.get(kind) is None:
-                if not waiting[kind]:
-                    raise FieldError(f"messages.{index}.content.{number}", f"names no {kind} file")
-                part[kind] = waiting[kind].pop(0)
-    for kind, left in waiting.items():
+            modality = part["type"]
+            if is_media(part) and part.get(modality) is None:
+                if not waiting[modality]:
+                    raise FieldError(f"messages.{index}.content.{number}", f"names no {modality} file")
+                part[modality] = waiting[modality].pop(0)
+    for modality, left in waiting.items():
         if left:
-            raise FieldError("messages", f"{len(left)} more {kind}s in the record than {kind} parts in the messages")
+            raise FieldError(
+                "messages", f"{len(left)} more {modality}s in the record than {modality} parts in the messages"
+            )
     return messages
 
 
-def _column(raw: Mapping[str, Any], kind: str) -> list[Any]:
-    value = next((raw[name] for name in _COLUMNS[kind] if raw.get(name) is not None), [])
+def _column(raw: Mapping[str, Any], modality: str) -> list[Any]:
+    value = next((raw[name] for name in _COLUMNS[modality] if raw.get(name) is not None), [])
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -121,22 +123,24 @@ def _check_turns(messages: list[Message], form: str, needs_answer: bool) -> None
 def _media_places(messages: list[Message], form: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for index, message in enumerate(messages):
         for number, part in enumerate(message["content"]):
-            if is_medium(part):
-                kind = part["type"]
-                yield (kind if form == "conversations" else f"messages.{index}.content.{number}.{kind}"), part
+            if is_media(part):
+                modality = part["type"]
+                yield (modality if form == "conversations" else f"messages.{index}.content.{number}.{modality}"), part
 
 
-def _locate(medium: Any, root: Path, place: str, check_files: bool) -> Any:
-    """A medium as an absolute path or bytes; objects that are open already come back as they are."""
-    if isinstance(medium, Mapping) and ("bytes" in medium or "path" in medium):  # undecoded Hugging Face feature
-        medium = medium["bytes"] if medium.get("bytes") is not None else medium.get("path")
-    if isinstance(medium, (list, tuple)):
-        return [_locate(item, root, place, check_files) for item in medium]  # a video given by its frames
-    if not isinstance(medium, (str, os.PathLike)):
-        if medium is None:
+def _locate(media_item: Any, root: Path, place: str, check_files: bool) -> Any:
+    """A media item as an absolute path or bytes; objects that are open already come back as they are."""
+    if isinstance(media_item, Mapping) and (
+        "bytes" in media_item or "path" in media_item
+    ):  # undecoded Hugging Face feature
+        media_item = media_item["bytes"] if media_item.get("bytes") is not None else media_item.get("path")
+    if isinstance(media_item, (list, tuple)):
+        return [_locate(item, root, place, check_files) for item in media_item]  # a video given by its frames
+    if not isinstance(media_item, (str, os.PathLike)):
+        if media_item is None:
             raise FieldError(place, "names no file")
-        return medium
-    name = os.fspath(medium)
+        return media_item
+    name = os.fspath(media_item)
     if name.startswith("data:"):
         return _inline(name, place)
     if name.startswith("file://"):

@@ -200,23 +200,23 @@ class Demo:
 
     def _tower(self) -> None:
         """Train the encoder to tell what lies in each patch; it stands in for years of CLIP."""
-        folder = self.out / "tower"
+        folder = self.out / "encoder"
         if folder.is_dir():
             return
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         torch.manual_seed(0)
         config = CLIPVisionConfig(**{k: v for k, v in vision_config().items() if k != "model_type"})
-        tower, head = CLIPVisionModel(config), nn.Linear(WIDTH, len(SEEN))
+        encoder, head = CLIPVisionModel(config), nn.Linear(WIDTH, len(SEEN))
         pixels, labels = map(torch.cat, zip(*map(self._pictures, CAPTIONED), strict=True))
         steps = self.budget.tower_steps
-        optimiser = torch.optim.AdamW([*tower.parameters(), *head.parameters()], 2e-3, weight_decay=0.01)
+        optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 2e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
         generator, geometry = torch.Generator().manual_seed(0), geometry_of(config)
         with Progress(console=self.console) as progress:
             for _ in progress.track(range(steps), description="encoder: what lies in each patch"):
                 chosen = torch.randint(0, len(pixels), (64,), generator=generator)
-                features = encode_views(tower, pixels[chosen], -2, "default", geometry)
+                features = encode_views(encoder, pixels[chosen], -2, "default", geometry)
                 loss = F.binary_cross_entropy_with_logits(head(features), labels[chosen])
                 loss = loss + 1e-3 * features.square().mean()  # of a size that a young connector can work with
                 optimiser.zero_grad()
@@ -224,7 +224,7 @@ class Demo:
                 optimiser.step()
                 schedule.step()
         with atomic_folder(folder) as scratch:
-            tower.save_pretrained(scratch)
+            encoder.save_pretrained(scratch)
 
     # recipes
 
@@ -277,7 +277,7 @@ class Demo:
     def _parts_recipe(self) -> Recipe:
         rates = {"multi_modal_projector": 3e-3, "language_model": 3e-3}
         stage = self._stage("caption", rates, self.budget.caption_epochs, template="plain", cache_features=True)
-        return self._recipe("parts", {"vision_tower": str(self.out / "tower")}, self._captions(), [stage])
+        return self._recipe("parts", {"vision_tower": str(self.out / "encoder")}, self._captions(), [stage])
 
     def _llava_recipe(self, parts: Path) -> Recipe:
         init = {"vision_tower": str(parts), "language_model": str(parts)}

@@ -282,7 +282,7 @@ class PrefixStore:
     """States of finished requests, found again by the longest prompt prefix that a new request shares.
 
     A prompt is compared by its *keys* (see `prompt_keys`): token ids in which visual positions carry the content of
-    their medium.
+    their media item.
     """
 
     def __init__(self, limit: int) -> None:
@@ -339,10 +339,10 @@ def shared_prefix(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def prompt_keys(ids: Sequence[int], image_token_id: int, visuals: Sequence[tuple[int, bytes]]) -> np.ndarray:
-    """Token ids with every visual position replaced by a number that stands for the medium's content.
+    """Token ids with every visual position replaced by a number that stands for the media item's content.
 
     Args:
-        visuals: Number of visual tokens and content digest of every medium in prompt order.
+        visuals: Number of visual tokens and content digest of every media item in prompt order.
     """
     keys = np.array(ids, dtype=np.int64)
     if visuals:
@@ -351,9 +351,9 @@ def prompt_keys(ids: Sequence[int], image_token_id: int, visuals: Sequence[tuple
     return keys
 
 
-def content_digest(kind: str, size: Sequence[int], views: Sequence[Tensor]) -> bytes:
-    """Digest of a medium's kind, original size and pixels."""
-    digest = hashlib.blake2b(f"{kind} {tuple(size)}".encode(), digest_size=16)
+def content_digest(modality: str, size: Sequence[int], views: Sequence[Tensor]) -> bytes:
+    """Digest of a media item's kind, original size and pixels."""
+    digest = hashlib.blake2b(f"{modality} {tuple(size)}".encode(), digest_size=16)
     for view in views:
         digest.update(f"{view.dtype} {tuple(view.shape)}".encode())
         digest.update(view.detach().contiguous().cpu().view(torch.uint8).numpy().data)

@@ -17,7 +17,7 @@ from llavakit.checkpoints.convert import build, load_processor, local_folder, op
 from llavakit.conversation.template import get_template
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
-from llavakit.generation.request import Handle, Request, SamplingParams
+from llavakit.generation.request import Request, RequestHandle, SamplingParams
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.splice.scatter import IGNORE
@@ -64,7 +64,7 @@ class Chat:
             input_ids=torch.tensor(sample["input_ids"], device=self.model.device),
             pixel_values=views or None,
             visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
-            visual_kinds=torch.tensor(sample["visual_kinds"]) if views else None,
+            visual_modalities=torch.tensor(sample["visual_modalities"]) if views else None,
             answers=[label != IGNORE for label in sample["labels"]],
             sampling=SamplingParams(stop=tuple(stop), eos_token_ids=self.eos_token_ids, **sampling),
         )
@@ -76,7 +76,7 @@ class Chat:
         configured = configured if isinstance(configured, (list, tuple)) else [configured]
         return tuple(sorted({i for i in [self.processor.tokenizer.eos_token_id, *configured] if i is not None}))
 
-    def submit(self, messages: Messages, **sampling: Any) -> Handle:
+    def submit(self, messages: Messages, **sampling: Any) -> RequestHandle:
         """Queue a conversation; the handle yields text as it is generated."""
         return self.engine.submit(self.request(messages, **sampling))
 
@@ -103,7 +103,7 @@ class Chat:
         if request.pixel_values is not None:
             views = request.pixel_values
             inputs["pixel_values"] = torch.stack(views) if len({v.shape for v in views}) == 1 else views
-            inputs |= {"visual_sizes": request.visual_sizes, "visual_kinds": request.visual_kinds}
+            inputs |= {"visual_sizes": request.visual_sizes, "visual_modalities": request.visual_modalities}
             inputs["answers"] = torch.tensor(request.answers, device=self.model.device)[None]
         options.setdefault("eos_token_id", list(self.eos_token_ids) or None)
         out = self.model.generate(**inputs, **options)

@@ -26,8 +26,8 @@ from llavakit.errors import UserError
 from llavakit.generation.cache import PrefixStore, RowCache, one_row_cache, shared_prefix, stack_layers
 from llavakit.generation.compiled import compiled_step
 from llavakit.generation.prompt import Prompt, PromptReader
-from llavakit.generation.request import Handle, Piece, Request, SamplingParams, TokenLogprob
-from llavakit.generation.sampling import BatchSampler, Randomness
+from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk, TokenLogprob
+from llavakit.generation.sampling import RowRng, TokenSampler
 from llavakit.generation.stopping import StopStrings
 from llavakit.generation.streaming import TextStream
 
@@ -43,7 +43,7 @@ class _Row:
         solo: The cache of a row that cannot share one, else None.
     """
 
-    def __init__(self, handle: Handle, index: int, prompt: Prompt, budget: int, eos: frozenset[int]) -> None:
+    def __init__(self, handle: RequestHandle, index: int, prompt: Prompt, budget: int, eos: frozenset[int]) -> None:
         self.handle, self.index, self.prompt = handle, index, prompt
         self.params: SamplingParams = handle.request.sampling
         self.budget, self.eos = budget, eos
@@ -53,7 +53,7 @@ class _Row:
         self.solo: Any = None
         self.text: TextStream | None = None
         self.stop: StopStrings | None = None
-        self.randomness = Randomness(self.params.seed, index) if self.params.temperature > 0 else None
+        self.rng = RowRng(self.params.seed, index) if self.params.temperature > 0 else None
         self.seen: Tensor | None = None
 
 
@@ -67,7 +67,7 @@ class Engine:
         max_length: Most positions of prompt and reply; None takes the decoder's own limit.
         device: Where to run; None leaves the model where it is.
         prefix_bytes: Memory for states of finished requests, reused by prompts that begin in the same way.
-        feature_bytes: Memory for visual vectors, reused by prompts with the same medium.
+        feature_bytes: Memory for visual vectors, reused by prompts with the same media item.
         max_prefill_tokens: Prompt positions to compute in one step before the active rows go on.
         compile: Decode with a compiled graph over `max_batch` rows of `max_length` (see `compiled`).
 
@@ -109,13 +109,13 @@ class Engine:
         self._eos = _id_set(getattr(generation, "eos_token_id", None))
         suppressed = getattr(generation, "suppress_tokens", None)
         self._suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
-        self._waiting: deque[Handle] = deque()
+        self._waiting: deque[RequestHandle] = deque()
         self._rows: list[_Row] = []
         self._solo: list[_Row] = []
         self._cache: RowCache | None = None
         self._compile = compile
         self._compiled: Callable[[Tensor, Any, Tensor], Tensor] | None = None
-        self._sampler: BatchSampler | None = None
+        self._sampler: TokenSampler | None = None
         self._stepping = threading.RLock()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -124,8 +124,8 @@ class Engine:
     # ------------------------------------------------------------------ what callers use
 
     def submit(
-        self, request: Request, *, stream: bool = True, listener: Callable[[Piece], None] | None = None
-    ) -> Handle:
+        self, request: Request, *, stream: bool = True, listener: Callable[[StreamChunk], None] | None = None
+    ) -> RequestHandle:
         """Queue a request; may be called from any thread.
 
         Args:
@@ -142,7 +142,7 @@ class Engine:
             raise UserError(f"sampling: n is {request.sampling.n}, this engine holds {self.max_batch} replies")
         if request.sampling.stop and self.tokenizer is None:
             raise UserError("sampling: stop strings need an engine with a tokenizer")
-        handle = Handle(self, request)
+        handle = RequestHandle(self, request)
         handle.prompt_tokens, handle.listener, handle.stream = length, listener, stream
         with self._wake:
             self._waiting.append(handle)
@@ -199,7 +199,7 @@ class Engine:
             One tensor [tokens] per reply, float32.
         """
         with self._stepping, torch.inference_mode():
-            handle = Handle(self, request)
+            handle = RequestHandle(self, request)
             prompt = self.prompts.read(request)
             cache, first = self._prefill_alone(prompt) if self._alone else self._prefill_states(handle, prompt)
             scores = []
@@ -237,7 +237,7 @@ class Engine:
         self._thread.join()
         self._thread = None
 
-    def wait_for(self, pieces: queue.SimpleQueue[Piece]) -> Piece:
+    def wait_for(self, pieces: queue.SimpleQueue[StreamChunk]) -> StreamChunk:
         """The next piece of a handle; steps if no thread does."""
         while True:
             alone = self._thread is None
@@ -279,7 +279,7 @@ class Engine:
                 self._waiting.remove(handle)
         for handle in gone:
             for reply in handle.replies:
-                _deliver(handle, Piece(reply.index, (), finish_reason="cancelled"))
+                _deliver(handle, StreamChunk(reply.index, (), finish_reason="cancelled"))
         for row in [row for row in self._rows + self._solo if row.handle.cancelled]:
             self._finish(row, "cancelled")
 
@@ -297,7 +297,7 @@ class Engine:
             spent += handle.prompt_tokens - handle.reused_tokens
             self._advance(rows, logits.expand(len(rows), -1))
 
-    def _prefill(self, handle: Handle) -> tuple[list[_Row], Tensor]:
+    def _prefill(self, handle: RequestHandle) -> tuple[list[_Row], Tensor]:
         """Compute a prompt once and place one row per reply; logits of its last position [1, vocabulary]."""
         prompt = self.prompts.read(handle.request)
         params = handle.request.sampling
@@ -326,7 +326,7 @@ class Engine:
                 self._place(row, states)
         return rows, logits
 
-    def _prefill_states(self, handle: Handle, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    def _prefill_states(self, handle: RequestHandle, prompt: Prompt) -> tuple[Tensor, Tensor]:
         shared, states = self._find_prefix(prompt)
         handle.reused_tokens = shared
         embeds = self.prompts.embed(prompt, shared)
@@ -402,7 +402,7 @@ class Engine:
         for row in rows:
             row.written += 1
         if self._sampler is None:
-            self._sampler = BatchSampler([row.params for row in rows], self.device)
+            self._sampler = TokenSampler([row.params for row in rows], self.device)
         self._advance(rows, logits, self._sampler)
 
     def _forward(self, tokens: list[int]) -> Tensor:
@@ -462,12 +462,12 @@ class Engine:
         row.written += 1
         self._advance([row], output.logits[:, -1])
 
-    def _advance(self, rows: list[_Row], logits: Tensor, sampler: BatchSampler | None = None) -> None:
+    def _advance(self, rows: list[_Row], logits: Tensor, sampler: TokenSampler | None = None) -> None:
         """Choose every row's next token and hand it on; retire rows that are finished."""
         if self._suppressed is not None:
             logits = logits.index_fill(-1, self._suppressed, -torch.inf)
-        sampler = sampler or BatchSampler([row.params for row in rows], self.device)
-        tokens, sound, logprobs = sampler.choose(logits, [row.randomness for row in rows], [row.seen for row in rows])
+        sampler = sampler or TokenSampler([row.params for row in rows], self.device)
+        tokens, sound, logprobs = sampler.choose(logits, [row.rng for row in rows], [row.seen for row in rows])
         for number, (row, token, good) in enumerate(zip(rows, tokens, sound, strict=True)):
             if row.handle.done:  # an earlier reply of the same request failed, and with it all of them
                 continue
@@ -487,15 +487,15 @@ class Engine:
             text, stopped = row.stop.push(row.text.push(token))
             ended |= stopped
         reason = "stop" if ended else "length" if len(row.new) >= row.budget else None
-        self._tell(row, Piece(row.index, (token,), text, () if logprob is None else (logprob,)), reason)
+        self._tell(row, StreamChunk(row.index, (token,), text, () if logprob is None else (logprob,)), reason)
 
-    def _tell(self, row: _Row, piece: Piece, reason: str | None) -> None:
+    def _tell(self, row: _Row, piece: StreamChunk, reason: str | None) -> None:
         """Deliver a piece; with a reason it is the row's last one."""
         if reason is not None:
             self._retire(row, keep=True)
             text = piece.text + self._rest(row)
             stop = row.stop.met if row.stop is not None else None
-            piece = Piece(piece.index, piece.token_ids, text, piece.logprobs, reason, stop)
+            piece = StreamChunk(piece.index, piece.token_ids, text, piece.logprobs, reason, stop)
         _deliver(row.handle, piece)
 
     def _rest(self, row: _Row) -> str:
@@ -512,7 +512,7 @@ class Engine:
         return text if stopped else text + row.stop.flush()
 
     def _finish(self, row: _Row, reason: str) -> None:
-        self._tell(row, Piece(row.index, ()), reason)
+        self._tell(row, StreamChunk(row.index, ()), reason)
 
     def _retire(self, row: _Row, *, keep: bool) -> None:
         """Free a row; the last row takes its place. `keep` its states for prompts that begin in the same way."""
@@ -534,17 +534,17 @@ class Engine:
         self._rows.pop()
         self._sampler = None
 
-    def _fail(self, handle: Handle, error: Exception) -> None:
+    def _fail(self, handle: RequestHandle, error: Exception) -> None:
         """End all replies of a request with an error."""
         handle.error = error
         for row in [row for row in self._rows + self._solo if row.handle is handle]:
             self._retire(row, keep=False)
         for reply in handle.replies:
             if reply.finish_reason is None:
-                _deliver(handle, Piece(reply.index, (), finish_reason="error"))
+                _deliver(handle, StreamChunk(reply.index, (), finish_reason="error"))
 
 
-def _deliver(handle: Handle, piece: Piece) -> None:
+def _deliver(handle: RequestHandle, piece: StreamChunk) -> None:
     try:
         handle.deliver(piece)
     except Exception:  # a listener that breaks is a client that went away

@@ -1,6 +1,6 @@
 """A request's prompt on its way into the decoder: media to visual vectors (each computed once), ids to embeddings.
 
-Visual vectors are kept by the content of the medium, so that a picture that is asked about twice is encoded once. A
+Visual vectors are kept by the content of the media item, so that a picture that is asked about twice is encoded once. A
 connector that reads the prompt gives other vectors for every prompt; then the encoder's features are kept instead.
 """
 
@@ -18,16 +18,16 @@ from llavakit.connectors.base import tokens_in
 from llavakit.errors import UserError
 from llavakit.generation.cache import ByteBounded, content_digest, prompt_keys
 from llavakit.generation.request import Request
-from llavakit.model.routes import KINDS
+from llavakit.model.routes import MODALITIES
 from llavakit.splice.scatter import scatter
 from llavakit.vision.geometry import geometry_of
 
 
 @dataclass
-class Medium:
-    """One medium of a request: its kind, plan, own views and what names its content."""
+class MediaItem:
+    """One media item of a request: its kind, plan, own views and what names its content."""
 
-    kind: str
+    modality: str
     plan: Any
     views: list[Tensor]
     size: Tensor | None
@@ -51,7 +51,7 @@ class Prompt:
     ids: list[int]
     length: int
     keys: np.ndarray | None
-    media: list[Medium]
+    media: list[MediaItem]
     embeds: Tensor | None = None
     visual: Tensor | None = None
 
@@ -85,13 +85,13 @@ class PromptReader:
         media = self._media(request)
         if not media and not core.reads_blank_image:
             return Prompt(ids, len(ids), np.array(ids, dtype=np.int64), [])
-        placeholders, tokens = ids.count(image_token), sum(medium.tokens for medium in media)
+        placeholders, tokens = ids.count(image_token), sum(item.tokens for item in media)
         if placeholders != tokens:
             raise UserError(
                 f"request: input_ids hold {placeholders} visual positions (id {image_token}), "
                 f"but the {len(media)} media need {tokens}"
             )
-        keys = prompt_keys(ids, image_token, [(medium.tokens, medium.digest) for medium in media])
+        keys = prompt_keys(ids, image_token, [(item.tokens, item.digest) for item in media])
         if not core.reads_prompt:
             return Prompt(ids, len(ids), keys, media)
         input_ids = torch.tensor([ids], device=device)
@@ -100,14 +100,14 @@ class PromptReader:
             input_ids,
             answers=answers,
             prompt_length=len(ids) - request.generated,
-            digests=[medium.digest for medium in media],
+            digests=[item.digest for item in media],
             memory=self.features,
         )
         visuals = self._visuals(media) if media else None
         embeds, visual, _ = core.embed(input_ids, visuals=visuals, prompt=prompt)
         if prompt.changed is None:
             return Prompt(ids, len(ids), None, media, embeds, visual)
-        # an embedding that a connector changed depends on every medium, also on those that come later
+        # an embedding that a connector changed depends on every media item, also on those that come later
         changed = prompt.changed[0].cpu().numpy()
         salt = int.from_bytes(hashlib.blake2b(b"".join(prompt.digests), digest_size=7).digest(), "little")
         keys[changed] = -1 - (salt ^ keys[changed])
@@ -128,62 +128,62 @@ class PromptReader:
         vectors = torch.cat(self.vectors(prompt.media))
         return scatter(embeds, mask, vectors[len(vectors) - wanted :])
 
-    def vectors(self, media: list[Medium]) -> list[Tensor]:
-        """Visual vectors of every medium, [visual tokens, hidden] each."""
-        held = {medium.digest: self.features.get(medium.digest) for medium in media}
-        missing = {medium.digest: medium for medium in media if held[medium.digest] is None}
+    def vectors(self, media: list[MediaItem]) -> list[Tensor]:
+        """Visual vectors of every media item, [visual tokens, hidden] each."""
+        held = {item.digest: self.features.get(item.digest) for item in media}
+        missing = {item.digest: item for item in media if held[item.digest] is None}
         if missing:
             fresh = list(missing.values())
             vectors, _ = self.core.connect(self._encode(fresh))
-            for medium, own in zip(fresh, vectors, strict=True):
-                held[medium.digest] = own
-                self.features.put(medium.digest, own, own.numel() * own.element_size())
-        return [held[medium.digest] for medium in media]
+            for item, own in zip(fresh, vectors, strict=True):
+                held[item.digest] = own
+                self.features.put(item.digest, own, own.numel() * own.element_size())
+        return [held[item.digest] for item in media]
 
-    def _visuals(self, media: list[Medium]) -> Any:
+    def _visuals(self, media: list[MediaItem]) -> Any:
         """Encoder features of the media; those that memory cannot hold are left to the connector's own pace."""
         core = self.core
-        grids = [grid for one in media for grid in core.media.route(one.kind).feature_grids(one.plan)]
+        grids = [grid for one in media for grid in core.media.route(one.modality).feature_grids(one.plan)]
         width = geometry_of(core.config.vision_config).width
         if sum(map(tokens_in, grids)) * width * core.dtype.itemsize > self.features.limit:
             return self._encode(media)
-        views = [view for medium in media for view in self._views(medium)]
-        return core.gather_media([one.kind for one in media], [one.plan for one in media], views)
+        views = [view for item in media for view in self._views(item)]
+        return core.gather_media([one.modality for one in media], [one.plan for one in media], views)
 
-    def _views(self, medium: Medium) -> list[Tensor]:
-        """Encoder features of every view of a medium, [tokens, width] each."""
-        views = self.features.get(medium.digest)
+    def _views(self, item: MediaItem) -> list[Tensor]:
+        """Encoder features of every view of a media item, [tokens, width] each."""
+        views = self.features.get(item.digest)
         if views is None:
-            (features,) = self._encode([medium]).features.values()
+            (features,) = self._encode([item]).features.values()
             views = features.split()
-            self.features.put(medium.digest, views, sum(view.numel() * view.element_size() for view in views))
+            self.features.put(item.digest, views, sum(view.numel() * view.element_size() for view in views))
         return views
 
-    def _encode(self, media: list[Medium]) -> Any:
+    def _encode(self, media: list[MediaItem]) -> Any:
         self.encoded += len(media)
-        views = [view for medium in media for view in medium.views]
+        views = [view for item in media for view in item.views]
         pixels = torch.stack(views) if len({view.shape for view in views}) == 1 else views
-        sizes = None if media[0].size is None else torch.stack([medium.size for medium in media])
-        kinds = torch.tensor([KINDS.index(medium.kind) for medium in media])
-        return self.core.encode_media(pixels, sizes, kinds)
+        sizes = None if media[0].size is None else torch.stack([item.size for item in media])
+        modalities = torch.tensor([MODALITIES.index(item.modality) for item in media])
+        return self.core.encode_media(pixels, sizes, modalities)
 
-    def _media(self, request: Request) -> list[Medium]:
+    def _media(self, request: Request) -> list[MediaItem]:
         if request.pixel_values is None or not len(request.pixel_values):
             return []
-        kinds, plans = self.core.plan_media(request.pixel_values, request.visual_sizes, request.visual_kinds)
+        modalities, plans = self.core.plan_media(request.pixel_values, request.visual_sizes, request.visual_modalities)
         views = list(request.pixel_values)
         needed = sum(len(plan.views) for plan in plans)
         if needed != len(views):
             raise UserError(f"request: pixel_values hold {len(views)} views, but the media need {needed}")
         media, start = [], 0
-        for number, (kind, plan) in enumerate(zip(kinds, plans, strict=True)):
+        for number, (modality, plan) in enumerate(zip(modalities, plans, strict=True)):
             own = views[start : start + len(plan.views)]
             start += len(plan.views)
             size = None if request.visual_sizes is None else request.visual_sizes[number]
-            digest = content_digest(kind, () if size is None else size.tolist(), own)
-            tokens = sum(run.visual for run in self.core.media.route(kind).layout(plan))
-            media.append(Medium(kind, plan, own, size, digest, tokens))
+            digest = content_digest(modality, () if size is None else size.tolist(), own)
+            tokens = sum(run.visual for run in self.core.media.route(modality).layout(plan))
+            media.append(MediaItem(modality, plan, own, size, digest, tokens))
         return media
 
 
-__all__ = ["Medium", "Prompt", "PromptReader"]
+__all__ = ["MediaItem", "Prompt", "PromptReader"]

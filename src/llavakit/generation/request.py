@@ -76,8 +76,8 @@ class Request:
     Attributes:
         input_ids: Expanded prompt [length] (one placeholder id per visual token).
         pixel_values: Views of all media, as the model's forward takes them for a single sample.
-        visual_sizes: Original (depth, height, width) of every medium [media, 3].
-        visual_kinds: Kind of every medium [media], index into `llavakit.model.routes.KINDS`.
+        visual_sizes: Original (depth, height, width) of every media item [media, 3].
+        visual_kinds: Modality of every media item [media], index into `llavakit.model.routes.MODALITIES`.
         inputs_embeds: Embedded prompt [length, hidden] instead of media; visual tokens are in place already.
         answers: True at earlier answers of the conversation; connectors that read the prompt may ask for it. As long as
             the prompt, or shorter if none follow.
@@ -89,7 +89,7 @@ class Request:
     input_ids: Sequence[int] | Tensor | None = None
     pixel_values: Tensor | Sequence[Tensor] | None = None
     visual_sizes: Tensor | None = None
-    visual_kinds: Tensor | None = None
+    visual_modalities: Tensor | None = None
     inputs_embeds: Tensor | None = None
     answers: Sequence[bool] | Tensor | None = None
     generated: int = 0
@@ -122,7 +122,7 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StreamChunk:
     """What one step added to a reply.
 
     Attributes:
@@ -164,7 +164,7 @@ class RequestFailed(RuntimeError):
     """A request that failed inside the engine; others went on."""
 
 
-class Handle:
+class RequestHandle:
     """A submitted request: iterate for its pieces, or ask for the result.
 
     Iterating drives the engine, unless a thread of the engine's own does (`Engine.start`).
@@ -181,7 +181,7 @@ class Handle:
         self.listener: Any = None
         self.stream = True
         self._engine = engine
-        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[StreamChunk] = queue.SimpleQueue()
         self._open = self._unread = request.sampling.n
 
     @property
@@ -193,7 +193,7 @@ class Handle:
         """Stop; the row is free before the engine's next step. May be called from any thread."""
         self.cancelled = True
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[StreamChunk]:
         """Pieces as they come, of all replies.
 
         Raises:
@@ -218,7 +218,7 @@ class Handle:
             raise RequestFailed(str(self.error)) from self.error
         return self.replies[0] if len(self.replies) == 1 else self.replies
 
-    def deliver(self, piece: Piece) -> None:
+    def deliver(self, piece: StreamChunk) -> None:
         """Engine's side: record a piece and hand it on."""
         reply = self.replies[piece.index]
         reply.token_ids += piece.token_ids

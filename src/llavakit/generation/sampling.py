@@ -18,7 +18,7 @@ _COLDEST = 1e-4  # below, divided logits overflow; this cold already only ties a
 _NUCLEUS_GUESS = 512  # most nuclei are smaller; sorting only this many spares a sort of the whole vocabulary
 
 
-class Randomness:
+class RowRng:
     """Uniform numbers of one reply.
 
     Args:
@@ -40,7 +40,7 @@ class Randomness:
         return self._numbers.pop()
 
 
-class BatchSampler:
+class TokenSampler:
     """Parameters of a fixed set of rows as tensors.
 
     Args:
@@ -69,7 +69,7 @@ class BatchSampler:
         self._penalty = column([params[row].repetition_penalty for row in self._penalised])
 
     def choose(
-        self, logits: Tensor, randomness: Sequence[Randomness | None], seen: Sequence[Tensor | None]
+        self, logits: Tensor, rng: Sequence[RowRng | None], seen: Sequence[Tensor | None]
     ) -> tuple[list[int], list[bool], dict[int, TokenLogprob]]:
         """Next token of every row.
 
@@ -92,7 +92,7 @@ class BatchSampler:
             own = logits if self.all_sampled else logits[self._index]
             if not bool(sound.all()):
                 own = own.nan_to_num(nan=0.0, posinf=0.0)
-            numbers = torch.tensor([randomness[row].next() for row in self.rows], dtype=torch.float64)
+            numbers = torch.tensor([rng[row].next() for row in self.rows], dtype=torch.float64)
             drawn = self._draw(own, numbers.to(logits.device).unsqueeze(-1))
             tokens = drawn if self.all_sampled else tokens.index_copy(0, self._index, drawn)
         ids, good = torch.stack([tokens, sound.long()]).tolist()  # one wait for the device

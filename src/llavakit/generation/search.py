@@ -39,7 +39,7 @@ class Branch:
         return self.last is not None and self.last.finish_reason == "stop" and self.last.stop is None
 
 
-def grow(engine: Engine, branches: Sequence[Branch], sampling: SamplingParams) -> list[list[Branch]]:
+def expand_branches(engine: Engine, branches: Sequence[Branch], sampling: SamplingParams) -> list[list[Branch]]:
     """Continue every branch `sampling.n` times, all of them together; the stop strings are the markers.
 
     Returns:
@@ -82,12 +82,12 @@ def best_of_n(engine: Engine, request: Request, score: Callable[[Sequence[Branch
     Args:
         score: Gives every candidate a number, higher is better.
     """
-    (candidates,) = grow(engine, [Branch(request)], request.sampling)
+    (candidates,) = expand_branches(engine, [Branch(request)], request.sampling)
     scores = list(score(candidates))
     return candidates[max(range(len(candidates)), key=scores.__getitem__)]
 
 
-def staged(
+def stage_beam_search(
     engine: Engine,
     request: Request,
     markers: Sequence[str],
@@ -104,7 +104,7 @@ def staged(
     for number, marker in enumerate(markers):
         seed = request.sampling.seed
         stage = replace(request.sampling, stop=(marker,), seed=None if seed is None else seed + number)
-        (candidates,) = grow(engine, [branch], stage)
+        (candidates,) = expand_branches(engine, [branch], stage)
         branch = choose(marker, candidates)
         if branch.finished:
             break
@@ -119,14 +119,14 @@ def likelihood(
     return [float(score.mean() if mean else score.sum()) for score in scores]
 
 
-def beam(engine: Engine, request: Request, num_beams: int, *, length_penalty: float = 1.0) -> list[int]:
+def beam_search(engine: Engine, request: Request, num_beams: int, *, length_penalty: float = 1.0) -> list[int]:
     """Beam search by transformers' own `generate`, outside the batch; token ids of the best reply."""
     device, params = engine.device, request.sampling
     inputs: dict[str, Tensor | Sequence[Tensor] | None] = {
         "input_ids": torch.tensor([request.ids()], device=device),
         "pixel_values": request.pixel_values,
         "visual_sizes": request.visual_sizes,
-        "visual_kinds": request.visual_kinds,
+        "visual_modalities": request.visual_modalities,
         "answers": None if request.answers is None else torch.as_tensor(request.answers, device=device)[None].bool(),
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}

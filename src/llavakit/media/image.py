@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llavakit.errors import MediaError
 from llavakit.media.source import Limits, Source, check_file, check_pixels, looks_like, name_of, reason
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 # Formats whose decoders run inside Pillow; EPS and the like would start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB")
@@ -48,7 +48,7 @@ def _open(source: Source | Image.Image, limits: Limits) -> Image.Image:
     return image
 
 
-def image_size(source: Source | Image.Image, *, limits: Limits = Limits(), exif_transpose: bool = True) -> MediumSize:
+def image_size(source: Source | Image.Image, *, limits: Limits = Limits(), exif_transpose: bool = True) -> MediaSize:
     """The size that `load_image` would give, from the header alone.
 
     Raises:
@@ -60,7 +60,7 @@ def image_size(source: Source | Image.Image, *, limits: Limits = Limits(), exif_
         width, height = height, width
     if image is not source:
         image.close()
-    return MediumSize(1, height, width)
+    return MediaSize(1, height, width)
 
 
 def load_image(

@@ -15,7 +15,7 @@ from llavakit.errors import MediaError
 from llavakit.media.frame_sampling import choose
 from llavakit.media.image import load_image
 from llavakit.media.source import Limits, Source, check_file, check_pixels, looks_like, name_of, reason
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 _WANTED = "MP4, WebM, MKV, MOV, AVI or GIF"
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -37,7 +37,7 @@ class Video(NamedTuple):
 
     frames: list[Image.Image]
     timestamps: list[float]
-    size: MediumSize
+    size: MediaSize
     indices: list[int]
     duration: float
     average_rate: float
@@ -117,7 +117,7 @@ class _Reader:
         self._check(len(set(indices)), len(times))
         pictures = self._decode([times[index] for index in sorted(set(indices))], keys, rotate)
         frames = [pictures[times[index]] for index in indices]
-        size = MediumSize(len(frames), frames[0].height, frames[0].width)
+        size = MediaSize(len(frames), frames[0].height, frames[0].width)
         return Video(frames, [timestamps[i] for i in indices], size, indices, duration, average_rate)
 
     def _scan(self) -> tuple[list[int], list[int]]:
@@ -272,5 +272,5 @@ def _from_images(source: Any, sampling: Mapping[str, Any] | None, limits: Limits
                 f"{name}: frame {index} is {frames[-1].width} x {frames[-1].height}, the first is"
                 f" {frames[0].width} x {frames[0].height}; all frames must have one size"
             )
-    size = MediumSize(len(frames), frames[0].height, frames[0].width)
+    size = MediaSize(len(frames), frames[0].height, frames[0].width)
     return Video(frames, [timestamps[index] for index in indices], size, indices, len(items) / rate, rate)

@@ -1,8 +1,8 @@
 """The configuration of the one model class: parts by registered name, media by kind.
 
 media:
-  image:                     # kind of medium: image, video, volume, or multi_image (an image among several)
-    tower: vision_tower      # which encoder (default) ...
+  image:                     # modality: image, video, volume, or multi_image (an image among several)
+    encoder: vision_tower      # which encoder (default) ...
     connector: multi_modal_projector   # ... and which connector it goes through (default)
     views: {type: pad, size: 336}      # planner and its options
     arrange: {type: flat}              # layout of the visual tokens in the prompt
@@ -22,7 +22,7 @@ from llavakit.system import systems
 _KINDS: dict[str, type] = {
     "connector": dict,
     "media": dict,
-    "extra_towers": dict,
+    "extra_encoders": dict,
     "extra_connectors": dict,
     "image_token_id": int,
     "template": str,
@@ -66,9 +66,9 @@ class LlavakitConfig(PreTrainedConfig):
         text_config: Any transformers causal language model.
         vision_config: The main encoder (`model.vision_tower`), any transformers vision model.
         connector: `{"type": name, **options}` of the main connector (`model.multi_modal_projector`).
-        media: Per kind of medium how it is cut, encoded and laid out; see the module's docstring.
+        media: Per modality how it is cut, encoded and laid out; see the module's docstring.
         extra_towers: Further encoders by attribute name: `{"config": {...}, "layer": -2, "strategy": "default"}`.
-        extra_connectors: Further connectors by attribute name, each with the `tower` it reads from.
+        extra_connectors: Further connectors by attribute name, each with the `encoder` it reads from.
         language_adapter: `{"type": name, **options}` of an adapter that runs the decoder, or None.
         vision_feature_layer: Hidden state(s) of the main encoder that the connector reads.
         vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps them.
@@ -86,7 +86,7 @@ class LlavakitConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     connector: dict | None = None
     media: dict | None = None
-    extra_towers: dict | None = None
+    extra_encoders: dict | None = None
     extra_connectors: dict | None = None
     language_adapter: dict | None = None
     vision_feature_layer: int | list | tuple = -2
@@ -102,7 +102,7 @@ class LlavakitConfig(PreTrainedConfig):
         self.vision_config = build_config(self.vision_config, "clip_vision_model")
         self.connector = self.connector or {"type": "mlp"}
         self.media = self.media or DEFAULT_MEDIA
-        self.extra_towers = self.extra_towers or {}
+        self.extra_encoders = self.extra_encoders or {}
         self.extra_connectors = self.extra_connectors or {}
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
             getattr(self.text_config, "tie_word_embeddings", False)
@@ -136,18 +136,18 @@ class LlavakitConfig(PreTrainedConfig):
         """Width of the language model."""
         return self.text_config.hidden_size
 
-    def tower_config(self, name: str) -> tuple[PreTrainedConfig, int | list, str]:
+    def encoder_config(self, name: str) -> tuple[PreTrainedConfig, int | list, str]:
         """Configuration, feature layer and select strategy of an encoder by attribute name."""
         if name == "vision_tower":
             return self.vision_config, self.vision_feature_layer, self.vision_feature_select_strategy
-        extra = self.extra_towers[name]
+        extra = self.extra_encoders[name]
         config = build_config(extra["config"], "clip_vision_model")
         return config, extra.get("layer", -2), extra.get("strategy", "default")
 
     def connector_options(self, name: str) -> dict[str, Any]:
-        """`{"type": ..., **options}` of a connector by attribute name, without its `tower`."""
+        """`{"type": ..., **options}` of a connector by attribute name, without its `encoder`."""
         options = self.connector if name == "multi_modal_projector" else self.extra_connectors[name]
-        return {key: value for key, value in options.items() if key != "tower"}
+        return {key: value for key, value in options.items() if key != "encoder"}
 
 
 __all__ = ["LlavakitConfig"]

@@ -22,14 +22,14 @@ from transformers.utils import can_return_tuple
 
 from llavakit.connectors.base import Connector, Features, Grid, Prompt, StreamedFeatures
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.routes import KINDS, MediaSpec
+from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.registry import ADAPTERS, CONNECTORS
 from llavakit.splice.scatter import IGNORE, scatter
-from llavakit.views.plan import MediumSize, Plan
+from llavakit.views.plan import MediaSize, Plan
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
-BLANK = MediumSize(1, 336, 336)  # size of the image of zeros that some connectors want for samples without media
+BLANK = MediaSize(1, 336, 336)  # size of the image of zeros that some connectors want for samples without media
 STREAM_ABOVE = 64  # without gradients, more views than this are encoded when the connector asks for them
 
 
@@ -63,12 +63,12 @@ class Visuals:
     """The media of a batch on their way through the model.
 
     Attributes:
-        kinds: Kind of every medium.
-        plans: Plan of every medium.
+        kinds: Modality of every media item.
+        plans: Plan of every media item.
         features: Per connector the encoder features that it reads; `owners` count among its own media only.
     """
 
-    kinds: list[str]
+    modalities: list[str]
     plans: list[Plan]
     features: dict[str, Features]
 
@@ -81,7 +81,7 @@ class Visuals:
                 owners = own.owners + [owner + own.owners[-1] + 1 for owner in more.owners]
                 more = Features(torch.cat([own.values, more.values]), own.grids + more.grids, owners)
             features[name] = more
-        return Visuals(self.kinds + other.kinds, self.plans + other.plans, features)
+        return Visuals(self.modalities + other.modalities, self.plans + other.plans, features)
 
 
 class LlavakitPreTrainedModel(PreTrainedModel):
@@ -116,10 +116,10 @@ class LlavakitModel(LlavakitPreTrainedModel):
         self.media = MediaSpec(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = self._build_connector("multi_modal_projector", "vision_tower")
-        for name in config.extra_towers:
-            setattr(self, name, AutoModel.from_config(config.tower_config(name)[0]))
+        for name in config.extra_encoders:
+            setattr(self, name, AutoModel.from_config(config.encoder_config(name)[0]))
         for name, options in config.extra_connectors.items():
-            setattr(self, name, self._build_connector(name, options.get("tower", "vision_tower")))
+            setattr(self, name, self._build_connector(name, options.get("encoder", "vision_tower")))
         self.language_model = AutoModel.from_config(config.text_config)
         self.image_newline = nn.Parameter(torch.zeros(config.hidden_size)) if self.media.uses_newline else None
         self.language_adapter = (
@@ -127,8 +127,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
         )
         self.post_init()
 
-    def _build_connector(self, name: str, tower: str) -> Connector:
-        vision_config, layer, _ = self.config.tower_config(tower)
+    def _build_connector(self, name: str, encoder: str) -> Connector:
+        vision_config, layer, _ = self.config.encoder_config(encoder)
         layers = 1 if isinstance(layer, int) else len(layer)
         return CONNECTORS.build(
             self.config.connector_options(name),
@@ -149,91 +149,99 @@ class LlavakitModel(LlavakitPreTrainedModel):
         return any(route.connector_cls.needs_prompt for route in self.media.routes.values())
 
     def plan_media(
-        self, pixel_values: Tensor | Sequence[Tensor], visual_sizes: Tensor | None, visual_kinds: Tensor | None
+        self, pixel_values: Tensor | Sequence[Tensor], visual_sizes: Tensor | None, visual_modalities: Tensor | None
     ) -> tuple[list[str], list[Plan]]:
         """Kinds and plans of the media of a batch; without sizes every row of `pixel_values` is one square image."""
         if visual_sizes is None:
-            sizes = [MediumSize(1, int(view.shape[-2]), int(view.shape[-1])) for view in pixel_values]
+            sizes = [MediaSize(1, int(view.shape[-2]), int(view.shape[-1])) for view in pixel_values]
         else:
-            sizes = [MediumSize(*size) for size in visual_sizes.tolist()]
-        kinds = ["image"] * len(sizes) if visual_kinds is None else [KINDS[kind] for kind in visual_kinds.tolist()]
-        return kinds, [self.media.plan(kind, size) for kind, size in zip(kinds, sizes, strict=True)]
+            sizes = [MediaSize(*size) for size in visual_sizes.tolist()]
+        modalities = (
+            ["image"] * len(sizes)
+            if visual_modalities is None
+            else [MODALITIES[modality] for modality in visual_modalities.tolist()]
+        )
+        return modalities, [self.media.plan(modality, size) for modality, size in zip(modalities, sizes, strict=True)]
 
     def encode_media(
         self,
         pixel_values: Tensor | Sequence[Tensor],
         visual_sizes: Tensor | None = None,
-        visual_kinds: Tensor | None = None,
+        visual_modalities: Tensor | None = None,
     ) -> Visuals:
-        """Encoder features of all views; views of one shape and tower are encoded together.
+        """Encoder features of all views; views of one shape and encoder are encoded together.
 
         Args:
             pixel_values: [views, channels, (depth,) height, width], or a list of such views of several shapes.
-            visual_sizes: Original (depth, height, width) of every medium [media, 3].
-            visual_kinds: Index into `llavakit.model.routes.KINDS` of every medium [media].
+            visual_sizes: Original (depth, height, width) of every media item [media, 3].
+            visual_kinds: Index into `llavakit.model.routes.MODALITIES` of every media item [media].
         """
-        kinds, plans = self.plan_media(pixel_values, visual_sizes, visual_kinds)
+        modalities, plans = self.plan_media(pixel_values, visual_sizes, visual_modalities)
         owners = [number for number, plan in enumerate(plans) for _ in plan.views]
         if len(owners) != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} views in pixel_values, but the plans need {len(owners)}")
-        towers = [self.media.route(kinds[owner]).tower for owner in owners]
-        connectors = {self.media.route(kind).connector for kind in kinds}
+        encoders = [self.media.route(modalities[owner]).encoder for owner in owners]
+        connectors = {self.media.route(modality).connector for modality in modalities}
         if len(owners) > STREAM_ABOVE and len(connectors) == 1 and not torch.is_grad_enabled():
             name = connectors.pop()
             if getattr(self, name).streams:
-                grids = [g for k, p in zip(kinds, plans, strict=True) for g in self.media.route(k).feature_grids(p)]
+                grids = [
+                    g for k, p in zip(modalities, plans, strict=True) for g in self.media.route(k).feature_grids(p)
+                ]
 
                 def read(start: int, stop: int) -> Tensor:
-                    return torch.cat(self._encode_views(pixel_values[start:stop], towers[start:stop]))
+                    return torch.cat(self._encode_views(pixel_values[start:stop], encoders[start:stop]))
 
-                return Visuals(kinds, plans, {name: StreamedFeatures(read, grids, owners)})
-        return self.gather_media(kinds, plans, self._encode_views(pixel_values, towers))
+                return Visuals(modalities, plans, {name: StreamedFeatures(read, grids, owners)})
+        return self.gather_media(modalities, plans, self._encode_views(pixel_values, encoders))
 
-    def _encode_views(self, pixel_values: Tensor | Sequence[Tensor], towers: Sequence[str]) -> list[Tensor]:
-        """Features [tokens, width] of every view, each by its tower; views of one shape and tower go together."""
+    def _encode_views(self, pixel_values: Tensor | Sequence[Tensor], encoders: Sequence[str]) -> list[Tensor]:
+        """Features [tokens, width] of every view, each by its encoder; views of one shape and encoder go together."""
         groups: dict[tuple, list[int]] = {}
-        for view, name in enumerate(towers):
+        for view, name in enumerate(encoders):
             groups.setdefault((name, tuple(pixel_values[view].shape)), []).append(view)
         encoded: dict[int, Tensor] = {}
         for (name, _), views in groups.items():
-            config, layer, strategy = self.config.tower_config(name)
-            whole = len(views) == len(towers) and isinstance(pixel_values, Tensor)
+            config, layer, strategy = self.config.encoder_config(name)
+            whole = len(views) == len(encoders) and isinstance(pixel_values, Tensor)
             pixels = pixel_values if whole else torch.stack([pixel_values[view] for view in views])
-            tower = getattr(self, name)
-            tokens = encode_views(tower, pixels.to(tower.device, tower.dtype), layer, strategy, geometry_of(config))
+            encoder = getattr(self, name)
+            tokens = encode_views(
+                encoder, pixels.to(encoder.device, encoder.dtype), layer, strategy, geometry_of(config)
+            )
             encoded |= dict(zip(views, tokens, strict=True))
-        return [encoded[view] for view in range(len(towers))]
+        return [encoded[view] for view in range(len(encoders))]
 
-    def gather_media(self, kinds: list[str], plans: list[Plan], views: Sequence[Tensor]) -> Visuals:
+    def gather_media(self, modalities: list[str], plans: list[Plan], views: Sequence[Tensor]) -> Visuals:
         """Visuals from the encoder features of every view, [tokens, width] each, in the order of the plans."""
         tokens: dict[str, list[Tensor]] = {}
         grids: dict[str, list[Grid]] = {}
         owners: dict[str, list[int]] = {}
         media: dict[str, int] = {}
         remaining = iter(views)
-        for kind, plan in zip(kinds, plans, strict=True):
-            route = self.media.route(kind)
+        for modality, plan in zip(modalities, plans, strict=True):
+            route = self.media.route(modality)
             number = media.get(route.connector, 0)
             media[route.connector] = number + 1
             tokens.setdefault(route.connector, []).extend(next(remaining) for _ in plan.views)
             grids.setdefault(route.connector, []).extend(route.feature_grids(plan))
             owners.setdefault(route.connector, []).extend([number] * len(plan.views))
         features = {name: Features(torch.cat(tokens[name]), grids[name], owners[name]) for name in tokens}
-        return Visuals(kinds, plans, features)
+        return Visuals(modalities, plans, features)
 
     def connect(self, visuals: Visuals, prompt: Prompt | None = None) -> tuple[list[Tensor], Tensor | None]:
-        """Visual vectors of every medium in prompt order, and the prompt's embeddings if a connector changed them.
+        """Visual vectors of every media item in prompt order, and the prompt's embeddings if a connector changed them.
 
         Returns:
-            One [visual tokens, hidden] tensor per medium, and [batch, length, hidden] or None.
+            One [visual tokens, hidden] tensor per media item, and [batch, length, hidden] or None.
         """
         vectors: dict[int, Tensor] = {}
         changed = None
         marks: list[Tensor | None] = []
-        routes = [self.media.route(kind) for kind in visuals.kinds]
+        routes = [self.media.route(modality) for modality in visuals.modalities]
         for name, features in visuals.features.items():
-            media = [medium for medium, route in enumerate(routes) if route.connector == name]
-            plans = [visuals.plans[medium] for medium in media]
+            media = [item for item, route in enumerate(routes) if route.connector == name]
+            plans = [visuals.plans[item] for item in media]
             connector = getattr(self, name)
             parameter = next(connector.parameters(), None)
             features = features if parameter is None else features.to(parameter.dtype)
@@ -247,34 +255,34 @@ class LlavakitModel(LlavakitPreTrainedModel):
             else:
                 tokens = connector(features, plans)
             split = tokens.split()
-            for medium, own_entries in zip(media, tokens.by_visual(len(media)), strict=True):
-                vectors[medium] = routes[medium].arrangement.arrange(
-                    visuals.plans[medium],
+            for item, own_entries in zip(media, tokens.by_visual(len(media)), strict=True):
+                vectors[item] = routes[item].arrangement.arrange(
+                    visuals.plans[item],
                     [tokens.grids[entry] for entry in own_entries],
                     [split[entry] for entry in own_entries],
                     self.image_newline,
                 )
         if marks and all(mark is not None for mark in marks):
             prompt.changed = torch.stack(marks).any(0)
-        return [vectors[medium] for medium in range(len(visuals.kinds))], changed
+        return [vectors[item] for item in range(len(visuals.modalities))], changed
 
     @can_return_tuple
     def get_image_features(
         self,
         pixel_values: Tensor | Sequence[Tensor],
         visual_sizes: Tensor | None = None,
-        visual_kinds: Tensor | None = None,
+        visual_modalities: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Visual tokens of every medium.
+        """Visual tokens of every media item.
 
         Returns:
-            `pooler_output` is a list with one [visual tokens, hidden] tensor per medium, `last_hidden_state` what the
-            connector read: [views, tokens, width], or [tokens, width] if views differ in size.
+            `pooler_output` is a list with one [visual tokens, hidden] tensor per media item, `last_hidden_state` what
+            the connector read: [views, tokens, width], or [tokens, width] if views differ in size.
         """
-        visuals = self.encode_media(pixel_values, visual_sizes, visual_kinds)
+        visuals = self.encode_media(pixel_values, visual_sizes, visual_modalities)
         vectors, _ = self.connect(visuals)
         features = next(iter(visuals.features.values()))
         read = features.values
@@ -282,14 +290,14 @@ class LlavakitModel(LlavakitPreTrainedModel):
             read = read.view(len(features.grids), -1, read.shape[-1])
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         wanted = {key: getattr(self.config, key) if value is None else value for key, value in wanted.items()}
-        tower: dict[str, Any] = {}
+        encoder: dict[str, Any] = {}
         if any(wanted.values()):  # by tools that look inside the main encoder
-            tower = self.vision_tower(pixel_values, return_dict=True, **wanted)
+            encoder = self.vision_tower(pixel_values, return_dict=True, **wanted)
         return BaseModelOutputWithPooling(
             last_hidden_state=read,
             pooler_output=vectors,
-            hidden_states=tower.get("hidden_states"),
-            attentions=tower.get("attentions"),
+            hidden_states=encoder.get("hidden_states"),
+            attentions=encoder.get("attentions"),
         )
 
     def embed_ids(self, input_ids: Tensor) -> Tensor:
@@ -312,7 +320,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         *,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         visual_sizes: Tensor | None = None,
-        visual_kinds: Tensor | None = None,
+        visual_modalities: Tensor | None = None,
         visuals: Visuals | None = None,
         vectors: Sequence[Tensor] | None = None,
         attention_mask: Tensor | None = None,
@@ -327,7 +335,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
 
         Args:
             visuals: Features that were encoded before (a frozen encoder's cache), instead of `pixel_values`.
-            vectors: Visual vectors that were computed before, one tensor per medium.
+            vectors: Visual vectors that were computed before, one tensor per media item.
             answers: True at earlier answers [batch, length], for connectors that treat them in a special way.
             prompt_length: Columns that were not generated; connectors that read the prompt leave the others alone.
             prompt: What connectors that read the prompt get to see, if it was made before by `read_prompt`.
@@ -340,7 +348,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_ids(input_ids)
         if visuals is None and pixel_values is not None:
-            visuals = self.encode_media(pixel_values, visual_sizes, visual_kinds)
+            visuals = self.encode_media(pixel_values, visual_sizes, visual_modalities)
         if visuals is None and vectors is None and not blank:
             return inputs_embeds, None, None
         if vectors is not None or not self.reads_prompt:
@@ -359,10 +367,10 @@ class LlavakitModel(LlavakitPreTrainedModel):
                 )
             mask = prompt.visual
             visuals = visuals or Visuals([], [], {})
-            prompt.owners, media = self._owners(prompt, visuals), len(visuals.kinds)
+            prompt.owners, media = self._owners(prompt, visuals), len(visuals.modalities)
             if blank:
                 visuals = self._with_blank_images(prompt, visuals)
-            if not visuals.kinds:
+            if not visuals.modalities:
                 return inputs_embeds, None, None
             vectors, changed = self.connect(visuals, prompt)
             vectors, inputs_embeds = vectors[:media], inputs_embeds if changed is None else changed
@@ -402,15 +410,15 @@ class LlavakitModel(LlavakitPreTrainedModel):
         return Prompt(inputs_embeds, input_ids, visible=visible, visual=mask, segments=segments, **given)
 
     def _owners(self, prompt: Prompt, visuals: Visuals) -> list[tuple[int, int]]:
-        """Row and segment of every medium, found by counting visual positions.
+        """Row and segment of every media item, found by counting visual positions.
 
         Raises:
             ValueError: If there are more or fewer positions than visual tokens.
         """
         places = prompt.visual.nonzero()
         counts = [
-            sum(run.visual for run in self.media.layout(kind, plan.size))
-            for kind, plan in zip(visuals.kinds, visuals.plans, strict=True)
+            sum(run.visual for run in self.media.layout(modality, plan.size))
+            for modality, plan in zip(visuals.modalities, visuals.plans, strict=True)
         ]
         if sum(counts) != len(places):
             raise ValueError(
@@ -448,7 +456,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         visual_sizes: Tensor | None = None,
-        visual_kinds: Tensor | None = None,
+        visual_modalities: Tensor | None = None,
         visuals: Visuals | None = None,
         visual_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
@@ -482,7 +490,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
             inputs_embeds,
             pixel_values=pixel_values,
             visual_sizes=visual_sizes,
-            visual_kinds=visual_kinds,
+            visual_modalities=visual_modalities,
             visuals=visuals,
             vectors=None if given is None else given.pooler_output,
             attention_mask=attention_mask,
@@ -580,7 +588,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         visual_sizes: Tensor | None = None,
-        visual_kinds: Tensor | None = None,
+        visual_modalities: Tensor | None = None,
         visuals: Visuals | None = None,
         visual_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
@@ -612,7 +620,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             visual_sizes=visual_sizes,
-            visual_kinds=visual_kinds,
+            visual_modalities=visual_modalities,
             visuals=visuals,
             visual_mask=visual_mask,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -672,7 +680,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         adapter = self.model.language_adapter
         reads = self.model.reads_prompt and input_ids is not None
         if reads and cached and (kwargs.get("pixel_values") is not None or self.model.reads_blank_image):
-            names = ("pixel_values", "visual_sizes", "visual_kinds", "answers")
+            names = ("pixel_values", "visual_sizes", "visual_modalities", "answers")
             given = {name: kwargs.pop(name, None) for name in names}
             embeds, visual, _ = self.model.embed(input_ids, attention_mask=kwargs.get("attention_mask"), **given)
             kwargs |= {"inputs_embeds": embeds, "visual_mask": visual}

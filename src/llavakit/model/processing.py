@@ -22,10 +22,10 @@ from llavakit import media as readers
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
 from llavakit.errors import MediaError, UserError
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.routes import KINDS, MediaSpec
+from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.registry import nearest
 from llavakit.splice.scatter import expand
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 IMAGE_TOKEN = "<image>"
 
@@ -38,7 +38,7 @@ def architecture_of(config: LlavakitConfig) -> dict[str, Any]:
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "connector": config.connector,
         "media": config.media,
-        "extra_towers": config.extra_towers,
+        "extra_encoders": config.extra_encoders,
         "extra_connectors": config.extra_connectors,
     }
 
@@ -50,7 +50,7 @@ class LlavakitImageProcessorPil(BaseImageProcessor):
         architecture: See `architecture_of`.
     """
 
-    model_input_names = ["pixel_values", "visual_sizes", "visual_kinds"]
+    model_input_names = ["pixel_values", "visual_sizes", "visual_modalities"]
 
     def __init__(self, architecture: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -68,24 +68,24 @@ class LlavakitImageProcessorPil(BaseImageProcessor):
         return {key: value for key, value in super().to_dict().items() if not key.startswith("_spec")}
 
     def preprocess(
-        self, images: Any, return_tensors: str | None = None, kind: str = "image", **kwargs: Any
+        self, images: Any, return_tensors: str | None = None, modality: str = "image", **kwargs: Any
     ) -> BatchFeature:
         """Views of every image.
 
         Returns:
             `pixel_values`: views of all images, stacked if they share a shape, else a list;
             `visual_sizes`: original (depth, height, width) of every image [images, 3];
-            `visual_kinds`: kind of every image [images].
+            `visual_modalities`: kind of every image [images].
         """
         views: list[np.ndarray] = []
-        sizes: list[MediumSize] = []
+        sizes: list[MediaSize] = []
         for image in make_flat_list_of_images(images):
             image = readers.load_image(_as_pil(image))
-            size = MediumSize(1, image.height, image.width)
-            plan = self.spec.plan(kind, size)
-            views += self.spec.route(kind).planner.cut(image, plan)
+            size = MediaSize(1, image.height, image.width)
+            plan = self.spec.plan(modality, size)
+            views += self.spec.route(modality).planner.cut(image, plan)
             sizes.append(size)
-        data = {"visual_sizes": np.array(sizes), "visual_kinds": np.full(len(sizes), KINDS.index(kind))}
+        data = {"visual_sizes": np.array(sizes), "visual_modalities": np.full(len(sizes), MODALITIES.index(modality))}
         stacked = len({view.shape for view in views}) <= 1
         if stacked:
             return BatchFeature({"pixel_values": np.stack(views), **data}, tensor_type=return_tensors)
@@ -111,7 +111,7 @@ def check_reading(reading: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Options of the media readers, as they are.
 
     Raises:
-        UserError: If a kind of medium or an option is unknown.
+        UserError: If a modality or an option is unknown.
     """
     if not reading:
         return None
@@ -119,13 +119,13 @@ def check_reading(reading: Mapping[str, Any] | None) -> dict[str, Any] | None:
     from llavakit.media import volume as read_volume
 
     known = {"image": readers.load_image, "video": read_video.load_video, "volume": read_volume.load_volume}
-    for kind, options in reading.items():
-        if kind not in known:
-            raise UserError(f"reading.{kind}: unknown kind of medium{nearest(kind, list(known))}")
-        names = [name for name in inspect.signature(known[kind]).parameters if name not in ("source", "sampling")]
+    for modality, options in reading.items():
+        if modality not in known:
+            raise UserError(f"reading.{modality}: unknown modality{nearest(modality, list(known))}")
+        names = [name for name in inspect.signature(known[modality]).parameters if name not in ("source", "sampling")]
         for name in options:
             if name not in names:
-                raise UserError(f"reading.{kind}.{name}: unknown option{nearest(name, names)}")
+                raise UserError(f"reading.{modality}.{name}: unknown option{nearest(name, names)}")
     return dict(reading)
 
 
@@ -193,49 +193,49 @@ class LlavakitProcessor(ProcessorMixin):
             UserError: If a name is unknown.
         """
         sampling = {} if "sampling.type" in changes else dict(self.sampling or {})
-        reading = {kind: dict(options) for kind, options in (self.reading or {}).items()}
+        reading = {modality: dict(options) for modality, options in (self.reading or {}).items()}
         for name, value in changes.items():
             match name.split("."):
                 case ["sampling", option]:
                     sampling[option] = value
-                case ["reading", kind, option]:
-                    reading.setdefault(kind, {})[option] = value
+                case ["reading", modality, option]:
+                    reading.setdefault(modality, {})[option] = value
                 case _:
                     raise UserError(f"{name}: unknown; write sampling.OPTION or reading.KIND.OPTION")
         self.sampling, self.reading = sampling or None, check_reading(reading) or None
 
     # llavakit's door: messages
 
-    def read_medium(self, part: Mapping[str, Any]) -> tuple[Any, MediumSize]:
-        """Open the medium of a content part: a path, bytes or an object that is open already.
+    def read_media(self, part: Mapping[str, Any]) -> tuple[Any, MediaSize]:
+        """Open the media item of a content part: a path, bytes or an object that is open already.
 
         Returns:
             Image, frames or volume, and its size.
         """
-        kind = part["type"]
-        source = part[kind]
-        options = (self.reading or {}).get(kind, {})
-        if kind == "image":
+        modality = part["type"]
+        source = part[modality]
+        options = (self.reading or {}).get(modality, {})
+        if modality == "image":
             image = readers.load_image(source, **options)
-            return image, MediumSize(1, image.height, image.width)
-        if kind == "video":
+            return image, MediaSize(1, image.height, image.width)
+        if modality == "video":
             video = readers.load_video(source, sampling=self.sampling, **options)
             return video.frames, video.size
         volume = readers.load_volume(source, **options)
-        return volume.values, MediumSize(*volume.values.shape)
+        return volume.values, MediaSize(*volume.values.shape)
 
-    def size_of(self, part: Mapping[str, Any]) -> MediumSize:
-        """Size of the medium of a content part; of an image without decoding it."""
+    def size_of(self, part: Mapping[str, Any]) -> MediaSize:
+        """Size of the media item of a content part; of an image without decoding it."""
         if part["type"] != "image":
-            return self.read_medium(part)[1]
+            return self.read_media(part)[1]
         options = (self.reading or {}).get("image", {})
         upright = {key: value for key, value in options.items() if key in ("limits", "exif_transpose")}
         return readers.image_size(part["image"], **upright)
 
-    def views_of(self, kind: str, medium: Any, size: MediumSize) -> list[torch.Tensor]:
-        """Encoder inputs of a medium, float32 [channels, (depth,) height, width] each."""
-        plan = self.spec.plan(kind, size)
-        return [torch.from_numpy(view) for view in self.spec.route(kind).planner.cut(medium, plan)]
+    def views_of(self, modality: str, item: Any, size: MediaSize) -> list[torch.Tensor]:
+        """Encoder inputs of a media item, float32 [channels, (depth,) height, width] each."""
+        plan = self.spec.plan(modality, size)
+        return [torch.from_numpy(view) for view in self.spec.route(modality).planner.cut(item, plan)]
 
     def encode(
         self,
@@ -255,24 +255,24 @@ class LlavakitProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `labels` (lists), `pixel_values` (list of views), `visual_sizes` (list of triples),
-            `visual_kinds` (list of indices into `KINDS`).
+            `visual_modalities` (list of indices into `MODALITIES`).
         """
         encoded = encode(
             messages, self.template, self.tokenizer, add_generation_prompt=add_generation_prompt, **options
         )
         several = sum(part["type"] == "image" for part in encoded.media) > 1
-        layouts, views, sizes, kinds = [], [], [], []
+        layouts, views, sizes, modalities = [], [], [], []
         for part in encoded.media:
-            kind = "multi_image" if several and part["type"] == "image" else part["type"]
-            self.spec.route(kind)  # a kind that the model does not take is refused before anything is read
-            medium, size = self.read_medium(part) if pixels else (None, self.size_of(part))
+            modality = "multi_image" if several and part["type"] == "image" else part["type"]
+            self.spec.route(modality)  # a kind that the model does not take is refused before anything is read
+            item, size = self.read_media(part) if pixels else (None, self.size_of(part))
             sizes.append(size)
-            kinds.append(KINDS.index(kind))
+            modalities.append(MODALITIES.index(modality))
             try:
-                layouts.append(self.spec.layout(kind, size))
+                layouts.append(self.spec.layout(modality, size))
                 if pixels:
-                    views += self.views_of(kind, medium, size)
-            except MediaError as error:  # planners know a medium by its size and values alone
+                    views += self.views_of(modality, item, size)
+            except MediaError as error:  # planners know a media item by its size and values alone
                 raise MediaError(f"{readers.name_of(part[part['type']])}: {error}") from None
         spliced = expand(
             encoded.ids,
@@ -286,21 +286,21 @@ class LlavakitProcessor(ProcessorMixin):
             "labels": spliced.labels,
             "pixel_values": views,
             "visual_sizes": sizes,
-            "visual_kinds": kinds,
+            "visual_modalities": modalities,
         }
 
     # transformers' door: text and images
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        size = MediumSize(*(int(side) for side in image_inputs["visual_sizes"][image_idx]))
-        runs = self.spec.layout(kwargs.get("kind", "image"), size)
+        size = MediaSize(*(int(side) for side in image_inputs["visual_sizes"][image_idx]))
+        runs = self.spec.layout(kwargs.get("modality", "image"), size)
         return "".join(IMAGE_TOKEN * run.visual + self.tokenizer.decode(list(run.ids)) for run in runs)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """Token and view counts of images by (height, width); used by vLLM."""
         if image_sizes is None:
             return MultiModalData()
-        sizes = [MediumSize(1, int(height), int(width)) for height, width in image_sizes]
+        sizes = [MediaSize(1, int(height), int(width)) for height, width in image_sizes]
         return MultiModalData(
             num_image_tokens=[sum(run.visual for run in self.spec.layout("image", size)) for size in sizes],
             num_image_patches=[len(self.spec.plan("image", size).views) for size in sizes],

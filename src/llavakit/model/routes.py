@@ -1,4 +1,4 @@
-"""What a checkpoint does to each kind of medium, as arithmetic: plan, feature grids, token grids, layout.
+"""What a checkpoint does to each modality, as arithmetic: plan, feature grids, token grids, layout.
 
 Processor and model share this, so that the processor's placeholder ids and the model's visual tokens agree by
 construction. Nothing here runs a network.
@@ -16,18 +16,18 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
 from llavakit.splice.layout import Arrangement, Run
 from llavakit.system import systems
-from llavakit.views.plan import MediumSize, Plan, Planner
+from llavakit.views.plan import MediaSize, Plan, Planner
 from llavakit.vision.geometry import Geometry, geometry_of
 
-KINDS = ("image", "video", "volume", "multi_image")
+MODALITIES = ("image", "video", "volume", "multi_image")
 
 
 @dataclass(frozen=True)
 class Route:
-    """How one kind of medium goes through the model."""
+    """How one modality goes through the model."""
 
-    kind: str
-    tower: str
+    modality: str
+    encoder: str
     connector: str
     planner: Planner
     arrangement: Arrangement
@@ -45,7 +45,7 @@ class Route:
         return self.connector_cls.token_grids(self.connector_options, plan, self.feature_grids(plan))
 
     def layout(self, plan: Plan) -> list[Run]:
-        """The stretch of prompt that a medium becomes."""
+        """The stretch of prompt that a media item becomes."""
         return self.arrangement.layout(plan, self.token_grids(plan))
 
 
@@ -58,51 +58,51 @@ class MediaSpec:
 
     def __init__(self, config: LlavakitConfig) -> None:
         systems()  # systems register the parts that a configuration may name
-        self.routes = {kind: self._route(config, kind, options) for kind, options in config.media.items()}
+        self.routes = {modality: self._route(config, modality, options) for modality, options in config.media.items()}
         self.plan = functools.lru_cache(maxsize=4096)(self._plan)
         self.layout = functools.lru_cache(maxsize=4096)(self._layout)
 
     @staticmethod
-    def _route(config: LlavakitConfig, kind: str, options: dict[str, Any]) -> Route:
-        if kind not in KINDS:
-            raise UserError(f"config.media: unknown kind of medium {kind!r}; known: {', '.join(KINDS)}")
-        tower = options.get("tower", "vision_tower")
+    def _route(config: LlavakitConfig, modality: str, options: dict[str, Any]) -> Route:
+        if modality not in MODALITIES:
+            raise UserError(f"config.media: unknown modality {modality!r}; known: {', '.join(MODALITIES)}")
+        encoder = options.get("encoder", "vision_tower")
         connector = options.get("connector", "multi_modal_projector")
-        tower_config, _, strategy = config.tower_config(tower)
+        encoder_config, _, strategy = config.encoder_config(encoder)
         connector_options = config.connector_options(connector)
         return Route(
-            kind=kind,
-            tower=tower,
+            modality=modality,
+            encoder=encoder,
             connector=connector,
             planner=PLANNERS.build(options["views"]),
             arrangement=ARRANGEMENTS.build(options.get("arrange", {"type": "flat"})),
-            geometry=geometry_of(tower_config),
+            geometry=geometry_of(encoder_config),
             keep_prefix=strategy == "full",
             connector_cls=CONNECTORS.get(connector_options["type"]),
             connector_options=connector_options,
         )
 
-    def route(self, kind: str) -> Route:
-        """The route of a kind of medium.
+    def route(self, modality: str) -> Route:
+        """The route of a modality.
 
         Raises:
             UserError: If the model does not take this kind.
         """
-        if kind == "multi_image" and kind not in self.routes:
-            kind = "image"
-        if kind not in self.routes:
-            raise UserError(f"this model takes no {kind}; it takes: {', '.join(self.routes)}")
-        return self.routes[kind]
+        if modality == "multi_image" and modality not in self.routes:
+            modality = "image"
+        if modality not in self.routes:
+            raise UserError(f"this model takes no {modality}; it takes: {', '.join(self.routes)}")
+        return self.routes[modality]
 
-    def _plan(self, kind: str, size: MediumSize) -> Plan:
-        return self.route(kind).planner.plan(size)
+    def _plan(self, modality: str, size: MediaSize) -> Plan:
+        return self.route(modality).planner.plan(size)
 
-    def _layout(self, kind: str, size: MediumSize) -> tuple[Run, ...]:
-        return tuple(self.route(kind).layout(self.plan(kind, size)))
+    def _layout(self, modality: str, size: MediaSize) -> tuple[Run, ...]:
+        return tuple(self.route(modality).layout(self.plan(modality, size)))
 
-    def count(self, kind: str, size: MediumSize) -> int:
-        """Prompt positions that a medium takes, literal separators included."""
-        return sum(run.visual + len(run.ids) for run in self.layout(kind, size))
+    def count(self, modality: str, size: MediaSize) -> int:
+        """Prompt positions that a media item takes, literal separators included."""
+        return sum(run.visual + len(run.ids) for run in self.layout(modality, size))
 
     def check_vocabulary(self, size: int) -> None:
         """Refuse layouts that write token ids which the language model lacks.
@@ -110,11 +110,11 @@ class MediaSpec:
         Raises:
             UserError: Naming kind and id.
         """
-        for kind, route in self.routes.items():
+        for modality, route in self.routes.items():
             beyond = [token for token in route.arrangement.literal_ids if not 0 <= token < size]
             if beyond:
                 raise UserError(
-                    f"media.{kind}.arrange: token id {beyond[0]} is outside the vocabulary of {size}; "
+                    f"media.{modality}.arrange: token id {beyond[0]} is outside the vocabulary of {size}; "
                     "give the ids of this tokenizer"
                 )
 

@@ -16,7 +16,7 @@ from llavakit.phantom import anatomy
 from llavakit.phantom.anatomy import Chest, Ellipsoid, Lung
 from llavakit.phantom.base import pick
 
-KINDS = ("cardiomegaly", "nodule", "consolidation", "effusion", "pneumothorax")
+MODALITIES = ("cardiomegaly", "nodule", "consolidation", "effusion", "pneumothorax")
 ZONES = ("upper", "middle", "lower")
 SIZES = ("small", "large")
 DEPTHS = ("anterior", "posterior")
@@ -87,7 +87,7 @@ _FULL = Setting(
     pneumothorax={"small": (0.12, 0.18), "large": (0.30, 0.40)},
 )
 _EASY = Setting(
-    prevalence=dict.fromkeys(KINDS, 0.5),
+    prevalence=dict.fromkeys(MODALITIES, 0.5),
     one_sided=True,
     nodule={"small": (9.0, 10.0), "large": (15.0, 17.0)},
     consolidation=(26.0, 32.0),

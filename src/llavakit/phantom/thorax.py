@@ -34,7 +34,7 @@ from llavakit.phantom.base import (
 from llavakit.phantom.patient import (
     CHANGES,
     DEPTHS,
-    KINDS,
+    MODALITIES,
     SETTINGS,
     SIZES,
     ZONES,
@@ -103,8 +103,8 @@ class Thorax(World):
         self.setting = SETTINGS[difficulty]
         easy = difficulty == "easy"
         self.types = select_types(types, IMAGE_TYPES, EASY_TYPES if easy else IMAGE_TYPES)
-        kinds = select_types(findings, KINDS, _EASY_KINDS if easy else KINDS)
-        self.kinds = tuple(kind for kind in KINDS if kind in kinds)
+        kinds = select_types(findings, MODALITIES, _EASY_KINDS if easy else MODALITIES)
+        self.kinds = tuple(kind for kind in MODALITIES if kind in kinds)
         self.volumes = volumes
         self.grid = int(check_range("grid", grid, 8, 512))
         self.followups = followups
@@ -188,7 +188,7 @@ class Thorax(World):
         """Every sentence form with every word in it; see `World.texts`."""
         questions = [count_question(n) for n in (1, 2, 3)]
         captions = ["There is no change."]
-        for kind in KINDS:
+        for kind in MODALITIES:
             questions += [presence_question(kind, p, s) for p in (True, False) for s in ("radiograph", "scan")]
             for type_, values in (("side", anatomy.SIDES), ("zone", ZONES), ("size", SIZES), ("depth", DEPTHS)):
                 questions += [detail_question(type_, kind, value) for value in values]
@@ -197,7 +197,7 @@ class Thorax(World):
                     finding = Finding(kind) if kind == "cardiomegaly" else Finding(kind, side, zone, size)
                     several = [finding] * (3 if kind == "nodule" else 1)
                     for found in ([], [finding], several, several[:2]):
-                        report = write_report(found, KINDS)
+                        report = write_report(found, MODALITIES)
                         captions.append(f"Findings: {report['findings']} Impression: {report['impression']}")
                     questions += [change_question(describe(finding, several), change) for change in CHANGES]
                     captions += [" ".join(statement) for statement in statements([finding])]

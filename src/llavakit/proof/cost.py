@@ -82,8 +82,8 @@ def vision_flops(config: Any, height: int | None = None, width: int | None = Non
     """FLOPs of an encoder on one view up to the hidden state `layer` (-1: all layers)."""
     height, width = height or config.image_size, width or config.image_size
     pixels = torch.empty(1, getattr(config, "num_channels", 3), height, width, device="meta")
-    tower = vision_model(config)
-    return count(lambda: hidden_states(tower, pixels, [layer]))
+    encoder = vision_model(config)
+    return count(lambda: hidden_states(encoder, pixels, [layer]))
 
 
 def language_model(config: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from llavakit.errors import UserError
-from llavakit.generation.request import Handle, Piece
+from llavakit.generation.request import RequestHandle, StreamChunk
 from llavakit.serving import toolcalls
 from llavakit.serving.protocol import ChatRequest, chunk, completion, logprobs_body, new_id, usage
 from llavakit.serving.service import APIError, Service
@@ -46,8 +46,8 @@ class Answer:
         self.service, self.body = service, body
         self.identity, self.created = new_id("chatcmpl"), int(time.time())
         self.tools = [tool.function.name for tool in body.tools or ()] if body.tool_choice != "none" else []
-        self.handle: Handle | None = None
-        self._pieces: deque[Piece] = deque()
+        self.handle: RequestHandle | None = None
+        self._pieces: deque[StreamChunk] = deque()
         self._news, self._told = asyncio.Event(), False
         self._began, self._begun = time.perf_counter(), False
         self._closed = False
@@ -57,7 +57,7 @@ class Answer:
         loop = asyncio.get_running_loop()
         each = bool(self.body.stream)
 
-        def listen(piece: Piece) -> None:
+        def listen(piece: StreamChunk) -> None:
             """In the engine's thread; wakes the loop as seldom as may be."""
             if not self._begun and piece.token_ids:
                 self._begun = True
@@ -82,7 +82,7 @@ class Answer:
             self.service.metrics.finished(time.perf_counter() - self._began, self.handle.prompt_tokens, tokens)
         self.service.release()
 
-    async def _each(self) -> AsyncIterator[Piece | None]:
+    async def _each(self) -> AsyncIterator[StreamChunk | None]:
         """Pieces of all replies; None when nothing came for a while."""
         unfinished = self.body.n or 1
         while unfinished:
@@ -164,7 +164,7 @@ class Answer:
             yield self._event([], self._usage)
         yield "data: [DONE]\n\n"
 
-    def _choices(self, piece: Piece, trim: Trimmer) -> Sequence[dict[str, Any]]:
+    def _choices(self, piece: StreamChunk, trim: Trimmer) -> Sequence[dict[str, Any]]:
         tokenizer = self.service.chat.processor.tokenizer
         logs = logprobs_body(piece.logprobs, tokenizer) if self.body.logprobs and piece.logprobs else None
         reason = piece.finish_reason

@@ -214,7 +214,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/files", **guarded)
     async def upload(file: UploadFile = File(), purpose: str = Form("vision", max_length=64)) -> dict[str, Any]:
-        """Keep a medium in memory for later requests, which name it `upload:ID`."""
+        """Keep a media item in memory for later requests, which name it `upload:ID`."""
         content = bytearray()
         while block := await file.read(2**20):
             content += block

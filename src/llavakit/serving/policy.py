@@ -171,7 +171,7 @@ class MediaFetcher:
             return self._allowed_file(url)
         if scheme in ("http", "https"):
             if not self.policy.fetch:
-                raise Refused("this server fetches no URLs; send the medium as a data URL or upload it")
+                raise Refused("this server fetches no URLs; send the media item as a data URL or upload it")
             return await self._fetch(url)
         known = "data:, http:, https: and upload: URLs"
         raise Refused(f"{url[:40]!r} cannot be read; this server takes {known}, never paths")
@@ -200,7 +200,7 @@ class MediaFetcher:
         except httpcore.TimeoutException:
             raise Refused(f"the other server sent nothing for {self.policy.idle_seconds:g} s", 408) from None
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
-            raise Refused(f"the medium could not be fetched ({type(error).__name__})") from None
+            raise Refused(f"the media item could not be fetched ({type(error).__name__})") from None
 
     def _pool(self) -> httpcore.AsyncConnectionPool:
         return httpcore.AsyncConnectionPool(network_backend=CheckedBackend(self.policy), max_connections=1, http2=False)
@@ -220,12 +220,12 @@ class MediaFetcher:
                 raise Refused(f"the other server answered with status {response.status}")
             declared = fields.get("content-length", "")
             if declared.isdigit() and int(declared) > self.policy.file_bytes:
-                raise Refused(f"the medium is larger than {self.policy.file_bytes} bytes", 413)
+                raise Refused(f"the media item is larger than {self.policy.file_bytes} bytes", 413)
             content = bytearray()
             async for chunk in response.aiter_stream():
                 content += chunk
                 if len(content) > self.policy.file_bytes:
-                    raise Refused(f"the medium is larger than {self.policy.file_bytes} bytes", 413)
+                    raise Refused(f"the media item is larger than {self.policy.file_bytes} bytes", 413)
             return None, bytes(content)
 
 
@@ -263,7 +263,7 @@ def decode_data_url(url: str, most: int) -> bytes:
     if header is None:
         raise Refused("the data URL is malformed; it should start like data:image/png;base64,")
     if (len(url) - header.end()) * 3 // 4 > most + 3:
-        raise Refused(f"the medium is larger than {most} bytes", 413)
+        raise Refused(f"the media item is larger than {most} bytes", 413)
     body = url[header.end() :]
     if not header["base64"]:
         return unquote_to_bytes(body)

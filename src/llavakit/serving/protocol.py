@@ -48,7 +48,7 @@ class TextPart(Strict):
 
 
 class Url(Strict):
-    """Where a medium is: a data URL, an http(s) URL, or `upload:ID`."""
+    """Where a media item is: a data URL, an http(s) URL, or `upload:ID`."""
 
     url: str = Field(max_length=200_000_000)
     detail: Literal["auto", "low", "high"] | None = None

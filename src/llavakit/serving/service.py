@@ -14,10 +14,10 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 
-from llavakit.conversation.encode import disarm
+from llavakit.conversation.encode import escape_special_tokens
 from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
-from llavakit.generation.request import Handle, Piece
+from llavakit.generation.request import RequestHandle, StreamChunk
 from llavakit.serving import toolcalls
 from llavakit.serving.metrics import Metrics
 from llavakit.serving.policy import MediaFetcher, MediaPolicy, Refused, Uploads
@@ -66,13 +66,13 @@ class APIError(Exception):
         self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
     ) -> None:
         super().__init__(message)
-        kind = "invalid_request_error" if status < 500 and status not in (401, 429) else "server_error"
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
-        self.status, self.body, self.headers = status, error_body(message, kind, param, code), headers
+        modality = "invalid_request_error" if status < 500 and status not in (401, 429) else "server_error"
+        modality = {401: "authentication_error", 429: "rate_limit_error"}.get(status, modality)
+        self.status, self.body, self.headers = status, error_body(message, modality, param, code), headers
 
 
 class Attached(bytes):
-    """Content of a medium that is called by its field of the request in messages."""
+    """Content of a media item that is called by its field of the request in messages."""
 
     def __new__(cls, content: bytes, name: str) -> Attached:
         self = super().__new__(cls, content)
@@ -98,7 +98,7 @@ class Service:
         self._decoders = CapacityLimiter(2)
         reading = chat.processor.reading or {}
         limits = {"limits": settings.media.limits}
-        chat.processor.reading = {kind: {**reading.get(kind, {}), **limits} for kind in _KINDS}
+        chat.processor.reading = {modality: {**reading.get(modality, {}), **limits} for modality in _KINDS}
 
     def admit(self) -> None:
         """Count a request in.
@@ -116,7 +116,7 @@ class Service:
         """Count a request out."""
         self.active -= 1
 
-    async def submit(self, request: ChatRequest, listener: Callable[[Piece], None]) -> Handle:
+    async def submit(self, request: ChatRequest, listener: Callable[[StreamChunk], None]) -> RequestHandle:
         """Fetch, decode and queue a request.
 
         Raises:
@@ -133,7 +133,7 @@ class Service:
             raise APIError(400, str(error), named[0] if named else "messages") from None
 
     def _prepare(self, messages: list[dict[str, Any]], sampling: dict[str, Any]) -> Any:
-        return self.chat.request(disarm(messages, self.chat.processor.tokenizer), **sampling)
+        return self.chat.request(escape_special_tokens(messages, self.chat.processor.tokenizer), **sampling)
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
         settings = self.settings
@@ -183,14 +183,16 @@ class Service:
             if isinstance(part, TextPart):
                 parts.append({"type": "text", "text": part.text})
                 continue
-            kind = "image" if isinstance(part, ImagePart) else "video" if isinstance(part, VideoPart) else "volume"
+            modality = "image" if isinstance(part, ImagePart) else "video" if isinstance(part, VideoPart) else "volume"
             field_name = f"{where}.content.{number}.{part.type}.url"
             if message.role not in ("user", "tool"):
                 raise APIError(400, f"a {message.role} message holds no media", field_name)
             policy = self.settings.media
-            held[kind] += 1
-            if held[kind] > getattr(policy, f"{kind}s"):
-                raise APIError(400, f"a request holds at most {getattr(policy, f'{kind}s')} {kind}s", field_name)
+            held[modality] += 1
+            if held[modality] > getattr(policy, f"{modality}s"):
+                raise APIError(
+                    400, f"a request holds at most {getattr(policy, f'{modality}s')} {modality}s", field_name
+                )
             try:
                 content = await self.fetcher.read(getattr(part, part.type).url)
             except Refused as refused:
@@ -198,5 +200,5 @@ class Service:
             held["bytes"] += len(content)
             if held["bytes"] > policy.request_bytes:
                 raise APIError(413, f"the media of a request hold at most {policy.request_bytes} bytes", field_name)
-            parts.append({"type": kind, kind: Attached(content, f"{where}.content.{number}.{part.type}")})
+            parts.append({"type": modality, modality: Attached(content, f"{where}.content.{number}.{part.type}")})
         return [*parts, *calls]

@@ -33,7 +33,7 @@ from vllm.multimodal.processing import (
 from llavakit.errors import UserError
 from llavakit.model.processing import IMAGE_TOKEN, LlavakitProcessor
 from llavakit.serving.vllm_plugin import NATIVE, refuse
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 SHAPES = (1, 2, 3, 4, 6, 8, 12)  # aspect ratios among which the image with the most tokens is looked for
 SHORT_SIDES = (336, 672, 1344)
@@ -62,7 +62,7 @@ class ProcessingInfo(MultiModalProcessingInfo):
     def _get_num_image_tokens(self, size: ImageSize) -> int:
         """Positions that an image takes, literal separators included."""
         spec = self.get_hf_processor().spec
-        return spec.count("image", MediumSize(1, size.height, size.width))
+        return spec.count("image", MediaSize(1, size.height, size.width))
 
 
 class Processor(BaseMultiModalProcessor[ProcessingInfo]):
@@ -97,7 +97,7 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
         token = self.info.get_hf_config().image_token_id
 
         def replacement(number: int) -> PromptUpdateDetails:
-            size = MediumSize(*out_mm_kwargs["image"][number]["visual_sizes"].data.tolist())
+            size = MediaSize(*out_mm_kwargs["image"][number]["visual_sizes"].data.tolist())
             runs = processor.spec.layout("image", size)
             ids = [id_ for run in runs for id_ in ([token] * run.visual + list(run.ids))]
             return PromptUpdateDetails.select_token_id(ids, token)
@@ -122,7 +122,7 @@ class LlavakitForVllm(TransformersMultiModalForCausalLM):
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """What stands for a medium in a prompt whose chat template takes plain strings."""
+        """What stands for a media item in a prompt whose chat template takes plain strings."""
         return IMAGE_TOKEN if modality == "image" else None
 
     def recursive_replace(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image
 
-from llavakit.conversation.encode import disarm
+from llavakit.conversation.encode import escape_special_tokens
 from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestFailed
@@ -39,8 +39,8 @@ footer, button[aria-label="Share"] { display: none !important }
 """
 
 
-def kind_of(path: str) -> str:
-    """Kind of medium by the file's ending."""
+def modality_of(path: str) -> str:
+    """Modality by the file's ending."""
     name = path.lower()
     if name.endswith(VIDEOS):
         return "video"
@@ -68,8 +68,8 @@ def messages_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             file = piece.get("file", piece) if isinstance(piece, dict) else piece
             path = file["path"] if isinstance(file, dict) else file[0] if isinstance(file, tuple) else str(file)
-            kind = kind_of(path)
-            parts.append({"type": kind, kind: path})
+            modality = modality_of(path)
+            parts.append({"type": modality, modality: path})
         if messages and messages[-1]["role"] == turn["role"]:
             messages[-1]["content"] += parts
         else:
@@ -82,11 +82,11 @@ def export(history: list[dict[str, Any]]) -> str:
     messages = messages_of(history or [])
     for message in messages:
         for part in message["content"]:
-            kind = part["type"]
-            if kind != "text":
-                content = base64.b64encode(Path(part.pop(kind)).read_bytes()).decode()
+            modality = part["type"]
+            if modality != "text":
+                content = base64.b64encode(Path(part.pop(modality)).read_bytes()).decode()
                 url = f"data:application/octet-stream;base64,{content}"
-                part |= {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+                part |= {"type": f"{modality}_url", f"{modality}_url": {"url": url}}
     return json.dumps({"messages": messages}, indent=1, ensure_ascii=False)
 
 
@@ -112,7 +112,7 @@ def slice_of(path: str | None, number: int | None) -> tuple[Image.Image | None, 
 
 def attached_volume(message: dict[str, Any] | None) -> Any:
     """A volume that was added to the question, for the viewer."""
-    found = [path for path in (message or {}).get("files", ()) if kind_of(path) == "volume"]
+    found = [path for path in (message or {}).get("files", ()) if modality_of(path) == "volume"]
     return gr.update(value=found[-1]) if found else gr.skip()
 
 
@@ -141,7 +141,7 @@ def build(chat: Chat) -> gr.Blocks:
         files = [{"type": "file", "file": {"path": path}} for path in message.get("files", [])]
         turn = {"role": "user", "content": [*files, {"type": "text", "text": message.get("text", "")}]}
         try:
-            messages = disarm(messages_of([*history, turn]), chat.processor.tokenizer)
+            messages = escape_special_tokens(messages_of([*history, turn]), chat.processor.tokenizer)
             text = ""
             handle = chat.submit(messages, temperature=temperature, top_p=top_p, max_new_tokens=int(length))
             try:
@@ -156,9 +156,13 @@ def build(chat: Chat) -> gr.Blocks:
                 line = line.replace(path, Path(path).name)
             yield gr.ChatMessage(role="assistant", content=line, metadata={"title": NOT_ANSWERED})
 
-    kinds = chat.processor.spec.routes
-    media = [f"{kind}s" for kind in ("image", "video", "volume") if kind in kinds]
-    endings = ["image"] * ("image" in kinds) + ["video"] * ("video" in kinds) + [*VOLUMES] * ("volume" in kinds)
+    modalities = chat.processor.spec.routes
+    media = [f"{modality}s" for modality in ("image", "video", "volume") if modality in modalities]
+    endings = (
+        ["image"] * ("image" in modalities)
+        + ["video"] * ("video" in modalities)
+        + [*VOLUMES] * ("volume" in modalities)
+    )
     name = Path(chat.name).name
     about = f"Ask about {', '.join(media)}" if media else "Ask"
     options = {"fill_height": True, "delete_cache": (3600, 86400), "analytics_enabled": False}
@@ -188,11 +192,11 @@ def build(chat: Chat) -> gr.Blocks:
             textbox=box,
             additional_inputs=settings,
             additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
-            examples=[[example, None, None, None] for example in examples()] if "image" in kinds else None,
+            examples=[[example, None, None, None] for example in examples()] if "image" in modalities else None,
             cache_examples=False,
             concurrency_limit=chat.engine.max_batch,
         )
-        if "volume" in kinds:
+        if "volume" in modalities:
             with gr.Accordion("Volume viewer", open=False):
                 file = gr.File(label="Volume", file_types=[*VOLUMES])
                 depth = gr.Slider(0, 1, value=0, step=1, label="Slice, from feet to head", visible=False)

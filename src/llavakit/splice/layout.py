@@ -1,4 +1,4 @@
-"""Arrangements: how the visual tokens of one medium are laid out in the prompt.
+"""Arrangements: how the visual tokens of one media item are laid out in the prompt.
 
 An arrangement is chosen by name in the configuration (`media.KIND.arrange`). It knows two things about a plan: the
 layout as arithmetic (for the processor, which writes the placeholder ids) and the same layout as tensors (for the
@@ -37,7 +37,7 @@ class Arrangement:
     literal_ids: tuple[int, ...] = ()
 
     def layout(self, plan: Plan, grids: Sequence[Grid]) -> list[Run]:
-        """The layout of one medium whose connector output has the grids `grids`."""
+        """The layout of one media item whose connector output has the grids `grids`."""
         raise NotImplementedError(f"{type(self).__name__} must define layout")
 
     def arrange(

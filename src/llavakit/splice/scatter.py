@@ -1,6 +1,6 @@
 """Splice: visual tokens into the embedded prompt.
 
-Two halves of one rule. On ids: a placeholder becomes as many placeholder ids as the medium has visual tokens (and
+Two halves of one rule. On ids: a placeholder becomes as many placeholder ids as the media item has visual tokens (and
 the literal separator ids of its layout). On embeddings: the visual vectors replace the embeddings at those ids.
 Between them the prompt is an ordinary sequence of ids, which any collator, packer or server can handle.
 """
@@ -33,12 +33,12 @@ def expand(
     placeholder: int,
     image_token_id: int,
 ) -> Spliced:
-    """Replace every `placeholder` id by the layout of the next medium.
+    """Replace every `placeholder` id by the layout of the next media item.
 
     Args:
-        ids: Prompt ids with one `placeholder` per medium.
+        ids: Prompt ids with one `placeholder` per media item.
         labels: Labels of equal length, or None for all -100.
-        layouts: One layout per medium, in order of appearance.
+        layouts: One layout per media item, in order of appearance.
         image_token_id: Id written at visual positions.
 
     Raises:

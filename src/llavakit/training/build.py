@@ -193,7 +193,7 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
             if head is not None and not model.config.tie_word_embeddings:
                 _copy(model.lm_head, head.state_dict(), where)
             return
-        if part == "vision_tower" or part in model.config.extra_towers:
+        if part == "vision_tower" or part in model.config.extra_encoders:
             source_model = AutoModel.from_pretrained(folder, dtype=torch.float32)
             inner = getattr(source_model, "vision_model", source_model)
             own = module.state_dict()

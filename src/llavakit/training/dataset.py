@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llavakit.connectors.base import tokens_in
-from llavakit.conversation.messages import is_medium
+from llavakit.conversation.messages import is_media
 from llavakit.data.collate import Collator
 from llavakit.data.dataset import SampleDataset
 from llavakit.data.mixing import generator_of
@@ -26,10 +26,10 @@ from llavakit.data.sampler import length_grouped, modality_grouped
 from llavakit.errors import RecordError, UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.routes import KINDS
+from llavakit.model.routes import MODALITIES
 from llavakit.splice.scatter import IGNORE
 from llavakit.training.recipe import Recipe, Stage
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 MEMORY = 512 * 1024**2
 PACKING_WINDOW = 2048  # samples that are packed together: enough for full rows, few enough to stay fast
@@ -61,7 +61,7 @@ class Samples(Dataset):
         processor: Makes ids, labels and views.
         max_length: Longest sample.
         options: Passed to `LlavakitProcessor.encode` (`labels`, `placement`).
-        features: `features(messages, sizes, kinds)` gives encoder features per view instead of pixels.
+        features: `features(messages, sizes, modalities)` gives encoder features per view instead of pixels.
         on_bad_record: "stop" or "skip".
         memory: Bytes of processed samples that are kept.
     """
@@ -95,7 +95,7 @@ class Samples(Dataset):
     def _encode(self, messages: Messages) -> dict[str, Any]:
         sample = self.processor.encode(messages, pixels=self.features is None, **self.options)
         if self.features is not None:
-            sample["pixel_values"] = self.features(messages, sample["visual_sizes"], sample["visual_kinds"])
+            sample["pixel_values"] = self.features(messages, sample["visual_sizes"], sample["visual_modalities"])
         return sample
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Samples(Dataset):
                     sample = self.dataset[index]
                 finally:
                     self.dataset.encode = own
-            self._lengths[index] = len(sample["input_ids"]) * (1 if sample["visual_kinds"] else -1)
+            self._lengths[index] = len(sample["input_ids"]) * (1 if sample["visual_modalities"] else -1)
         return self._lengths[index]
 
     def _encode_ids(self, messages: Messages) -> dict[str, Any]:
@@ -138,8 +138,8 @@ class Samples(Dataset):
                 raise
             return -1  # another record takes its place
         parts = [part for message in messages for part in message["content"]]
-        words = sum(len(part["text"].split()) if part["type"] == "text" else is_medium(part) for part in parts)
-        return max(words, 1) * (1 if any(map(is_medium, parts)) else -1)
+        words = sum(len(part["text"].split()) if part["type"] == "text" else is_media(part) for part in parts)
+        return max(words, 1) * (1 if any(map(is_media, parts)) else -1)
 
 
 class Batches:
@@ -259,8 +259,8 @@ class StageCollator:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokens = sum(len(sample["input_ids"]) for sample in samples)
-        used = {kind for sample in samples for kind in sample["visual_kinds"]}
-        samples = [*samples, *(own for kinds, own in self.stand_ins.items() if not used.intersection(kinds))]
+        used = {modality for sample in samples for modality in sample["visual_modalities"]}
+        samples = [*samples, *(own for modalities, own in self.stand_ins.items() if not used.intersection(modalities))]
         length = sum(len(sample["input_ids"]) for sample in samples)
         collator = Collator(self.pad_token_id, max_length=length, packing=True) if self.flat else self.collator
         batch = collator(samples) | {"tokens": tokens}
@@ -275,25 +275,27 @@ def stand_ins(
     """Samples without labels that make every encoder and connector take part in a batch.
 
     Processes that share a sharded model must gather the same layers in every step. A batch that does not use one of
-    the routes (text alone, or images without videos) therefore gets a blank medium that nothing is learned from.
+    the routes (text alone, or images without videos) therefore gets a blank media item that nothing is learned from.
 
     Args:
         features: Whether samples hold encoder features instead of pixels.
 
     Returns:
-        Samples by the kinds of media (indices into `KINDS`) that go the same way.
+        Samples by the modalities (indices into `MODALITIES`) that go the same way.
     """
     spec = model.model.media
     routes: dict[tuple[str, str], list[str]] = {}
-    for kind, route in spec.routes.items():
-        routes.setdefault((route.tower, route.connector), []).append(kind)
+    for modality, route in spec.routes.items():
+        routes.setdefault((route.encoder, route.connector), []).append(modality)
     samples = {}
-    for (tower, _), kinds in routes.items():
-        kind = kinds[0]
-        config, layer, _ = model.config.tower_config(tower)
-        size = MediumSize(1, config.image_size, config.image_size)
-        plan, route = spec.plan(kind, size), spec.route(kind)
-        ids = [i for run in spec.layout(kind, size) for i in [model.config.image_token_id] * run.visual + list(run.ids)]
+    for (encoder, _), modalities in routes.items():
+        modality = modalities[0]
+        config, layer, _ = model.config.encoder_config(encoder)
+        size = MediaSize(1, config.image_size, config.image_size)
+        plan, route = spec.plan(modality, size), spec.route(modality)
+        ids = [
+            i for run in spec.layout(modality, size) for i in [model.config.image_token_id] * run.visual + list(run.ids)
+        ]
         if features:
             width = route.geometry.width * (1 if isinstance(layer, int) else len(layer))
             views = [torch.zeros(tokens_in(grid), width) for grid in route.feature_grids(plan)]
@@ -303,11 +305,11 @@ def stand_ins(
                 torch.zeros(channels, *((view.depth,) if view.depth > 1 else ()), view.height, view.width)
                 for view in plan.views
             ]
-        samples[tuple(KINDS.index(kind) for kind in kinds)] = {
+        samples[tuple(MODALITIES.index(modality) for modality in modalities)] = {
             "input_ids": torch.tensor(ids),
             "labels": torch.full((len(ids),), IGNORE),
             "pixel_values": views,
             "visual_sizes": [size],
-            "visual_kinds": [KINDS.index(kind)],
+            "visual_modalities": [MODALITIES.index(modality)],
         }
     return samples

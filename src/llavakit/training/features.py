@@ -1,9 +1,10 @@
 """Features of frozen encoders, computed once and kept on disk.
 
-While an encoder is frozen and the plan of every medium is fixed, its output never changes; then training reads
+While an encoder is frozen and the plan of every media item is fixed, its output never changes; then training reads
 features from a memory map instead of running the encoder in every epoch. The cache lives in a folder named after
-everything that decides the features (weights, configuration, planners, precision) and finds a medium by its content,
-so that stages, runs and restarts share it. A kill while it is written costs at most the medium being written.
+everything that decides the features (weights, configuration, planners, precision) and finds a media item by its
+content, so that stages, runs and restarts share it. A kill while it is written costs at most the media item
+being written.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from llavakit.conversation.encode import collect_media
 from llavakit.errors import UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.routes import KINDS
-from llavakit.views.plan import MediumSize
+from llavakit.model.routes import MODALITIES
+from llavakit.views.plan import MediaSize
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MEDIA_AT_ONCE = 32
@@ -41,11 +42,11 @@ def _digest(*chunks: bytes) -> str:
 
 
 def towers_digest(model: LlavakitForConditionalGeneration, processor: LlavakitProcessor, dtype: str) -> str:
-    """Name of everything that decides the features of a medium, apart from the medium."""
+    """Name of everything that decides the features of a media item, apart from the media item."""
     config = model.config
-    names = ["vision_tower", *config.extra_towers]
+    names = ["vision_tower", *config.extra_encoders]
     state = hashlib.sha256()
-    settings = {name: [str(part) for part in config.tower_config(name)] for name in names}
+    settings = {name: [str(part) for part in config.encoder_config(name)] for name in names}
     reading = [processor.sampling, processor.reading]
     state.update(json.dumps([settings, config.media, reading, dtype], sort_keys=True, default=str).encode())
     for name in names:
@@ -87,7 +88,7 @@ class FeatureCache:
 
     @property
     def index(self) -> Path:
-        """One JSON line per medium: key, offset in bytes, shape of every view."""
+        """One JSON line per media item: key, offset in bytes, shape of every view."""
         return self.folder / "index.jsonl"
 
     def reload(self) -> None:
@@ -116,11 +117,11 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._index)
 
-    def key(self, part: Mapping[str, Any], kind: str) -> str:
-        """Key of a medium: its content and the kind that it is treated as."""
+    def key(self, part: Mapping[str, Any], modality: str) -> str:
+        """Key of a media item: its content and the kind that it is treated as."""
         source = part[part["type"]]
         extra = json.dumps({k: v for k, v in part.items() if k not in (part["type"], "type")}, default=str)
-        return f"{self._content_of(source)}-{kind}-{_digest(extra.encode())[:8]}"
+        return f"{self._content_of(source)}-{modality}-{_digest(extra.encode())[:8]}"
 
     def _content_of(self, source: Any) -> str:
         if isinstance(source, (bytes, bytearray)):
@@ -140,8 +141,8 @@ class FeatureCache:
     def _media(self, messages: Messages) -> list[tuple[str, str, Mapping[str, Any]]]:
         parts = collect_media(messages)
         several = sum(part["type"] == "image" for part in parts) > 1
-        kinds = ["multi_image" if several and part["type"] == "image" else part["type"] for part in parts]
-        return [(self.key(part, kind), kind, part) for part, kind in zip(parts, kinds, strict=True)]
+        modalities = ["multi_image" if several and part["type"] == "image" else part["type"] for part in parts]
+        return [(self.key(part, modality), modality, part) for part, modality in zip(parts, modalities, strict=True)]
 
     def fill(self, conversations: Iterable[Messages], progress: Callable[[int], None] = lambda done: None) -> int:
         """Compute what is missing for these conversations.
@@ -172,32 +173,32 @@ class FeatureCache:
 
     def _missing(
         self, conversations: Iterable[Messages], progress: Callable[[int], None]
-    ) -> Iterator[tuple[str, str, MediumSize, list[Tensor]]]:
+    ) -> Iterator[tuple[str, str, MediaSize, list[Tensor]]]:
         pending: set[str] = set()
         for done, messages in enumerate(conversations, start=1):
-            for key, kind, part in self._media(messages):
+            for key, modality, part in self._media(messages):
                 if key in self._index or key in pending:
                     continue
                 pending.add(key)
-                medium, size = self.processor.read_medium(part)
-                yield key, kind, size, self.processor.views_of(kind, medium, size)
+                item, size = self.processor.read_media(part)
+                yield key, modality, size, self.processor.views_of(modality, item, size)
             progress(done)
 
     @torch.no_grad()
-    def _compute(self, media: Sequence[tuple[str, str, MediumSize, list[Tensor]]], data: Any, index: Any) -> None:
+    def _compute(self, media: Sequence[tuple[str, str, MediaSize, list[Tensor]]], data: Any, index: Any) -> None:
         device = self.model.device
         views = [view.to(device) for *_, own in media for view in own]
         same = all(view.shape == views[0].shape for view in views)
-        kinds = [kind for _, kind, _, _ in media]
+        modalities = [modality for _, modality, _, _ in media]
         visuals = self.model.model.encode_media(
             torch.stack(views) if same else views,
             torch.tensor([list(size) for _, _, size, _ in media]),
-            torch.tensor([KINDS.index(kind) for kind in kinds]),
+            torch.tensor([MODALITIES.index(modality) for modality in modalities]),
         )
         spec = self.model.model.media
         remaining = {name: iter(features.split()) for name, features in visuals.features.items()}
-        for key, kind, _, own in media:
-            tokens = [next(remaining[spec.route(kind).connector]) for _ in own]
+        for key, modality, _, own in media:
+            tokens = [next(remaining[spec.route(modality).connector]) for _ in own]
             offset = data.tell()
             for values in tokens:
                 data.write(values.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes())
@@ -206,12 +207,14 @@ class FeatureCache:
             index.write(json.dumps({"key": key, "offset": offset, "shapes": self._index[key][1]}) + "\n")
             index.flush()
 
-    def __call__(self, messages: Messages, sizes: Sequence[Any], kinds: Sequence[int]) -> list[Tensor]:
+    def __call__(self, messages: Messages, sizes: Sequence[Any], modalities: Sequence[int]) -> list[Tensor]:
         """Features of every view of a conversation's media, [tokens, width] each, as views of the memory map."""
         found: list[Tensor] = []
-        for key, kind, part in self._media(messages):
+        for key, modality, part in self._media(messages):
             if key not in self._index:
-                raise UserError(f"{part[part['type']]}: changed while training runs; its {kind} features are unknown")
+                raise UserError(
+                    f"{part[part['type']]}: changed while training runs; its {modality} features are unknown"
+                )
             offset, shapes = self._index[key]
             for tokens, width in shapes:
                 found.append(self._view(offset, tokens, width))
@@ -228,5 +231,5 @@ class FeatureCache:
 
 def cacheable(model: LlavakitForConditionalGeneration) -> bool:
     """Whether all encoders are frozen."""
-    names = ["vision_tower", *model.config.extra_towers]
+    names = ["vision_tower", *model.config.extra_encoders]
     return not any(p.requires_grad for name in names for p in getattr(model.model, name).parameters())

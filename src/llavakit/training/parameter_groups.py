@@ -1,7 +1,7 @@
 """What trains, and how fast: parts by name to parameters, and parameters to optimiser groups.
 
 A part is named as users see it (`vision_tower`, `multi_modal_projector`, `language_model`, `lm_head`,
-`image_newline`, `language_adapter`, an extra tower or connector) or by any dotted path inside one
+`image_newline`, `language_adapter`, an extra encoder or connector) or by any dotted path inside one
 (`language_model.layers.0`, `language_adapter.predictor`). Where several names match, the longest one counts;
 `all` matches everything.
 """
@@ -94,7 +94,7 @@ def trainable_by_part(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def undecayed(model: nn.Module, *, decay_rms_norms: bool = False) -> set[str]:
+def no_decay_parameters(model: nn.Module, *, decay_rms_norms: bool = False) -> set[str]:
     """Names of parameters without weight decay: biases and the weights of norms (llava-1.5 spec section 5).
 
     Args:
@@ -141,7 +141,7 @@ def optimizer_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     Each pair is (decayed, not decayed); empty groups are left out. Every group has `params`, `lr`, `weight_decay`
     and `names`, in the order of the model.
     """
-    spared = undecayed(model, decay_rms_norms=rates.decay_rms_norms)
+    no_decay = no_decay_parameters(model, decay_rms_norms=rates.decay_rms_norms)
     parts = {
         name: options
         for name, options in (rates.parts or {}).items()
@@ -164,7 +164,7 @@ def optimizer_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
             continue
         part = part_of(public_name(name), list(rates.parts or {}))
         own = part if part in parts and ".lora_" not in name else ""
-        group = groups[own, name not in spared]
+        group = groups[own, name not in no_decay]
         group["params"].append(parameter)
         group["names"].append(name)
     return [group for group in groups.values() if group["params"]]

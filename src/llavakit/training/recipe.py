@@ -75,7 +75,7 @@ class Parts(Section):
     vision_config: dict[str, Any] | None = None
     connector: dict[str, Any] | None = None
     media: dict[str, dict[str, Any]] | None = None
-    extra_towers: dict[str, dict[str, Any]] | None = None
+    extra_encoders: dict[str, dict[str, Any]] | None = None
     extra_connectors: dict[str, dict[str, Any]] | None = None
     language_adapter: dict[str, Any] | None = None
     vision_feature_layer: int | list[int] = -2
@@ -91,15 +91,15 @@ class Parts(Section):
     @classmethod
     def _known_tower(cls, value: Any) -> Any:
         if isinstance(value, str):
-            from llavakit.vision.known import KNOWN_TOWERS
+            from llavakit.vision.known import KNOWN_ENCODERS
 
-            if value not in KNOWN_TOWERS:
+            if value not in KNOWN_ENCODERS:
                 raise PydanticCustomError(
                     "unknown_tower",
                     "unknown encoder {value}{hint}",
-                    {"value": repr(value), "hint": nearest(value, list(KNOWN_TOWERS))},
+                    {"value": repr(value), "hint": nearest(value, list(KNOWN_ENCODERS))},
                 )
-            return dict(KNOWN_TOWERS[value])
+            return dict(KNOWN_ENCODERS[value])
         return value
 
 
@@ -506,8 +506,8 @@ def scale(
         return config | own
 
     parts["vision_config"] = tiny_tower(dict(parts["vision_config"] or {}))
-    for tower in (parts["extra_towers"] or {}).values():
-        tower["config"] = tiny_tower(dict(tower["config"]))
+    for encoder in (parts["extra_encoders"] or {}).values():
+        encoder["config"] = tiny_tower(dict(encoder["config"]))
     for connector in (parts["connector"] or {}, *(parts["extra_connectors"] or {}).values()):
         connector |= {key: heads for key in connector if key in ("heads", "compressor_heads")}
     parts["media"] = _shrunk(parts["media"], size / old_size, patch)

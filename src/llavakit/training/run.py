@@ -54,7 +54,7 @@ from llavakit.training.trainer import StageTrainer, checkpoints
 
 STAMP = "training.json"
 # Keys that change how a run is watched or stored, not what it learns.
-_COSMETIC = {"save_steps", "keep", "log_steps", "workers"}
+NON_SEMANTIC_KEYS = {"save_steps", "keep", "log_steps", "workers"}
 
 
 @dataclass
@@ -181,7 +181,7 @@ def fingerprint(recipe: Recipe, number: int) -> dict[str, str]:
     used = {source.name for stage in range(number + 1) for source in _sources(recipe, stage)}
     sections["data"] = digest([source for source in raw["data"] if source["name"] in used])
     for stage in raw["stages"][: number + 1]:
-        kept = {key: value for key, value in stage.items() if key not in _COSMETIC}
+        kept = {key: value for key, value in stage.items() if key not in NON_SEMANTIC_KEYS}
         sections[f"stages.{stage['name']}"] = digest(kept)
     return sections
 

@@ -137,7 +137,7 @@ class StageTrainer(Trainer):
         self.tokens += inputs.pop("tokens")
         features = inputs.pop("features", None)
         if features is not None:
-            kinds, plans = self.net.model.plan_media((), inputs.pop("visual_sizes"), inputs.pop("visual_kinds"))
+            kinds, plans = self.net.model.plan_media((), inputs.pop("visual_sizes"), inputs.pop("visual_modalities"))
             inputs["visuals"] = self.net.model.gather_media(kinds, plans, list(features))
         inputs |= {"use_cache": False, "skip_logits": True, "num_items_in_batch": num_items_in_batch}
         if self.packed_attention:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llavakit.errors import UserError
 from llavakit.registry import PLANNERS
-from llavakit.views.plan import MediumSize, Plan, Planner
+from llavakit.views.plan import MediaSize, Plan, Planner
 
 
 def squash_nearest(frame: Image.Image, side: int) -> Image.Image:
@@ -36,31 +36,31 @@ class Frames(Planner):
         nearest: Squash every frame to this side by nearest neighbour first (Video-ChatGPT, LLaVA-Mini).
     """
 
-    kind = "video"
+    modality = "video"
 
     def __init__(self, *, frame: Mapping[str, Any], nearest: int | None = None) -> None:
         self.frame: Planner = PLANNERS.build(dict(frame))
-        if self.frame.kind != "image":
-            raise UserError(f"frame: needs a planner of images, {frame.get('type')!r} plans a {self.frame.kind}")
+        if self.frame.modality != "image":
+            raise UserError(f"frame: needs a planner of images, {frame.get('type')!r} plans a {self.frame.modality}")
         self.nearest = nearest
 
-    def _inner(self, size: MediumSize) -> Plan:
+    def _inner(self, size: MediaSize) -> Plan:
         height, width = (size.height, size.width) if self.nearest is None else (self.nearest, self.nearest)
-        return self.frame.plan(MediumSize(1, height, width))
+        return self.frame.plan(MediaSize(1, height, width))
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         inner = self._inner(size)
         role = {"role": "frame"} if len(inner.views) == 1 else {}
         views = [replace(view, index=index, **role) for index in range(size.depth) for view in inner.views]
         return Plan("video", size, tuple(views), inner.rows, inner.cols, inner.canvas, inner.content)
 
-    def cut(self, medium: Sequence[Image.Image], plan: Plan) -> list[np.ndarray]:
+    def cut(self, item: Sequence[Image.Image], plan: Plan) -> list[np.ndarray]:
         """Views of RGB frames of one size, float32 [3, height, width] each."""
-        if len(medium) != plan.size.depth:
-            raise ValueError(f"the plan is for {plan.size.depth} frames, there are {len(medium)}")
+        if len(item) != plan.size.depth:
+            raise ValueError(f"the plan is for {plan.size.depth} frames, there are {len(item)}")
         inner = self._inner(plan.size)
         views: list[np.ndarray] = []
-        for frame in medium:
+        for frame in item:
             frame = frame if self.nearest is None else squash_nearest(frame, self.nearest)
             views += self.frame.cut(frame, inner)
         return views

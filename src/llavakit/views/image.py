@@ -14,7 +14,7 @@ from PIL import Image
 
 from llavakit.errors import UserError
 from llavakit.views import pixels, tiles
-from llavakit.views.plan import MediumSize, Plan, Planner, View
+from llavakit.views.plan import MediaSize, Plan, Planner, View
 
 
 class ImagePlanner(Planner):
@@ -40,9 +40,9 @@ class ImagePlanner(Planner):
         self.resample = pixels.resampling(resample)
         self.normalise = pixels.Normaliser(image_mean, image_std)
 
-    def cut(self, medium: Any, plan: Plan) -> list[np.ndarray]:
+    def cut(self, item: Any, plan: Plan) -> list[np.ndarray]:
         """Views of one RGB image, float32 [3, height, width] each."""
-        return [self.normalise(image) for image in self.render(medium, plan)]
+        return [self.normalise(image) for image in self.render(item, plan)]
 
     def render(self, image: Image.Image, plan: Plan) -> list[Image.Image]:
         """The views as 8-bit RGB images, before they are normalised."""
@@ -60,7 +60,7 @@ class Square(ImagePlanner):
         super().__init__(size=size, **options)
         self.crop = size if crop is None else crop
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         width, height = pixels.shortest_edge(size.width, size.height, self.size)
         return Plan("image", size, (View(self.crop, self.crop),), canvas=(height, width))
 
@@ -81,7 +81,7 @@ class Pad(Square):
         super().__init__(**options)
         self.background = pixels.pad_colour(self.image_mean) if background is None else tuple(background)
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         side = max(size.width, size.height)
         left, top = pixels.square_offset(size.width, size.height)
         content = (left, top, left + size.width, top + size.height)
@@ -95,7 +95,7 @@ class Pad(Square):
 class Squash(ImagePlanner):
     """Plain resize to `size` x `size`, aspect ratio not kept (SigLIP's processor)."""
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         return Plan("image", size, (View(self.size, self.size),))
 
     def render(self, image: Image.Image, plan: Plan) -> list[Image.Image]:
@@ -128,7 +128,7 @@ class AnyRes(ImagePlanner):
         self.canvases = tiles.candidates(pinpoints, self.tile)
         self.background = tuple(background)
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         canvas = tiles.select_canvas((size.width, size.height), self.canvases)
         (width, height), (left, top) = tiles.fit((size.width, size.height), canvas)
         cols, rows = canvas[0] // self.tile, canvas[1] // self.tile

@@ -1,6 +1,6 @@
-"""Plans: which pixels of a medium go into the encoder, as pure arithmetic.
+"""Plans: which pixels of a media item go into the encoder, as pure arithmetic.
 
-A planner knows sizes, never pixels of a network or text. `plan` needs only the size of a medium, so token counts
+A planner knows sizes, never pixels of a network or text. `plan` needs only the size of a media item, so token counts
 are known before anything is decoded; `cut` then makes the encoder inputs that the plan describes.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class MediumSize(NamedTuple):
-    """Size of a medium: frames of a video or slices of a volume (1 for an image), then pixels."""
+class MediaSize(NamedTuple):
+    """Size of a media item: frames of a video or slices of a volume (1 for an image), then pixels."""
 
     depth: int
     height: int
@@ -30,7 +30,7 @@ class View:
         depth: Slices of a 3D encoder input; 1 for a 2D encoder.
         role: "whole" (the only or the squashed overview of an image), "tile", "frame" or "volume".
         row, col: Place in the grid of tiles.
-        index: Frame or slice number inside the medium.
+        index: Frame or slice number inside the media item.
     """
 
     height: int
@@ -44,20 +44,20 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one medium is cut.
+    """How one media item is cut.
 
     Attributes:
         kind: "image", "video" or "volume".
-        size: Size of the original medium.
+        size: Size of the original media item.
         views: Encoder inputs in the order in which they are encoded.
-        rows, cols: Grid of tiles; 0 x 0 if the medium is not tiled.
+        rows, cols: Grid of tiles; 0 x 0 if the media item is not tiled.
         canvas: (height, width) of the sheet that the views are cut from, if there is one: the resized image under the
             tiles, or the padded square before it is resized.
         content: (left, top, right, bottom) of the image on that canvas, if it is padded.
     """
 
-    kind: str
-    size: MediumSize
+    modality: str
+    size: MediaSize
     views: tuple[View, ...]
     rows: int = 0
     cols: int = 0
@@ -72,18 +72,18 @@ class Planner(ABC):
     `media.KIND.views` of the configuration.
     """
 
-    kind = "image"
+    modality = "image"
 
     @abstractmethod
-    def plan(self, size: MediumSize) -> Plan:
-        """The plan for a medium of this size."""
+    def plan(self, size: MediaSize) -> Plan:
+        """The plan for a media item of this size."""
 
     @abstractmethod
-    def cut(self, medium: Any, plan: Plan) -> list[np.ndarray]:
+    def cut(self, item: Any, plan: Plan) -> list[np.ndarray]:
         """The encoder inputs of `plan.views`, normalised.
 
         Args:
-            medium: `PIL.Image.Image` for an image; sequence of them for a video; float array
+            item: `PIL.Image.Image` for an image; sequence of them for a video; float array
                 [depth, height, width] for a volume.
 
         Returns:

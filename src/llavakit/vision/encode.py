@@ -1,6 +1,6 @@
 """Run any transformers vision encoder and select the features that a connector reads.
 
-Layers that no feature depends on are not run: reading layer -2 of a 24-layer CLIP tower runs 23 layers and no
+Layers that no feature depends on are not run: reading layer -2 of a 24-layer CLIP encoder runs 23 layers and no
 post-layernorm.
 """
 
@@ -15,45 +15,45 @@ from torch import Tensor, nn
 from llavakit.vision.geometry import Geometry
 
 
-def _is_sequential_vit(tower: nn.Module) -> bool:
-    return hasattr(tower, "embeddings") and hasattr(getattr(tower, "encoder", None), "layers")
+def _is_sequential_vit(encoder: nn.Module) -> bool:
+    return hasattr(encoder, "embeddings") and hasattr(getattr(encoder, "encoder", None), "layers")
 
 
-def _hidden_states_vit(tower: nn.Module, pixel_values: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """Hidden states of a CLIP- or SigLIP-like tower; index 0 is the embedding, as in `output_hidden_states`."""
-    count = len(tower.encoder.layers)
+def _hidden_states_vit(encoder: nn.Module, pixel_values: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Hidden states of a CLIP- or SigLIP-like encoder; index 0 is the embedding, as in `output_hidden_states`."""
+    count = len(encoder.encoder.layers)
     wanted = [layer if layer >= 0 else count + 1 + layer for layer in layers]
-    size = getattr(tower.config, "image_size", None)
+    size = getattr(encoder.config, "image_size", None)
     native = pixel_values.shape[-2:] == (size, size)
-    hidden = tower.embeddings(pixel_values, interpolate_pos_encoding=not native)
-    if hasattr(tower, "pre_layrnorm"):  # transformers' own spelling, CLIP only
-        hidden = tower.pre_layrnorm(hidden)
+    hidden = encoder.embeddings(pixel_values, interpolate_pos_encoding=not native)
+    if hasattr(encoder, "pre_layrnorm"):  # transformers' own spelling, CLIP only
+        hidden = encoder.pre_layrnorm(hidden)
     kept = {0: hidden}
-    for number, layer in enumerate(tower.encoder.layers[: max(wanted)], start=1):
+    for number, layer in enumerate(encoder.encoder.layers[: max(wanted)], start=1):
         hidden = layer(hidden, None)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         kept[number] = hidden
     return [kept[number] for number in wanted]
 
 
-def hidden_states(tower: nn.Module, pixel_values: Tensor, layers: Sequence[int], **kwargs: Any) -> list[Tensor]:
+def hidden_states(encoder: nn.Module, pixel_values: Tensor, layers: Sequence[int], **kwargs: Any) -> list[Tensor]:
     """The hidden states called for, each [views, tokens, width].
 
     Args:
-        tower: A transformers vision model.
+        encoder: A transformers vision model.
         pixel_values: [views, channels, height, width] (or with depth before height).
         layers: Indices into the tuple of hidden states; 0 is the embedding.
     """
-    inner = getattr(tower, "vision_model", tower)
+    inner = getattr(encoder, "vision_model", encoder)
     if _is_sequential_vit(inner):
         return _hidden_states_vit(inner, pixel_values, layers)
-    states = tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
+    states = encoder(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
     chosen = [states[layer] for layer in layers]
     return [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in chosen]
 
 
 def encode_views(
-    tower: nn.Module, pixel_values: Tensor, layer: int | Sequence[int], strategy: str, geometry: Geometry
+    encoder: nn.Module, pixel_values: Tensor, layer: int | Sequence[int], strategy: str, geometry: Geometry
 ) -> Tensor:
     """Features of views of one size, [views, tokens, width x number of layers].
 
@@ -63,10 +63,10 @@ def encode_views(
 
     llavakit's own encoders may define `features(pixel_values, layer, strategy)` themselves.
     """
-    if hasattr(tower, "features"):
-        return tower.features(pixel_values, layer, strategy)
+    if hasattr(encoder, "features"):
+        return encoder.features(pixel_values, layer, strategy)
     layers = [layer] if isinstance(layer, int) else list(layer)
-    states = hidden_states(tower, pixel_values, layers)
+    states = hidden_states(encoder, pixel_values, layers)
     if strategy == "default":
         states = [state[:, geometry.prefix_tokens :] for state in states]
     return states[0] if len(states) == 1 else torch.cat(states, dim=-1)

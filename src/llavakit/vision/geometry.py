@@ -85,8 +85,8 @@ def _probe(model_type: str, serialised: str) -> Geometry:
     try:
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         with torch.device("meta"):
-            tower = AutoModel.from_config(config)
-            hidden = tower(torch.zeros(1, getattr(config, "num_channels", 3), size, size)).last_hidden_state
+            encoder = AutoModel.from_config(config)
+            hidden = encoder(torch.zeros(1, getattr(config, "num_channels", 3), size, size)).last_hidden_state
     except Exception as error:
         raise UserError(f"vision encoder {model_type!r} cannot be used: {type(error).__name__}: {error}") from error
     if hidden.dim() == 4:

@@ -15,7 +15,7 @@ _CLIP_L = {
     "hidden_act": "quick_gelu",
 }
 
-KNOWN_TOWERS: dict[str, dict[str, Any]] = {
+KNOWN_ENCODERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14-336": {**_CLIP_L, "image_size": 336},
     "openai/clip-vit-large-patch14": {**_CLIP_L, "image_size": 224},
     "google/siglip-so400m-patch14-384": {

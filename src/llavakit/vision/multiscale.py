@@ -22,7 +22,7 @@ from llavakit.vision.geometry import geometry_of
 
 @strict
 class MultiscaleConfig(PreTrainedConfig):
-    """Configuration of `MultiscaleTower`.
+    """Configuration of `MultiscaleEncoder`.
 
     Args:
         tower_config: The encoder that is run at every scale.
@@ -32,17 +32,17 @@ class MultiscaleConfig(PreTrainedConfig):
     model_type = "llavakit_multiscale"
     sub_configs = {"tower_config": AutoConfig}
 
-    tower_config: dict | PreTrainedConfig | None = None
+    encoder_config: dict | PreTrainedConfig | None = None
     scales: list | tuple = (336, 672, 1008)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.tower_config = build_config(self.tower_config, "clip_vision_model")
+        self.encoder_config = build_config(self.encoder_config, "clip_vision_model")
         super().__post_init__(**kwargs)
 
     @property
     def feature_stride(self) -> tuple[int, int, int]:
         """Pixels of the largest scale per feature of the base grid."""
-        base = geometry_of(self.tower_config).stride
+        base = geometry_of(self.encoder_config).stride
         return (1, base[1] * self.scales[-1] // self.scales[0], base[2] * self.scales[-1] // self.scales[0])
 
     @property
@@ -53,25 +53,25 @@ class MultiscaleConfig(PreTrainedConfig):
     @property
     def feature_width(self) -> int:
         """Channels of all scales together."""
-        return geometry_of(self.tower_config).width * len(self.scales)
+        return geometry_of(self.encoder_config).width * len(self.scales)
 
 
-class MultiscaleTower(PreTrainedModel):
+class MultiscaleEncoder(PreTrainedModel):
     """S2 around any square-input encoder."""
 
     config_class = MultiscaleConfig
-    base_model_prefix = "tower"
+    base_model_prefix = "encoder"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
     def __init__(self, config: MultiscaleConfig) -> None:
         super().__init__(config)
-        self.tower = AutoModel.from_config(config.tower_config)
+        self.encoder = AutoModel.from_config(config.encoder_config)
         self.post_init()
 
     def features(self, pixel_values: Tensor, layer: int | Sequence[int], strategy: str = "default") -> Tensor:
         """[views, base grid, width x scales] from [views, channels, largest scale, largest scale]."""
-        base, geometry = self.config.scales[0], geometry_of(self.config.tower_config)
+        base, geometry = self.config.scales[0], geometry_of(self.config.encoder_config)
         maps = []
         for scale in self.config.scales:
             pixels = pixel_values
@@ -80,7 +80,7 @@ class MultiscaleTower(PreTrainedModel):
             cells = -(-scale // base)
             tiles = pixels.unflatten(2, (cells, -1)).unflatten(4, (cells, -1))  # [n, c, rows, h, cols, w]
             tiles = tiles.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
-            tokens = encode_views(self.tower, tiles, layer, "default", geometry)
+            tokens = encode_views(self.encoder, tiles, layer, "default", geometry)
             side = base // geometry.stride[1]
             glued = tokens.unflatten(0, (cells, cells, -1)).unflatten(3, (side, side))  # [rows, cols, n, h, w, d]
             glued = glued.permute(2, 5, 0, 3, 1, 4).flatten(4, 5).flatten(2, 3)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llavakit.conversation.messages import is_medium, split_literals
+from llavakit.conversation.messages import is_media, split_literals
 from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.records import Record, read_records
 
@@ -43,12 +43,12 @@ class Question:
         Media stand where the text has their literals (`<image>`), if it has as many; otherwise before the text.
         """
         parts = split_literals(self.text)
-        places = [part for part in parts if is_medium(part)]
-        if [place["type"] for place in places] == [medium["type"] for medium in self.media]:
+        places = [part for part in parts if is_media(part)]
+        if [place["type"] for place in places] == [item["type"] for item in self.media]:
             media = iter(self.media)
-            content = [next(media) if is_medium(part) else part for part in parts]
+            content = [next(media) if is_media(part) else part for part in parts]
         else:
-            text = "".join(part["text"] for part in parts if not is_medium(part)).strip()
+            text = "".join(part["text"] for part in parts if not is_media(part)).strip()
             content = [*self.media, {"type": "text", "text": text}]
         return [{"role": "user", "content": [dict(part) for part in content]}]
 

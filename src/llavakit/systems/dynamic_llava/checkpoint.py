@@ -77,9 +77,9 @@ class Classic(ClassicLayout):
         flat = image.get("arrange", {"type": "flat"})["type"] == "flat" and image["views"]["type"] in ("pad", "square")
         return flat and adapter.get("type") == ADAPTER and config.connector["type"] == "mlp"
 
-    def extend_config(self, raw: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
+    def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
         planner = "pad" if raw.get("image_aspect_ratio", "pad") == "pad" else "square"
-        views = {"type": planner, "size": tower["image_size"], "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+        views = {"type": planner, "size": encoder["image_size"], "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
         return {
             "media": {"image": {"views": views, "arrange": {"type": "flat"}}},
             "template": "v1",

@@ -205,7 +205,7 @@ class _CaseLayout(Classic):
     def __init__(self, vision: Mapping[str, Any]) -> None:
         self.vision = dict(vision)
 
-    def tower_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
+    def encoder_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
         return self.vision | {"model_type": "clip_vision_model"}
 
 

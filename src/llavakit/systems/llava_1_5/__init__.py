@@ -1,4 +1,4 @@
-"""LLaVA-1.5: the base system (CLIP tower, MLP connector, Vicuna, two training stages)."""
+"""LLaVA-1.5: the base system (CLIP encoder, MLP connector, Vicuna, two training stages)."""
 
 from pathlib import Path
 

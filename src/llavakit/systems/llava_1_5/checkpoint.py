@@ -49,10 +49,10 @@ class Classic(ClassicLayout):
         ).lower()
         return super().matches(raw, folder) and own and not other
 
-    def extend_config(self, raw: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
+    def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
         merge = raw.get("mm_patch_merge_type") or "flat"
         template = {"mistral": "mistral_instruct"}.get(self.text_config(raw)["model_type"], "v1")
-        views = views_of(raw, tower["image_size"])
+        views = views_of(raw, encoder["image_size"])
         media = {"image": {"views": views, "arrange": {"type": merge}}}
         return {"media": media, "template": template}
 

@@ -21,8 +21,8 @@ from llavakit.proof.cost import (
 )
 from llavakit.registry import PLANNERS
 from llavakit.splice.tiles import SpatialUnpad
-from llavakit.views.plan import MediumSize
-from llavakit.vision.known import KNOWN_TOWERS
+from llavakit.views.plan import MediaSize
+from llavakit.vision.known import KNOWN_ENCODERS
 
 VICUNA = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -32,22 +32,22 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 PATCHES = 576
 
 
-def tower() -> CLIPVisionConfig:
+def encoder() -> CLIPVisionConfig:
     """CLIP ViT-L/14 at 336 px."""
     return CLIPVisionConfig(
-        **{k: v for k, v in KNOWN_TOWERS["openai/clip-vit-large-patch14-336"].items() if k != "model_type"}
+        **{k: v for k, v in KNOWN_ENCODERS["openai/clip-vit-large-patch14-336"].items() if k != "model_type"}
     )
 
 
 def cost() -> CostReport:
     """Count everything."""
     report = CostReport("llava-1.5")
-    clip = tower()
+    clip = encoder()
     group = "vision: CLIP ViT-L/14"
     report.add("parameters", parameters(vision_model(clip)), "parameters", group=group)
     report.add("336 px, 24 layers", vision_flops(clip).total, "FLOPs", group=group)
     report.add("336 px, the 23 layers that are read", vision_flops(clip, layer=-2).total, "FLOPs", group=group)
-    small = tower()
+    small = encoder()
     small.image_size = 224
     report.add("224 px, 24 layers", vision_flops(small).total, "FLOPs", group=group)
     for size, dims in VICUNA.items():
@@ -70,7 +70,7 @@ def cost() -> CostReport:
     group = "tokens of an image"
     report.add("336 px", PATCHES, "tokens", group=group)
     report.add("224 px", (224 // clip.patch_size) ** 2, "tokens", group=group)
-    plan = PLANNERS.build({"type": "anyres", "size": 336, "pinpoints": PINPOINTS}).plan(MediumSize(1, 672, 672))
+    plan = PLANNERS.build({"type": "anyres", "size": 336, "pinpoints": PINPOINTS}).plan(MediaSize(1, 672, 672))
     layout = SpatialUnpad().layout(plan, [(1, 24, 24)] * len(plan.views))
     report.add("672 x 672 tiled, unpadded", sum(run.visual for run in layout), "tokens", group=group)
     return report

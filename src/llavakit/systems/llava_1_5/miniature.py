@@ -1,7 +1,7 @@
 """LLaVA-1.5's claim, small: a response-format sentence lets one model answer in one word or in a sentence on demand.
 
 Pictures of 24 x 24 pixels hold one to three coloured shapes in a 3 x 3 grid. Half of the training answers are one
-word, half are sentences. Arm A ends the questions of the first half with a format sentence, arm B does not; tower,
+word, half are sentences. Arm A ends the questions of the first half with a format sentence, arm B does not; encoder,
 data, steps and seeds are the same (spec section 11).
 """
 
@@ -148,7 +148,7 @@ def _batch(pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
 
 
 def new_model(depth: int = 2) -> LlavakitForConditionalGeneration:
-    """Tower of width 64 and 3 layers, decoder of width 64 and 2 layers."""
+    """Encoder of width 64 and 3 layers, decoder of width 64 and 2 layers."""
     config = LlavakitConfig(
         vision_config={
             "model_type": "clip_vision_model",
@@ -180,15 +180,15 @@ def new_model(depth: int = 2) -> LlavakitForConditionalGeneration:
 
 
 def train_tower(model: LlavakitForConditionalGeneration, steps: int, generator: torch.Generator) -> None:
-    """Teach the tower shape and colour of every cell (it stands in for a pretrained CLIP), then freeze it."""
-    tower = model.model.vision_tower
+    """Teach the encoder shape and colour of every cell (it stands in for a pretrained CLIP), then freeze it."""
+    encoder = model.model.vision_tower
     heads = nn.ModuleList([nn.Linear(64, len(SHAPES) + 1), nn.Linear(64, len(COLOURS) + 1)])
-    optimiser = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=1e-3)
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     geometry = geometry_of(model.config.vision_config)
     for _ in range(steps):
         pictures = draw(48, generator)
-        tokens = encode_views(tower, pictures.pixels, -2, "default", geometry).unflatten(1, (3, 2, 3, 2))
+        tokens = encode_views(encoder, pictures.pixels, -2, "default", geometry).unflatten(1, (3, 2, 3, 2))
         cells = tokens.mean(dim=(2, 4)).flatten(1, 2)
         loss = sum(
             F.cross_entropy(head(cells).flatten(0, 1), target.flatten() + 1)
@@ -198,7 +198,7 @@ def train_tower(model: LlavakitForConditionalGeneration, steps: int, generator: 
         loss.backward()
         optimiser.step()
         schedule.step()
-    tower.requires_grad_(False)
+    encoder.requires_grad_(False)
 
 
 def train_language(

@@ -18,10 +18,10 @@ from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand, scatter
 from llavakit.systems.llava_1_5 import parity_eval, parity_text, parity_views
 from llavakit.systems.llava_1_5.checkpoint import Classic, Hf, pinpoints_of
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
-from llavakit.vision.multiscale import MultiscaleConfig, MultiscaleTower
+from llavakit.vision.multiscale import MultiscaleConfig, MultiscaleEncoder
 
 PLACEHOLDER = -200
 
@@ -107,30 +107,30 @@ def vision_encoder(case: Case) -> Result:
     model = LlavakitForConditionalGeneration(
         tiny_config({"vision": config, "text": {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2}})
     )
-    tower = model.model.vision_tower.eval()
-    load_tower(tower, case.weights())
+    encoder = model.model.vision_tower.eval()
+    load_tower(encoder, case.weights())
     pixels = inputs["pixel_values"]
     for name in case.expected_tensors:
         if name.startswith("features_list_"):
             number = int(name.rsplit("_", 1)[1])
-            outputs[name] = _features(tower, pixels[number : number + 1], layer, select)
+            outputs[name] = _features(encoder, pixels[number : number + 1], layer, select)
         else:
             _, named, kind = name.split("_", 2)
-            outputs[name] = _features(tower, pixels, int(named.removeprefix("layer")), kind)
+            outputs[name] = _features(encoder, pixels, int(named.removeprefix("layer")), kind)
     return Result(tensors=outputs)
 
 
-def _features(tower: torch.nn.Module, pixels: Tensor, layer: int, select: str) -> Tensor:
+def _features(encoder: torch.nn.Module, pixels: Tensor, layer: int, select: str) -> Tensor:
     strategy = "full" if select == "cls_patch" else "default"
     with torch.no_grad():
-        return encode_views(tower, pixels, layer, strategy, geometry_of(tower.config))
+        return encode_views(encoder, pixels, layer, strategy, geometry_of(encoder.config))
 
 
-def load_tower(tower: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Original CLIP names into a transformers tower, whatever its release calls the inner level."""
-    own = tower.state_dict()
+def load_tower(encoder: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Original CLIP names into a transformers encoder, whatever its release calls the inner level."""
+    own = encoder.state_dict()
     state = {n if n in own else n.removeprefix("vision_model."): t for n, t in weights.items()}
-    tower.load_state_dict({n: t for n, t in state.items() if not n.endswith("position_ids")}, strict=True)
+    encoder.load_state_dict({n: t for n, t in state.items() if not n.endswith("position_ids")}, strict=True)
 
 
 def multiscale(case: Case) -> Result:
@@ -140,12 +140,12 @@ def multiscale(case: Case) -> Result:
     scales = [int(scale) for scale in (named.split(",") if isinstance(named, str) else named)]
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     vision = {k: config[k] for k in (*names, "projection_dim", "hidden_act") if k in config}
-    tower = MultiscaleTower(
-        MultiscaleConfig(tower_config={"model_type": "clip_vision_model", **vision}, scales=scales)
+    encoder = MultiscaleEncoder(
+        MultiscaleConfig(encoder_config={"model_type": "clip_vision_model", **vision}, scales=scales)
     ).eval()
-    load_tower(tower.tower, case.weights())
+    load_tower(encoder.encoder, case.weights())
     with torch.no_grad():
-        features = tower.features(case.tensors()["pixel_values"], config.get("mm_vision_select_layer", -2))
+        features = encoder.features(case.tensors()["pixel_values"], config.get("mm_vision_select_layer", -2))
     return Result(tensors={"features": features})
 
 
@@ -295,7 +295,7 @@ def _generations(case: Case, model: LlavakitForConditionalGeneration, pixels: Te
 def anyres_merge(case: Case) -> Result:
     """Tiles merged flat, spatially, and spatially with unpadding and newlines."""
     inputs, expected = case.tensors(), case.expected_tensors
-    sizes = [MediumSize(1, height, width) for width, height in case.config["image_sizes_wh"]]
+    sizes = [MediaSize(1, height, width) for width, height in case.config["image_sizes_wh"]]
     pixels = torch.cat([inputs[f"views_{n}"] for n in range(len(sizes))])
     size = case.config["vision"]["image_size"]
     views = {"type": "anyres", "size": size, "pinpoints": pinpoints_of(case.config["image_grid_pinpoints"])}
@@ -334,7 +334,7 @@ def _single_view(case: Case, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     config = tiny_config(case.config, media=media)
     model = build(config, case.weights())
     view = inputs["views_0"][:1]
-    count = sum(run.visual for run in model.model.media.layout("image", MediumSize(1, size, size)))
+    count = sum(run.visual for run in model.model.media.layout("image", MediaSize(1, size, size)))
     length = case.expected_tensors["single_view/logits"].shape[1]  # says which prompt of the batch was run
     texts = inputs["attention_mask"].sum(dim=1) - 1
     row = int((texts + count == length).nonzero()[0])

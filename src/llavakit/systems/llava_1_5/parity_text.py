@@ -148,7 +148,7 @@ def label_masking(case: Case) -> dict[str, Any]:
             labels="rounds" if counted else None,
             max_length=config["model_max_length"],
         )
-        return _ids_and_labels(encoded) | {"mismatch_warning": encoded.blanked}
+        return _ids_and_labels(encoded) | {"mismatch_warning": encoded.fully_masked}
 
     by_template = {
         name: {

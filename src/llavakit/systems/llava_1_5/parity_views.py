@@ -14,7 +14,7 @@ from llavakit.splice.layout import Flat
 from llavakit.splice.tiles import Spatial, SpatialUnpad
 from llavakit.systems.llava_1_5.checkpoint import pinpoints_of
 from llavakit.views import pixels, tiles
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 _PLANNERS = {"pad": "pad", "anyres": "anyres", "square": "square", None: "square"}
 
@@ -42,7 +42,7 @@ def image_preprocessing(case: Case) -> Result:
     tensors, plans, views = {}, {}, {}
     for name, image in named.items():
         number = name.removeprefix("image_")
-        plan = planner.plan(MediumSize(1, image.height, image.width))
+        plan = planner.plan(MediaSize(1, image.height, image.width))
         cut = np.stack(planner.cut(image, plan))
         views[number] = cut if plan.rows else cut[0]
         tensors[f"pixel_values_{number}"] = torch.from_numpy(views[number])
@@ -66,7 +66,7 @@ def slicing_plan(case: Case) -> Result:
     planner = PLANNERS.build({"type": "anyres", "size": tile, "pinpoints": pinpoints_of(case.config["grid_pinpoints"])})
     plans = []
     for width, height in case.json()["sizes_wh"]:
-        plan = planner.plan(MediumSize(1, height, width))
+        plan = planner.plan(MediaSize(1, height, width))
         grids = [(1, side, side)] * len(plan.views)
         rows, cols = tiles.unpad((width, height), plan.rows * side, plan.cols * side)
         kept = SpatialUnpad().map_size(plan, grids)

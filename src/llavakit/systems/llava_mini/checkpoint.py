@@ -46,9 +46,9 @@ class Classic(ClassicLayout):
         options = {"compressor_size": raw["compressor_size"], "prefusion_layer_num": raw.get("prefusion_layer_num", 4)}
         return {**super().connector(raw), "type": CONNECTOR, **options}
 
-    def extend_config(self, raw: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
+    def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
         media = media_of(
-            tower["image_size"], raw.get("resolution_ratio") or 1, pad=raw.get("image_aspect_ratio") == "pad"
+            encoder["image_size"], raw.get("resolution_ratio") or 1, pad=raw.get("image_aspect_ratio") == "pad"
         )
         llama_3 = raw.get("vocab_size", 0) >= LLAMA_3_VOCABULARY
         return {

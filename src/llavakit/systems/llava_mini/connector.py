@@ -61,9 +61,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Unit:
-    """An image or a frame: its medium (counted among the connector's own), first view and shape."""
+    """An image or a frame: its media item (counted among the connector's own), first view and shape."""
 
-    medium: int
+    item: int
     first: int
     shape: Shape = field(repr=False)
 
@@ -184,7 +184,7 @@ class CompressorPrefusion(MLP):
         """Vision tokens, one entry (1, C, C) per unit, and the prompt's embeddings with their text fused."""
         units = units_of(features, plans)
         texts = self._texts(prompt)
-        samples = torch.tensor([texts.number[prompt.owners[prompt.media[unit.medium]]] for unit in units])
+        samples = torch.tensor([texts.number[prompt.owners[prompt.media[unit.item]]] for unit in units])
         samples = samples.to(prompt.embeds.device)
         exact = torch.promote_types(prompt.embeds.dtype, torch.float32)
         total = torch.zeros(texts.embeds.shape, dtype=exact, device=prompt.embeds.device)
@@ -210,7 +210,7 @@ class CompressorPrefusion(MLP):
         prompt.changed = torch.zeros_like(prompt.visual)
         prompt.changed.view(-1)[texts.index[texts.visible]] = True
         grid = (1, self.compressor.side, self.compressor.side)
-        return Features(torch.cat(vision), [grid] * len(units), [unit.medium for unit in units]), embeds
+        return Features(torch.cat(vision), [grid] * len(units), [unit.item for unit in units]), embeds
 
     def _vision_tokens_of(self, features: Features, group: Sequence[Unit]) -> Tensor:
         shape = group[0].shape
@@ -232,10 +232,10 @@ class CompressorPrefusion(MLP):
         """What names the images whose states may be kept; None for frames of videos and while training."""
         if prompt.memory is None or prompt.digests is None or torch.is_grad_enabled():
             return [None] * len(units)
-        frames = Counter(unit.medium for unit in units)
-        digests = [prompt.digests[prompt.media[unit.medium]] for unit in units]
+        frames = Counter(unit.item for unit in units)
+        digests = [prompt.digests[prompt.media[unit.item]] for unit in units]
         return [
-            (digest, "prefusion") if frames[unit.medium] == 1 else None
+            (digest, "prefusion") if frames[unit.item] == 1 else None
             for unit, digest in zip(units, digests, strict=True)
         ]
 
@@ -248,7 +248,7 @@ class CompressorPrefusion(MLP):
             yield from ((key, members[start : start + size]) for start in range(0, len(members), size))
 
     def _texts(self, prompt: Prompt) -> Texts:
-        own = {prompt.owners[medium] for medium in prompt.media}
+        own = {prompt.owners[item] for item in prompt.media}
         segments = int(prompt.segments.max()) + 1
         rows = torch.arange(len(prompt.segments), device=prompt.segments.device)
         sample = (rows[:, None] * segments + prompt.segments).flatten()
@@ -286,17 +286,17 @@ def units_of(features: Features, plans: Sequence[Plan]) -> list[Unit]:
     units = []
     first = 0
     known: dict[int, list[Shape]] = {}  # by the identity of a plan, for media of one size share theirs
-    for medium, plan in enumerate(plans):
+    for item, plan in enumerate(plans):
         if id(plan) not in known:
             known[id(plan)] = _shapes(plan, features.grids[first : first + len(plan.views)])
         for shape in known[id(plan)]:
-            units.append(Unit(medium, first, shape))
+            units.append(Unit(item, first, shape))
             first += shape.views
     return units
 
 
 def _shapes(plan: Plan, grids: Sequence[Grid]) -> list[Shape]:
-    """The shape of every unit of a medium whose views have these feature grids."""
+    """The shape of every unit of a media item whose views have these feature grids."""
     shapes = []
     pairs = zip(plan.views, grids, strict=True)
     for _, members in groupby(pairs, key=lambda pair: pair[0].index):

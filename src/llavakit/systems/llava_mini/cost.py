@@ -27,7 +27,7 @@ from llavakit.proof.cost import (
 )
 from llavakit.systems.llava_mini.compressor import Compressor
 from llavakit.systems.llava_mini.prefusion import Prefusion
-from llavakit.vision.known import KNOWN_TOWERS
+from llavakit.vision.known import KNOWN_ENCODERS
 
 TEXT = 43
 SIDE = 24
@@ -76,7 +76,7 @@ def decoder(name: str) -> tuple[Any, Any]:
 
 def clip() -> CLIPVisionConfig:
     """CLIP ViT-L/14 for 336 pixels."""
-    known = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+    known = KNOWN_ENCODERS["openai/clip-vit-large-patch14-336"]
     return CLIPVisionConfig(**{key: value for key, value in known.items() if key != "model_type"})
 
 

@@ -20,7 +20,7 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration, Visuals
 from llavakit.proof.cost import count
 from llavakit.proof.miniature import Comparison, Verdict, run_seeds
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 CELLS = SHAPES = 8
 COLOURS = 6
@@ -67,7 +67,7 @@ def colour_logits(model: LlavakitForConditionalGeneration, features: Tensor, que
     """Scores of the 6 colours behind the question [pictures, 6]."""
     size, media = len(features), model.model.media
     entries = Features(features.flatten(0, 1), [GRID] * size, list(range(size)))
-    plan = media.plan("image", MediumSize(1, 8, 8))
+    plan = media.plan("image", MediaSize(1, 8, 8))
     visuals = Visuals(["image"] * size, [plan] * size, {"multi_modal_projector": entries})
     tokens = CELLS if model.config.connector["type"] == "mlp" else 1
     ids = torch.cat([question.new_full((size, tokens), IMAGE), question], dim=1)

@@ -23,7 +23,7 @@ from llavakit.evaluation import metrics, processors
 from llavakit.media import frame_sampling as sampling
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration, Visuals
-from llavakit.model.routes import KINDS
+from llavakit.model.routes import MODALITIES
 from llavakit.proof.golden import Case, Result
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand, scatter
@@ -32,7 +32,7 @@ from llavakit.systems.llava_mini.compressor import Compressor, resized_table
 from llavakit.systems.llava_mini.connector import CompressorPrefusion, units_of
 from llavakit.systems.llava_mini.views import GridAndWhole, blocks
 from llavakit.views.frames import squash_nearest
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 PLACEHOLDER = -200
 FRAMES_IN_TRAINING = 8
@@ -79,7 +79,7 @@ def split_plan(case: Case) -> Result:
             plans.append({**facts, "boxes": boxes, "num_views": len(boxes) + 1, "last_is_full_image": True})
             continue
         planner = GridAndWhole(grid=n, view={"type": "square"})
-        plan = planner.plan(MediumSize(1, height, width))
+        plan = planner.plan(MediaSize(1, height, width))
         facts |= {"boxes": planner.boxes(width, height), "num_views": len(plan.views)}
         plans.append(facts | {"last_is_full_image": plan.views[-1].role == "whole"})
     return Result(json={"plans": plans})
@@ -97,7 +97,7 @@ def pixel_values(case: Case) -> Result:
     }
     planner = GridAndWhole(grid=config["n"], view=view)
     image = Image.fromarray(case.tensors()["image"].numpy())
-    views = planner.cut(image, planner.plan(MediumSize(1, image.height, image.width)))
+    views = planner.cut(image, planner.plan(MediaSize(1, image.height, image.width)))
     return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views))})
 
 
@@ -264,8 +264,8 @@ class Batch:
         side = images.shape[-1] * max(math.isqrt(self.views - 1), 1)
         self.media = {
             "pixel_values": frames.flatten(0, 2),
-            "visual_sizes": torch.tensor([MediumSize(self.frames, side, side)] * rows),
-            "visual_kinds": torch.full((rows,), KINDS.index("video" if self.is_video else "image")),
+            "visual_sizes": torch.tensor([MediaSize(self.frames, side, side)] * rows),
+            "visual_modalities": torch.full((rows,), MODALITIES.index("video" if self.is_video else "image")),
         }
         self.original_ids = inputs["input_ids"]
         self.original_labels = inputs.get("labels")

@@ -13,7 +13,7 @@ from llavakit.errors import MediaError, UserError
 from llavakit.registry import PLANNERS
 from llavakit.views import pixels
 from llavakit.views.image import ImagePlanner
-from llavakit.views.plan import MediumSize, Plan, Planner
+from llavakit.views.plan import MediaSize, Plan, Planner
 
 Box = tuple[int, int, int, int]
 
@@ -69,15 +69,15 @@ class GridAndWhole(Planner):
             )
         return blocks(width, height, self.grid)
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         blocks = len(self.boxes(size.width, size.height))
         (whole,) = self.view.plan(size).views
         tiles = [replace(whole, role="tile", row=n // self.grid, col=n % self.grid) for n in range(blocks)]
         side = self.grid if blocks else 0
         return Plan("image", size, (*tiles, whole), rows=side, cols=side)
 
-    def cut(self, medium: Image.Image, plan: Plan) -> list[np.ndarray]:
+    def cut(self, item: Image.Image, plan: Plan) -> list[np.ndarray]:
         if self.pad_first:
-            medium = pixels.pad_to_square(medium, pixels.pad_colour(self.view.image_mean))
-        parts = [medium.crop(box) for box in self.boxes(*medium.size)] + [medium]
-        return [view for part in parts for view in self.view.cut(part, self.view.plan(MediumSize(1, *part.size[::-1])))]
+            item = pixels.pad_to_square(item, pixels.pad_colour(self.view.image_mean))
+        parts = [item.crop(box) for box in self.boxes(*item.size)] + [item]
+        return [view for part in parts for view in self.view.cut(part, self.view.plan(MediaSize(1, *part.size[::-1])))]

@@ -20,7 +20,7 @@ from llavakit.checkpoints.layouts import ClassicLayout, Layout, mlp_options, ren
 from llavakit.errors import CheckpointError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.views.tiles import candidates
-from llavakit.vision.known import KNOWN_TOWERS
+from llavakit.vision.known import KNOWN_ENCODERS
 
 HALF = [0.5, 0.5, 0.5]
 SIGLIP = "google/siglip-so400m-patch14-384"
@@ -154,7 +154,7 @@ def _comparable(media: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Classic(ClassicLayout):
-    """`lmms-lab/llava-onevision-*`: a SigLIP tower without its last layer, Qwen2, one newline vector."""
+    """`lmms-lab/llava-onevision-*`: a SigLIP encoder without its last layer, Qwen2, one newline vector."""
 
     system = "llava-onevision"
     model_types = ("llava_qwen", "llava", "qwen2")
@@ -174,14 +174,14 @@ class Classic(ClassicLayout):
     def connector(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         return connector_options(str(raw.get("mm_projector_type", "linear")))
 
-    def extend_config(self, raw: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
+    def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
         if raw.get("add_faster_video"):
             raise CheckpointError("config.json: add_faster_video is on; no checkpoint was released with it")
         return {
-            "vision_config": kept_tower(tower),
+            "vision_config": kept_tower(encoder),
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
-            "media": media_of(raw, tower["image_size"]),
+            "media": media_of(raw, encoder["image_size"]),
             "template": "qwen_1_5",
             "extras": {"processor": {"sampling": dict(SAMPLING)}},
         }
@@ -196,7 +196,7 @@ class Classic(ClassicLayout):
         return config, state
 
     def drop_unused(self, config: LlavakitConfig, state: LazyState) -> LazyState:
-        """Without the tower's deleted layer and pooling head, which a tower's own folder still holds."""
+        """Without the encoder's deleted layer and pooling head, which an encoder's own folder still holds."""
         layers = config.vision_config.num_hidden_layers
 
         def keep(name: str) -> str | None:
@@ -208,13 +208,13 @@ class Classic(ClassicLayout):
         return state.renamed(lambda name: renumbered(name, -first)).renamed(keep)
 
     def expresses(self, config: LlavakitConfig) -> bool:
-        tower = config.vision_config
+        encoder = config.vision_config
         return (
             config.system == self.system
             and config.language_adapter is None
             and config.text_config.model_type == "qwen2"
-            and tower.model_type == "siglip_vision_model"
-            and config.vision_feature_layer in (-1, tower.num_hidden_layers)
+            and encoder.model_type == "siglip_vision_model"
+            and config.vision_feature_layer in (-1, encoder.num_hidden_layers)
             and config.connector["type"] in ("mlp", "residual_mlp")
             and settings_of(config.media) is not None
         )
@@ -225,7 +225,7 @@ class Classic(ClassicLayout):
         if connector["type"] == "residual_mlp":
             projector = f"mlp{connector.get('depth', 2)}x_res{connector.get('blocks', 1)}x_gelu"
         own = config.vision_config.to_dict()
-        known = all(own.get(key) == value for key, value in kept_tower(KNOWN_TOWERS[SIGLIP]).items())
+        known = all(own.get(key) == value for key, value in kept_tower(KNOWN_ENCODERS[SIGLIP]).items())
         return super().write_config(config) | {
             "architectures": ["LlavaQwenForCausalLM"],
             "mm_projector_type": projector,
@@ -255,15 +255,15 @@ def renumbered(name: str, by: int) -> str:
     return re.sub(r"(?<=multi_modal_projector\.blocks\.)\d+", lambda number: str(int(number[0]) + by), name)
 
 
-def _is_siglip(tower: Any) -> bool:
-    config = Path(str(tower)) / "config.json"
-    return "siglip" in (read_json(config).get("model_type", "") if config.is_file() else str(tower)).lower()
+def _is_siglip(encoder: Any) -> bool:
+    config = Path(str(encoder)) / "config.json"
+    return "siglip" in (read_json(config).get("model_type", "") if config.is_file() else str(encoder)).lower()
 
 
-def kept_tower(tower: Mapping[str, Any]) -> dict[str, Any]:
+def kept_tower(encoder: Mapping[str, Any]) -> dict[str, Any]:
     """A published SigLIP configuration as LLaVA-OneVision runs it: without the last layer and the pooling head."""
-    layers = tower.get("num_hidden_layers", 12) - 1
-    return {**tower, "num_hidden_layers": layers, "vision_use_head": False}
+    layers = encoder.get("num_hidden_layers", 12) - 1
+    return {**encoder, "num_hidden_layers": layers, "vision_use_head": False}
 
 
 def connector_options(name: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from llavakit.proof.cost import (
 )
 from llavakit.registry import ARRANGEMENTS, PLANNERS
 from llavakit.systems.llava_onevision.checkpoint import SIGLIP, kept_tower, media_of
-from llavakit.views.plan import MediumSize
-from llavakit.vision.known import KNOWN_TOWERS
+from llavakit.views.plan import MediaSize
+from llavakit.vision.known import KNOWN_ENCODERS
 
 SETTINGS = {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres_max_9"}
 QWEN2 = {
@@ -63,15 +63,15 @@ IMAGES = 12  # most images of a training sample
 LARGEST, LONGEST = (2304, 2304), (1123, 1362)  # width and height; most pixels kept, most tokens
 
 
-def tower() -> SiglipVisionConfig:
+def encoder() -> SiglipVisionConfig:
     """SigLIP so400m as it is run: 26 of 27 layers, no pooling head."""
-    return SiglipVisionConfig(**{k: v for k, v in kept_tower(KNOWN_TOWERS[SIGLIP]).items() if k != "model_type"})
+    return SiglipVisionConfig(**{k: v for k, v in kept_tower(KNOWN_ENCODERS[SIGLIP]).items() if k != "model_type"})
 
 
 def views_and_tokens(width: int, height: int, ratio: str = "anyres_max_9") -> tuple[int, int]:
     """Views and visual tokens of one image."""
     image = media_of(SETTINGS | {"image_aspect_ratio": ratio}, 384)["image"]
-    plan = PLANNERS.build(image["views"]).plan(MediumSize(1, height, width))
+    plan = PLANNERS.build(image["views"]).plan(MediaSize(1, height, width))
     layout = ARRANGEMENTS.build(image["arrange"]).layout(plan, [(1, SIDE, SIDE)] * len(plan.views))
     return len(plan.views), sum(run.visual for run in layout)
 
@@ -79,7 +79,7 @@ def views_and_tokens(width: int, height: int, ratio: str = "anyres_max_9") -> tu
 def video_tokens(frames: int, newline: str = "one_token") -> int:
     """Visual tokens of a video."""
     video = media_of(SETTINGS | {"mm_newline_position": newline}, 384)["video"]
-    plan = PLANNERS.build(video["views"]).plan(MediumSize(frames, 384, 384))
+    plan = PLANNERS.build(video["views"]).plan(MediaSize(frames, 384, 384))
     layout = ARRANGEMENTS.build(video["arrange"]).layout(plan, [(1, SIDE, SIDE)] * frames)
     return sum(run.visual for run in layout)
 
@@ -97,7 +97,7 @@ def body_flops(size: str, tokens: int) -> int:
 def cost() -> CostReport:
     """Count everything."""
     report = CostReport("llava-onevision")
-    siglip = tower()
+    siglip = encoder()
     view = vision_flops(siglip).total
     group = "vision: SigLIP so400m, 26 layers"
     report.add("parameters", parameters(vision_model(siglip)), "parameters", group=group)
@@ -140,7 +140,7 @@ def _tokens(report: CostReport) -> None:
     views, tokens = views_and_tokens(*LARGEST)
     report.add("2304 x 2304 image", tokens, "tokens", "at most 7,290", group)
     report.add("  its views", views, "views", group=group)
-    report.add("  its views through the encoder", views * vision_flops(tower()).total, "FLOPs", group=group)
+    report.add("  its views through the encoder", views * vision_flops(encoder()).total, "FLOPs", group=group)
     report.add("  without a budget", views_and_tokens(*LARGEST, ratio="anyres")[1], "tokens", group=group)
     report.add("the longest image, 1123 x 1362", views_and_tokens(*LONGEST)[1], "tokens", "at most 7,290", group)
     report.add("one image among several", VIEW + 1, "tokens", group=group)
@@ -152,7 +152,7 @@ def _tokens(report: CostReport) -> None:
 def _compared(report: CostReport, view: int) -> None:
     """A 672 x 672 image on both systems, 7B."""
     clip = CLIPVisionConfig(
-        **{k: v for k, v in KNOWN_TOWERS["openai/clip-vit-large-patch14-336"].items() if k != "model_type"}
+        **{k: v for k, v in KNOWN_ENCODERS["openai/clip-vit-large-patch14-336"].items() if k != "model_type"}
     )
     layer = language_model(LlamaConfig(**VICUNA | {"num_hidden_layers": 1}, vocab_size=32000))
     group = "a 672 x 672 image, 7B"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llavakit.conversation.messages import Message, Part, is_medium, text_of
+from llavakit.conversation.messages import Message, Part, is_media, text_of
 from llavakit.media.frame_sampling import step
 
 NOISE = "QA_GT_caption_based_noisy"  # a left-over of VideoInstruct-100K
 
 
-def lead_with_medium(messages: Sequence[Message]) -> list[Message]:
-    """Messages in which the only medium of a turn stands in front; turns that begin with it, or have several, stay.
+def lead_with_media(messages: Sequence[Message]) -> list[Message]:
+    """Messages in which the only media item of a turn stands in front; turns that begin with it, or have several, stay.
 
     The template `qwen_1_5` does the same while it renders.
     """
     moved = []
     for message in messages:
-        media = [part for part in message["content"] if is_medium(part)]
-        if len(media) == 1 and not is_medium(message["content"][0]):
+        media = [part for part in message["content"] if is_media(part)]
+        if len(media) == 1 and not is_media(message["content"][0]):
             text = text_of(message).strip()
             content: list[Part] = [media[0], {"type": "text", "text": f"\n{text}" if text else ""}]
             message = message | {"content": content}
@@ -78,6 +78,6 @@ def time_instruction(duration: float, times: Sequence[float]) -> str:
 def with_time_instruction(messages: Sequence[Message], duration: float, times: Sequence[float]) -> list[Message]:
     """Messages whose first turn begins with its video and the time instruction; the rest of its text follows."""
     first, *others = messages
-    video = next(part for part in first["content"] if is_medium(part))
+    video = next(part for part in first["content"] if is_media(part))
     text = f"\n{time_instruction(duration, times)}\n{text_of(first)}"
     return [first | {"content": [video, {"type": "text", "text": text}]}, *others]

@@ -7,7 +7,7 @@ images first, as the paper's curriculum does; what the order brings is reported,
 
 Budget: one small glyph on a large noisy picture. The base view alone, all tiles, and all tiles under a budget.
 
-Tower, connector, arrangements and decoder are the library's kinds, from scratch and tiny.
+Encoder, connector, arrangements and decoder are the library's kinds, from scratch and tiny.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llavakit.proof.miniature import Comparison, Measurements, Verdict, run_seed
 from llavakit.registry import PLANNERS
 from llavakit.splice.layout import Arrangement, Flat
 from llavakit.splice.tiles import Frames, SpatialUnpad
-from llavakit.views.plan import MediumSize, Plan
+from llavakit.views.plan import MediaSize, Plan
 
 VIEW, GRID, GLYPH, CLASSES = 12, 3, 6, 6
 FRAMES, PAIR = 4, 2
@@ -73,7 +73,7 @@ def draw(kinds: Tensor, side: int, generator: torch.Generator) -> Tensor:
     return pictures[:, None] * 2 - 1
 
 
-def encoder(width: int) -> nn.Module:
+def glyph_encoder(width: int) -> nn.Module:
     """Views [n, 1, 12, 12] to a grid [n, width, 3, 3]."""
     return nn.Sequential(
         nn.Conv2d(1, width, GLYPH, stride=2, padding=2),
@@ -112,14 +112,14 @@ class Model(nn.Module):
     """Views to tokens to an answer.
 
     Args:
-        width: Of tower and decoder.
+        width: Of encoder and decoder.
         layers: Of the decoder.
         answers: Number of answers.
     """
 
     def __init__(self, width: int, layers: int, answers: int) -> None:
         super().__init__()
-        self.tower = encoder(width)
+        self.encoder = glyph_encoder(width)
         self.connector = MLP(vision_width=width, hidden_size=width)
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5)
         self.questions = nn.Embedding(QUESTIONS, width)
@@ -136,7 +136,7 @@ class Model(nn.Module):
 
     def visual(self, views: Tensor) -> Tensor:
         """Tokens [views, 9, width] of views [views, 1, 12, 12]."""
-        features = self.tower(views).flatten(2).transpose(1, 2)
+        features = self.encoder(views).flatten(2).transpose(1, 2)
         count, cells, width = features.shape
         flat = Features(features.flatten(0, 1), [(1, GRID, GRID)] * count, list(range(count)))
         return self.connector(flat, []).values.view(count, cells, width)
@@ -158,11 +158,11 @@ class Model(nn.Module):
 
 
 def laid_out(arrangement: Arrangement, plan: Plan, views: int) -> LayOut:
-    """The library's arrangement of one medium, for a batch of media with the same plan."""
+    """The library's arrangement of one media item, for a batch of media with the same plan."""
     grids = [(1, GRID, GRID)] * views
 
     def lay_out(tokens: Tensor, newline: Tensor) -> Tensor:
-        # an arrangement lays out one medium; all have the same plan, so samples travel as channels
+        # an arrangement lays out one media item; all have the same plan, so samples travel as channels
         samples, _, _, width = tokens.shape
         channels = tokens.permute(1, 2, 0, 3).flatten(2)
         body = arrangement.arrange(plan, grids, list(channels), newline.repeat(samples))
@@ -192,7 +192,7 @@ def fit(model: nn.Module, steps: int, rate: float, loss_of: Callable[[], Tensor]
 
 def transfer_layouts() -> dict[str, LayOut]:
     """How OneVision lays out one view with its newline, two of them, and pooled frames with one newline."""
-    single = PLANNERS.build({"type": "squash", "size": VIEW}).plan(MediumSize(1, VIEW, VIEW))
+    single = PLANNERS.build({"type": "squash", "size": VIEW}).plan(MediaSize(1, VIEW, VIEW))
     one = laid_out(SpatialUnpad(), single, 1)
     frames = PLANNERS.build({"type": "frames", "frame": {"type": "squash", "size": VIEW}})
     video = Frames(newline="one_token", pool={"mode": "bilinear", "stride": 2})
@@ -203,7 +203,7 @@ def transfer_layouts() -> dict[str, LayOut]:
     return {
         SINGLE: one,
         PAIRS: pair,
-        VIDEO: laid_out(video, frames.plan(MediumSize(FRAMES, VIEW, VIEW)), FRAMES),
+        VIDEO: laid_out(video, frames.plan(MediaSize(FRAMES, VIEW, VIEW)), FRAMES),
     }
 
 
@@ -287,21 +287,21 @@ BASE, BUDGETED, FULL = "base view", "budget", "all tokens"
 
 
 def pretrained_tower(width: int, data: torch.Generator, steps: int) -> nn.Module:
-    """A tower that tells glyphs on single views apart; it stands in for SigLIP."""
-    tower, head = encoder(width), nn.Linear(width, CLASSES)
+    """An encoder that tells glyphs on single views apart; it stands in for SigLIP."""
+    encoder, head = glyph_encoder(width), nn.Linear(width, CLASSES)
 
     def loss() -> Tensor:
         kinds = torch.randint(0, CLASSES, (BATCH,), generator=data)
-        cells = tower(draw(kinds, VIEW, data)).flatten(2).transpose(1, 2)
+        cells = encoder(draw(kinds, VIEW, data)).flatten(2).transpose(1, 2)
         return F.cross_entropy(head(cells).amax(dim=1), kinds)
 
-    fit(nn.ModuleList([tower, head]), steps, RATE, loss)
-    return tower
+    fit(nn.ModuleList([encoder, head]), steps, RATE, loss)
+    return encoder
 
 
 def budget(seed: int, steps: int, tower_steps: int, side: int = 24, width: int = 32) -> dict[str, float]:
     """Accuracy with the base view alone, with all tiles, and with tiles under a budget, under one seed."""
-    size = MediumSize(1, side, side)
+    size = MediaSize(1, side, side)
     plan = PLANNERS.build({"type": "anyres", "size": VIEW, "pinpoints": [[side, side]]}).plan(size)
     tiles = side // VIEW
     whole = PLANNERS.build({"type": "squash", "size": VIEW}).plan(size)
@@ -320,12 +320,12 @@ def budget(seed: int, steps: int, tower_steps: int, side: int = 24, width: int =
         return Group(views[:, :1] if name == BASE else views, torch.zeros_like(kinds), kinds, arms[name])
 
     torch.manual_seed(seed)
-    tower = pretrained_tower(width, torch.Generator().manual_seed(seed), tower_steps)
+    encoder = pretrained_tower(width, torch.Generator().manual_seed(seed), tower_steps)
     found = {}
     for name in arms:
         torch.manual_seed(seed)
         model, data = Model(width, 1, CLASSES), torch.Generator().manual_seed(seed)
-        model.tower.load_state_dict(tower.state_dict())
+        model.encoder.load_state_dict(encoder.state_dict())
 
         def loss(name: str = name, model: Model = model, data: torch.Generator = data) -> Tensor:
             group = samples(BATCH, data, name)
@@ -358,7 +358,7 @@ def run(
 
     Args:
         transfer_steps, budget_steps: Steps of every arm.
-        tower_steps: Steps of the tower that the arms of the second experiment start from.
+        tower_steps: Steps of the encoder that the arms of the second experiment start from.
     """
     steps = {"transfer_steps": transfer_steps, "budget_steps": budget_steps, "tower_steps": tower_steps}
     measured = run_seeds(functools.partial(one_seed, **steps), seeds or SEEDS, progress)
@@ -408,8 +408,8 @@ def _order(measured: Measurements) -> str:
     """What the paper's order, single images first, changed against mixing from the start."""
     changes = []
     for task in (PAIRS, VIDEO):
-        staged, mixed = measured.arm(f"staged {task}"), measured.arm(f"mixed {task}")
-        changes.append(f"{task} {100 * (staged.mean - mixed.mean):+.0f} points")
+        stage_beam_search, mixed = measured.arm(f"staged {task}"), measured.arm(f"mixed {task}")
+        changes.append(f"{task} {100 * (stage_beam_search.mean - mixed.mean):+.0f} points")
     return (
         f"Single images first, then the mixture, in as many steps: {', '.join(changes)} against mixing from the start. "
         f"Not judged: at other sizes and budgets the order's effect has had either sign. Chance is 1/{CLASSES} for "

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision's golden components: tower, connectors, arrangements, logits; views and data in their own files."""
+"""LLaVA-OneVision's golden components: encoder, connectors, arrangements, logits; views and data in their own files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.base import Features
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.routes import KINDS
+from llavakit.model.routes import MODALITIES
 from llavakit.proof.golden import Case, Result
 from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
 from llavakit.splice.layout import Run
@@ -29,7 +29,7 @@ from llavakit.systems.llava_onevision.checkpoint import (
     media_of,
     renumbered,
 )
-from llavakit.views.plan import MediumSize, Plan
+from llavakit.views.plan import MediaSize, Plan
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
@@ -42,10 +42,10 @@ PLACEHOLDER = -200
 def siglip_tower(case: Case) -> Result:
     """Features before the last norm, and the normalised ones that nothing reads."""
     config = tiny_config({"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2}, case.config["vision"])
-    tower = AutoModel.from_config(config.vision_config).eval().requires_grad_(False)
+    encoder = AutoModel.from_config(config.vision_config).eval().requires_grad_(False)
     rename = rename_with(((r"^vision_tower\.(?:vision_model\.)?", ""),))
     state = {rename(name): tensor for name, tensor in case.weights().items()}
-    inner = getattr(tower, "vision_model", tower)
+    inner = getattr(encoder, "vision_model", encoder)
     inner.load_state_dict({name: tensor for name, tensor in state.items() if name in inner.state_dict()})
     geometry = geometry_of(config.vision_config)
     pixels = case.tensors()["pixel_values"]
@@ -54,9 +54,9 @@ def siglip_tower(case: Case) -> Result:
         "num_layers_kept": layers,
         "hidden_states": layers + 1,
         "num_patches_per_side": config.vision_config.image_size // config.vision_config.patch_size,
-        "requires_grad": [name for name, parameter in tower.named_parameters() if parameter.requires_grad],
+        "requires_grad": [name for name, parameter in encoder.named_parameters() if parameter.requires_grad],
     }
-    features = encode_views(tower, pixels, config.vision_feature_layer, "full", geometry)
+    features = encode_views(encoder, pixels, config.vision_feature_layer, "full", geometry)
     return Result(
         json=facts, tensors={"features": features, "last_hidden_state_not_used": inner.post_layernorm(features)}
     )
@@ -123,7 +123,7 @@ def entries_of(media: Mapping[str, Any], request: Mapping[str, Any], views: Sequ
         if kind == "image" and options["type"] != "anyres":  # tiles without anyres are taken for a square of four
             options = {"type": "anyres", "size": size, "pinpoints": [[2 * size, 2 * size]]}
         depth = count if kind == "video" else 1
-        entries.append(Entry(kind, PLANNERS.build(options).plan(MediumSize(depth, height, width)), max(count, 1)))
+        entries.append(Entry(kind, PLANNERS.build(options).plan(MediaSize(depth, height, width)), max(count, 1)))
     return entries
 
 
@@ -268,7 +268,7 @@ def faster_video(case: Case) -> Result:
     )
     size = case.config["tower_image_size"]
     plan = PLANNERS.build({"type": "frames", "frame": {"type": "squash", "size": size}}).plan(
-        MediumSize(frames, size, size)
+        MediaSize(frames, size, size)
     )
     ends = torch.stack([_marked(NEWLINE), _marked(FRAME_END)])
     vectors = arrangement.arrange(plan, [(1, side, side)] * frames, _coordinates(0, frames, side), ends)
@@ -348,7 +348,7 @@ class Example:
             media = {
                 "pixel_values": torch.cat([pixels for pixels, _ in used]),
                 "visual_sizes": torch.tensor([entry.plan.size for _, entry in used]),
-                "visual_kinds": torch.tensor([KINDS.index(entry.kind) for _, entry in used]),
+                "visual_modalities": torch.tensor([MODALITIES.index(entry.kind) for _, entry in used]),
             }
         return cls(model, request, entries, spliced, media)
 

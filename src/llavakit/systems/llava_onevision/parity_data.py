@@ -24,7 +24,7 @@ from llavakit.proof.golden import Case, Result
 from llavakit.registry import PLANNERS
 from llavakit.systems.llava_onevision.checkpoint import Classic, media_of
 from llavakit.systems.llava_onevision.data import (
-    lead_with_medium,
+    lead_with_media,
     listed_times,
     sampled_times,
     with_time_instruction,
@@ -33,7 +33,7 @@ from llavakit.systems.llava_onevision.data import (
 from llavakit.systems.llava_onevision.parity_views import image_of
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups
 from llavakit.training.recipe import PartTraining
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 TEMPLATE = "qwen_1_5"
 PARTS = {
@@ -87,7 +87,7 @@ def messages_of(turns: Sequence[Mapping[str, str]], has_media: bool) -> list[Mes
     """Cleaned messages of LLaVA turns; their media are names only."""
     count = sum(turn["value"].count("<image>") for turn in turns) if has_media else 0
     messages = from_llava({"conversations": list(turns)} | ({"image": ["-"] * count} if count else {}))
-    return without_noise(lead_with_medium(messages)) if has_media else messages
+    return without_noise(lead_with_media(messages)) if has_media else messages
 
 
 def preprocess(case: Case) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Items:
         else:
             images = [(torch.zeros(1, 3, self.size, self.size), [self.size, self.size], "text")]
         if media:
-            texts = without_noise(lead_with_medium(texts))
+            texts = without_noise(lead_with_media(texts))
         encoded = encode(texts, TEMPLATE, self.tokenizer)
         facts = {
             "index": index,
@@ -203,7 +203,7 @@ class Items:
     def _image(self, name: str, several: bool) -> tuple[Tensor, list[int]]:
         image = image_of(self.files[name])
         planner = self.planners["multi_image" if several else "image"]
-        views = planner.cut(image, planner.plan(MediumSize(1, image.height, image.width)))
+        views = planner.cut(image, planner.plan(MediaSize(1, image.height, image.width)))
         stacked = torch.stack([torch.from_numpy(view) for view in views])
         anyres = not several and str(self.options["image_aspect_ratio"]).startswith("anyres")
         return (stacked if anyres else stacked[0]), list(image.size)
@@ -224,7 +224,7 @@ class Items:
             size = [frames[0].shape[1], frames[0].shape[0]]
         pictures = [image_of(frames[index]) for index in indices]
         planner = self.planners["video"]
-        plan = planner.plan(MediumSize(len(pictures), pictures[0].height, pictures[0].width))
+        plan = planner.plan(MediaSize(len(pictures), pictures[0].height, pictures[0].width))
         views = torch.stack([torch.from_numpy(view) for view in planner.cut(pictures, plan)])
         return views, size, (len(frames) / rate, times)
 

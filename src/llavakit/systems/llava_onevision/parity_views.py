@@ -15,7 +15,7 @@ from llavakit.proof.golden import Case, Result
 from llavakit.registry import ARRANGEMENTS, PLANNERS
 from llavakit.systems.llava_onevision.checkpoint import media_of
 from llavakit.views import tiles
-from llavakit.views.plan import MediumSize, Plan
+from llavakit.views.plan import MediaSize, Plan
 
 
 def select_best_resolution(case: Case) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Planned:
 
     def plan(self, size: tuple[int, int]) -> Plan:
         """The plan of an image of (width, height)."""
-        return self.planner.plan(MediumSize(1, size[1], size[0]))
+        return self.planner.plan(MediaSize(1, size[1], size[0]))
 
     def counts(self, plan: Plan) -> dict[str, int]:
         """Rows and columns of the map after the base view, and tokens in all."""
@@ -117,7 +117,7 @@ def image_of(array: Tensor) -> Image.Image:
 def views_of(options: Mapping[str, Any], image: Image.Image) -> Tensor:
     """All views of an image, [views, 3, size, size]."""
     planner = PLANNERS.build(dict(options))
-    return torch.from_numpy(np.stack(planner.cut(image, planner.plan(MediumSize(1, image.height, image.width)))))
+    return torch.from_numpy(np.stack(planner.cut(image, planner.plan(MediaSize(1, image.height, image.width)))))
 
 
 def process_anyres_image(case: Case) -> dict[str, Tensor]:

@@ -36,11 +36,11 @@ class Released(ClassicLayout):
             "heads": raw.get("mm_num_heads", heads),
         }
 
-    def extend_config(self, raw: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
+    def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
         views = {
             "type": "native_slices",
-            "size": tower["image_size"],
-            "patch": tower["patch_size"],
+            "size": encoder["image_size"],
+            "patch": encoder["patch_size"],
             "max_slices": raw.get("mm_max_slices", 7),
         }
         return {"media": {"image": {"views": views, "arrange": {"type": "spatial_schema"}}}, "template": "v1"}

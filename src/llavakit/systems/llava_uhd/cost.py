@@ -17,21 +17,21 @@ from llavakit.proof.cost import CostReport, count, language_model, on_meta, pref
 from llavakit.systems.llava_uhd.partition import NativeSlices
 from llavakit.systems.llava_uhd.resampler import pool_shape
 from llavakit.systems.llava_uhd.schema import SpatialSchema
-from llavakit.views.plan import MediumSize, Plan
-from llavakit.vision.known import KNOWN_TOWERS
+from llavakit.views.plan import MediaSize, Plan
+from llavakit.vision.known import KNOWN_ENCODERS
 
 WIDTH, PATCH, SIDE = 5120, 14, 24
 VICUNA = {"hidden_size": WIDTH, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 
 
 def _clip() -> CLIPVisionConfig:
-    known = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+    known = KNOWN_ENCODERS["openai/clip-vit-large-patch14-336"]
     return CLIPVisionConfig(**{key: value for key, value in known.items() if key != "model_type"})
 
 
 @functools.lru_cache(maxsize=64)
 def vision(rows: int, cols: int) -> int:
-    """All 24 layers of the tower on one view of rows x cols patches."""
+    """All 24 layers of the encoder on one view of rows x cols patches."""
     return vision_flops(_clip(), rows * PATCH, cols * PATCH).total
 
 
@@ -78,7 +78,7 @@ def mlp(tokens: int) -> int:
 
 def plan(width: int, height: int) -> Plan:
     """The released planner's views of an image."""
-    return NativeSlices().plan(MediumSize(1, height, width))
+    return NativeSlices().plan(MediaSize(1, height, width))
 
 
 def prompt_tokens(plan: Plan, queries: int) -> int:
@@ -89,7 +89,7 @@ def prompt_tokens(plan: Plan, queries: int) -> int:
 
 
 def whole(plan: Plan, queries: int) -> int:
-    """Tower, resampler and language model on the views of a plan."""
+    """Encoder, resampler and language model on the views of a plan."""
     grids = [(view.height // PATCH, view.width // PATCH) for view in plan.views]
     connector = spatial if queries == 144 else perceiver
     views = sum(vision(rows, cols) + connector(rows, cols, queries) for rows, cols in grids)

@@ -2,7 +2,7 @@
 
 A 14 x 14 patch of stripes lies somewhere on noise; its class is direction and period. Canvases come in seven shapes
 from 1:4 to 4:1, and two more that are never trained on. Three arms see the same pictures through the same kind of
-tower and reader: the whole image squeezed into a square (`lowres`), a fixed 3 x 2 grid plus overview (`fixed`), and
+encoder and reader: the whole image squeezed into a square (`lowres`), a fixed 3 x 2 grid plus overview (`fixed`), and
 the planner's native slices plus overview (`uhd`), the last two with 4 tokens per view (spec section 11).
 """
 
@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from llavakit.connectors.general import Resampler
 from llavakit.proof.miniature import Comparison, Verdict, run_seeds
 from llavakit.systems.llava_uhd.partition import NativeSlices
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
@@ -50,7 +50,7 @@ def _resize(pictures: Tensor, height: int, width: int) -> Tensor:
 
 
 def views_of(arm: str, pictures: Tensor) -> list[Tensor]:
-    """What an arm's tower sees: tensors [pictures, views, 1, h, w], views of one size together, overview last."""
+    """What an arm's encoder sees: tensors [pictures, views, 1, h, w], views of one size together, overview last."""
     height, width = pictures.shape[-2:]
     if arm == "lowres":
         side = max(height, width)
@@ -67,7 +67,7 @@ def views_of(arm: str, pictures: Tensor) -> list[Tensor]:
     if arm == "fixed":
         cols, rows, tile, overview = 3, 2, (BASE, BASE), (BASE, BASE)
     else:
-        plan = NativeSlices(size=BASE, patch=PATCH).plan(MediumSize(1, height, width))
+        plan = NativeSlices(size=BASE, patch=PATCH).plan(MediaSize(1, height, width))
         cols, rows = plan.cols, plan.rows
         tile = (plan.views[0].height, plan.views[0].width)
         overview = (plan.views[-1].height, plan.views[-1].width)
@@ -78,7 +78,7 @@ def views_of(arm: str, pictures: Tensor) -> list[Tensor]:
 
 
 class Reader(nn.Module):
-    """Tower, connector and a two-layer reader with one query; sliced arms get separators between their tokens."""
+    """Encoder, connector and a two-layer reader with one query; sliced arms get separators between their tokens."""
 
     def __init__(self, arm: str) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Reader(nn.Module):
             image_size=BASE,
             patch_size=PATCH,
         )
-        self.tower = CLIPVisionModel(config)
+        self.encoder = CLIPVisionModel(config)
         self.geometry = geometry_of(config)
         sliced = arm != "lowres"
         self.connector = (
@@ -115,7 +115,7 @@ class Reader(nn.Module):
         for number, views in enumerate(views_of(self.arm, pictures)):
             count, per = views.shape[:2]
             flat = views.flatten(0, 1)
-            features = encode_views(self.tower, flat, -1, "default", self.geometry)
+            features = encode_views(self.encoder, flat, -1, "default", self.geometry)
             if self.arm == "lowres":
                 parts.append(self.connector(features))
                 continue

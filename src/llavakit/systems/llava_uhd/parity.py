@@ -24,7 +24,7 @@ from llavakit.systems.llava_uhd.cost import golden_flops
 from llavakit.systems.llava_uhd.partition import NativeSlices, preview_partition
 from llavakit.systems.llava_uhd.resampler import SpatialResampler, pool_shape
 from llavakit.systems.llava_uhd.schema import SpatialSchema
-from llavakit.views.plan import MediumSize, Plan, Planner, View
+from llavakit.views.plan import MediaSize, Plan, Planner, View
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
@@ -56,7 +56,7 @@ def planner(case: Case) -> Result:
     own = slicer(case.config)
     plans = []
     for (width, height), expected in zip(case.json()["sizes"], case.expected_json["plans"], strict=True):
-        size = MediumSize(1, height, width)
+        size = MediaSize(1, height, width)
         facts: dict[str, Any] = {"size": [width, height]}
         if "error" in expected and own.long_side and int(own.long_side / max(width, height) * min(width, height)) < 1:
             plans.append(expected)  # the original loses a side there; llavakit keeps one pixel
@@ -98,7 +98,7 @@ def preprocess(case: Case) -> Result:
     """Pixels of overview and slices."""
     image = Image.fromarray(case.tensors()["image"].numpy())
     own = slicer(case.config)
-    plan = own.plan(MediumSize(1, image.height, image.width))
+    plan = own.plan(MediaSize(1, image.height, image.width))
     views = [torch.from_numpy(view) for view in own.cut(image, plan)]
     tensors = {"overview": views[-1]}
     if len(views) > 1:
@@ -113,7 +113,7 @@ def preprocess_fullscale(case: Case) -> Result:
     for width, height in case.json()["sizes"]:
         y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
         image = Image.fromarray(((7 * x + 13 * y + 29 * c + (x * y) % 97) % 256).astype(np.uint8))
-        plan = own.plan(MediumSize(1, height, width))
+        plan = own.plan(MediaSize(1, height, width))
         views = own.cut(image, plan)
         images.append(
             {
@@ -141,10 +141,10 @@ def clip_native_aspect(case: Case) -> Result:
     """Position tables and hidden states of non-square inputs."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    tower = CLIPVisionModel(CLIPVisionConfig(**case.config)).eval()
-    own = tower.state_dict()
-    tower.load_state_dict({n if n in own else n.removeprefix("vision_model."): t for n, t in case.weights().items()})
-    embeddings = getattr(tower, "vision_model", tower).embeddings
+    encoder = CLIPVisionModel(CLIPVisionConfig(**case.config)).eval()
+    own = encoder.state_dict()
+    encoder.load_state_dict({n if n in own else n.removeprefix("vision_model."): t for n, t in case.weights().items()})
+    embeddings = getattr(encoder, "vision_model", encoder).embeddings
     outputs = {}
     with torch.no_grad():
         for name, pixels in case.tensors().items():
@@ -153,7 +153,7 @@ def clip_native_aspect(case: Case) -> Result:
             if (height, width) != (case.config["image_size"],) * 2:
                 table = embeddings.interpolate_pos_encoding(table, height, width)
             outputs[f"{name}_pos"] = table
-            outputs[f"{name}_hidden_m2"] = encode_views(tower, pixels, -2, "default", geometry_of(tower.config))
+            outputs[f"{name}_hidden_m2"] = encode_views(encoder, pixels, -2, "default", geometry_of(encoder.config))
     return Result(tensors=outputs)
 
 
@@ -202,17 +202,17 @@ def pooling_size(case: Case) -> Result:
 class _Given(Planner):
     """Plans of views that a case hands over ready-made, looked up by a number that stands for the size."""
 
-    def __init__(self, plans: Mapping[MediumSize, Plan]) -> None:
+    def __init__(self, plans: Mapping[MediaSize, Plan]) -> None:
         self.plans = plans
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         return self.plans[size]
 
-    def cut(self, medium: Any, plan: Plan) -> list[np.ndarray]:
+    def cut(self, item: Any, plan: Plan) -> list[np.ndarray]:
         raise TypeError("the views of a golden case are given")
 
 
-def _case_plan(overview: Tensor, slices: Tensor, marks: list[int], row_mark: int, size: MediumSize) -> Plan:
+def _case_plan(overview: Tensor, slices: Tensor, marks: list[int], row_mark: int, size: MediaSize) -> Plan:
     """The plan that the given views and separators imply; rows end where the row separator stands."""
     views, row, col, cols = [], 0, 0, 0
     for mark in marks:
@@ -249,7 +249,7 @@ def end_to_end(case: Case) -> Result:
     model.load_state_dict(state)
 
     marks = case.json()["ind_tokens"]
-    sizes = [MediumSize(1, number + 1, 1) for number in range(len(marks))]
+    sizes = [MediaSize(1, number + 1, 1) for number in range(len(marks))]
     plans = {
         size: _case_plan(inputs[f"image{n}"], inputs[f"patches{n}"], marks[n], config["newline_id"], size)
         for n, size in enumerate(sizes)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from llavakit.errors import UserError
 from llavakit.views.image import ImagePlanner
-from llavakit.views.plan import MediumSize, Plan, View
+from llavakit.views.plan import MediaSize, Plan, View
 
 Size = tuple[float, float]  # width, height
 
@@ -101,7 +101,7 @@ class NativeSlices(ImagePlanner):
         self.patch, self.max_slices, self.split = patch, max_slices, split
         self.overview_only, self.long_side, self.max_patches = overview_only, long_side, max_patches
 
-    def resized(self, size: MediumSize) -> tuple[int, int]:
+    def resized(self, size: MediaSize) -> tuple[int, int]:
         """(width, height) after the resize of the long side; a side never vanishes."""
         if self.long_side is None:
             return size.width, size.height
@@ -117,7 +117,7 @@ class NativeSlices(ImagePlanner):
         counts = [count for count in (ideal - 1, ideal, ideal + 1) if 1 < count <= self.max_slices]
         return choose_grid(width, height, counts)
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         width, height = self.resized(size)
         grid = self.grid(width, height)
         overview = self._view(width, height, enlarge=grid is None)

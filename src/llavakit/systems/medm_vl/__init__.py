@@ -16,8 +16,8 @@ SYSTEM = System(
     checkpoints=("shiym2000/MedM-VL-2D-3B-en", "shiym2000/MedM-VL-CT-Chest-3B-en"),
     parts={
         "encoders": {
-            "m3d_clip_vision": f"{_PACKAGE}.towers:M3DClipVision",
-            "medm_clip_vision": f"{_PACKAGE}.towers:MedMClipVision",
+            "m3d_clip_vision": f"{_PACKAGE}.encoders:M3DClipVision",
+            "medm_clip_vision": f"{_PACKAGE}.encoders:MedMClipVision",
         },
         "planners": {"volume_box": f"{_PACKAGE}.volumes:Box", "volume_slices": f"{_PACKAGE}.volumes:Slices"},
         "connectors": {"attention_pooling": f"{_PACKAGE}.connector:AttentionPooling"},

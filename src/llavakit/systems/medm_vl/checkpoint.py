@@ -1,7 +1,7 @@
 """MedM-VL's published files: keys by part (`llm`, `encoder_image`, `connector_image`, `..._image3d`).
 
 Two generations of config.json exist: with the prefix `lvlm_` and without. The files name their parts by hub id; the
-configurations of the published ones are written out here, others are read from `--base` and `--vision-tower`.
+configurations of the published ones are written out here, others are read from `--base` and `--vision-encoder`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llavakit.checkpoints.files import LazyState, read_folder, read_json
 from llavakit.checkpoints.layouts import Layout, mlp_options, rename_with
 from llavakit.errors import CheckpointError
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.vision.known import KNOWN_TOWERS
+from llavakit.vision.known import KNOWN_ENCODERS
 
 KNOWN_LLMS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-3B-Instruct": {
@@ -78,35 +78,35 @@ class Published(Layout):
         deep = fields.get("encoder_image3d_type")
         slots: dict[str, Any] = {}
         if flat:
-            slots["image"] = self._slot(fields, "image", sources.get("tower"))
+            slots["image"] = self._slot(fields, "image", sources.get("encoder"))
         if deep:
-            slots["volume"] = self._slot(fields, "image3d", sources.get("tower"))
+            slots["volume"] = self._slot(fields, "image3d", sources.get("encoder"))
         if not slots:
             raise CheckpointError("config.json: names no encoder; it should hold encoder_image_type or its 3D form")
         first = slots.get("image") or slots["volume"]
-        tower, layer, strategy, connector = first
+        encoder, layer, strategy, connector = first
         media: dict[str, Any] = {}
         extra: dict[str, Any] = {}
         if flat:
-            size = tower["image_size"]
+            size = encoder["image_size"]
             views = {"type": "squash", "size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
             media["image"] = {"views": views}
             # as published, a volume goes through the 2D slot if there is one
             media["volume"] = {"views": {"type": "volume_slices", "size": size, "stored": self._stored(raw)}}
         else:
-            intensity = "standard" if tower["model_type"] == "medm_clip_vision" else "minmax"
-            size = list(tower.get("image_size", VOLUME_SIZE))
+            intensity = "standard" if encoder["model_type"] == "medm_clip_vision" else "minmax"
+            size = list(encoder.get("image_size", VOLUME_SIZE))
             views = {"type": "volume_box", "size": size, "intensity": intensity, "stored": self._stored(raw)}
             media["volume"] = {"views": views}
         if flat and deep:
             tower3, layer3, strategy3, connector3 = slots["volume"]
             extra = {
-                "extra_towers": {VOLUME_TOWER: {"config": tower3, "layer": layer3, "strategy": strategy3}},
-                "extra_connectors": {VOLUME_CONNECTOR: {**connector3, "tower": VOLUME_TOWER}},
+                "extra_encoders": {VOLUME_TOWER: {"config": tower3, "layer": layer3, "strategy": strategy3}},
+                "extra_connectors": {VOLUME_CONNECTOR: {**connector3, "encoder": VOLUME_TOWER}},
             }
         return LlavakitConfig(
             text_config=text,
-            vision_config=tower,
+            vision_config=encoder,
             connector=connector,
             media=media,
             vision_feature_layer=layer,
@@ -147,19 +147,19 @@ class Published(Layout):
         kind = fields[f"encoder_{slot}_type"]
         if kind in ("m3dclip", "medmclip"):
             nested = fields.get(f"encoder_{slot}_config") or {}
-            tower = {**(nested if isinstance(nested, Mapping) else {})}
-            tower["model_type"] = "m3d_clip_vision" if kind == "m3dclip" else "medm_clip_vision"
+            encoder = {**(nested if isinstance(nested, Mapping) else {})}
+            encoder["model_type"] = "m3d_clip_vision" if kind == "m3dclip" else "medm_clip_vision"
         else:
-            tower = self._part(fields, f"encoder_{slot}", KNOWN_TOWERS, folder)
-            tower["model_type"] = f"{kind}_vision_model"
+            encoder = self._part(fields, f"encoder_{slot}", KNOWN_ENCODERS, folder)
+            encoder["model_type"] = f"{kind}_vision_model"
         layer = int(fields.get(f"encoder_{slot}_select_layer", -1))
         # SigLIP has no class token, so keeping it keeps everything; other encoders drop it with "patch"
         keeps = fields.get(f"encoder_{slot}_select_feature", "patch") != "patch" and kind != "siglip"
-        connector = self._connector(fields, slot, tower)
-        return tower, layer, "full" if keeps else "default", connector
+        connector = self._connector(fields, slot, encoder)
+        return encoder, layer, "full" if keeps else "default", connector
 
     @staticmethod
-    def _connector(fields: Mapping[str, Any], slot: str, tower: Mapping[str, Any]) -> dict[str, Any]:
+    def _connector(fields: Mapping[str, Any], slot: str, encoder: Mapping[str, Any]) -> dict[str, Any]:
         kind = fields.get(f"connector_{slot}_type", "mlp")
         if kind not in CONNECTORS:
             raise CheckpointError(f"config.json: connector_{slot}_type {kind!r}; known: {', '.join(CONNECTORS)}")
@@ -167,7 +167,7 @@ class Published(Layout):
         if kind == "spatial_pooling":
             options["stride"] = [2, 2, 2]
         if kind == "attn_pooling":
-            size, patch = tower.get("image_size"), tower.get("patch_size")
+            size, patch = encoder.get("image_size"), encoder.get("patch_size")
             square = isinstance(size, int) and isinstance(patch, int)
             options["queries"] = (size // patch) ** 2 if square else PUBLISHED_QUERIES
         return options
@@ -175,19 +175,19 @@ class Published(Layout):
     # names
 
     def _prefixes(self, config: LlavakitConfig) -> list[tuple[str, str, str]]:
-        """(published slot, attribute of the tower, attribute of the connector)."""
+        """(published slot, attribute of the encoder, attribute of the connector)."""
         volume_only = "image" not in config.media
         slots = [("image3d" if volume_only else "image", "vision_tower", "multi_modal_projector")]
-        if config.extra_towers:
+        if config.extra_encoders:
             slots.append(("image3d", VOLUME_TOWER, VOLUME_CONNECTOR))
         return slots
 
     def renames_in(self, config: LlavakitConfig) -> tuple[tuple[str, str], ...]:
         """Published names to llavakit's."""
         rules: list[tuple[str, str]] = []
-        for slot, tower, connector in self._prefixes(config):
-            rules.append((rf"^encoder_{slot}\.encoder\.(?:vision_model|vision_encoder)\.", f"model.{tower}."))
-            rules.append((rf"^encoder_{slot}\.encoder\.", f"model.{tower}."))
+        for slot, encoder, connector in self._prefixes(config):
+            rules.append((rf"^encoder_{slot}\.encoder\.(?:vision_model|vision_encoder)\.", f"model.{encoder}."))
+            rules.append((rf"^encoder_{slot}\.encoder\.", f"model.{encoder}."))
             for n in range(6):
                 rules.append((rf"^connector_{slot}\.connector\.{2 * n}\.", f"model.{connector}.linear_{n + 1}."))
             rules.append((rf"^connector_{slot}\.", f"model.{connector}."))
@@ -196,10 +196,10 @@ class Published(Layout):
     def write_state(self, config: LlavakitConfig, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
         rules: list[tuple[str, str]] = []
         inner = {"m3d_clip_vision": "vision_encoder.", "medm_clip_vision": ""}
-        for slot, tower, connector in self._prefixes(config):
-            kind = config.tower_config(tower)[0].model_type
+        for slot, encoder, connector in self._prefixes(config):
+            kind = config.encoder_config(encoder)[0].model_type
             level = inner.get(kind, "vision_model.")
-            rules.append((rf"^model\.{tower}\.(?:vision_model\.)?", f"encoder_{slot}.encoder.{level}"))
+            rules.append((rf"^model\.{encoder}\.(?:vision_model\.)?", f"encoder_{slot}.encoder.{level}"))
             for n in range(6):
                 rules.append((rf"^model\.{connector}\.linear_{n + 1}\.", f"connector_{slot}.connector.{2 * n}."))
             rules.append((rf"^model\.{connector}\.", f"connector_{slot}."))
@@ -223,8 +223,8 @@ class Published(Layout):
         }
         kinds = {"m3d_clip_vision": "m3dclip", "medm_clip_vision": "medmclip"}
         names = {own: published for published, own in CONNECTORS.items()}
-        for slot, tower, connector in self._prefixes(config):
-            encoder, layer, strategy = config.tower_config(tower)
+        for slot, encoder, connector in self._prefixes(config):
+            encoder, layer, strategy = config.encoder_config(encoder)
             options = config.connector_options(connector)
             kind = kinds.get(encoder.model_type, encoder.model_type.removesuffix("_vision_model"))
             fields |= {

@@ -17,11 +17,11 @@ from llavakit.views.plan import Plan
 class AttentionPooling(MLP):
     """One cross-attention (no norm, residual or positions), then the MLP.
 
-    All views of a medium are one sequence. As published the output does not depend on the order of tokens, so the
+    All views of a media item are one sequence. As published the output does not depend on the order of tokens, so the
     depth of a slice is lost; `slices` mends that.
 
     Args:
-        queries: Number of tokens of a medium.
+        queries: Number of tokens of a media item.
         heads: Attention heads.
         slices: Give each of so many slices a learned embedding; 0 is as published.
         options: Of the MLP.

@@ -18,8 +18,8 @@ from llavakit.proof.cost import (
 )
 from llavakit.systems.medm_vl.checkpoint import KNOWN_LLMS
 from llavakit.systems.medm_vl.connector import AttentionPooling
-from llavakit.systems.medm_vl.towers import M3DClipConfig, M3DClipVision
-from llavakit.vision.known import KNOWN_TOWERS
+from llavakit.systems.medm_vl.encoders import M3DClipConfig, M3DClipVision
+from llavakit.vision.known import KNOWN_ENCODERS
 
 SLICES, PATCHES, QUERIES, WIDTH, HIDDEN = 32, 256, 256, 768, 2048
 
@@ -56,15 +56,15 @@ def attention_pooling_flops() -> tuple[int, int]:
 def cost() -> CostReport:
     """Section 12 as a report."""
     report = CostReport("medm-vl")
-    siglip = SiglipVisionConfig(**_without(KNOWN_TOWERS["google/siglip-base-patch16-256-multilingual"], "model_type"))
+    siglip = SiglipVisionConfig(**_without(KNOWN_ENCODERS["google/siglip-base-patch16-256-multilingual"], "model_type"))
     group = "encoders"
     report.add("SigLIP base 256, with its head", parameters(vision_model(siglip)), "parameters", group=group)
     image = vision_flops(siglip).total
     report.add("SigLIP base on one image, without the head", image, "FLOPs", group=group)
     report.add("SigLIP base on one image, with the head", image + siglip_head_flops(), "FLOPs", group=group)
     report.add("SigLIP base on 32 slices", SLICES * image, "FLOPs", group=group)
-    tower = on_meta(lambda: M3DClipVision(M3DClipConfig()))
-    report.add("M3D-CLIP", parameters(tower), "parameters", group=group)
+    encoder = on_meta(lambda: M3DClipVision(M3DClipConfig()))
+    report.add("M3D-CLIP", parameters(encoder), "parameters", group=group)
     report.add("M3D-CLIP on one volume", m3d_flops(), "FLOPs", group=group)
     group = "connectors, 768 to 2048"
     pooled = on_meta(lambda: AttentionPooling(vision_width=WIDTH, hidden_size=HIDDEN, queries=QUERIES))

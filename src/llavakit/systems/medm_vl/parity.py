@@ -15,16 +15,16 @@ from llavakit.connectors.general import MLP, Pooling
 from llavakit.evaluation import metrics, processors, text_metrics
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.routes import KINDS
+from llavakit.model.routes import MODALITIES
 from llavakit.proof.golden import Case, Result
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand
 from llavakit.systems.medm_vl.checkpoint import LLM_TYPES, Published
 from llavakit.systems.medm_vl.connector import AttentionPooling
+from llavakit.systems.medm_vl.encoders import M3DClipConfig, M3DClipVision, MedMClipConfig, MedMClipVision
 from llavakit.systems.medm_vl.parity_text import batch_collator, conversation
-from llavakit.systems.medm_vl.towers import M3DClipConfig, M3DClipVision, MedMClipConfig, MedMClipVision
 from llavakit.systems.medm_vl.volumes import Box, Slices, windowed
-from llavakit.views.plan import MediumSize
+from llavakit.views.plan import MediaSize
 
 IMAGE, VOLUME = -200, -201
 STEPS = {"second": 2, "third": 3, "fourth": 4, "eighth": 8}
@@ -98,25 +98,25 @@ VOLUMETRIC = {"m3dclip": _m3d, "medmclip": _medm}
 
 def m3d_clip(case: Case) -> Result:
     """Outputs of every block of M3D-CLIP."""
-    tower = M3DClipVision(_m3d(case.config)).eval()
-    tower.load_state_dict(case.weights())
+    encoder = M3DClipVision(_m3d(case.config)).eval()
+    encoder.load_state_dict(case.weights())
     with torch.no_grad():
-        blocks = tower.block_outputs(case.tensors()["volume"])
+        blocks = encoder.block_outputs(case.tensors()["volume"])
         tensors = {f"block_output.{n}": block for n, block in enumerate(blocks)}
-        tensors["medmvl_features"] = tower.features(case.tensors()["volume"], -1, "default")
-        tensors["normed_last"] = tower.norm(blocks[-1])
+        tensors["medmvl_features"] = encoder.features(case.tensors()["volume"], -1, "default")
+        tensors["normed_last"] = encoder.norm(blocks[-1])
     return Result(tensors=tensors)
 
 
 def medm_clip(case: Case) -> Result:
     """Outputs of every layer of MedM-CLIP, and its contrastive head."""
-    tower = MedMClipVision(_medm(case.config)).eval()
-    tower.load_state_dict(case.weights())
+    encoder = MedMClipVision(_medm(case.config)).eval()
+    encoder.load_state_dict(case.weights())
     volume = case.tensors()["volume"]
     with torch.no_grad():
-        tensors = {f"layer_output.{n}": layer for n, layer in enumerate(tower.block_outputs(volume))}
-        tensors["medmvl_features"] = tower.features(volume, -1, "default")
-        tensors["clip_head"] = tower.image_embedding(volume)
+        tensors = {f"layer_output.{n}": layer for n, layer in enumerate(encoder.block_outputs(volume))}
+        tensors["medmvl_features"] = encoder.features(volume, -1, "default")
+        tensors["clip_head"] = encoder.image_embedding(volume)
     return Result(tensors=tensors)
 
 
@@ -126,7 +126,7 @@ def volume_preprocess(case: Case) -> Result:
     for number, item in enumerate(case.config["items"]):
         volume = case.tensors()[f"volume.{number}"].numpy()
         tensors[f"windowed.{number}"] = torch.from_numpy(windowed(volume, window))
-        size = MediumSize(*volume.shape)
+        size = MediaSize(*volume.shape)
         if item["encoder"] == "siglip":
             planner = Slices(size=item["image_size"], slices=item["output"][1], window=window)
             values = np.stack(planner.cut(volume, planner.plan(size)), axis=1)
@@ -149,7 +149,7 @@ def volume_preprocess_paper(case: Case) -> Result:
     """Stored grey volumes as slices."""
     volume = case.tensors()["volume"][0].numpy()
     planner = Slices(size=case.config["image_size"], stored="grey")
-    views = planner.cut(volume, planner.plan(MediumSize(*volume.shape)))
+    views = planner.cut(volume, planner.plan(MediaSize(*volume.shape)))
     return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views, axis=1))})
 
 
@@ -170,7 +170,7 @@ def tiny_model(case: Case, slices: int) -> LlavakitForConditionalGeneration:
         slices: Slices of a volume that goes through a 2D encoder.
     """
     config, weights = case.config, case.weights()
-    kind, tower = config["encoder"]["type"], _tower(config["encoder"], weights)
+    kind, encoder = config["encoder"]["type"], _tower(config["encoder"], weights)
     llm = {key: value for key, value in config["llm"].items() if key not in ("type", "qkv_bias")}
     connector = Published._connector(
         {"connector_image_type": config["connector_type"], "connector_image_name": config["connector_name"]},
@@ -180,7 +180,7 @@ def tiny_model(case: Case, slices: int) -> LlavakitForConditionalGeneration:
     if connector["type"] == "attention_pooling":
         connector["queries"] = next(t.shape[0] for name, t in weights.items() if name.endswith(".query"))
     if kind in VOLUMETRIC:
-        media = {"volume": {"views": {"type": "volume_box", "size": list(tower.image_size)}}}
+        media = {"volume": {"views": {"type": "volume_box", "size": list(encoder.image_size)}}}
     else:
         size = config["encoder"]["image_size"]
         media = {
@@ -190,7 +190,7 @@ def tiny_model(case: Case, slices: int) -> LlavakitForConditionalGeneration:
     keeps = config["select_feature"] != "patch" and kind != "siglip"
     own = LlavakitConfig(
         text_config={"model_type": LLM_TYPES[config["llm"]["type"]], **llm},
-        vision_config=tower,
+        vision_config=encoder,
         connector=connector,
         media=media,
         vision_feature_layer=config["select_layer"],
@@ -237,10 +237,10 @@ def end_to_end(case: Case) -> Result:
         for place in ids[keep].tolist():
             if place in media:
                 kind, left_over = media[place]
-                kinds.append(KINDS.index(kind))
-                medium = next(left_over)
-                views += list(medium.unbind(1)) if kind == "volume" and through_2d else [medium]
-                layouts.append(list(spec.layout(kind, MediumSize(slices if kind == "volume" else 1, 8, 8))))
+                kinds.append(MODALITIES.index(kind))
+                media_item = next(left_over)
+                views += list(media_item.unbind(1)) if kind == "volume" and through_2d else [media_item]
+                layouts.append(list(spec.layout(kind, MediaSize(slices if kind == "volume" else 1, 8, 8))))
         flat = ids[keep].masked_fill(ids[keep] == VOLUME, IMAGE).tolist()
         spliced = expand(flat, targets[keep].tolist(), layouts, placeholder=IMAGE, image_token_id=token)
         rows.append(torch.tensor(spliced.ids))
@@ -250,8 +250,8 @@ def end_to_end(case: Case) -> Result:
     present = _padded([torch.ones_like(row) for row in rows], 0, False)
     given: dict[str, Any] = {}
     if kinds:
-        sizes = [(slices if kind == KINDS.index("volume") else 1, 8, 8) for kind in kinds]
-        given = {"pixel_values": views, "visual_sizes": torch.tensor(sizes), "visual_kinds": torch.tensor(kinds)}
+        sizes = [(slices if kind == MODALITIES.index("volume") else 1, 8, 8) for kind in kinds]
+        given = {"pixel_values": views, "visual_sizes": torch.tensor(sizes), "visual_modalities": torch.tensor(kinds)}
     with torch.no_grad():
         spliced, _, _ = model.model.embed(whole, attention_mask=present, **given)
         # rows are cut after media were laid out, perhaps in the middle of one

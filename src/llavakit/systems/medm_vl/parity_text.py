@@ -69,7 +69,7 @@ def conversation(case: Case) -> Result:
                 "prompt": prompt.replace("\0", LITERALS["image"]),
                 "input_ids": ids,
                 "labels": None if asked else encoded.labels,
-                "mismatch_warning": encoded.blanked,
+                "mismatch_warning": encoded.fully_masked,
             }
         )
     return Result(json=results)

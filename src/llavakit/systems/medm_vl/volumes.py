@@ -17,7 +17,7 @@ from PIL import Image
 
 from llavakit.errors import MediaError, UserError
 from llavakit.views import pixels
-from llavakit.views.plan import MediumSize, Plan, Planner, View
+from llavakit.views.plan import MediaSize, Plan, Planner, View
 
 INTENSITIES = ("minmax", "standard")
 STORED = ("hounsfield", "grey")
@@ -59,7 +59,7 @@ class VolumePlanner(Planner):
         stored: "hounsfield", or "grey" for volumes that are 0 ... 255 already.
     """
 
-    kind = "volume"
+    modality = "volume"
 
     def __init__(self, *, window: Sequence[float] = (-1000, 1000), stored: str = "hounsfield") -> None:
         if stored not in STORED:
@@ -107,12 +107,12 @@ class Box(VolumePlanner):
             raise UserError(f"intensity: must be one of {', '.join(INTENSITIES)}, not {intensity!r}")
         self.size, self.intensity, self.mean, self.std = tuple(size), intensity, mean, std
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         depth, height, width = self.size
         return Plan("volume", size, (View(height, width, depth=depth, role="volume"),))
 
-    def cut(self, medium: Any, plan: Plan) -> list[np.ndarray]:
-        values = self.grey(np.asarray(medium))
+    def cut(self, item: Any, plan: Plan) -> list[np.ndarray]:
+        values = self.grey(np.asarray(item))
         if self.intensity == "standard":
             values = (values - np.float32(self.mean)) / np.float32(self.std)
         else:
@@ -148,13 +148,13 @@ class Slices(VolumePlanner):
         self.size, self.slices = size, slices
         self.normalise = pixels.Normaliser(image_mean, image_std)
 
-    def plan(self, size: MediumSize) -> Plan:
+    def plan(self, size: MediaSize) -> Plan:
         count = self.slices if self.stored == "hounsfield" else size.depth
         views = tuple(View(self.size, self.size, role="frame", index=index) for index in range(count))
         return Plan("volume", size, views)
 
-    def cut(self, medium: Any, plan: Plan) -> list[np.ndarray]:
-        values = self.grey(np.asarray(medium))
+    def cut(self, item: Any, plan: Plan) -> list[np.ndarray]:
+        values = self.grey(np.asarray(item))
         if self.stored == "hounsfield":
             values = resized(foreground(values), (self.slices, self.size, self.size))
         levels = values.astype(np.uint8)
