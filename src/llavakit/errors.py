@@ -6,6 +6,19 @@ would be right. The command line prints it without a traceback and exits with st
 
 from __future__ import annotations
 
+from typing import Any
+
+ECHO = 200  # characters of a foreign value that a message repeats
+
+
+def quoted(value: Any) -> str:
+    """`repr` of a value for a message, cut after `ECHO` characters; a value that has none gives its type."""
+    try:
+        text = repr(value)
+    except Exception:  # deep nesting, integers of thousands of digits, foreign classes
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= ECHO else text[: ECHO - 3] + "..."
+
 
 class UserError(Exception):
     """A mistake in the user's input; the message stands alone as one clear line."""

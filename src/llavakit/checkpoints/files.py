@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llavakit.data import strict_json
 from llavakit.errors import CheckpointError, WriteError
 
 SHARD_BYTES = 5 * 1024**3
@@ -78,16 +79,14 @@ class LazyState(Mapping[str, Tensor]):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, with a clear error."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a model folder holds config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); it should hold one object") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__}, it should hold one object")
-    return data
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        CheckpointError: If there is none; see `llavakit.data.strict_json`.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; a model folder holds config.json")
+    return strict_json.read_json(path, kind=dict, error=CheckpointError)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
