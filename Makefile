@@ -23,7 +23,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-oldest test-transformers-mixins test-vllm test-web lint bench clean
+.PHONY: help install demo serve test test-slow test-faults test-oldest test-transformers-mixins test-vllm test-web lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -47,14 +47,17 @@ serve:  ## the demo's model as an API and a web app on http://localhost:8000
 	.venv-web/bin/llavakit serve runs/demo/final $(ARGS)
 
 test: $(STAMP)  ## the fast tests; ARGS="tests/test_cli.py -k chat" narrows them
-	$(BIN)/python -m pytest -m "not slow and not vllm and not web" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not faults and not vllm and not web" $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out
-	$(BIN)/python -m pytest -m "slow and not vllm and not web" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not faults and not vllm and not web" $(ARGS)
+
+test-faults: $(STAMP)  ## thousands of malformed inputs from fixed seeds, with a table; about 10 minutes
+	$(BIN)/python -m pytest -m faults tests/faults $(ARGS)
 
 test-oldest:  ## the fast tests against the oldest transformers that is supported, in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest
-	.venv-oldest/bin/python -m pytest -m "not slow and not vllm and not web" $(ARGS)
+	.venv-oldest/bin/python -m pytest -m "not slow and not faults and not vllm and not web" $(ARGS)
 
 .venv-oldest/.oldest: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) 'transformers==$(OLDEST_TRANSFORMERS)'
