@@ -1,13 +1,12 @@
 """Layouts: published checkpoint files to and from llavakit's own.
 
 A layout says how a folder that somebody published maps to a configuration and to names of tensors, and back. The
-base class for the classic LLaVA code base is here, since most systems published in a variation of it; each system's
-own layout lives in its folder and is chosen by looking at the files, never at the folder's name.
+classic LLaVA code base, in a variation of which most systems published, is `checkpoints.classic`; each system's own
+layout lives in its folder and is chosen by looking at the files, never at the folder's name.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,14 +14,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llavakit.checkpoints.files import LazyState, read_file, read_folder, read_json
+from llavakit.checkpoints.files import LazyState
 from llavakit.errors import CheckpointError, UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.registry import LAYOUTS
 from llavakit.system import systems
-from llavakit.vision.known import KNOWN_ENCODERS
 
-OWN_TOWER = "vision_tower"  # name of an encoder that was not published on its own
 Renames = tuple[tuple[str, str], ...]
 
 _DEAD_KEYS = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
@@ -96,263 +93,6 @@ class Layout:
 
     def write_parts(self, config: LlavakitConfig, folder: Path) -> None:
         """Configurations of parts that config.json only names; the default writes none."""
-
-
-class ClassicLayout(Layout):
-    """The classic code base: `model.mm_projector.*`, `model.vision_tower.vision_tower.*`, flat language-model keys.
-
-    Reads full checkpoints, LoRA folders (adapter plus `non_lora_trainables.bin`) and connector-only files.
-    Subclasses override `extend_config`, `own_renames` and the class attributes.
-    """
-
-    form = "original"
-    model_types: ClassVar[tuple[str, ...]] = ()
-    text_types: ClassVar[dict[str, str]] = {"mistral": "mistral", "qwen": "qwen2"}
-    own_renames: ClassVar[Renames] = ()
-    own_renames_out: ClassVar[Renames] = ()
-
-    def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
-        return raw.get("model_type") in self.model_types and "text_config" not in raw and "mm_vision_tower" in raw
-
-    # configuration
-
-    def text_config(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The language model's part of a flat config.json."""
-        from transformers import CONFIG_MAPPING
-
-        hint = f"{raw.get('model_type', '')} {' '.join(raw.get('architectures') or [])}".lower()
-        model_type = next((kind for word, kind in self.text_types.items() if word in hint), "llama")
-        known = set(CONFIG_MAPPING[model_type]().to_dict()) | {"rope_theta", "rope_scaling"}
-        skip = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
-        return {"model_type": model_type} | {k: v for k, v in raw.items() if k in known - skip and v is not None}
-
-    def encoder_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
-        """The encoder's configuration: from a given or named local folder, else from the table of known encoders."""
-        named = str(raw["mm_vision_tower"])
-        for folder in (sources.get("encoder"), Path(named)):
-            if folder is not None and (folder / "config.json").is_file():
-                config = read_json(folder / "config.json")
-                return config.get("vision_config", config) | {"model_type": vision_model_type(config)}
-        if named in KNOWN_ENCODERS:
-            return dict(KNOWN_ENCODERS[named])
-        raise CheckpointError(
-            f"config.json: mm_vision_tower {named!r} is neither a local folder nor a known encoder; "
-            f"name its folder with --vision-tower; known: {', '.join(KNOWN_ENCODERS)}"
-        )
-
-    def connector(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The connector that `mm_projector_type` names."""
-        return mlp_options(str(raw.get("mm_projector_type", "linear")))
-
-    def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
-        """What a system adds to or changes in the configuration (media, template, adapter, ...)."""
-        raise NotImplementedError(f"{type(self).__name__} must define extend_config")
-
-    def read_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LlavakitConfig:
-        """llavakit's configuration from a classic config.json."""
-        encoder = self.encoder_config(raw, sources)
-        text = self.text_config(raw)
-        fields: dict[str, Any] = {
-            "text_config": text,
-            "vision_config": encoder,
-            "connector": self.connector(raw),
-            "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
-            "vision_feature_select_strategy": "full"
-            if raw.get("mm_vision_select_feature") == "cls_patch"
-            else "default",
-            "image_token_id": text.get("vocab_size", 32000),
-            "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-            "system": self.system,
-            "bos_token_id": raw.get("bos_token_id"),
-            "eos_token_id": raw.get("eos_token_id"),
-            "pad_token_id": raw.get("pad_token_id"),
-        }
-        return LlavakitConfig(**(fields | self.extend_config(raw, encoder)))
-
-    # tensors
-
-    def renames_in(self) -> Renames:
-        """Published names to llavakit's."""
-        return (
-            *self.own_renames,
-            (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
-            (r"^model\.mm_projector\.(weight|bias)$", r"model.multi_modal_projector.linear_1.\1"),
-            *((rf"^model\.mm_projector\.{2 * n}\.", f"model.multi_modal_projector.linear_{n + 1}.") for n in range(6)),
-            (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
-        )
-
-    def renames_out(self, config: LlavakitConfig) -> Renames:
-        """llavakit's names to the published ones."""
-        single = config.connector.get("depth", 2) == 1
-        return (
-            *self.own_renames_out,
-            (r"^model\.vision_tower\.(?:vision_model\.)?", "model.vision_tower.vision_tower.vision_model."),
-            *(((r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector."),) if single else ()),
-            *((rf"^model\.multi_modal_projector\.linear_{n + 1}\.", f"model.mm_projector.{2 * n}.") for n in range(6)),
-            (r"^model\.language_model\.", "model."),
-        )
-
-    def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
-        if raw.get("mm_vision_tower") == OWN_TOWER and (folder / OWN_TOWER / "config.json").is_file():
-            sources = {"encoder": folder / OWN_TOWER, **sources}
-        config = self.read_config(raw, sources)
-        if (folder / "adapter_config.json").is_file():
-            state = self._read_lora(folder, sources)
-        elif any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):
-            stem = read_folder(folder, "mm_projector").renamed(strip_trainable_prefix)
-            state = read_folder(self._base(folder, sources, raw.get("_name_or_path"))).joined(stem)
-        else:
-            state = read_folder(folder)
-        state = state.renamed(rename_with(self.renames_in()))
-        if not any(name.startswith("model.vision_tower.") for name in state):
-            state = state.joined(self._read_tower(raw, sources))
-        return config, self.drop_unused(config, state)
-
-    def read_own(self, folder: Path, raw: dict[str, Any]) -> LazyState:
-        if (folder / "adapter_config.json").is_file():
-            state = self._read_lora(folder, {})
-        elif any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):
-            state = read_folder(folder, "mm_projector").renamed(strip_trainable_prefix)
-        else:
-            state = read_folder(folder)
-        return state.renamed(rename_with(self.renames_in()))
-
-    def part_config(self, folder: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-        return self.text_config(raw) if name == "text_config" else self.encoder_config(raw, {})
-
-    def drop_unused(self, config: LlavakitConfig, state: LazyState) -> LazyState:
-        """Tensors that the original never used and llavakit does not build."""
-        return state
-
-    def _read_tower(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LazyState:
-        folder = sources.get("encoder") or Path(str(raw["mm_vision_tower"]))
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"the checkpoint holds no vision encoder and {folder} is not a local folder; "
-                "name the encoder's folder with --vision-tower"
-            )
-        rules = (
-            (r"^(?:vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.", r"model.vision_tower.\1."),
-        )
-        return read_folder(folder).renamed(rename_with(rules, keep_unmatched=False))
-
-    @staticmethod
-    def _base(folder: Path, sources: Mapping[str, Path], named: str | None) -> Path:
-        base = sources.get("base") or (Path(named) if named else None)
-        if base is None or not base.is_dir():
-            raise CheckpointError(
-                f"{folder}: holds only trained parts; name the folder of the language model with --base "
-                f"(the checkpoint names {named!r}, which is not a local folder)"
-            )
-        return base
-
-    def _read_lora(self, folder: Path, sources: Mapping[str, Path]) -> LazyState:
-        adapter = read_json(folder / "adapter_config.json")
-        state = read_folder(self._base(folder, sources, adapter.get("base_model_name_or_path")))
-        extra = folder / "non_lora_trainables.bin"
-        if not extra.is_file():
-            raise CheckpointError(f"{extra}: missing; a LoRA folder holds the connector there")
-        state = state.joined(read_file(extra).renamed(strip_trainable_prefix))
-        return merge_lora(state, read_folder(folder, "adapter_model"), adapter, str(folder))
-
-    # writing
-
-    def write_state(self, config: LlavakitConfig, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-        rename = rename_with(self.renames_out(config))
-        for name in state:
-            new = rename(name)
-            if new is not None:
-                yield new, state[name]
-
-    def write_parts(self, config: LlavakitConfig, folder: Path) -> None:
-        """An encoder that nobody published is described in a folder of its own, which `read` looks for."""
-        named = self.write_config(config).get("mm_vision_tower")
-        if named == OWN_TOWER:
-            (folder / OWN_TOWER).mkdir()
-            text = json.dumps(config.vision_config.to_dict(), indent=2, default=str)
-            (folder / OWN_TOWER / "config.json").write_text(text + "\n", encoding="utf-8")
-
-    def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
-        text = config.text_config.to_dict()
-        depth = config.connector.get("depth", 2)
-        names = {size["image_size"]: name for name, size in KNOWN_ENCODERS.items() if _same_tower(size, config)}
-        fields = {
-            "architectures": ["LlavaLlamaForCausalLM"],
-            "model_type": self.model_types[0],
-            "mm_hidden_size": config.vision_config.hidden_size,
-            "mm_projector_type": "linear" if depth == 1 else f"mlp{depth}x_gelu",
-            "mm_vision_select_layer": config.vision_feature_layer,
-            "mm_vision_select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
-            "mm_vision_tower": names.get(config.vision_config.image_size, OWN_TOWER),
-            "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False,
-            "use_mm_proj": True,
-        }
-        return {key: value for key, value in text.items() if key not in ("model_type", "_name_or_path")} | fields
-
-
-def _same_tower(known: Mapping[str, Any], config: LlavakitConfig) -> bool:
-    own = config.vision_config.to_dict()
-    return all(own.get(key) == value for key, value in known.items())
-
-
-def vision_model_type(config: Mapping[str, Any]) -> str:
-    """The vision part's model type of a CLIP-like config.json."""
-    kind = config.get("model_type", "clip")
-    return kind if kind.endswith("_vision_model") or "vision_config" not in config else f"{kind}_vision_model"
-
-
-def mlp_options(name: str) -> dict[str, Any]:
-    """Options of the `mlp` connector from the classic names `linear`, `mlpNx_gelu`, `identity`.
-
-    Raises:
-        CheckpointError: If the name is another.
-    """
-    if name == "linear":
-        return {"type": "mlp", "depth": 1}
-    if name == "identity":
-        return {"type": "mlp", "depth": 0}
-    found = re.fullmatch(r"mlp(\d+)x_gelu", name)
-    if not found:
-        raise CheckpointError(
-            f"config.json: mm_projector_type {name!r} is unknown; known: linear, mlpNx_gelu, identity"
-        )
-    return {"type": "mlp", "depth": int(found[1])}
-
-
-def strip_trainable_prefix(name: str) -> str:
-    """Names in `mm_projector.bin` and `non_lora_trainables.bin` without what training wrapped around them."""
-    name = name.removeprefix("base_model.")
-    return name.removeprefix("model.") if name.startswith("model.model.") else name
-
-
-def merge_lora(state: LazyState, adapter: LazyState, config: Mapping[str, Any], where: str) -> LazyState:
-    """Add B A x alpha / r to the weights that a LoRA adapter changes (PEFT's file layout).
-
-    Raises:
-        CheckpointError: If the adapter changes a weight that the base does not have, or is of another kind.
-    """
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
-        raise CheckpointError(f"{where}/adapter_config.json: only plain LoRA adapters can be merged")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    merged, origin = {}, {}
-    for name in adapter:
-        if ".lora_A." not in name:
-            continue
-        target = strip_trainable_prefix(
-            name.replace(".lora_A.weight", ".weight").replace(".lora_A.default.weight", ".weight")
-        )
-        if target not in state:
-            raise CheckpointError(f"{where}: the adapter changes {target!r}, which the base model does not have")
-
-        def read(name: str = name, target: str = target) -> Tensor:
-            down, up = adapter[name].float(), adapter[name.replace(".lora_A.", ".lora_B.")].float()
-            weight = state[target]
-            return (weight.float() + scale * (up @ down)).to(weight.dtype)
-
-        merged[target], origin[target] = read, adapter.origin.get(name, "")
-    return state.joined(LazyState(merged, origin))
 
 
 def layouts() -> dict[str, Layout]:

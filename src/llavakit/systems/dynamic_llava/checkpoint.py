@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llavakit.checkpoints.classic import ClassicLayout
 from llavakit.checkpoints.files import LazyState
-from llavakit.checkpoints.layouts import ClassicLayout, Renames
+from llavakit.checkpoints.layouts import Renames
 from llavakit.model.configuration import LlavakitConfig
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavakit.checkpoints.classic import ClassicLayout
 from llavakit.checkpoints.files import LazyState, read_folder
-from llavakit.checkpoints.layouts import ClassicLayout, Layout, rename_with
+from llavakit.checkpoints.layouts import Layout, rename_with
 from llavakit.model.configuration import LlavakitConfig
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

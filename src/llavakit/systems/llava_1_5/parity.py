@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavakit.checkpoints.layouts import mlp_options, rename_with
+from llavakit.checkpoints.classic import mlp_options
+from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
 from llavakit.model.configuration import LlavakitConfig

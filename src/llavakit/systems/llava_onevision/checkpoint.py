@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavakit.checkpoints.classic import ClassicLayout, mlp_options
 from llavakit.checkpoints.files import LazyState, read_folder, read_json
-from llavakit.checkpoints.layouts import ClassicLayout, Layout, mlp_options, rename_with
+from llavakit.checkpoints.layouts import Layout, rename_with
 from llavakit.errors import CheckpointError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.views.tiles import candidates

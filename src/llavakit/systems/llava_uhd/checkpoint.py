@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llavakit.checkpoints.classic import ClassicLayout
 from llavakit.checkpoints.files import LazyState
-from llavakit.checkpoints.layouts import ClassicLayout, Renames
+from llavakit.checkpoints.layouts import Renames
 from llavakit.connectors.general import sincos_table
 from llavakit.model.configuration import LlavakitConfig
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llavakit.checkpoints.classic import mlp_options
 from llavakit.checkpoints.files import LazyState, read_folder, read_json
-from llavakit.checkpoints.layouts import Layout, mlp_options, rename_with
+from llavakit.checkpoints.layouts import Layout, rename_with
 from llavakit.errors import CheckpointError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.vision.known import KNOWN_ENCODERS

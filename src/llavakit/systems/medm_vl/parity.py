@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llavakit.checkpoints.layouts import mlp_options, rename_with
+from llavakit.checkpoints.classic import mlp_options
+from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP, Pooling
 from llavakit.evaluation import metrics, processors, text_metrics
