@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny_server import small_chat
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.generation.logits_process import (
@@ -21,6 +22,8 @@ from transformers.generation.logits_process import (
 )
 
 from llavakit.connectors.base import Connector
+from llavakit.conversation.builtin import VICUNA_V1
+from llavakit.conversation.template import Template
 from llavakit.errors import UserError
 from llavakit.generation import Engine, Request, RequestFailed, SamplingParams
 from llavakit.generation.cache import ByteBounded, PrefixStore, RowCache, prompt_keys
@@ -58,14 +61,19 @@ def samples(net: Any) -> list[dict[str, Any]]:
     return [tiny.prompt(net, layout, seed) for seed, layout in enumerate(LAYOUTS)]
 
 
-def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level: ids below the vocabulary are single bytes, so that characters spread over tokens."""
-    vocabulary = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+def bytes_tokenizer(special: dict[int, str] | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level: ids below the vocabulary are single bytes, so that characters spread over tokens.
+
+    Args:
+        special: Special tokens in the place of bytes, by id.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {(special or {}).get(number, token): number for number, token in enumerate(alphabet)}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": list((special or {}).values())})
     return tokenizer
 
 
@@ -111,7 +119,7 @@ def test_eos_ends_a_reply_and_defaults_to_the_models(net: Any, samples: list[dic
     assert reply.token_ids == free[: free.index(eos) + 1]
     assert reply.finish_reason == "stop"
     assert reply.stop is None
-    assert Engine(net)._eos == {2}
+    assert Engine(net).eos_token_ids == {2}
 
 
 def test_reply_is_cut_at_the_decoders_positions(net: Any, samples: list[dict[str, Any]]) -> None:
@@ -657,6 +665,88 @@ def test_stop_string_in_a_request(net: Any, samples: list[dict[str, Any]]) -> No
     assert quiet.text == text
     with pytest.raises(UserError, match="tokenizer"):
         Engine(net).submit(request(samples[1], stop="x"))
+
+
+def special_chat(net: Any, samples: list[dict[str, Any]], place: int = 3) -> tuple[Any, int, list[int]]:
+    """An engine whose tokenizer calls a token that the model will say `<|eot|>`; the token and the whole reply."""
+    whole = alone(net, samples[0], 12)
+    return Engine(net, bytes_tokenizer({whole[place]: "<|eot|>"})), whole[place], whole
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_special_token_as_stop_string_ends_a_reply(
+    net: Any, samples: list[dict[str, Any]], stream: bool, skip: bool
+) -> None:
+    engine, token, whole = special_chat(net, samples)
+    stop = {"stop": ["<|eot|>", "never said"], "skip_special_tokens": skip}
+    reply = engine.submit(request(samples[0], **stop), stream=stream).result()
+    assert reply.token_ids == whole[: whole.index(token) + 1]
+    assert (reply.finish_reason, reply.stop) == ("stop", "<|eot|>")
+    assert reply.text == engine.tokenizer.decode(reply.token_ids[:-1])
+    ended = engine.submit(request(samples[0], **stop, eos_token_ids=(token,)), stream=stream).result()
+    assert ended.stop == (None if skip else "<|eot|>")  # an end of sequence is no stop string, unless it is text
+    assert ended.token_ids == reply.token_ids
+
+
+def test_text_held_back_comes_before_a_special_stop(net: Any, samples: list[dict[str, Any]]) -> None:
+    engine, token, whole = special_chat(net, samples)
+    text = engine.tokenizer.decode(whole[: whole.index(token)])
+    reply = engine.submit(request(samples[0], stop=["<|eot|>", text[-1] + "never said"])).result()
+    assert (reply.text, reply.stop) == (text, "<|eot|>")
+
+
+def test_a_stop_string_that_cannot_match_is_refused(net: Any, samples: list[dict[str, Any]]) -> None:
+    engine, *_ = special_chat(net, samples)
+    with pytest.raises(UserError, match=r"stop '<\|eot\|> now' holds the special token '<\|eot\|>' beside other text"):
+        engine.submit(request(samples[0], stop="<|eot|> now"))
+    engine.submit(request(samples[0], stop="<|eot|> now", skip_special_tokens=False, max_new_tokens=1)).result()
+
+
+def test_a_stage_ends_at_a_special_marker(net: Any, samples: list[dict[str, Any]]) -> None:
+    engine, _token, whole = special_chat(net, samples)
+    markers = ["<|eot|>", engine.tokenizer.decode(whole[9:10])]
+    branch = stage_beam_search(engine, request(samples[0]), markers, lambda marker, found: found[0])
+    assert list(branch.ids) == whole[:10]
+    assert branch.text.endswith(markers[1])
+
+
+def test_beam_search_ends_at_stop_strings(net: Any, samples: list[dict[str, Any]]) -> None:
+    engine, _token, whole = special_chat(net, samples)
+    for stop in ("<|eot|>", engine.tokenizer.decode(whole[1:3])):
+        found = beam_search(engine, request(samples[0], stop=stop), 1)
+        assert found == engine.submit(request(samples[0], stop=stop)).result().token_ids
+    with pytest.raises(UserError, match="stop strings need an engine with a tokenizer"):
+        beam_search(Engine(net), request(samples[0], stop="x"), 2)
+
+
+QUESTION = [{"role": "user", "content": "What is this?"}]
+
+
+def test_stop_of_a_chat_may_be_one_string() -> None:
+    chat = small_chat()
+    whole = chat.chat(QUESTION, max_new_tokens=12)
+    assert "rerSS" in whole
+    before = whole[: whole.index("SS")]
+    for stop in ("SS", ["SS"], ("never said", "SS")):
+        assert chat.chat(QUESTION, max_new_tokens=12, stop=stop) == before
+        assert "".join(chat.stream(QUESTION, max_new_tokens=12, stop=stop)).strip() == before
+        assert chat.generate(QUESTION, max_new_tokens=12, stop=stop, do_sample=False) == before
+    assert chat.chat(QUESTION, max_new_tokens=12, stop=None) == whole
+
+
+@pytest.mark.parametrize("end", ["▁re", " re"])  # a special token, and text
+def test_the_stop_of_a_template_ends_every_reply(end: str) -> None:
+    chat = small_chat()
+    whole = chat.submit(QUESTION, max_new_tokens=12).result()
+    if end != " re":
+        chat.processor.tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    chat.processor.template = Template("mine", "vicuna", VICUNA_V1.system, stop=(end,), values={"end": "</s>"})
+    reply = chat.submit(QUESTION, max_new_tokens=12).result()
+    assert reply.token_ids == whole.token_ids[:3]
+    assert reply.finish_reason == "stop"
+    assert chat.eos_token_ids == ((2,) if end == " re" else (2, whole.token_ids[2]))
+    assert chat.generate(QUESTION, max_new_tokens=12, do_sample=False) == reply.text.strip()
 
 
 # ---------------------------------------------------------------------- search

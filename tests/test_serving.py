@@ -108,6 +108,7 @@ def test_uploads_are_named_by_the_server(server, chat):
         ({"messages": [{"role": "user"}]}, "messages.0.content", "needs content"),
         ({"tool_choice": "required"}, None, "needs tools"),
         ({"n": 99}, "n", "at most n = 8"),
+        ({"stop": "</s> now"}, "stop", "holds the special token '</s>'"),
         ({"top_logprobs": 3}, None, "needs logprobs"),
         ({"model": "other"}, "model", "not served here"),
     ],

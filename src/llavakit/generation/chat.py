@@ -18,6 +18,7 @@ from llavakit.conversation.template import get_template
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, RequestHandle, SamplingParams
+from llavakit.generation.stopping import before_stop, generate_options, stop_token_ids
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.splice.scatter import IGNORE
@@ -57,8 +58,7 @@ class Chat:
             sampling: Fields of `SamplingParams` (`max_new_tokens`, `temperature`, `top_p`, `stop`, `seed`, ...).
         """
         sample = self.processor.encode(messages, add_generation_prompt=True)
-        template = get_template(self.processor.template)
-        stop = [*sampling.pop("stop", ()), *template.stop]
+        stop = (*_strings(sampling.pop("stop", None)), *get_template(self.processor.template).stop)
         views = sample["pixel_values"]
         return Request(
             input_ids=torch.tensor(sample["input_ids"], device=self.model.device),
@@ -66,15 +66,17 @@ class Chat:
             visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
             visual_modalities=torch.tensor(sample["visual_modalities"]) if views else None,
             answers=[label != IGNORE for label in sample["labels"]],
-            sampling=SamplingParams(stop=tuple(stop), eos_token_ids=self.eos_token_ids, **sampling),
+            sampling=SamplingParams(stop=stop, eos_token_ids=self.eos_token_ids, **sampling),
         )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the tokenizer's and those of the generation configuration."""
+        """Ids that end an answer: the tokenizer's, those of the generation configuration, and the template's."""
+        tokenizer = self.processor.tokenizer
         configured = self.model.generation_config.eos_token_id
         configured = configured if isinstance(configured, (list, tuple)) else [configured]
-        return tuple(sorted({i for i in [self.processor.tokenizer.eos_token_id, *configured] if i is not None}))
+        ends = stop_token_ids(get_template(self.processor.template).stop, tokenizer)
+        return tuple(sorted({i for i in [tokenizer.eos_token_id, *configured, *ends] if i is not None}))
 
     def submit(self, messages: Messages, **sampling: Any) -> RequestHandle:
         """Queue a conversation; the handle yields text as it is generated."""
@@ -97,17 +99,27 @@ class Chat:
                 yield piece.text
 
     def generate(self, messages: Messages, **options: Any) -> str:
-        """The next turn by transformers' `generate`, with all its options (`num_beams`, ...)."""
-        request = self.request(messages)
+        """The next turn by transformers' `generate`, with all its options (`num_beams`, ...).
+
+        Args:
+            options: Of `generate`; `stop` (a string or several) ends the reply as in `chat`.
+        """
+        request = self.request(messages, stop=options.pop("stop", None))
+        tokenizer = self.processor.tokenizer
         inputs: dict[str, Any] = {"input_ids": request.input_ids[None]}
         if request.pixel_values is not None:
             views = request.pixel_values
             inputs["pixel_values"] = torch.stack(views) if len({v.shape for v in views}) == 1 else views
             inputs |= {"visual_sizes": request.visual_sizes, "visual_modalities": request.visual_modalities}
             inputs["answers"] = torch.tensor(request.answers, device=self.model.device)[None]
-        options.setdefault("eos_token_id", list(self.eos_token_ids) or None)
+        options = generate_options(request.sampling, tokenizer, self.eos_token_ids) | options
         out = self.model.generate(**inputs, **options)
-        return self.processor.tokenizer.decode(out[0, request.input_ids.shape[0] :], skip_special_tokens=True).strip()
+        text = tokenizer.decode(out[0, request.input_ids.shape[0] :], skip_special_tokens=True)
+        return before_stop(text, request.sampling.stop).strip()
+
+
+def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -28,7 +28,7 @@ from llavakit.generation.compiled import compiled_step
 from llavakit.generation.prompt import Prompt, PromptReader
 from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk, TokenLogprob
 from llavakit.generation.sampling import RowRng, TokenSampler
-from llavakit.generation.stopping import StopStrings
+from llavakit.generation.stopping import StopStrings, check_stops, stop_token_ids
 from llavakit.generation.streaming import TextStream
 
 _LEAST_REUSE = 16  # copying a shorter prefix costs more than computing it
@@ -41,6 +41,8 @@ class _Row:
         last: The newest token, which the next step feeds.
         written: Positions whose states the cache holds.
         solo: The cache of a row that cannot share one, else None.
+        stop_ids: Stop strings that are one special token, by id.
+        stopped_by: The stop string among `stop_ids` that ended the reply.
     """
 
     def __init__(self, handle: RequestHandle, index: int, prompt: Prompt, budget: int, eos: frozenset[int]) -> None:
@@ -53,6 +55,8 @@ class _Row:
         self.solo: Any = None
         self.text: TextStream | None = None
         self.stop: StopStrings | None = None
+        self.stop_ids: dict[int, str] = {}
+        self.stopped_by: str | None = None
         self.rng = RowRng(self.params.seed, index) if self.params.temperature > 0 else None
         self.seen: Tensor | None = None
 
@@ -106,7 +110,7 @@ class Engine:
         if not self._alone:
             _check_attention(self.core.language_model)
         generation = getattr(self.model, "generation_config", None)
-        self._eos = _id_set(getattr(generation, "eos_token_id", None))
+        self.eos_token_ids = _id_set(getattr(generation, "eos_token_id", None))
         suppressed = getattr(generation, "suppress_tokens", None)
         self._suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
         self._waiting: deque[RequestHandle] = deque()
@@ -140,8 +144,7 @@ class Engine:
             raise UserError(f"request: the prompt has {length} positions, allowed are 1 to {self.max_length - 1}")
         if request.sampling.n > self.max_batch:
             raise UserError(f"sampling: n is {request.sampling.n}, this engine holds {self.max_batch} replies")
-        if request.sampling.stop and self.tokenizer is None:
-            raise UserError("sampling: stop strings need an engine with a tokenizer")
+        check_stops(request.sampling, self.tokenizer)
         handle = RequestHandle(self, request)
         handle.prompt_tokens, handle.listener, handle.stream = length, listener, stream
         with self._wake:
@@ -302,7 +305,7 @@ class Engine:
         prompt = self.prompts.read(handle.request)
         params = handle.request.sampling
         budget = min(params.max_new_tokens, self.max_length - prompt.length)
-        eos = self._eos if params.eos_token_ids is None else frozenset(params.eos_token_ids)
+        eos = self.eos_token_ids if params.eos_token_ids is None else frozenset(params.eos_token_ids)
         rows = [_Row(handle, index, prompt, budget, eos) for index in range(params.n)]
         if self._alone:
             cache, logits = self._prefill_alone(prompt)
@@ -319,6 +322,7 @@ class Engine:
             if self.tokenizer is not None and (handle.stream or params.stop):
                 row.text = TextStream(self.tokenizer, params.skip_special_tokens)
                 row.stop = StopStrings(params.stop)
+                row.stop_ids = stop_token_ids(params.stop, self.tokenizer)
             if states is None:
                 row.solo = cache if row.index == 0 else copy.deepcopy(cache)
                 self._solo.append(row)
@@ -486,6 +490,8 @@ class Engine:
         if row.text is not None:
             text, stopped = row.stop.push(row.text.push(token))
             ended |= stopped
+        if not ended and token in row.stop_ids:
+            ended, row.stopped_by = True, row.stop_ids[token]
         reason = "stop" if ended else "length" if len(row.new) >= row.budget else None
         self._tell(row, StreamChunk(row.index, (token,), text, () if logprob is None else (logprob,)), reason)
 
@@ -494,7 +500,7 @@ class Engine:
         if reason is not None:
             self._retire(row, keep=True)
             text = piece.text + self._rest(row)
-            stop = row.stop.met if row.stop is not None else None
+            stop = row.stop.met or row.stopped_by if row.stop is not None else None
             piece = StreamChunk(piece.index, piece.token_ids, text, piece.logprobs, reason, stop)
         _deliver(row.handle, piece)
 

@@ -30,7 +30,7 @@ class SamplingParams:
         repetition_penalty: Above 1 makes tokens of prompt and reply less likely (as in transformers).
         seed: Makes the reply reproducible, whatever else the engine is doing; None draws one from torch's generator.
         max_new_tokens: Longest reply.
-        stop: Strings that end the reply; they are not part of its text.
+        stop: Strings that end the reply; they are not part of its text. One that is a special token is matched by id.
         eos_token_ids: Ids that end the reply; None takes the model's, () takes none.
         logprobs: None for none, otherwise how many alternatives to report beside the chosen token.
         n: Number of replies; the prompt is computed once.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Reply, Request, SamplingParams
+from llavakit.generation.stopping import generate_options
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ def likelihood(
 
 
 def beam_search(engine: Engine, request: Request, num_beams: int, *, length_penalty: float = 1.0) -> list[int]:
-    """Beam search by transformers' own `generate`, outside the batch; token ids of the best reply."""
+    """Beam search by transformers' own `generate`, outside the batch; token ids of the best reply.
+
+    The reply ends at the request's stop strings too; their tokens are part of it.
+    """
     device, params = engine.device, request.sampling
     inputs: dict[str, Tensor | Sequence[Tensor] | None] = {
         "input_ids": torch.tensor([request.ids()], device=device),
@@ -130,7 +134,7 @@ def beam_search(engine: Engine, request: Request, num_beams: int, *, length_pena
         "answers": None if request.answers is None else torch.as_tensor(request.answers, device=device)[None].bool(),
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    options = {} if params.eos_token_ids is None else {"eos_token_id": list(params.eos_token_ids) or None}
+    options = generate_options(params, engine.tokenizer, engine.eos_token_ids)
     output = engine.model.generate(
         **inputs,
         **options,

@@ -1,8 +1,12 @@
-"""Stop strings in streamed text: what may be shown already, and when to stop."""
+"""Stop strings: matched in the streamed text, or by id where a special token leaves no text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llavakit.errors import UserError
+from llavakit.generation.request import SamplingParams
 
 
 class StopStrings:
@@ -44,3 +48,58 @@ class StopStrings:
         """Longest end of the held text that begins the stop string."""
         longest = min(len(stop) - 1, len(self._held))
         return next((size for size in range(longest, 0, -1) if stop.startswith(self._held[-size:])), 0)
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The special tokens of a tokenizer and their ids; decoding with `skip_special_tokens` leaves them out."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def stop_token_ids(stops: Sequence[str], tokenizer: Any) -> dict[int, str]:
+    """The stop strings that are one special token (`<|eot_id|>`), by id.
+
+    The text of a reply does not hold special tokens, so these are matched by id. All others are matched in the text.
+    """
+    special = special_tokens(tokenizer) if stops else {}
+    return {special[stop]: stop for stop in stops if stop in special}
+
+
+def check_stops(params: SamplingParams, tokenizer: Any) -> None:
+    """Refuse stop strings that can never match: there is no tokenizer, or they hold a special token beside other text.
+
+    Raises:
+        UserError: With the string and the token.
+    """
+    if params.stop and tokenizer is None:
+        raise UserError("sampling: stop strings need an engine with a tokenizer")
+    special = special_tokens(tokenizer) if params.stop and params.skip_special_tokens else {}
+    for stop in params.stop:
+        if stop not in special:
+            inside = next((token for token in special if token in stop), None)
+            if inside is not None:
+                raise UserError(
+                    f"sampling: stop {stop[:200]!r} holds the special token {inside!r} beside other text; give the "
+                    "token as a stop string of its own"
+                )
+
+
+def generate_options(params: SamplingParams, tokenizer: Any, eos_token_ids: Iterable[int]) -> dict[str, Any]:
+    """The ends of a reply as options of transformers' `generate`: ids and, where there are any, stop strings.
+
+    Args:
+        eos_token_ids: The model's, for parameters that name none.
+    """
+    check_stops(params, tokenizer)
+    by_id = stop_token_ids(params.stop, tokenizer)
+    in_text = [stop for stop in params.stop if stop not in by_id.values()]
+    eos = eos_token_ids if params.eos_token_ids is None else params.eos_token_ids
+    options: dict[str, Any] = {"stop_strings": in_text, "tokenizer": tokenizer} if in_text else {}
+    return options | {"eos_token_id": sorted({*eos, *by_id}) or None}
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text in front of the first stop string."""
+    watch = StopStrings(stops)
+    shown, _ = watch.push(text)
+    return shown + watch.flush()

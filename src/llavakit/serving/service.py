@@ -129,8 +129,8 @@ class Service:
             prepared = await to_thread.run_sync(prepare, limiter=self._decoders)
             return self.chat.engine.submit(prepared, stream=bool(request.stream), listener=listener)
         except UserError as error:
-            named = re.match(r"messages\.[\w.]+(?=: )", str(error))
-            raise APIError(400, str(error), named[0] if named else "messages") from None
+            named = re.match(r"(messages\.[\w.]+)(?=: )|sampling: (\w+)", str(error))
+            raise APIError(400, str(error), named[1] or named[2] if named else "messages") from None
 
     def _prepare(self, messages: list[dict[str, Any]], sampling: dict[str, Any]) -> Any:
         return self.chat.request(escape_special_tokens(messages, self.chat.processor.tokenizer), **sampling)
