@@ -26,9 +26,9 @@ from tiny_server import Running, ask, data_url, png, small_chat
 from llavakit.generation import Engine
 from llavakit.generation.engine import _Row
 from llavakit.generation.request import RequestHandle
+from llavakit.media.policy import decode_data_url
 from llavakit.serving.answer import Answer
 from llavakit.serving.app import Settings
-from llavakit.serving.policy import decode_data_url
 
 CONCURRENCY = 16
 QUESTIONS = [

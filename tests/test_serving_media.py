@@ -1,4 +1,4 @@
-"""What clients may make the server read: hostile servers, private addresses, bombs; see `serving/policy.py`."""
+"""What clients may make the server read: hostile servers, private addresses, bombs; see `media/policy.py`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ pytest.importorskip("openai")
 import httpx
 from tiny_server import LOOPBACK, Running, ask, data_url, expected, png, small_chat, strict_server
 
+from llavakit.media.fetch import MediaFetcher, _parsed
+from llavakit.media.policy import MediaPolicy, Refused, decode_data_url
 from llavakit.serving.app import Settings
-from llavakit.serving.policy import MediaFetcher, MediaPolicy, Refused, _parsed, decode_data_url
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ import uvicorn
 from PIL import Image
 
 from llavakit.generation.chat import Chat
+from llavakit.media.policy import MediaPolicy
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.serving.app import Settings, create_app
-from llavakit.serving.policy import MediaPolicy
 
 LOOPBACK = ip_network("127.0.0.0/8")
 

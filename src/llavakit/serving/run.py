@@ -79,8 +79,8 @@ def serve(
     uvicorn = _need("uvicorn", "serve")
     _need("fastapi", "serve")
     from llavakit.generation.chat import load
+    from llavakit.media.policy import MediaPolicy
     from llavakit.serving.app import Settings, create_app
-    from llavakit.serving.policy import MediaPolicy
 
     _check_port(host, port)
     names = tuple(dict.fromkeys([name or Path(model).name or "llavakit"]))

@@ -18,10 +18,12 @@ from llavakit.conversation.encode import escape_special_tokens
 from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestHandle, StreamChunk
+from llavakit.media.fetch import MediaFetcher
+from llavakit.media.policy import MediaPolicy, Refused
 from llavakit.serving import toolcalls
 from llavakit.serving.metrics import Metrics
-from llavakit.serving.policy import MediaFetcher, MediaPolicy, Refused, Uploads
 from llavakit.serving.protocol import ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart, error_body
+from llavakit.serving.uploads import Uploads
 
 _KINDS = ("image", "video", "volume")
 

@@ -21,8 +21,8 @@ from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestFailed
 from llavakit.media import load_volume
+from llavakit.media.policy import MediaPolicy
 from llavakit.phantom.write import build_world
-from llavakit.serving.policy import MediaPolicy
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 VOLUMES = (".npy", ".nii", ".nii.gz")

@@ -1,4 +1,4 @@
-"""What a client may make the server read: the media policy.
+"""Fetching of media by URL, under a policy.
 
 Safe by default. Media come as data URLs, as uploads, or by http(s) from public addresses. Every connection resolves
 the host once, checks every address it resolves to and connects to the checked address, so that neither a redirect
@@ -10,93 +10,24 @@ allows a folder.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import ipaddress
-import re
 import socket
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
-
-import httpcore
+from typing import Any, Protocol
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from llavakit.errors import UserError
-from llavakit.generation.cache import ByteBounded
-from llavakit.media.source import Limits
+from llavakit.media.policy import MediaPolicy, Refused, decode_data_url
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+try:
+    import httpcore
+except ImportError:
+    raise UserError("httpcore is needed to fetch media by URL; pip install 'llavakit[serve]'") from None
 
-_DATA_URL = re.compile(
-    r"^data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<parameters>(?:;[\w.=+-]+)*?)(?P<base64>;base64)?,", re.ASCII
-)
-_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is routed in public, special parts aside
-_SPECIAL = tuple(  # what `ipaddress` calls global in some releases of Python
-    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20"))
-)
-_LIMITS = Limits(pixels=50_000_000, file_bytes=32 * 2**20, frames=512, video_pixels=2**28, voxels=2**27)
 _KEPT = "%/:=&?~#+!$,;'@()*[]"  # characters of a path and query that stay as they are
 _REDIRECTS = {301, 302, 303, 307, 308}
-
-
-class Refused(UserError):
-    """Media that the policy does not allow, or that could not be fetched; `status` is the HTTP status to answer."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class MediaPolicy:
-    """Limits of one server.
-
-    Attributes:
-        fetch: Whether http(s) URLs are fetched at all.
-        file_bytes: Largest file, fetched, inlined or uploaded.
-        request_bytes: All media of one request together.
-        seconds: Longest time for one download, redirects included.
-        idle_seconds: Longest time without a byte.
-        redirects: Most redirects to follow.
-        images, videos, volumes: Most media of each kind in one request.
-        limits: What the readers refuse before decoding (pixels, frames, voxels).
-        folders: Folders whose files may be named as file:// URLs; none by default.
-        networks: Networks that may be fetched from although they are not public (tests, intranets).
-    """
-
-    fetch: bool = True
-    file_bytes: int = 32 * 2**20
-    request_bytes: int = 64 * 2**20
-    seconds: float = 20.0
-    idle_seconds: float = 5.0
-    redirects: int = 3
-    images: int = 16
-    videos: int = 2
-    volumes: int = 2
-    limits: Limits = _LIMITS
-    folders: tuple[Path, ...] = ()
-    networks: tuple[Network, ...] = ()
-
-    def allows(self, address: Address) -> bool:
-        """Whether a server at this address may be asked for media."""
-        plain = _embedded(address)
-        if any(plain.version == network.version and plain in network for network in self.networks):
-            return True
-        if any(plain.version == network.version and plain in network for network in _SPECIAL):
-            return False
-        if plain.version == 6 and plain not in _UNICAST:
-            return False
-        return plain.is_global and not (plain.is_multicast or plain.is_reserved)
-
-
-def _embedded(address: Address) -> Address:
-    """The IPv4 address inside an IPv4-mapped or 6to4 address."""
-    if isinstance(address, ipaddress.IPv6Address):
-        return address.ipv4_mapped or address.sixtofour or address
-    return address
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
@@ -143,6 +74,13 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         if not addresses:
             raise Refused(f"host {host!r} has no address")
         return list(dict.fromkeys(map(str, addresses)))
+
+
+class Uploads(Protocol):
+    """Where uploads are looked up."""
+
+    def get(self, name: str) -> bytes:
+        """An upload's content; raises `Refused` if it is unknown."""
 
 
 class MediaFetcher:
@@ -253,55 +191,15 @@ def _parsed(url: str) -> tuple[httpcore.URL, str]:
     return address, name if port is None else f"{name}:{port}"
 
 
-def decode_data_url(url: str, most: int) -> bytes:
-    """The content of a data URL.
-
-    Raises:
-        Refused: If it is malformed, or longer than `most` bytes.
-    """
-    header = _DATA_URL.match(url[:256])
-    if header is None:
-        raise Refused("the data URL is malformed; it should start like data:image/png;base64,")
-    if (len(url) - header.end()) * 3 // 4 > most + 3:
-        raise Refused(f"the media item is larger than {most} bytes", 413)
-    body = url[header.end() :]
-    if not header["base64"]:
-        return unquote_to_bytes(body)
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError):
-        raise Refused("the data URL does not hold valid base64") from None
-
-
-class Uploads:
-    """Media that clients sent ahead of their requests, in memory under names of the server's own.
-
-    Those that were not used for longest are forgotten when the store is full.
+def read_url(url: str, policy: MediaPolicy | None = None) -> bytes:
+    """The content behind a data or http(s) URL, for callers that are not asynchronous.
 
     Args:
-        total_bytes: Memory for all of them.
+        policy: What is allowed; by default what a server allows: public addresses, bounded size and time.
+
+    Raises:
+        Refused: With the reason.
     """
-
-    def __init__(self, total_bytes: int) -> None:
-        self._files = ByteBounded(total_bytes)
-
-    def add(self, name: str, content: bytes) -> None:
-        """Keep an upload, forgetting old ones if need be."""
-        self._files.put(name, content, len(content))
-
-    def get(self, name: str) -> bytes:
-        """An upload's content.
-
-        Raises:
-            Refused: If it is unknown or forgotten.
-        """
-        content = self._files.get(name)
-        if content is None:
-            raise Refused(f"upload {name[:64]!r} is unknown or has been forgotten; upload it again", 404)
-        return content
-
-    def remove(self, name: str) -> bool:
-        """Forget an upload; whether there was one."""
-        known = self._files.get(name) is not None
-        self._files.drop(name)
-        return known
+    fetcher = MediaFetcher(policy or MediaPolicy())
+    with ThreadPoolExecutor(1) as worker:  # a thread of its own: the caller's may run an event loop already (notebooks)
+        return worker.submit(asyncio.run, fetcher.read(url)).result()
