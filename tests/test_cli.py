@@ -282,6 +282,8 @@ def test_parity_prints_one_object_or_one_line_per_case(toy, tmp_path, capsys):
         "status": "declined",
         "max_abs_error": None,
         "reason": "incidental",
+        "examples": 0,
+        "passed_examples": 0,
     }
     assert cli.run(["parity", str(tmp_path / "right"), str(tmp_path / "aside"), "--only", "toy"]) == 0
     lines = capsys.readouterr().out.splitlines()

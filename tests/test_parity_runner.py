@@ -162,7 +162,8 @@ def test_unknown_system_component_and_broken_cases_fail_alone(write, tmp_path):
     assert "not a case description" in reports[1].reason
     counts = summary(reports)
     assert (counts["passed"], counts["failed"], counts["declined"]) == (0, 2, 0)
-    assert set(counts["cases"][0]) == {"path", "system", "component", "status", "max_abs_error", "reason"}
+    fields = {"path", "system", "component", "status", "max_abs_error", "reason", "examples", "passed_examples"}
+    assert set(counts["cases"][0]) == fields
 
 
 def test_a_case_without_expected_outputs_fails(write):
@@ -189,11 +190,70 @@ def test_case_reads_its_files_and_finds_siblings(write, tmp_path):
     (neighbour / "tokenizer.json").write_text("{}")
     case = Case.read(folder, [tmp_path / "elsewhere"])
     assert (case.atol, case.rtol) == (0.0, 0.0)
-    assert case.json()[0] == 1
-    assert case.tensors() == {}
+    assert case.inputs[0] == 1
+    assert case.tensors == {}
     assert case.weights() == {}
     assert case.sibling("tokenizer/tokenizer.json") == neighbour / "tokenizer.json"
     with pytest.raises(UserError, match="needs nothing beside it"):
         case.sibling("nothing")
-    with pytest.raises(UserError, match=r"no further\.json"):
-        case.json("further")
+    with pytest.raises(UserError, match=r"there is no inputs\.json"):
+        _ = Case.read(write("b")).inputs
+
+
+def test_adapters_see_names_and_shapes_but_no_expected_value(write):
+    folder = write(outputs={"runs": [{"name": "a", "x": 7}], "n": 3}, tensors={"y": torch.ones(2, 3).half()})
+    seen = {}
+
+    @parity.component(echoes=["runs.*.name"])
+    def adapter(case):
+        seen["wanted"] = case.wanted
+        with pytest.raises(UserError, match="not for adapters"):
+            case.sibling("outputs.json")
+        return Result(json={"runs": [{"name": "ours", "x": 7}], "n": 3}, tensors={"y": torch.ones(2, 3)})
+
+    assert run(folder, adapter).status == "passed"
+    assert seen["wanted"].json == {"runs": [{"name": "a", "x": None}], "n": None}
+    assert seen["wanted"].tensors == {"y": ((2, 3), torch.float16)}
+
+
+def test_examples_run_one_by_one_and_are_counted(write):
+    folder = write(
+        outputs={"plans": [1, 2, 3], "b.c": {"n": 1}, "rest": 5}, tensors={"b.c/y": torch.ones(1), "z": torch.ones(1)}
+    )
+
+    def compute(item):
+        if item == 2:
+            raise ValueError("two is too many")
+        return item
+
+    def adapter(case):
+        yield from parity.examples(compute, [1, 2, 4], "plans")
+        yield from parity.examples(lambda item: {"n": 1, "y": 0, "b.c/y": torch.ones(1)}, {"b.c": 0}, tensors=True)
+        yield Result(json={"rest": 5}, tensors={"z": torch.ones(1)})
+
+    report = run(folder, adapter)
+    assert (report.passed_examples, report.examples) == (2, 5)
+    assert report.reason == "2 of 5; plans.1: ValueError: two is too many (and 2 more)"
+    assert "two is too many" in report.traceback
+    failed = run(folder, lambda case: parity.examples(compute, [1, 4, 3], "plans"))
+    assert (failed.passed_examples, failed.examples) == (2, 4)  # what no example computes is missing
+
+
+def test_keys_that_the_adapter_does_not_read_fail_the_case(write):
+    config = {"known": {"a": 1, "b": 2}, "note": "x"}
+    folder = write(outputs=1, inputs={"items": [{"n": 1, "m": 2}]}, config=config)
+
+    def adapter(case):
+        case.informational("config.note")
+        return case.config["known"]["a"] * case.inputs["items"][0]["n"]
+
+    assert run(folder, adapter).reason == "the adapter does not know config.known.b, inputs.items.0.m"
+
+    def whole(case):
+        case.informational("config.note")
+        known = {**case.config["known"]}
+        return len(parity.take(case.inputs)["items"]) * known["a"]
+
+    assert run(folder, whole).status == "passed"
+    blind = run(folder, lambda case: parity.take(case.config) and 1)
+    assert blind.reason == "the adapter does not know inputs.json"

@@ -1,17 +1,14 @@
 """Golden cases against the library: the numbers that original code produced, recomputed with llavakit's parts.
 
-This module knows the layout of a case on disk, finds the adapter that a system offers for the case's component, runs
-it and compares. It knows no component: what to compute from a case's config and inputs is the adapter's business.
-
-A case is a folder with `case.json` (system, component, config, tolerance), inputs in `inputs.json` and
-`inputs.safetensors`, weights under their original names in `weights.safetensors`, and the expected results in
-`outputs.json` and `outputs.safetensors`; each file is optional.
+This module finds the adapter that a system offers for a case's component, runs it and compares. It knows no component:
+how a case's config and inputs reach the product is the adapter's business, and an adapter holds nothing but that
+translation. It enters where users enter (`processor.encode`, `Samples` with the stage's collator, a layout's
+`read_config` with `build`, `Chat` and `Engine`, a benchmark's `score`), and it never sees an expected value.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -19,8 +16,7 @@ import random
 import sys
 import traceback as tracebacks
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +26,36 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llavakit.errors import UserError
+from llavakit.proof.case import Case, TensorSpec, Tracked, Wanted, matches, outline, take
+from llavakit.proof.comparison import Comparison, Result, Tolerance, plain
 from llavakit.registry import nearest
 from llavakit.system import get_system, systems
 
-Tolerance = tuple[float, float]  # atol, rtol
+__all__ = [
+    "Adapter",
+    "Case",
+    "Comparison",
+    "Declined",
+    "Example",
+    "Report",
+    "Result",
+    "TensorSpec",
+    "Tolerance",
+    "Tracked",
+    "Wanted",
+    "component",
+    "declined",
+    "examples",
+    "find_adapter",
+    "find_cases",
+    "plain",
+    "run_case",
+    "run_parity",
+    "summary",
+    "take",
+]
 
-_SHIPPED = Path(__file__).parents[3] / "tests" / "golden"  # exists in a source checkout only
+Adapter = Callable[[Case], Any]
 
 
 class Declined(Exception):
@@ -59,134 +79,64 @@ def declined(reason: str) -> Adapter:
     return decline
 
 
-@dataclass
-class Result:
-    """What an adapter computed.
+def component(*, echoes: Sequence[str] = ()) -> Callable[[Adapter], Adapter]:
+    """Describe an adapter to the runner.
 
-    Attributes:
-        json: The structure that must equal `outputs.json`.
-        tensors: The tensors that must equal those of `outputs.safetensors`, by name. Names that the case does not
-            have are not compared.
-        mask: Tensor name -> bool tensor (broadcast to the output's shape), True where values are meaningful; use it
-            for padding positions only.
-        ignored: Output that is informational and therefore not computed -> reason. Keys are tensor names, or dotted
-            paths into the JSON (`example.hf_difference`); `*` matches anything.
-        tolerances: (atol, rtol) of single outputs, keyed like `ignored`, where the case's notes give them their own.
+    Args:
+        echoes: Dotted shell patterns into `outputs.json` (`runs.*.template`) of inputs that the original script wrote
+            into its outputs and nowhere else. Their values are handed to the adapter in `case.wanted.json` and are
+            not compared.
     """
 
-    json: Any = None
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    mask: Mapping[str, Tensor] = field(default_factory=dict)
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    tolerances: Mapping[str, Tolerance] = field(default_factory=dict)
+    def describe(adapter: Adapter) -> Adapter:
+        adapter.echoes = tuple(echoes)  # type: ignore[attr-defined]
+        return adapter
 
-    @classmethod
-    def of(cls, value: Any) -> Result:
-        """A `Result` as it is; of a plain mapping the tensors as `tensors` and the rest as `json`."""
-        if isinstance(value, Result):
-            return value
-        if not isinstance(value, Mapping):
-            return cls(json=value)
-        tensors = {name: item for name, item in value.items() if isinstance(item, Tensor)}
-        rest = {name: item for name, item in value.items() if name not in tensors}
-        return cls(json=rest or None, tensors=tensors)
+    return describe
 
 
 @dataclass
-class Case:
-    """One golden case on disk.
+class Example:
+    """One of several computations of a case. An exception in one of them leaves the others alone.
 
     Attributes:
-        path: Folder of the case.
-        system, component: Slug of the system, and which of its parts the case is about.
-        config: The component's configuration; adapters compute from it and never from the folder's name.
-        meta: The whole of `case.json`.
-        atol, rtol: A float passes if |value - expected| <= atol + rtol * |expected|.
-        roots: Further folders where siblings may lie.
+        name: How it is reported.
+        compute: Gives what `Result.of` takes. Its `json` is the value at `path`.
+        path: Dotted path into `outputs.json` of what it computes; None for no JSON.
+        tensors: Shell patterns of the names of the tensors that it computes.
     """
 
-    path: Path
-    system: str
-    component: str
-    config: dict[str, Any]
-    meta: dict[str, Any]
-    atol: float
-    rtol: float
-    roots: tuple[Path, ...] = ()
-
-    @classmethod
-    def read(cls, path: Path, roots: Sequence[Path] = ()) -> Case:
-        """The case in the folder `path`.
-
-        Raises:
-            UserError: If `case.json` is not JSON or lacks a field.
-        """
-        file = path / "case.json"
-        try:
-            meta = json.loads(file.read_text(encoding="utf-8"))
-            tolerance = meta.get("tolerance", {})
-            return cls(
-                path=path,
-                system=meta["system"],
-                component=meta["component"],
-                config=meta.get("config") or {},
-                meta=meta,
-                atol=float(tolerance.get("atol", 0.0)),
-                rtol=float(tolerance.get("rtol", 0.0)),
-                roots=tuple(roots),
-            )
-        except KeyError as error:
-            raise UserError(f"{file}: field {error} is missing") from error
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: not a case description: {error}") from error
-
-    def json(self, name: str = "inputs") -> Any:
-        """The content of `NAME.json`.
-
-        Raises:
-            UserError: If the case has no such file.
-        """
-        file = self.path / f"{name}.json"
-        if not file.is_file():
-            raise UserError(f"{self.path}: there is no {name}.json")
-        return json.loads(file.read_text(encoding="utf-8"))
-
-    def tensors(self, name: str = "inputs") -> dict[str, Tensor]:
-        """The tensors of `NAME.safetensors` with their stored types; empty if there is no such file."""
-        file = self.path / f"{name}.safetensors"
-        return load_file(file) if file.is_file() else {}
-
-    def weights(self) -> dict[str, Tensor]:
-        """The original code's weights by their original names."""
-        return self.tensors("weights")
-
-    def sibling(self, name: str) -> Path:
-        """A file or folder beside this case, for instance `tokenizer-sp/tokenizer_legacy.json`.
-
-        Cases may be handed over without their neighbours, so the other folders of this run and the golden figures of
-        a source checkout are searched too.
-
-        Raises:
-            UserError: If there is none.
-        """
-        beside = [self.path.parent, *self.roots, *(root / self.system for root in self.roots), _SHIPPED / self.system]
-        for folder in beside:
-            if (folder / name).exists():
-                return folder / name
-        raise UserError(f"{self.path}: needs {name} beside it, which is in none of {', '.join(map(str, beside))}")
-
-    @functools.cached_property
-    def expected_json(self) -> Any:
-        """The content of `outputs.json`, None if there is none."""
-        return self.json("outputs") if (self.path / "outputs.json").is_file() else None
-
-    @functools.cached_property
-    def expected_tensors(self) -> dict[str, Tensor]:
-        """The tensors of `outputs.safetensors`."""
-        return self.tensors("outputs")
+    name: str
+    compute: Callable[[], Any]
+    path: str | None = None
+    tensors: tuple[str, ...] = ()
 
 
-Adapter = Callable[[Case], Any]
+def examples(
+    compute: Callable[[Any], Any], items: Iterable[Any] | Mapping[str, Any], path: str = "", tensors: bool = False
+) -> list[Example]:
+    """One example per item: of a list those at `path.0`, `path.1`, ..., of a mapping those at `path.KEY`.
+
+    Args:
+        compute: Called with the item.
+        tensors: Whether an example also gives the tensors that are named `KEY` or `KEY/...`.
+    """
+    named = items.items() if isinstance(items, Mapping) else enumerate(items)
+    prefix = f"{path}." if path else ""
+    return [
+        Example(
+            name=f"{prefix}{key}",
+            compute=lambda item=item: compute(item),
+            path=f"{prefix}{key}",
+            tensors=(escaped(key), f"{escaped(key)}/*") if tensors else (),
+        )
+        for key, item in named
+    ]
+
+
+def escaped(name: Any) -> str:
+    """A name as a shell pattern that matches nothing else."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in str(name))
 
 
 @dataclass
@@ -198,6 +148,7 @@ class Report:
         max_abs_error: Largest |value - expected| over all floats that were compared; None if there were none.
         reason: What differs, why it is declined, or which outputs were not compared and why.
         traceback: Where an adapter failed, for its author.
+        examples, passed_examples: How many computations the case has and how many of them are right.
     """
 
     path: str
@@ -207,6 +158,8 @@ class Report:
     max_abs_error: float | None = None
     reason: str = ""
     traceback: str = ""
+    examples: int = 0
+    passed_examples: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the machine-readable form."""
@@ -218,6 +171,8 @@ class Report:
             "status": self.status,
             "max_abs_error": error if error is None or math.isfinite(error) else None,
             "reason": self.reason,
+            "examples": self.examples,
+            "passed_examples": self.passed_examples,
         }
 
 
@@ -228,156 +183,173 @@ def summary(reports: Iterable[Report]) -> dict[str, Any]:
     return counts | {"cases": [report.to_dict() for report in reports]}
 
 
-# Comparison
+# Expected outputs; they stay on this side
 
 
-class Comparison:
-    """Collects differences between what an adapter computed and what is expected.
+@dataclass
+class _Expected:
+    json: Any
+    tensors: dict[str, Tensor]
+    has_json: bool
 
-    Args:
-        atol, rtol: Tolerance of the case.
-        result: The adapter's result, for its masks, ignored outputs and single tolerances.
-    """
+    @classmethod
+    def read(cls, path: Path) -> _Expected:
+        file, tensors = path / "outputs.json", path / "outputs.safetensors"
+        return cls(
+            json=json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None,
+            tensors=load_file(tensors) if tensors.is_file() else {},
+            has_json=file.is_file(),
+        )
 
-    def __init__(self, atol: float, rtol: float, result: Result) -> None:
-        self.atol, self.rtol, self.result = atol, rtol, result
+    def wanted(self, echoes: Sequence[str]) -> Wanted:
+        specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
+        return Wanted(specs, outline(self.json, echoes))
+
+
+_NOTHING = object()
+
+
+def _at(value: Any, path: str) -> Any:
+    """The value at a dotted path; keys may hold dots themselves."""
+    if not path:
+        return value
+    if isinstance(value, dict):
+        if path in value:
+            return value[path]
+        for key in value:
+            if path.startswith(f"{key}."):
+                found = _at(value[key], path[len(key) + 1 :])
+                if found is not _NOTHING:
+                    return found
+    if isinstance(value, list):
+        head, _, rest = path.partition(".")
+        if head.isdigit() and int(head) < len(value):
+            return _at(value[int(head)], rest)
+    return _NOTHING
+
+
+def _without(value: Any, paths: Sequence[str], path: str = "") -> Any:
+    """`value` without what lies at `paths`; `_NOTHING` if nothing is left."""
+    if path and path in paths:
+        return _NOTHING
+    inner = f"{path}." if path else ""
+    if not any(covered.startswith(inner) for covered in paths):
+        return value
+    if isinstance(value, dict) and value:
+        left = {key: _without(item, paths, f"{inner}{key}") for key, item in value.items()}
+        return {key: item for key, item in left.items() if item is not _NOTHING} or _NOTHING
+    if isinstance(value, list) and value:
+        left = {str(index): _without(item, paths, f"{inner}{index}") for index, item in enumerate(value)}
+        return {key: item for key, item in left.items() if item is not _NOTHING} or _NOTHING
+    return value
+
+
+class _Run:
+    """Computes and compares the examples of one case."""
+
+    def __init__(self, case: Case, expected: _Expected, echoes: Sequence[str], report: Report) -> None:
+        self.case, self.expected, self.report, self.echoes = case, expected, report, echoes
         self.differences: list[str] = []
         self.skipped: dict[str, str] = {}
         self.compared = 0
-        self.max_abs_error: float | None = None
 
-    def _skips(self, name: str) -> bool:
-        for pattern, reason in self.result.ignored.items():
-            if fnmatchcase(name, pattern):
-                self.skipped[name] = reason
-                return True
-        return False
+    def all(self, produced: Any) -> None:
+        """Everything that an adapter gave."""
+        several = (
+            isinstance(produced, list) and bool(produced) and all(isinstance(i, (Example, Result)) for i in produced)
+        )
+        if not several and not isinstance(produced, Iterator):
+            return self._remainder(Result.of(produced), [], set())
+        rest: Result | None = None
+        paths: list[str] = []
+        tensors: set[str] = set()
+        try:
+            for item in produced:
+                if isinstance(item, Example):
+                    paths += [] if item.path is None else [item.path]
+                    tensors.update(self._example(item))
+                else:
+                    rest = Result.of(item)
+        except Declined:
+            raise
+        except (Exception, SystemExit) as error:
+            self._failed("", error)
+        self._remainder(rest, paths, tensors)
+        return None
 
-    def _tolerance(self, name: str) -> Tolerance:
-        for pattern, tolerance in self.result.tolerances.items():
-            if fnmatchcase(name, pattern):
-                return tolerance
-        return self.atol, self.rtol
+    def _failed(self, name: str, error: BaseException) -> None:
+        first = str(error).strip().splitlines() or [""]
+        text = first[0] if isinstance(error, UserError) else f"{type(error).__name__}: {first[0]}"
+        self.differences.append(f"{name}: {text}" if name else text)
+        if not isinstance(error, UserError):
+            self.report.traceback += tracebacks.format_exc()
 
-    def _saw(self, error: float) -> None:
-        if math.isnan(error):
-            error = math.inf
-        self.max_abs_error = max(error, self.max_abs_error or 0.0)
+    def _example(self, example: Example) -> set[str]:
+        """Compute and compare one example; the names of the tensors that it is responsible for."""
+        tensors = {name: t for name, t in self.expected.tensors.items() if matches(name, example.tensors)}
+        wanted = _NOTHING
+        if example.path is not None and self.expected.has_json:
+            wanted = _at(self.expected.json, example.path)
+        before = len(self.differences)
+        if wanted is _NOTHING and not tensors:
+            return set()  # an input whose result the case does not hold
+        self.report.examples += 1
+        with _repeatable():
+            try:
+                result = Result.of(example.compute())
+                self._compare(result, tensors, wanted, example.path or "")
+            except Declined:
+                raise
+            except (Exception, SystemExit) as error:
+                self._failed(example.name, error)
+        self.report.passed_examples += len(self.differences) == before
+        return set(tensors)
 
-    def tensor(self, name: str, expected: Tensor) -> None:
-        """Compare the output tensor `name`; integers may differ by atol, never by rtol."""
-        if self._skips(name):
+    def _remainder(self, rest: Result | None, paths: Sequence[str], tensors: set[str]) -> None:
+        """Compare what no example covers with `rest`; what nobody computed is missing."""
+        left = {name: tensor for name, tensor in self.expected.tensors.items() if name not in tensors}
+        json_left = _without(self.expected.json, paths) if self.expected.has_json else _NOTHING
+        if rest is None and not left and json_left is _NOTHING:
             return
-        self.compared += 1
-        value = self.result.tensors.get(name)
-        if value is None:
-            self.differences.append(f"output {name} is missing")
+        before = len(self.differences)
+        self.report.examples += 1
+        self._compare(rest or Result(), left, json_left, "")
+        self.report.passed_examples += len(self.differences) == before
+
+    def _compare(self, result: Result, tensors: Mapping[str, Tensor], wanted: Any, path: str) -> None:
+        echoed = dict.fromkeys(self.echoes, "an input that the outputs repeat")
+        result.ignored = {**result.ignored, **echoed}
+        comparison = Comparison(self.case.atol, self.case.rtol, result)
+        for name, tensor in tensors.items():
+            comparison.tensor(name, tensor)
+        if wanted is not _NOTHING and not comparison.skips(path or "outputs.json"):
+            value = {} if result.json is None and isinstance(wanted, dict) else plain(result.json)
+            comparison.structure(value, wanted, path)
+        self.differences += comparison.differences
+        self.skipped |= {name: why for name, why in comparison.skipped.items() if not matches(name, self.echoes)}
+        self.compared += comparison.compared
+        if comparison.max_abs_error is not None:
+            self.report.max_abs_error = max(comparison.max_abs_error, self.report.max_abs_error or 0.0)
+
+    def conclude(self) -> None:
+        """The verdict on the case."""
+        if not self.expected.has_json and not self.expected.tensors:
+            self.differences.append("the case has neither outputs.json nor outputs.safetensors")
+        elif not self.compared and not self.differences:
+            self.differences.append("every output is ignored, so nothing was compared; decline the component instead")
+        overlooked = self.case.overlooked()
+        if overlooked:
+            more = f" and {len(overlooked) - 3} more" if len(overlooked) > 3 else ""
+            self.differences.append(f"the adapter does not know {', '.join(overlooked[:3])}{more}")
+        report = self.report
+        if not self.differences:
+            report.status = "passed"
+            report.reason = "; ".join(f"{name} not compared: {why}" for name, why in self.skipped.items())
             return
-        value = torch.as_tensor(value).detach().cpu()
-        if value.shape != expected.shape:
-            self.differences.append(f"{name}: shape {list(value.shape)}, expected {list(expected.shape)}")
-            return
-        atol, rtol = self._tolerance(name)
-        exact = not (expected.is_floating_point() or expected.is_complex())
-        # Integers are subtracted as integers: float64 does not hold every int64.
-        wide = torch.int64 if exact and not value.is_floating_point() else torch.float64
-        value, wanted = value.to(wide), expected.to(wide)
-        error = (value - wanted).abs().double()
-        if not exact:
-            same = (value == wanted) | (value.isnan() & wanted.isnan())  # infinities and NaN on both sides
-            error = error.masked_fill(same, 0.0)
-        if name in self.result.mask:
-            meaningful = torch.as_tensor(self.result.mask[name]).cpu().bool()
-            error = error.masked_fill(~meaningful.expand_as(error), 0.0)
-        if error.numel() == 0:
-            return
-        self._saw(float(error.max()) if not error.isnan().any() else math.inf)
-        allowed = torch.full_like(error, atol) if exact else atol + rtol * wanted.abs().nan_to_num(nan=0.0, posinf=0.0)
-        beyond = ~(error <= allowed)
-        if beyond.any():
-            worst = int(error.nan_to_num(nan=math.inf).masked_fill(~beyond, -1.0).argmax())
-            place = [int(index) for index in np.unravel_index(worst, tuple(error.shape))]
-            self.differences.append(
-                f"{name}{place}: {value.flatten()[worst].item():.6g}, expected {wanted.flatten()[worst].item():.6g}"
-                f" ({int(beyond.sum())} of {beyond.numel()} values differ)"
-            )
-
-    def structure(self, value: Any, expected: Any, path: str = "") -> None:
-        """Compare JSON recursively; floats within tolerance, all else exactly.
-
-        Keys of the outermost object that the case does not have are not compared.
-        """
-        if path and self._skips(path):
-            return
-        label = path or "outputs.json"
-        if isinstance(expected, dict) and isinstance(value, dict):
-            for key, item in expected.items():
-                inner = f"{path}.{key}" if path else key
-                if key in value:
-                    self.structure(value[key], item, inner)
-                elif not self._skips(inner):
-                    self.differences.append(f"output {inner} is missing")
-            surplus = [key for key in value if key not in expected] if path else []
-            if surplus:
-                self.differences.append(f"{label}: unexpected {', '.join(map(repr, surplus))}")
-            return
-        self.compared += 1
-        if isinstance(expected, list) and isinstance(value, list):
-            for index, (ours, theirs) in enumerate(zip(value, expected, strict=False)):
-                self.structure(ours, theirs, f"{path}.{index}" if path else str(index))
-            if len(value) != len(expected):
-                self.differences.append(f"{label}: {len(value)} items, expected {len(expected)}")
-        elif _is_number(value) and _is_number(expected):
-            self._number(label, path, value, expected)
-        elif type(value) is not type(expected) or value != expected:
-            self.differences.append(f"{label}: {_short(value)}, expected {_short(expected)}")
-
-    def _number(self, label: str, path: str, value: float, expected: float) -> None:
-        same = value == expected or (math.isnan(value) and math.isnan(expected))
-        error = 0.0 if same else abs(value - expected)
-        if isinstance(expected, float):
-            self._saw(error)
-        atol, rtol = self._tolerance(path)
-        allowed = atol + rtol * abs(expected) if isinstance(expected, float) and math.isfinite(expected) else 0.0
-        if not error <= allowed:
-            self.differences.append(f"{label}: {value!r}, expected {expected!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON would give it back: lists for tuples and arrays, string keys, Python numbers."""
-    if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else json.dumps(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    return str(value) if isinstance(value, (str, Path)) else value
-
-
-def compare(case: Case, result: Result) -> Comparison:
-    """All differences between `result` and the case's expected outputs."""
-    comparison = Comparison(case.atol, case.rtol, result)
-    if case.expected_json is None and not case.expected_tensors:
-        comparison.differences.append("the case has neither outputs.json nor outputs.safetensors")
-    for name, expected in case.expected_tensors.items():
-        comparison.tensor(name, expected)
-    if case.expected_json is not None and not comparison._skips("outputs.json"):
-        if result.json is None and isinstance(case.expected_json, dict):
-            comparison.structure({}, case.expected_json)
-        else:
-            comparison.structure(plain(result.json), case.expected_json)
-    if not comparison.compared and not comparison.differences:
-        comparison.differences.append("every output is ignored, so nothing was compared; decline the component instead")
-    return comparison
+        more = len(self.differences) - 1
+        report.reason = self.differences[0] + (f" (and {more} more)" if more else "")
+        if report.examples > 1:
+            report.reason = f"{report.passed_examples} of {report.examples}; {report.reason}"
 
 
 # Running
@@ -446,9 +418,13 @@ def run_case(path: Path, roots: Sequence[Path] = (), adapter: Adapter | None = N
         case = Case.read(path, roots)
         report.system, report.component = case.system, case.component
         chosen = adapter or find_adapter(case)
+        echoes = getattr(chosen, "echoes", ())
+        expected = _Expected.read(path)
+        case.wanted = expected.wanted(echoes)
+        run = _Run(case, expected, echoes, report)
         with _repeatable():
-            result = Result.of(chosen(case))
-            comparison = compare(case, result)
+            run.all(chosen(case))
+        run.conclude()
     except Declined as error:
         report.status, report.reason = "declined", error.reason
     except UserError as error:
@@ -456,14 +432,6 @@ def run_case(path: Path, roots: Sequence[Path] = (), adapter: Adapter | None = N
     except (Exception, SystemExit) as error:
         report.reason = f"{type(error).__name__}: {error}".splitlines()[0]
         report.traceback = tracebacks.format_exc()
-    else:
-        report.max_abs_error = comparison.max_abs_error
-        if comparison.differences:
-            more = len(comparison.differences) - 1
-            report.reason = comparison.differences[0] + (f" (and {more} more)" if more else "")
-        else:
-            report.status = "passed"
-            report.reason = "; ".join(f"{name} not compared: {reason}" for name, reason in comparison.skipped.items())
     return report
 
 

@@ -36,7 +36,7 @@ def image_predictor(case: Case) -> Result:
     """Logits of the image predictor."""
     model = ImagePredictor(**case.config)
     model.load_state_dict(case.weights())
-    inputs = case.tensors()
+    inputs = case.tensors
     with torch.no_grad():
         return Result(tensors={"logits": model(inputs["x"], inputs.get("policy"))})
 
@@ -46,13 +46,14 @@ def text_predictor(case: Case) -> Result:
     model = TextPredictor(**case.config)
     model.load_state_dict(case.weights())
     with torch.no_grad():
-        logits = model(case.tensors()["x"])
+        logits = model(case.tensors["x"])
     return Result(tensors={"logits": logits, "keep": threshold_keep(logits).to(torch.uint8)})
 
 
 def softmax(case: Case) -> Result:
     """The masked softmax on given scores."""
-    inputs = case.tensors()
+    case.informational("config.causal")
+    inputs = case.tensors
     return Result(tensors={"probs": masked_softmax(inputs["scores"], inputs["policy"], case.config.get("eps", EPS))})
 
 
@@ -61,7 +62,7 @@ def decoder_layer(case: Case) -> Result:
     config = LlamaConfig(**case.config, num_hidden_layers=1, attn_implementation="sdpa")
     layer = LlamaDecoderLayer(config, 0).train()
     layer.load_state_dict(case.weights())
-    inputs = case.tensors()
+    inputs = case.tensors
     hidden, policy, positions = inputs["x"], inputs["policy"], inputs["position_ids"]
     rotary = LlamaRotaryEmbedding(config)(hidden, positions)
     allowed = allowed_pairs(hidden.shape[1], hidden.device)
@@ -74,9 +75,10 @@ def decoder_layer(case: Case) -> Result:
 
 def selective_cache(case: Case) -> Result:
     """One selective layer: what each step attends to, and what stays."""
-    inputs, lengths = case.tensors(), []
+    case.informational("config.heads", "config.head_dim")
+    inputs, lengths = case.tensors, []
     cache = SelectiveCache(layers=1, sparse_layer=0)
-    for step, decisions in enumerate(case.json()["decisions"]):
+    for step, decisions in enumerate(case.inputs["decisions"]):
         keys, values = inputs[f"k{step}"], inputs[f"v{step}"]
         batch, _, columns, _ = keys.shape
         cache.rows.begin([columns] * batch, columns)
@@ -89,7 +91,8 @@ def selective_cache(case: Case) -> Result:
 
 def regulariser(case: Case) -> Result:
     """The keep-rate penalty of given masks."""
-    config, inputs = case.config, case.json()
+    case.informational("config.*")
+    config, inputs = case.config, case.inputs
     terms = (
         ("image_masks", "vision_keep_rate", 0),
         ("answer_masks", "output_text_keep_rate", config["output_text_len_for_training"]),
@@ -105,13 +108,14 @@ def regulariser(case: Case) -> Result:
 
 def tau(case: Case) -> Result:
     """The Gumbel temperature schedule."""
-    return Result(json={"tau": [temperature(*item) for item in case.json()["items"]]})
+    return Result(json={"tau": [temperature(*item) for item in case.inputs["items"]]})
 
 
 def flops(case: Case) -> Result:
     """The paper's own FLOPs convention."""
+    case.informational("config.per_layer", "inputs.rows.*")
     keys = ("layers", "hidden", "tokens_before", "tokens_after", "full_layers")
-    rows = case.json()["rows"]
+    rows = case.inputs["rows"]
     return Result(json={"flops": [paper_flops(**{key: row[key] for key in keys}) for row in rows]})
 
 
@@ -144,7 +148,7 @@ def roles(case: Case) -> Result:
     side = config.get("tokenizer_padding_side") or "right"
     limit = config.get("tokenizer_model_max_length")
     marker = config.get("user_marker") or USER_MARKER
-    for sample in case.json()["samples"]:
+    for sample in case.inputs["samples"]:
         ids, labels, mask = sample["input_ids"], sample.get("labels"), sample.get("attention_mask")
         rows = [
             splice(
@@ -253,7 +257,7 @@ def spliced_batch(case: Case, inputs: Mapping[str, Tensor], image_id: int) -> di
 
 def train_step(case: Case) -> Result:
     """Loss, logits, decisions and gradients of one training step with recorded noise."""
-    inputs = case.tensors()
+    inputs = case.tensors
     model = tiny_model(case).train()
     adapter = model.model.language_adapter
     adapter.__class__ = RecordingAdapter
@@ -286,7 +290,7 @@ class Session:
     """
 
     def __init__(self, case: Case) -> None:
-        inputs = case.tensors()
+        inputs = case.tensors
         self.model = tiny_model(case)
         self.adapter = self.model.model.language_adapter
         self.prompt = spliced_batch(case, inputs, self.model.config.image_token_id)
@@ -324,10 +328,11 @@ class Session:
 
 def cached_decoding(case: Case) -> Result:
     """Prefill and single-token steps with a cache."""
+    case.informational("config.fed_tokens")
     session = Session(case)
     prefill = session.prefill()
     lengths, steps = [session.lengths()], [prefill[:, -1]]
-    for token in case.json()["fed_tokens"]:
+    for token in case.inputs["fed_tokens"]:
         steps.append(session.feed([token])[:, -1])
         lengths.append(session.lengths())
     tensors: dict[str, Tensor] = {"step_logits": torch.stack(steps, dim=1)}
@@ -356,11 +361,12 @@ def cached_decoding(case: Case) -> Result:
 
 def cached_turns(case: Case) -> Result:
     """Prefill, single tokens, and a later user turn in one chunk."""
+    case.informational("config.chunks")
     session = Session(case)
     prefill = session.prefill()
     session.decided["instruct_predictor"].clear()  # what the first turn lost shows in the length of the prefill
     lengths, steps = [session.lengths()], [prefill[0, -1]]
-    for chunk in case.json()["chunks"]:
+    for chunk in case.inputs["chunks"]:
         steps.append(session.feed(chunk)[0, -1])
         lengths.append(session.lengths())
     chosen = [threshold_keep(logits).flatten().tolist() for logits in session.decided["instruct_predictor"]]
@@ -377,10 +383,11 @@ def cached_turns(case: Case) -> Result:
 
 def uncached_decoding(case: Case) -> Result:
     """Decoding that recomputes everything at every step."""
+    case.informational("config.fed_tokens")
     session = Session(case)
     ids, steps = session.prompt["input_ids"], []
     prompt_length = ids.shape[1]
-    fed = case.json()["fed_tokens"]
+    fed = case.inputs["fed_tokens"]
     with torch.no_grad():
         for count in range(len(fed) + 1):
             longer = torch.cat([ids, torch.tensor([fed[:count]], dtype=torch.long).expand(len(ids), -1)], dim=1)
@@ -391,7 +398,7 @@ def uncached_decoding(case: Case) -> Result:
     decided = session.decided["text_predictor"]
     kept = threshold_keep(decided[-1])[0] if decided else torch.ones(max(len(fed) - 1, 0), dtype=torch.bool)
     logits = torch.stack(steps, dim=1)
-    expected = case.expected_tensors["step_logits"]
+    expected = case.wanted.tensors["step_logits"]
     meaningful = torch.ones(expected.shape[:2], dtype=torch.bool)
     meaningful[:, 0] = False  # the original's duplicated last prompt token; `first_step_logits_corrected` covers it
     return Result(

@@ -101,17 +101,18 @@ def used_images(input_ids: Tensor, attention_mask: Tensor | None = None) -> list
 
 def vision_encoder(case: Case) -> Result:
     """CLIP features by layer and selection."""
+    case.informational("config.published", "config.published.*")
     selection = ("mm_vision_select_layer", "mm_vision_select_feature")
     config = {k: v for k, v in case.config.items() if k not in ("num_patches", "published", *selection)}
     layer, select = (case.config.get(*pair) for pair in zip(selection, (-2, "patch"), strict=True))
-    inputs, outputs = case.tensors(), {}
+    inputs, outputs = case.tensors, {}
     model = LlavakitForConditionalGeneration(
         tiny_config({"vision": config, "text": {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2}})
     )
     encoder = model.model.vision_tower.eval()
     load_tower(encoder, case.weights())
     pixels = inputs["pixel_values"]
-    for name in case.expected_tensors:
+    for name in case.wanted.tensors:
         if name.startswith("features_list_"):
             number = int(name.rsplit("_", 1)[1])
             outputs[name] = _features(encoder, pixels[number : number + 1], layer, select)
@@ -136,6 +137,7 @@ def load_tower(encoder: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def multiscale(case: Case) -> Result:
     """S2 features."""
+    case.informational("config.image_processor_size.*", "config.crop.*", "config.hidden_size_out")
     config = dict(case.config)
     named = config["s2_scales"]
     scales = [int(scale) for scale in (named.split(",") if isinstance(named, str) else named)]
@@ -146,13 +148,13 @@ def multiscale(case: Case) -> Result:
     ).eval()
     load_tower(encoder.encoder, case.weights())
     with torch.no_grad():
-        features = encoder.features(case.tensors()["pixel_values"], config.get("mm_vision_select_layer", -2))
+        features = encoder.features(case.tensors["pixel_values"], config.get("mm_vision_select_layer", -2))
     return Result(tensors={"features": features})
 
 
 def connector(case: Case) -> Result:
     """Every connector type by its classic name."""
-    x = case.tensors()["x"]
+    x = case.tensors["x"]
     outputs = {}
     for name in case.config["types"]:
         options = {k: v for k, v in mlp_options(name).items() if k != "type"}
@@ -174,7 +176,8 @@ def connector(case: Case) -> Result:
 
 def splice(case: Case) -> Result:
     """Ids with placeholders and ready visual vectors to embeddings, mask and labels."""
-    inputs = case.tensors()
+    case.informational("config.runs.*", "config.image_token_index", "config.ignore_index", "config.tokens_per_image")
+    inputs = case.tensors
     table = case.weights()["model.embed_tokens.weight"]
     token = table.shape[0]
     outputs = {}
@@ -196,7 +199,7 @@ def splice(case: Case) -> Result:
         outputs[f"{run}/inputs_embeds"] = scatter(embeds, visual, flat)
         outputs[f"{run}/attention_mask"] = mask
         outputs[f"{run}/labels"] = labels
-    return Result(tensors={name: tensor for name, tensor in outputs.items() if name in case.expected_tensors})
+    return Result(tensors={name: tensor for name, tensor in outputs.items() if name in case.wanted.tensors})
 
 
 def _vectors_by_row(features: Sequence[Tensor], images: Sequence[int]) -> list[tuple[list[Tensor], int]]:
@@ -222,7 +225,8 @@ def _cut(vectors: Sequence[Tensor], visual: Tensor, images: Sequence[int]) -> li
 
 def end_to_end(case: Case) -> Result:
     """Logits, loss, gradients and greedy tokens of a tiny model, right and left padded."""
-    inputs, expected = case.tensors(), case.expected_tensors
+    case.informational("config.attention", "config.bos", "config.image_token_index")
+    inputs, expected = case.tensors, case.wanted.tensors
     config = tiny_config(case.config)
     model = build(config, case.weights())
     counts = [case.config["tokens_per_image"]] * len(inputs["pixel_values"])
@@ -257,7 +261,7 @@ def end_to_end(case: Case) -> Result:
 
 
 def _generations(case: Case, model: LlavakitForConditionalGeneration, pixels: Tensor) -> dict[str, Any]:
-    request = case.json()
+    request = case.inputs
     prompts, new = request["generate_prompts"], request["max_new_tokens"]
     eos, pad = case.config.get("eos", 2), case.config.get("pad_token_id", 0)
     counts, token = [case.config["tokens_per_image"]], model.config.image_token_id
@@ -285,7 +289,7 @@ def _generations(case: Case, model: LlavakitForConditionalGeneration, pixels: Te
         images.append(range(start, start + prompt.count(PLACEHOLDER)))
         start += max(len(images[-1]), 1)
     results = {}
-    for name in case.expected_json:
+    for name in case.wanted.json:
         if name == "generate_single":
             results[name] = [greedy([n])[0] for n in range(len(prompts))]
         elif name.startswith("generate_batch_left_order_"):
@@ -295,7 +299,8 @@ def _generations(case: Case, model: LlavakitForConditionalGeneration, pixels: Te
 
 def anyres_merge(case: Case) -> Result:
     """Tiles merged flat, spatially, and spatially with unpadding and newlines."""
-    inputs, expected = case.tensors(), case.expected_tensors
+    case.informational("config.image_aspect_ratio", "config.views", "config.expanded_lengths")
+    inputs, expected = case.tensors, case.wanted.tensors
     sizes = [MediaSize(1, height, width) for width, height in case.config["image_sizes_wh"]]
     pixels = torch.cat([inputs[f"views_{n}"] for n in range(len(sizes))])
     size = case.config["vision"]["image_size"]
@@ -336,7 +341,7 @@ def _single_view(case: Case, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     model = build(config, case.weights())
     view = inputs["views_0"][:1]
     count = sum(run.visual for run in model.model.media.layout("image", MediaSize(1, size, size)))
-    length = case.expected_tensors["single_view/logits"].shape[1]  # says which prompt of the batch was run
+    length = case.wanted.tensors["single_view/logits"].shape[1]  # says which prompt of the batch was run
     texts = inputs["attention_mask"].sum(dim=1) - 1
     row = int((texts + count == length).nonzero()[0])
     ids, mask, _, _ = expand_batch(
@@ -353,7 +358,8 @@ def _single_view(case: Case, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def checkpoint_conversion(case: Case) -> Result:
     """Key names of the classic, the hub and the transformers layout, from the layouts' own renames."""
-    names = list(case.expected_json["classic_to_llava_hf_hub"])
+    case.informational("config.*", "inputs.safetensors")
+    names = list(case.wanted.json["classic_to_llava_hf_hub"])
     to_native = rename_with(Classic().renames_in())
     native = {name: to_native(name) for name in names}
     config = tiny_config({"vision": {"image_size": 8, "patch_size": 4}, "text": {"vocab_size": 1}})

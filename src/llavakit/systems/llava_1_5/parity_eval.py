@@ -17,12 +17,13 @@ from llavakit.evaluation import metrics, processors
 from llavakit.evaluation.benchmarks import gqa, judged, mmbench, scienceqa, seed, vqa
 from llavakit.evaluation.judges import parse_pair, review_content, review_record
 from llavakit.evaluation.records import Record, as_records
-from llavakit.proof.golden import Case, Result
+from llavakit.proof.golden import Case, Result, component
 
 
 def metric(case: Case) -> Result:
     """POPE, ScienceQA, SEED-Bench, TextVQA or the TextVQA prompt, by the inputs' fields."""
-    inputs = case.json()
+    case.informational("config.contractions", "config.number_map", "config.articles", "config.punctuation", "inputs.*")
+    inputs = case.inputs
     for field, compute in (
         ("labels", _pope),
         ("problems", _scienceqa),
@@ -147,9 +148,11 @@ def _textvqa_prompt(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str,
     return {"questions": [processors.stored_question(prompt) for prompt in inputs["prompts"]]}
 
 
+@component(echoes=[f"review_record.{name}" for name in ("id", "answer1_id", "answer2_id", "content")])
 def gpt_judge(case: Case) -> Result:
     """LLaVA-Bench: parsing of reviews, summary lines, what the judge is shown, the record that is kept."""
-    inputs = case.json()
+    case.informational("config.*", "inputs.content_example.*")
+    inputs = case.inputs
     reviews = [
         (row.get("category"), row.get("tuple", row.get("score")), row["question_id"]) for row in inputs["tuples"]
     ]
@@ -158,7 +161,7 @@ def gpt_judge(case: Case) -> Result:
         "summary_printed": _summary_lines((category, scores) for category, scores, _ in reviews),
     }
     # The question that a summary leaves out is named only by the summary's key.
-    for name in case.expected_json or {}:
+    for name in case.wanted.json or {}:
         left_out = re.fullmatch(r"summary_ignore_question_(\d+)", name)
         if left_out:
             kept = [(category, scores) for category, scores, number in reviews if number != int(left_out.group(1))]
@@ -170,7 +173,7 @@ def gpt_judge(case: Case) -> Result:
             example["context"]["caption"], question["text"], example["answer1"], example["answer2"], "RULE TEXT"
         )
         # The judge's reply and the ids of the answers are kept in the recorded review only.
-        kept = (case.expected_json or {}).get("review_record")
+        kept = (case.wanted.json or {}).get("review_record")
         if kept is not None:
             outputs["review_record"] = review_record(
                 kept["id"],
@@ -193,7 +196,8 @@ def _summary_lines(reviews: Any) -> list[str]:
 
 def submission_files(case: Case) -> Result:
     """GQA, VQAv2, VizWiz and MM-Vet files from one predictions file that has a broken line."""
-    inputs = case.json()
+    case.informational("inputs.test_split.*.image")
+    inputs = case.inputs
     split = as_records("test_split", inputs["test_split"])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answers.jsonl"
@@ -214,7 +218,8 @@ def submission_files(case: Case) -> Result:
 
 def evaluation_prompt(case: Case) -> Result:
     """MMBench prompts: all rotations in English, the first in Chinese."""
-    rows = case.json()["rows"]
+    case.informational("inputs.rows.*")
+    rows = case.inputs["rows"]
     names = ("prompt", "message", "options", "option_char")
     english = [[{name: turn[name] for name in names} for turn in mmbench.rounds(row, all_rounds=True)] for row in rows]
     return Result(

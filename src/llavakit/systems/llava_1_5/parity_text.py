@@ -19,7 +19,7 @@ from llavakit.conversation.template import Rounds, Template, get_template
 from llavakit.data import scienceqa
 from llavakit.data.collate import Collator
 from llavakit.data.sampler import even_chunks, length_grouped, length_with_media, modality_grouped, word_length
-from llavakit.proof.golden import Case, Result
+from llavakit.proof.golden import Case, Result, component
 from llavakit.training.parameter_groups import Rates, freeze_all_but, linear_layers, optimizer_groups, top_level_parts
 from llavakit.training.recipe import Lora, PartTraining
 
@@ -49,7 +49,8 @@ def tokenizers(case: Case, names: Sequence[str] = tuple(FILES)) -> dict[str, Any
 
 def conversation(case: Case) -> dict[str, Any]:
     """Prompt strings of all templates."""
-    dialogues = case.json()
+    case.informational("config.templates.*", "config.aliases*")
+    dialogues = case.inputs
     return {
         name: {key: _prompt(get_template(name), facts, turns) for key, turns in dialogues.items()}
         for name, facts in case.config["templates"].items()
@@ -72,16 +73,18 @@ def _prompt(template: Template, facts: Mapping[str, Any], turns: Sequence[Sequen
 
 def prompt_tokenisation(case: Case) -> dict[str, Any]:
     """Ids of prompts with placeholders."""
-    prompts = case.json()["prompts"]
+    case.informational("config.image_token_index", "config.tokenizers")
+    prompts = case.inputs["prompts"]
     return {name: [tokenize(text, tok)[0] for text in prompts] for name, tok in tokenizers(case).items()}
 
 
 def tokenizer(case: Case) -> dict[str, Any]:
     """Ids and pieces of strings."""
-    strings = case.json()["strings"]
+    case.informational("config.bos", "config.eos", "config.unk", "config.pad", "config.add_bos_token")
+    strings = case.inputs["strings"]
     found: dict[str, Any] = {}
     for name, file in case.config["files"].items():
-        tok = load_tokenizer(name, case.path / file if (case.path / file).exists() else case.sibling(FILES[name]))
+        tok = load_tokenizer(name, case.sibling(file, FILES[name]))
         ids = [tokenize(text, tok)[0] for text in strings]
         found[name] = ids
         found[f"pieces_{name}"] = [tok.convert_ids_to_tokens(row) for row in ids]
@@ -92,6 +95,7 @@ def tokenizer(case: Case) -> dict[str, Any]:
 
 def stopping(case: Case) -> dict[str, Any]:
     """Whether a stop string is found after every generated token."""
+    case.informational("config.tokenizer")
     prompt, keywords = case.config["prompt_ids"], case.config["keywords"]
     known = tokenizers(case, ("nonlegacy", "legacy"))
     tok = next((tok for tok in known.values() if _writes(tok, prompt)), known["nonlegacy"])
@@ -99,7 +103,7 @@ def stopping(case: Case) -> dict[str, Any]:
     return {
         "stop_after_step": [
             [stop([*prompt, *row[: step + 1]], len(prompt)) for step in range(len(row))]
-            for row in case.json()["generated"]
+            for row in case.inputs["generated"]
         ]
     }
 
@@ -110,7 +114,7 @@ def _writes(tok: Any, ids: Sequence[int]) -> bool:
 
 def loading(case: Case) -> dict[str, Any]:
     """Model names and the templates inferred from them."""
-    names = [model_name(path) for path in case.json()["paths"]]
+    names = [model_name(path) for path in case.inputs["paths"]]
     return {"names": names, "conv_mode": [inferred_template(name) for name in names]}
 
 
@@ -126,8 +130,11 @@ def messages_of(turns: Sequence[Mapping[str, str]]) -> list[Message]:
 
 def label_masking(case: Case) -> dict[str, Any]:
     """Ids and labels of training samples."""
-    inputs, config = case.json(), case.config
-    symbol = case.meta["source"]["symbol"]
+    case.informational(
+        "config.ignore_index", "config.image_token_index", "config.has_image", "config.tokenizers_version"
+    )
+    inputs, config = case.inputs, case.config
+    symbol = case.source["symbol"]
     if symbol.startswith("preprocess_plain"):
         samples = [messages_of(turns) for turns in inputs["samples"]]
         return {
@@ -135,7 +142,7 @@ def label_masking(case: Case) -> dict[str, Any]:
             for name, tok in tokenizers(case).items()
         }
     counted = not symbol.startswith("preprocess (")
-    at_head = case.meta["source"]["repo"] == "haotian-liu/LLaVA"
+    at_head = case.source["repo"] == "haotian-liu/LLaVA"
 
     def labels(template: Template, tok: Any, turns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         if symbol.startswith("preprocess_mpt") and at_head:
@@ -174,9 +181,9 @@ def _ids_and_labels(encoded: Encoded) -> dict[str, Any]:
 
 def training_data(case: Case) -> dict[str, Any]:
     """Placement of images in turns, or the collator."""
-    inputs = case.json()
+    inputs = case.inputs
     if "sources" in inputs:
-        return {"runs": [_placed(run, inputs["sources"]) for run in case.expected_json["runs"]]}
+        return {"runs": [_placed(run, inputs["sources"]) for run in case.wanted.json["runs"]]}
     collator = Collator(case.config["pad_token_id"], case.config["model_max_length"], mask_by_pad_id=True)
     samples = [
         {"input_ids": ids, "labels": labels} for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True)
@@ -197,16 +204,16 @@ def _placed(run: Mapping[str, Any], sources: Sequence[Any]) -> dict[str, Any]:
 
 def data_conversion(case: Case) -> dict[str, Any]:
     """ScienceQA problems as prompts and LLaVA records; formats are named by the outputs."""
-    problems, letters = case.json(), case.config["options"]
+    problems, letters = case.inputs, case.config["options"]
     found: dict[str, Any] = {"prompts": {}}
-    for name in case.expected_json["prompts"]:
+    for name in case.wanted.json["prompts"]:
         form, _, flag = name.partition(" ")
         test = flag == "is_test"
         found["prompts"][name] = {
             key: list(scienceqa.prompt(problem, form, use_caption=test, test=test, letters=letters))
             for key, problem in problems.items()
         }
-    for name in case.expected_json:
+    for name in case.wanted.json:
         if name.startswith("llava_train_"):
             found[name] = scienceqa.to_llava(problems, form=name.removeprefix("llava_train_"))
     return found
@@ -217,7 +224,8 @@ def data_conversion(case: Case) -> dict[str, Any]:
 
 def sampler(case: Case) -> dict[str, Any]:
     """Orders of length- and modality-grouped samplers, their chunks and lengths."""
-    inputs = case.json()
+    case.informational("config.*", "inputs.data.*.image", "inputs.data.*.conversations.*.from")
+    inputs = case.inputs
     if "calls" in inputs:
         chunks = [even_chunks(call["indices"], call["lengths"], call["num_chunks"]) for call in inputs["calls"]]
         return {"chunks": chunks}
@@ -251,7 +259,8 @@ def _orders(run: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def parameter_groups(case: Case) -> dict[str, Any]:
     """Trained parameters, optimiser groups and LoRA targets of both stages for a model with the case's names."""
-    model = skeleton(case.expected_json["all_parameters"])
+    case.informational("config.vision_tower")
+    model = skeleton(case.wanted.json["all_parameters"])
     parts = [part for part in top_level_parts(model) if part != "vision_tower"]
     decoder = [part for part in parts if part not in ("mm_projector", "lm_head")]
 
@@ -269,7 +278,7 @@ def parameter_groups(case: Case) -> dict[str, Any]:
         "lora_targets": sorted({name.split(".")[-1] for name in linear_layers(model, Lora(parts=decoder))}),
         "stage2_groups_no_projector_lr": groups(everything),
     }
-    for key in case.expected_json:
+    for key in case.wanted.json:
         if rate := re.fullmatch(r"stage2_groups_projector_lr_(.+)", key):
             found[key] = groups(everything | {"mm_projector": PartTraining(learning_rate=float(rate[1]))})
     found["stage1_groups"] = groups({"mm_projector": PartTraining()})
@@ -300,8 +309,8 @@ def _layer(name: str) -> nn.Module:
     return layer
 
 
-def _json(adapter: Callable[[Case], Any]) -> Callable[[Case], Result]:
-    return lambda case: Result(json=adapter(case))
+def _json(adapter: Callable[[Case], Any], *echoes: str) -> Callable[[Case], Result]:
+    return component(echoes=echoes)(lambda case: Result(json=adapter(case)))
 
 
 ADAPTERS: dict[str, Callable[[Case], Result]] = {
@@ -311,8 +320,8 @@ ADAPTERS: dict[str, Callable[[Case], Result]] = {
     "decoding": _json(stopping),
     "loading": _json(loading),
     "label_masking": _json(label_masking),
-    "training_data": _json(training_data),
+    "training_data": _json(training_data, "runs.*.template", "runs.*.mm_use_im_start_end"),
     "data_conversion": _json(data_conversion),
     "sampler": _json(sampler),
-    "training": _json(parameter_groups),
+    "training": _json(parameter_groups, "all_parameters"),
 }

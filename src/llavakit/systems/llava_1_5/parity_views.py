@@ -37,8 +37,9 @@ def planner_options(config: dict[str, Any]) -> dict[str, Any]:
 
 def image_preprocessing(case: Case) -> Result:
     """Pixels of every image; with padding also the padded square, with tiles also the plan."""
+    case.informational("config.image_processor", "config.order", "config.background")
     planner = PLANNERS.build(planner_options(case.config))
-    named = {name: Image.fromarray(array.numpy()).convert("RGB") for name, array in case.tensors().items()}
+    named = {name: Image.fromarray(array.numpy()).convert("RGB") for name, array in case.tensors.items()}
     tensors, plans, views = {}, {}, {}
     for name, image in named.items():
         number = name.removeprefix("image_")
@@ -65,7 +66,7 @@ def slicing_plan(case: Case) -> Result:
     tile, side = case.config["patch_size_of_grid"], case.config["tower_grid"]
     planner = PLANNERS.build({"type": "anyres", "size": tile, "pinpoints": pinpoints_of(case.config["grid_pinpoints"])})
     plans = []
-    for width, height in case.json()["sizes_wh"]:
+    for width, height in case.inputs["sizes_wh"]:
         plan = planner.plan(MediaSize(1, height, width))
         grids = [(1, side, side)] * len(plan.views)
         rows, cols = tiles.unpad((width, height), plan.rows * side, plan.cols * side)
@@ -89,7 +90,7 @@ def slicing_plan(case: Case) -> Result:
 def feature_unpadding(case: Case) -> Result:
     """Indices of the feature map that unpadding keeps."""
     kept = []
-    for call in case.json()["calls"]:
+    for call in case.inputs["calls"]:
         rows, cols = call["grid_hw"]
         window = tiles.unpad(tuple(call["size_wh"]), rows, cols)
         kept.append(np.arange(rows * cols).reshape(rows, cols)[window])

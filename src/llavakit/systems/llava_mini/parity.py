@@ -24,7 +24,7 @@ from llavakit.media import frame_sampling as sampling
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration, Visuals
 from llavakit.model.routes import MODALITIES
-from llavakit.proof.golden import Case, Result
+from llavakit.proof.golden import Case, Result, component
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand, scatter
 from llavakit.systems.llava_mini.checkpoint import Classic, media_of
@@ -43,13 +43,15 @@ FRAMES_IN_TRAINING = 8
 
 def sincos(case: Case) -> Result:
     """Tables by width and side."""
-    return Result(tensors={f"d{d}_g{g}": sincos_table(g, g, d) for d, g in case.json()["pairs"]})
+    case.informational("config.pairs")
+    return Result(tensors={f"d{d}_g{g}": sincos_table(g, g, d) for d, g in case.inputs["pairs"]})
 
 
 def interpolation(case: Case) -> Result:
     """Tables by width and side, for so many features."""
+    case.informational("config.items")
     tensors = {}
-    for width, side, count in case.json()["items"]:
+    for width, side, count in case.inputs["items"]:
         length = math.isqrt(count)
         tensors[f"d{width}_g{side}_n{count}"] = resized_table(sincos_table(side, side, width), side, length, length)
     return Result(tensors=tensors)
@@ -57,7 +59,8 @@ def interpolation(case: Case) -> Result:
 
 def compressor(case: Case) -> Result:
     """Compressed features and averaged weights."""
-    config, x = case.config, case.tensors()["x"]
+    case.informational("config.num_tokens", "config.batch")
+    config, x = case.config, case.tensors["x"]
     net = Compressor(config["embed_dim"], config["grid_size"], config["num_heads"], config.get("kv_dim"))
     net.load_state_dict(case.weights())
     length = math.isqrt(x.shape[1])
@@ -72,7 +75,7 @@ def compressor(case: Case) -> Result:
 def split_plan(case: Case) -> Result:
     """Boxes of blocks."""
     plans = []
-    for width, height, n in case.json()["items"]:
+    for width, height, n in case.inputs["items"]:
         facts: dict[str, Any] = {"size": [width, height], "n": n}
         if min(width, height) < n:  # llavakit refuses blocks without pixels, the original's arithmetic gives them
             boxes = blocks(width, height, n)
@@ -87,6 +90,7 @@ def split_plan(case: Case) -> Result:
 
 def pixel_values(case: Case) -> Result:
     """Views of an image."""
+    case.informational("config.resample", "config.order")
     config = case.config
     view = {
         "type": "pad" if config["image_aspect_ratio"] == "pad" else "square",
@@ -96,14 +100,14 @@ def pixel_values(case: Case) -> Result:
         "image_std": config["std"],
     }
     planner = GridAndWhole(grid=config["n"], view=view)
-    image = Image.fromarray(case.tensors()["image"].numpy())
+    image = Image.fromarray(case.tensors["image"].numpy())
     views = planner.cut(image, planner.plan(MediaSize(1, image.height, image.width)))
     return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views))})
 
 
 def frame_sampling(case: Case) -> Result:
     """Numbers of frames: uniform, one a second, eight."""
-    inputs = case.json()
+    inputs = case.inputs
     clips = [(total, fps) for total, fps in inputs["fps_items"]]
 
     def row(total: int, fps: float, indices: list[int]) -> dict[str, Any]:
@@ -125,7 +129,7 @@ def frame_resize(case: Case) -> Result:
     """Which source row and column every output pixel comes from, modulo 256."""
     side = case.config["target"][0]
     maps = []
-    for width, height in case.json()["sizes"]:
+    for width, height in case.inputs["sizes"]:
         rows, cols = np.mgrid[:height, :width]
         frame = np.stack([rows % 256, cols % 256, rows * 0], axis=-1).astype(np.uint8)
         out = np.asarray(squash_nearest(Image.fromarray(frame), side))
@@ -147,7 +151,8 @@ def _tokenizer(inputs: Mapping[str, Any]) -> Any:
 
 def prompt_strings(case: Case) -> Result:
     """Prompts and their ids."""
-    inputs = case.json()
+    case.informational("config.*", "inputs.chat_template", "inputs.special_tokens.*")
+    inputs = case.inputs
     tokenizer = _tokenizer(inputs)
     prompts = []
     for dialogue in inputs["conversations"]:
@@ -166,7 +171,8 @@ def prompt_strings(case: Case) -> Result:
 
 def supervision_labels(case: Case) -> Result:
     """Ids and labels of training samples, and the turns as the loader rewrites them."""
-    inputs = case.json()
+    case.informational("config.chat_template", "inputs.chat_template")
+    inputs = case.inputs
     tokenizer = _tokenizer(inputs)
     samples = []
     for turns in inputs["samples"]:
@@ -188,9 +194,10 @@ def supervision_labels(case: Case) -> Result:
 # Evaluation
 
 
+@component(echoes=["first_char_as_answer.*.res", "first_char_as_answer.*.n"])
 def multiple_choice(case: Case) -> Result:
     """MVBench, MLVU and EgoSchema: checks of answers, questions."""
-    inputs, letters = case.json(), processors.LETTERS
+    inputs, letters = case.inputs, processors.LETTERS
     five = letters[:5]
     return Result(
         json={
@@ -200,7 +207,7 @@ def multiple_choice(case: Case) -> Result:
             ],
             "first_char_as_answer": [
                 row | {"letter": processors.first_letter(row["res"], letters[: row["n"]], "A")}
-                for row in ({"res": row["res"], "n": row["n"]} for row in case.expected_json["first_char_as_answer"])
+                for row in ({"res": row["res"], "n": row["n"]} for row in case.wanted.json["first_char_as_answer"])
             ],
             "egoschema_first_char": [
                 {"res": text, "index": -1 if letter is None else five.index(letter)}
@@ -223,14 +230,14 @@ def multiple_choice(case: Case) -> Result:
 
 def video_judge(case: Case) -> Result:
     """Accuracy and mean score of judged answers."""
-    found = metrics.judged_answers(case.json()["judgements"])
+    found = metrics.judged_answers(case.inputs["judgements"])
     names = {"Yes count": "yes", "No count": "no", "Accuracy": "accuracy", "Average score": "score"}
     return Result(json={name: float(found[key]) for name, key in names.items()})
 
 
 def pope(case: Case) -> Result:
     """POPE's counts and rates."""
-    inputs = case.json()
+    inputs = case.inputs
     answers = [processors.pope_answer(text) for text in inputs["texts"]]
     found = metrics.binary_metrics(answers, inputs["labels"])
     names = {
@@ -255,7 +262,7 @@ class Batch:
     """
 
     def __init__(self, case: Case) -> None:
-        inputs = case.tensors()
+        inputs = case.tensors
         images = inputs["images"]
         self.is_video = images.dim() == 6
         frames = images if self.is_video else images.unsqueeze(1)
@@ -365,6 +372,7 @@ def build(case: Case, views: int) -> LlavakitForConditionalGeneration:
 @torch.no_grad()
 def end_to_end(case: Case) -> Result:
     """Logits and loss of a tiny model, the spliced prompt and the results of every part."""
+    case.informational("config.compressor.embed_dim")
     batch = Batch(case)
     visuals = batch.model.model.encode_media(**batch.media)
     # rows are cut after media were laid out, perhaps in the middle of one
@@ -387,6 +395,7 @@ def end_to_end(case: Case) -> Result:
 @torch.no_grad()
 def greedy_generation(case: Case) -> Result:
     """Greedy tokens and the logits of every step, without stopping."""
+    case.informational("config.compressor.embed_dim")
     batch = Batch(case)
     batch.model.generation_config.eos_token_id = None
     prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.media}

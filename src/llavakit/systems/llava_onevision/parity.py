@@ -48,7 +48,7 @@ def siglip_tower(case: Case) -> Result:
     inner = getattr(encoder, "vision_model", encoder)
     inner.load_state_dict({name: tensor for name, tensor in state.items() if name in inner.state_dict()})
     geometry = geometry_of(config.vision_config)
-    pixels = case.tensors()["pixel_values"]
+    pixels = case.tensors["pixel_values"]
     layers = config.vision_config.num_hidden_layers
     facts = {
         "num_layers_kept": layers,
@@ -64,7 +64,8 @@ def siglip_tower(case: Case) -> Result:
 
 def projector(case: Case) -> dict[str, Tensor]:
     """Every connector by its published name."""
-    features, outputs = case.tensors()["features"], {}
+    case.informational("config.mm_hidden_size")
+    features, outputs = case.tensors["features"], {}
     batch, tokens, width = features.shape
     rename = rename_with(Classic().renames_in())
     for name in case.config["types"]:
@@ -86,7 +87,7 @@ def projector(case: Case) -> dict[str, Tensor]:
 def pool2d(case: Case) -> dict[str, Tensor]:
     """Pooled frames of every mode and stride."""
     side = case.config["side"]
-    frames = case.tensors()["features"].unflatten(1, (side, side))
+    frames = case.tensors["features"].unflatten(1, (side, side))
     return {
         f"{mode}/{stride}": pool(frames, mode, 2 if stride is None else stride).flatten(1, 2)
         for mode in case.config["modes"]
@@ -218,8 +219,9 @@ def _coordinates(first: int, views: int, side: int) -> list[Tensor]:
 
 def token_layout(case: Case) -> Result:
     """Where every visual token and newline goes, read off features that are coordinates."""
+    case.informational("inputs.*.big")
     facts, tensors = {}, {}
-    for name, request in case.json().items():
+    for name, request in case.inputs.items():
         settings = case.config["model_config"] | request.get("model_config", {})
         size, side = case.config["tower_image_size"], request.get("side", case.config["side"])
         stacked = isinstance(request["views"], dict)
@@ -233,7 +235,7 @@ def token_layout(case: Case) -> Result:
             arrangement = ARRANGEMENTS.build(media[entry.kind]["arrange"])
             vectors.append(arrangement.arrange(entry.plan, [(1, side, side)] * entry.views, tokens, _marked(NEWLINE)))
         found, tensors[name] = _laid_out(request, vectors, settings)
-        facts[name] = {key: value for key, value in found.items() if key in case.expected_json[name]}
+        facts[name] = {key: value for key, value in found.items() if key in case.wanted.json[name]}
     return Result(json=facts, tensors=tensors)
 
 
@@ -257,7 +259,8 @@ def _laid_out(
 
 def faster_video(case: Case) -> Result:
     """Detailed and coarse frames with a newline after every row and a mark after every frame."""
-    settings, request, side = case.config["model_config"], case.json(), case.config["side"]
+    case.informational("config.model_config.*")
+    settings, request, side = case.config["model_config"], case.inputs, case.config["side"]
     frames = request["frames"]
     arrangement = ARRANGEMENTS.build(
         {
@@ -325,7 +328,7 @@ class Example:
     @classmethod
     def of(cls, case: Case, name: str, rounding: str) -> Example:
         """The example called `name` under a rule of rounding."""
-        request, inputs = case.json()[name], case.tensors()
+        request, inputs = case.inputs[name], case.tensors
         settings = case.config["model_config"] | request.get("model_config", {})
         vision = case.config["vision"]
         stacked = bool(request.get("stacked"))
@@ -387,14 +390,14 @@ def end_to_end(case: Case) -> Result:
     """Logits, loss, gradients and greedy tokens, unpadded like the original and (`hf/`) like transformers."""
     facts: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    own = [name for name in case.expected_json if name != "hf"]
+    own = [name for name in case.wanted.json if name != "hf"]
     for name in own:
         example = Example.of(case, name, "int")
         out = example.forward()
         tensors[f"{name}/logits"] = example.kept(out.logits).detach()
         facts[name] = {"sequence_length": example.spliced.ids.shape[1]}
         given = _given(example.spliced, example.request)
-        facts[name] |= {key: value for key, value in given.items() if key in case.expected_json[name]}
+        facts[name] |= {key: value for key, value in given.items() if key in case.wanted.json[name]}
         if example.request.get("generate"):
             facts[name]["greedy_new_tokens"] = example.greedy()
         if out.loss is not None:
@@ -406,7 +409,7 @@ def end_to_end(case: Case) -> Result:
             }
             tensors |= {f"{name}/grad_{key.removeprefix('model.')}": g for key, g in gradients.items() if g is not None}
     facts["hf"] = {}
-    for name in case.expected_json.get("hf", {}):
+    for name in case.wanted.json.get("hf", {}):
         example = Example.of(case, name, "hf")
         with torch.no_grad():
             out = example.forward()
@@ -420,9 +423,7 @@ def end_to_end(case: Case) -> Result:
             facts["hf"][name]["greedy_new_tokens"] = example.greedy()
         if out.loss is not None:
             facts["hf"][name]["loss"] = out.loss.item()
-    return Result(
-        json=facts, tensors={name: tensor for name, tensor in tensors.items() if name in case.expected_tensors}
-    )
+    return Result(json=facts, tensors={name: tensor for name, tensor in tensors.items() if name in case.wanted.tensors})
 
 
 ADAPTERS = {

@@ -50,7 +50,7 @@ PARTS = {
 def prompts(case: Case) -> Result:
     """Prompt strings of every template."""
     written = []
-    for query in case.json()["queries"]:
+    for query in case.inputs["queries"]:
         turns = query["turns"]
         messages = [
             {"role": ("user", "assistant")[role], "content": split_literals(text)} for role, text in turns if text
@@ -68,9 +68,8 @@ def load_tokenizer(case: Case) -> Any:
     """The case's tokenizer with Qwen2's special tokens."""
     from transformers import PreTrainedTokenizerFast
 
-    file = case.path / "tokenizer.json"
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(file if file.is_file() else case.sibling("preprocess/tokenizer.json")),
+        tokenizer_file=str(case.sibling("tokenizer.json", "preprocess/tokenizer.json")),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
@@ -80,7 +79,7 @@ def load_tokenizer(case: Case) -> Any:
 def tokenizer_image_token(case: Case) -> dict[str, Any]:
     """Ids of prompts with placeholders."""
     tokenizer = load_tokenizer(case)
-    return {"ids": [tokenize(text, tokenizer)[0] for text in case.json()["prompts"]]}
+    return {"ids": [tokenize(text, tokenizer)[0] for text in case.inputs["prompts"]]}
 
 
 def messages_of(turns: Sequence[Mapping[str, str]], has_media: bool) -> list[Message]:
@@ -94,7 +93,7 @@ def preprocess(case: Case) -> dict[str, Any]:
     """Placement of media, ids and labels of training samples."""
     tokenizer = load_tokenizer(case)
     found = {}
-    for name, sample in case.json().items():
+    for name, sample in case.inputs.items():
         messages = messages_of(sample["conversations"], sample["has_image"])
         encoded = encode(messages, sample.get("template", TEMPLATE), tokenizer)
         found[name] = {
@@ -111,7 +110,7 @@ def preprocess(case: Case) -> dict[str, Any]:
 def video_sampling(case: Case) -> dict[str, Any]:
     """Frames and their times."""
     results = []
-    for query in case.json()["queries"]:
+    for query in case.inputs["queries"]:
         total, rate = query["total_frames"], query["avg_fps"]
         indices, times = sampled_times(total, rate, query["video_fps"], query["frames_upbound"], query["force_sample"])
         results.append(
@@ -127,8 +126,9 @@ def video_sampling(case: Case) -> dict[str, Any]:
 
 def dataset_sampling(case: Case) -> dict[str, Any]:
     """Which entries of every data file are kept."""
+    case.informational("inputs.*.datasets.*.ext")
     found = {}
-    for name, mixture in case.json().items():
+    for name, mixture in case.inputs.items():
         shuffle = random.Random(mixture.get("seed", 0))
         found[name] = [
             f"{number}-{entry}"
@@ -141,7 +141,7 @@ def dataset_sampling(case: Case) -> dict[str, Any]:
 def length_grouped_sampler(case: Case) -> dict[str, Any]:
     """Orders of samples."""
     found = {}
-    for name, run in case.json().items():
+    for name, run in case.inputs.items():
         lengths, sizes = run["lengths"], (run["batch_size"], run["world_size"])
         everywhere = torch.Generator().manual_seed(run["seed"])
         own = torch.Generator().manual_seed(run["generator_seed"]) if run.get("generator_seed") is not None else None
@@ -165,9 +165,9 @@ class Items:
     """
 
     def __init__(self, case: Case) -> None:
-        inputs = case.json()
+        inputs = case.inputs
         self.records, self.rates = inputs["records"], inputs.get("fps", {})
-        self.files = case.tensors()
+        self.files = case.tensors
         self.tokenizer = load_tokenizer(case)
         self.options = case.config["data_args"]
         self.size = case.config["size"]
@@ -231,11 +231,12 @@ class Items:
 
 def dataset_items(case: Case) -> Result:
     """Records and pixels to samples, and the batch of all of them."""
+    case.informational("inputs.*/*")
     data = Items(case)
     facts: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     samples = []
-    for place, index in enumerate(case.json()["fetch"]):
+    for place, index in enumerate(case.inputs["fetch"]):
         own, views = data.item(index)
         facts[f"item{place}"] = own
         tensors |= {f"item{place}/image{number}": view for number, view in enumerate(views)}
@@ -267,7 +268,7 @@ def param_groups(case: Case) -> dict[str, Any]:
     config = tiny_config(case.config["model_config"], case.config["vision"])
     rename = rename_with(Classic().renames_out(config))
     found = {}
-    for name, run in case.json().items():
+    for name, run in case.inputs.items():
         own = {
             "multi_modal_projector": run.get("mm_projector_lr"),
             "vision_tower": run.get("mm_vision_tower_lr"),

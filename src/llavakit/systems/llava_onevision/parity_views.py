@@ -21,7 +21,7 @@ from llavakit.views.plan import MediaSize, Plan
 def select_best_resolution(case: Case) -> dict[str, Any]:
     """The canvas of every size; null where the image would vanish on all of them."""
     best = []
-    for query in case.json()["queries"]:
+    for query in case.inputs["queries"]:
         (width, height), possible = query["size"], [tuple(canvas) for canvas in query["possible"]]
         canvas = tiles.select_canvas((width, height), possible)
         if canvas is not None:
@@ -77,7 +77,7 @@ def anyres_plan(case: Case) -> dict[str, Any]:
     planned = {ratio: Planned(config, ratio) for ratio in config["aspect_ratios"]}
     first = next(iter(planned.values()))
     plans = []
-    for (width, height), wanted in zip(case.json()["sizes"], case.expected_json["plans"], strict=True):
+    for (width, height), wanted in zip(case.inputs["sizes"], case.wanted.json["plans"], strict=True):
         plan = first.plan((width, height))
         side = config["side"]
         rows, cols = tiles.unpad((width, height), plan.rows * side, plan.cols * side)
@@ -100,7 +100,7 @@ def anyres_plan_transformers(case: Case) -> dict[str, Any]:
     """Every plan as transformers counts it."""
     planned = Planned(case.config, case.config["vision_aspect_ratio"], rounding="hf")
     plans = []
-    for width, height in case.json()["sizes"]:
+    for width, height in case.inputs["sizes"]:
         plan = planned.plan((width, height))
         plans.append({"size": [width, height], "views": len(plan.views), **planned.counts(plan)})
     return {"plans": plans}
@@ -124,15 +124,16 @@ def process_anyres_image(case: Case) -> dict[str, Tensor]:
     """Base view and tiles of every image."""
     raw = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": case.config["image_grid_pinpoints"]}
     options = media_of(raw, case.config["size"])["image"]["views"]
-    return {name: views_of(options, image_of(array)) for name, array in case.tensors().items()}
+    return {name: views_of(options, image_of(array)) for name, array in case.tensors.items()}
 
 
 def process_images(case: Case) -> Result:
     """Several images under several settings; equal shapes come stacked."""
-    inputs = case.tensors()
+    case.informational("inputs.*.model_config.image_grid_pinpoints")
+    inputs = case.tensors
     facts: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for run, request in case.json().items():
+    for run, request in case.inputs.items():
         options = media_of(request["model_config"], case.config["size"])["image"]["views"]
         views = [views_of(options, image_of(inputs[name])) for name in request["images"]]
         if options["type"] != "anyres":
@@ -151,7 +152,7 @@ def siglip_preprocess(case: Case) -> dict[str, Tensor]:
     media = media_of({}, case.config["size"])
     frame = media["video"]["views"]["frame"]
     outputs = {}
-    for name, array in case.tensors().items():
+    for name, array in case.tensors.items():
         frames = array if array.dim() == 4 else array[None]
         outputs[name] = torch.cat([views_of(frame, image_of(picture)) for picture in frames])
     return outputs

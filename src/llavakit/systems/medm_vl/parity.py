@@ -50,21 +50,24 @@ def _run(net: MLP, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 def connector_mlp(case: Case) -> Result:
     """Per-token MLP."""
-    x = case.tensors()["x"]
+    case.informational("config.connector_type", "config.image_size", "config.patch_size")
+    x = case.tensors["x"]
     return Result(tensors={"y": _run(_connector(MLP, case), x, (1, 1, x.shape[1]))})
 
 
 def connector_spatial_pooling(case: Case) -> Result:
     """2 x 2 x 2 average pooling, then the MLP."""
+    case.informational("config.connector_type", "config.image_size", "config.patch_size")
     size, patch = case.config["image_size"], case.config["patch_size"]
     grid = tuple(s // p for s, p in zip(size, patch, strict=True))
-    return Result(tensors={"y": _run(_connector(Pooling, case, stride=[2, 2, 2]), case.tensors()["x"], grid)})
+    return Result(tensors={"y": _run(_connector(Pooling, case, stride=[2, 2, 2]), case.tensors["x"], grid)})
 
 
 def connector_attn_pooling(case: Case) -> Result:
     """Learned queries, then the MLP."""
+    case.informational("config.connector_type", "config.image_size", "config.patch_size")
     queries = case.weights()["query"].shape[0]
-    x = case.tensors()["x"]
+    x = case.tensors["x"]
     return Result(tensors={"y": _run(_connector(AttentionPooling, case, queries=queries), x, (1, 1, x.shape[1]))})
 
 
@@ -102,18 +105,19 @@ def m3d_clip(case: Case) -> Result:
     encoder = M3DClipVision(_m3d(case.config)).eval()
     encoder.load_state_dict(case.weights())
     with torch.no_grad():
-        blocks = encoder.block_outputs(case.tensors()["volume"])
+        blocks = encoder.block_outputs(case.tensors["volume"])
         tensors = {f"block_output.{n}": block for n, block in enumerate(blocks)}
-        tensors["medmvl_features"] = encoder.features(case.tensors()["volume"], -1, "default")
+        tensors["medmvl_features"] = encoder.features(case.tensors["volume"], -1, "default")
         tensors["normed_last"] = encoder.norm(blocks[-1])
     return Result(tensors=tensors)
 
 
 def medm_clip(case: Case) -> Result:
     """Outputs of every layer of MedM-CLIP, and its contrastive head."""
+    case.informational("config.norm", "config.activation")
     encoder = MedMClipVision(_medm(case.config)).eval()
     encoder.load_state_dict(case.weights())
-    volume = case.tensors()["volume"]
+    volume = case.tensors["volume"]
     with torch.no_grad():
         tensors = {f"layer_output.{n}": layer for n, layer in enumerate(encoder.block_outputs(volume))}
         tensors["medmvl_features"] = encoder.features(volume, -1, "default")
@@ -123,9 +127,10 @@ def medm_clip(case: Case) -> Result:
 
 def volume_preprocess(case: Case) -> Result:
     """Volumes in Hounsfield units for each encoder."""
+    case.informational("config.monai")
     window, tensors = case.config["hu_window"], {}
     for number, item in enumerate(case.config["items"]):
-        volume = case.tensors()[f"volume.{number}"].numpy()
+        volume = case.tensors[f"volume.{number}"].numpy()
         tensors[f"windowed.{number}"] = torch.from_numpy(windowed(volume, window))
         size = MediaSize(*volume.shape)
         if item["encoder"] == "siglip":
@@ -148,7 +153,7 @@ def volume_preprocess(case: Case) -> Result:
 
 def volume_preprocess_paper(case: Case) -> Result:
     """Stored grey volumes as slices."""
-    volume = case.tensors()["volume"][0].numpy()
+    volume = case.tensors["volume"][0].numpy()
     planner = Slices(size=case.config["image_size"], stored="grey")
     views = planner.cut(volume, planner.plan(MediaSize(*volume.shape)))
     return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views, axis=1))})
@@ -217,7 +222,7 @@ def _padded(rows: Sequence[Tensor], fill: float, left: bool) -> Tensor:
 def end_to_end(case: Case) -> Result:
     """Spliced embeddings, labels, mask, logits and loss of a tiny model."""
     inputs, limit, left = (
-        case.tensors(),
+        case.tensors,
         case.config.get("llm_max_length"),
         case.config.get("llm_padding_side") == "left",
     )
@@ -273,7 +278,8 @@ def end_to_end(case: Case) -> Result:
 
 def ct_rate_accuracy(case: Case) -> Result:
     """Multiple choice by the letter in brackets."""
-    inputs, items = case.json(), []
+    case.informational("inputs.answers.*.id")
+    inputs, items = case.inputs, []
     for row, reply in zip(inputs["answers"], inputs["predictions"], strict=True):
         found = metrics.choice_in_reply(reply, row["answer"])
         if found is not None:
@@ -284,7 +290,7 @@ def ct_rate_accuracy(case: Case) -> Result:
 
 def box_iou(case: Case) -> Result:
     """Boxes of referring expressions."""
-    inputs, resolution = case.json(), case.config["coordinate_resolution"]
+    inputs, resolution = case.inputs, case.config["coordinate_resolution"]
     iou = [metrics.box_iou(a, b, inclusive=True) for a, b in inputs["box_pairs"]]
     refer = []
     for row in inputs["refer"]:
@@ -304,7 +310,8 @@ def box_iou(case: Case) -> Result:
 
 def text_scores(case: Case) -> Result:
     """Normalisation, token F1, accuracy and BLEU-1 of answers."""
-    pairs = case.json()
+    case.informational("config.nltk")
+    pairs = case.inputs
     normal = [[processors.medical_answer(a), processors.medical_answer(b)] for a, b in pairs]
 
     def f1(rows: list[list[str]]) -> list[float]:

@@ -43,8 +43,9 @@ class ByteTokenizer:
 
 def conversation(case: Case) -> Result:
     """Prompt, ids and labels of every dialogue."""
+    case.informational("config.*", "inputs.*")
     results = []
-    for dialogue in case.json():
+    for dialogue in case.inputs:
         tokenizer = ByteTokenizer(dialogue["eos_string"], dialogue["adds_bos"])
         turns = dialogue["messages"]
         media = {}
@@ -80,8 +81,8 @@ def batch_collator(case: Case) -> Result:
     config = case.config
     pad, limit = config["pad_token_id"], config["model_max_length"]
     # a token that equals the padding id is masked wherever it stands, unless it is the end of the text as well
-    batch = Collator(pad, limit, mask_by_pad_id=pad != config["eos_token_id"])(case.json())
-    lengths = torch.tensor([len(sample["input_ids"][:limit]) for sample in case.json()])
+    batch = Collator(pad, limit, mask_by_pad_id=pad != config["eos_token_id"])(case.inputs)
+    lengths = torch.tensor([len(sample["input_ids"][:limit]) for sample in case.inputs])
     real = torch.arange(batch["labels"].shape[1]) < lengths[:, None]
     labels = torch.where(real, batch["labels"], pad)
     return Result(
