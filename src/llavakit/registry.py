@@ -115,3 +115,7 @@ ARRANGEMENTS.add("spatial", "llavakit.splice.tiles:Spatial")
 ARRANGEMENTS.add("spatial_unpad", "llavakit.splice.tiles:SpatialUnpad")
 ARRANGEMENTS.add("frames", "llavakit.splice.tiles:Frames")
 ARRANGEMENTS.add("faster_video", "llavakit.splice.tiles:FasterVideo")
+
+CODECS.add("plain", "llavakit.conversation.codecs:Codec")
+CODECS.add("hermes", "llavakit.conversation.codecs:Hermes")
+CODECS.add("think", "llavakit.conversation.stages:think")
