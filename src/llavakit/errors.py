@@ -1,14 +1,24 @@
 """The exceptions that a user may see.
 
 Everything that a user can mend is a `UserError`: one line that names the file, record or field and says what
-would be right. The command line prints it without a traceback and exits with status 2.
+would be right. The command line prints it without a traceback and exits with status 2. Messages repeat input, which may
+be anything: long values are cut and control characters escaped here, in one place, for all of them.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 ECHO = 200  # characters of a foreign value that a message repeats
+LONGEST_MESSAGE = 1000
+
+# What a message can hold of somebody's input: quoted text, a list or mapping, or text without a blank.
+_LONG_VALUE = re.compile(
+    rf"""(?<!\w)'[^']{{{ECHO},}}'|(?<!\w)"[^"]{{{ECHO},}}"|[\[{{(].{{{ECHO},}}[\]}})]|\S{{{ECHO + 1},}}""", re.DOTALL
+)
+# Surrogates cannot be printed; control characters other than newline and tab may command a terminal.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def quoted(value: Any) -> str:
@@ -17,11 +27,40 @@ def quoted(value: Any) -> str:
         text = repr(value)
     except Exception:  # deep nesting, integers of thousands of digits, foreign classes
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= ECHO else text[: ECHO - 3] + "..."
+    return shorten(text)
 
 
-class UserError(Exception):
+def shorten(text: str, most: int = ECHO) -> str:
+    """A text of at most `most` characters, its middle left out if need be."""
+    return text if len(text) <= most else f"{text[: most - most // 4 - 1]}…{text[len(text) - most // 4 :]}"
+
+
+def _presentable(message: str) -> str:
+    message = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", message)
+    if len(message) <= ECHO:
+        return message
+    return shorten(_LONG_VALUE.sub(lambda match: shorten(match.group()), message), LONGEST_MESSAGE)
+
+
+def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class Portable(Exception):
+    """An exception that crosses processes with its message and attributes, whatever its constructor takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class UserError(Portable):
     """A mistake in the user's input; the message stands alone as one clear line."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_presentable(str(message)))
 
 
 class MediaError(UserError):

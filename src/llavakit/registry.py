@@ -1,7 +1,8 @@
 """Registries: the parts of the pipeline by exact name.
 
 A registry maps a name to a class or to the place where it is defined ("package.module:attribute"), so that
-listing parts imports nothing heavy. Names are looked up exactly, duplicates are refused.
+listing parts imports nothing heavy. Names are looked up exactly, duplicates are refused. A name that is not there yet
+makes a registry load the system cards, which register the parts of published systems and of third parties.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llavakit.errors import UserError
+
+LONGEST_LIST = 400
 
 
 def resolve(target: str) -> Any:
@@ -23,8 +27,32 @@ def resolve(target: str) -> Any:
 
 def nearest(name: str, known: list[str]) -> str:
     """A hint such as "; did you mean 'pad'?" for a misspelt name, or the list of known names."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+    close = difflib.get_close_matches(name[:100], known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    listed = ", ".join(sorted(known)) or "none"
+    if len(listed) > LONGEST_LIST:
+        listed = f"{listed[:LONGEST_LIST].rpartition(', ')[0]} and others"
+    return f"; known: {listed}"
+
+
+_loading = threading.RLock()
+_loads = 0
+
+
+def _load_cards() -> None:
+    """Let the system cards register their parts; does nothing in a card that asks while it is loaded itself."""
+    global _loads
+    with _loading:
+        if _loads:
+            return
+        _loads += 1
+        try:
+            from llavakit.system import systems  # which imports this module
+
+            systems()
+        finally:
+            _loads -= 1
 
 
 class Registry:
@@ -32,10 +60,11 @@ class Registry:
 
     Args:
         kind: What the entries are, in words ("connector"); used in messages.
+        builtin: Module that registers llavakit's own entries when it is imported; imported when a name is missing.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, builtin: str | None = None) -> None:
+        self.kind, self.builtin = kind, builtin
         self._entries: dict[str, Any] = {}
 
     def add(self, name: str, target: Any) -> None:
@@ -63,42 +92,56 @@ class Registry:
         Raises:
             UserError: If there is none; the message names the nearest known name.
         """
-        if name not in self._entries:
+        if name not in self:
             raise UserError(f"unknown {self.kind} {name!r}{nearest(str(name), list(self._entries))}")
         target = self._entries[name]
         return resolve(target) if isinstance(target, str) else target
 
-    def build(self, options: dict[str, Any], **extra: Any) -> Any:
+    def build(self, options: Mapping[str, Any], **extra: Any) -> Any:
         """Construct the part that `options["type"]` names with the other options as keywords.
 
         Raises:
             UserError: If the type is unknown or an option does not fit.
         """
+        if not isinstance(options, Mapping):
+            raise UserError(f"{self.kind}: must be a mapping with a type, not {options!r}")
         options = dict(options)
         name = options.pop("type", None)
         cls = self.get(name)
         try:
             return cls(**options, **extra)
-        except TypeError as error:
+        except UserError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             problem = f"has no option {unknown[1]!r}" if unknown else str(error).partition(".__init__() ")[2] or error
             raise UserError(f"{self.kind} {name!r}: {problem}") from error
 
     def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        if name not in self._entries:
+            self._load()
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
+        self._load()
         return iter(sorted(self._entries))
+
+    def _load(self) -> None:
+        if self.builtin is not None:
+            importlib.import_module(self.builtin)
+        _load_cards()
 
 
 ENCODERS = Registry("vision encoder")
 PLANNERS = Registry("view planner")
 ARRANGEMENTS = Registry("token arrangement")
-CONNECTORS = Registry("connector")
+CONNECTORS = Registry("connector", "llavakit.connectors")
 ADAPTERS = Registry("language adapter")
-TEMPLATES = Registry("chat template")
-BENCHMARKS = Registry("benchmark")
-WORLDS = Registry("phantom world")
+TEMPLATES = Registry("chat template", "llavakit.conversation")
+BENCHMARKS = Registry("benchmark", "llavakit.evaluation")
+WORLDS = Registry("phantom world", "llavakit.phantom")
 CODECS = Registry("assistant codec")
 LAYOUTS = Registry("checkpoint layout")
 
@@ -111,6 +154,7 @@ PLANNERS.add("squash", "llavakit.views.image:Squash")
 PLANNERS.add("anyres", "llavakit.views.image:AnyRes")
 PLANNERS.add("frames", "llavakit.views.frames:Frames")
 
+ARRANGEMENTS.add("flat", "llavakit.splice.layout:Flat")
 ARRANGEMENTS.add("spatial", "llavakit.splice.tiles:Spatial")
 ARRANGEMENTS.add("spatial_unpad", "llavakit.splice.tiles:SpatialUnpad")
 ARRANGEMENTS.add("frames", "llavakit.splice.tiles:Frames")

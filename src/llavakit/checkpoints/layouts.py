@@ -18,7 +18,6 @@ from llavakit.checkpoints.files import LazyState
 from llavakit.errors import CheckpointError, UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.registry import LAYOUTS
-from llavakit.system import systems
 
 Renames = tuple[tuple[str, str], ...]
 
@@ -97,7 +96,6 @@ class Layout:
 
 def layouts() -> dict[str, Layout]:
     """All registered layouts by name."""
-    systems()
     return {name: LAYOUTS.get(name)() for name in LAYOUTS}
 
 

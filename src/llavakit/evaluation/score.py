@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llavakit import evaluation  # noqa: F401  registers the benchmarks
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import Benchmark
 from llavakit.registry import BENCHMARKS, nearest

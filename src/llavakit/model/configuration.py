@@ -17,7 +17,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from llavakit.errors import UserError
 from llavakit.registry import ENCODERS
-from llavakit.system import systems
 
 _KINDS: dict[str, type] = {
     "connector": dict,
@@ -39,7 +38,6 @@ def build_config(config: dict[str, Any] | PreTrainedConfig | None, default_type:
     options = dict(config or {})
     model_type = options.pop("model_type", default_type)
     if model_type not in CONFIG_MAPPING:
-        systems()
         if model_type not in ENCODERS:
             raise UserError(f"model_type {model_type!r}: neither transformers nor llavakit has one of that name")
         register_encoder(model_type)
@@ -52,7 +50,6 @@ def register_encoder(model_type: str) -> None:
     Raises:
         UserError: If nobody registered one of that type.
     """
-    systems()
     cls = ENCODERS.get(model_type)
     AutoConfig.register(model_type, cls.config_class, exist_ok=True)
     AutoModel.register(cls.config_class, cls, exist_ok=True)

@@ -15,7 +15,6 @@ from llavakit.errors import UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
 from llavakit.splice.layout import Arrangement, Run
-from llavakit.system import systems
 from llavakit.views.plan import MediaSize, Plan, Planner
 from llavakit.vision.geometry import Geometry, geometry_of
 
@@ -57,7 +56,6 @@ class MediaSpec:
     """
 
     def __init__(self, config: LlavakitConfig) -> None:
-        systems()  # systems register the parts that a configuration may name
         self.routes = {modality: self._route(config, modality, options) for modality, options in config.media.items()}
         self.plan = functools.lru_cache(maxsize=4096)(self._plan)
         self.layout = functools.lru_cache(maxsize=4096)(self._layout)

@@ -11,23 +11,16 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from llavakit.errors import UserError
+from llavakit.errors import Portable, UserError
 
 
-class WorkerError(Exception):
-    """A run that failed in its worker; the cause holds the worker's traceback."""
-
-
-class _Remote(Exception):
-    """Shows a traceback of another process."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
+class WorkerError(Portable):
+    """A run that failed in its worker; the cause shows the worker's traceback."""
 
 
 def available_cores() -> int:
@@ -72,65 +65,37 @@ def run_each(
             for number, item in enumerate(inputs):
                 yield number, function(item)
         return
-    context = multiprocessing.get_context("spawn")
-    processes: dict[Connection, Any] = {}
-    running: dict[Connection, int] = {}
-    waiting = list(enumerate(inputs))[::-1]
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
     try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(function, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            processes[ours] = process
-            running[ours] = _send(ours, waiting)
-        while running:
-            for connection in wait(list(running)):
-                number = running.pop(connection)
-                yield number, _receive(connection, f"{name} {inputs[number]!r}", processes[connection])
-                if waiting:
-                    running[connection] = _send(connection, waiting)
-    finally:  # also when the user presses Ctrl-C, or whoever iterates stops
-        for connection, process in processes.items():
-            connection.close()
+        running = {pool.submit(function, item): number for number, item in enumerate(inputs)}
+        for done in as_completed(running):
+            number = running[done]
+            yield number, _result(done, f"{name} {inputs[number]!r}")
+    except BaseException:  # also when the user presses Ctrl-C, or the caller stops iterating
+        for process in set(multiprocessing.active_children()) - before:
             process.terminate()
-        for process in processes.values():
-            process.join()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _send(connection: Connection, waiting: list[tuple[int, Any]]) -> int:
-    number, item = waiting.pop()
-    with contextlib.suppress(BrokenPipeError):  # a worker that died already is noticed when its answer is awaited
-        connection.send(item)
-    return number
-
-
-def _receive(connection: Connection, what: str, process: Any) -> Any:
+def _result(done: Future, what: str) -> Any:
     try:
-        result, error, trace = connection.recv()
-    except (EOFError, ConnectionResetError):
-        process.join()
+        return done.result()
+    except UserError:
+        raise
+    except BrokenProcessPool:
         raise UserError(
-            f"{what}: its process ended without an answer (exit code {process.exitcode}); -9 often means too little "
-            "memory, and 1 that the script which called this lacks `if __name__ == '__main__':`"
+            "a worker process ended without an answer; too little memory is the usual reason, or the script which "
+            "called this lacks `if __name__ == '__main__':`"
         ) from None
-    if error is None:
-        return result
-    if isinstance(error, UserError):
-        raise error
-    raise WorkerError(f"{what}: {error}") from _Remote(trace)
+    except Exception as error:
+        raise WorkerError(f"{what}: {type(error).__name__}: {error}") from error.__cause__
 
 
-def _work(function: Callable[[Any], Any], connection: Connection) -> None:
-    """A worker's life: an input, an answer, until nobody asks any more."""
+def _begin_worker() -> None:
+    import torch
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
-    with one_thread(), contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            item = connection.recv()
-            try:
-                answer = (function(item), None, "")
-            except UserError as error:
-                answer = (None, error, "")
-            except Exception as error:
-                answer = (None, f"{type(error).__name__}: {error}", traceback.format_exc())
-            connection.send(answer)
+    torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 
 from llavakit.conversation.encode import escape_special_tokens
-from llavakit.errors import UserError
+from llavakit.errors import Portable, UserError
 from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestHandle, StreamChunk
 from llavakit.media.fetch import MediaFetcher
@@ -61,7 +61,7 @@ class Settings:
     media: MediaPolicy = field(default_factory=MediaPolicy)
 
 
-class APIError(Exception):
+class APIError(Portable):
     """An answer with an error in OpenAI's form."""
 
     def __init__(

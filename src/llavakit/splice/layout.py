@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from llavakit.connectors.base import Grid, tokens_in
-from llavakit.registry import ARRANGEMENTS
 from llavakit.views.plan import Plan
 
 
@@ -52,7 +51,6 @@ class Arrangement:
         raise NotImplementedError(f"{type(self).__name__} must define arrange")
 
 
-@ARRANGEMENTS.register("flat")
 class Flat(Arrangement):
     """All tokens of all views one after another (LLaVA-1.5)."""
 
