@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
-import functools
+import contextlib
 import hmac
+import io
 import json
+import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 from PIL import Image
+from starlette.middleware import Middleware
 
 from llavakit.conversation.encode import escape_special_tokens
 from llavakit.errors import UserError
@@ -23,6 +28,8 @@ from llavakit.generation.request import RequestFailed
 from llavakit.media import load_volume
 from llavakit.media.policy import MediaPolicy
 from llavakit.phantom.write import build_world
+from llavakit.serving.pagefiles import PageFiles, PageGuard
+from llavakit.serving.service import Attached
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 VOLUMES = (".npy", ".nii", ".nii.gz")
@@ -36,6 +43,7 @@ _SAVE = """(text) => {
 _CSS = """
 footer, button[aria-label="Share"] { display: none !important }
 .llavakit-title { padding: 4px 4px 0 }
+.llavakit-slice { height: 320px; margin: auto; image-rendering: pixelated }
 """
 
 
@@ -47,29 +55,28 @@ def modality_of(path: str) -> str:
     return "volume" if name.endswith(VOLUMES) else "image"
 
 
-def messages_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages for the model from what the chat shows: files become media parts of their turn.
+Opener = Callable[[Any], bytes]  # from the path that a browser sent to the file's content, or a refusal
+
+
+def messages_of(history: list[dict[str, Any]], read: Opener) -> list[dict[str, Any]]:
+    """Messages for the model from what the chat shows: files become media parts of their turn, called by their names.
 
     Questions that could not be answered are left out, so that they spoil no later one.
+
+    Args:
+        history: What a browser sent.
+        read: Opens the files in it.
+
+    Raises:
+        UserError: If a file may not be read, or the history holds something else than texts and files.
     """
     messages: list[dict[str, Any]] = []
     for turn in history:
         if (turn.get("metadata") or {}).get("title") == NOT_ANSWERED:
-            messages.pop()
+            del messages[-1:]
             continue
         content = turn["content"]
-        parts: list[dict[str, Any]] = []
-        for piece in content if isinstance(content, list) else [content]:
-            if isinstance(piece, str):
-                parts.append({"type": "text", "text": piece})
-                continue
-            if isinstance(piece, dict) and piece.get("type") == "text":
-                parts.append({"type": "text", "text": piece["text"]})
-                continue
-            file = piece.get("file", piece) if isinstance(piece, dict) else piece
-            path = file["path"] if isinstance(file, dict) else file[0] if isinstance(file, tuple) else str(file)
-            modality = modality_of(path)
-            parts.append({"type": modality, modality: path})
+        parts = [_part(piece, read) for piece in (content if isinstance(content, list) else [content])]
         if messages and messages[-1]["role"] == turn["role"]:
             messages[-1]["content"] += parts
         else:
@@ -77,37 +84,46 @@ def messages_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
-def export(history: list[dict[str, Any]]) -> str:
+def _part(piece: Any, read: Opener) -> dict[str, Any]:
+    if isinstance(piece, str):
+        return {"type": "text", "text": piece}
+    if isinstance(piece, dict) and piece.get("type") == "text":
+        return {"type": "text", "text": str(piece["text"])}
+    if not isinstance(piece, dict) or not isinstance(piece.get("file"), dict):
+        raise UserError("a conversation holds texts and files")
+    path = piece["file"].get("path")
+    content = read(path)
+    modality = modality_of(path)
+    return {"type": modality, modality: Attached(content, Path(path).name)}
+
+
+def export(history: list[dict[str, Any]], read: Opener) -> str:
     """The conversation as JSON: messages that the API takes as they are, media inside as data URLs."""
-    messages = messages_of(history or [])
+    messages = messages_of(history or [], read)
     for message in messages:
         for part in message["content"]:
             modality = part["type"]
             if modality != "text":
-                content = base64.b64encode(Path(part.pop(modality)).read_bytes()).decode()
+                content = base64.b64encode(part.pop(modality)).decode()
                 url = f"data:application/octet-stream;base64,{content}"
                 part |= {"type": f"{modality}_url", f"{modality}_url": {"url": url}}
     return json.dumps({"messages": messages}, indent=1, ensure_ascii=False)
 
 
-@functools.lru_cache(maxsize=2)
-def _values(path: str) -> np.ndarray:
-    return load_volume(path, limits=MediaPolicy().limits, fill=0.0).values
-
-
-def slice_of(path: str | None, number: int | None) -> tuple[Image.Image | None, Any]:
-    """One slice of a volume (None: the middle one) as a grey picture, and the slider for its depth."""
-    if path is None:
-        return None, gr.update(visible=False)
-    try:
-        values = _values(path)
-    except UserError as error:
-        raise gr.Error(str(error)) from None
+def slice_of(content: bytes | None, number: int | None) -> tuple[str, Any]:
+    """One slice of a volume (None: the middle one) as a grey picture in HTML, and the slider for its depth."""
+    if content is None:
+        return "", gr.update(visible=False)
+    values = load_volume(content, limits=MediaPolicy().limits, fill=0.0).values
     last = len(values) - 1
     number = last // 2 if number is None else int(min(max(number, 0), last))
     low, high = np.percentile(values, (1, 99))
     grey = np.clip((values[number] - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
-    return Image.fromarray(grey), gr.update(maximum=last, value=number, visible=True)
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, "PNG")
+    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    shown = f'<img class="llavakit-slice" alt="Slice {number}" src="{picture}">'
+    return shown, gr.update(maximum=last, value=number, visible=True)
 
 
 def attached_volume(message: dict[str, Any] | None) -> Any:
@@ -116,20 +132,26 @@ def attached_volume(message: dict[str, Any] | None) -> Any:
     return gr.update(value=found[-1]) if found else gr.skip()
 
 
-def examples() -> list[dict[str, Any]]:
-    """A few pictures of the phantom world with a question, made on the spot."""
-    folder = Path(tempfile.mkdtemp(prefix="llavakit-examples-"))
+def examples(files: PageFiles) -> list[dict[str, Any]]:
+    """A few pictures of the phantom world with a question, made on the spot and offered to every session."""
+    folder = files.folder / "examples"
+    folder.mkdir()
     found = []
     for world in ("scene", "thorax"):
         item = build_world(world, size=96, difficulty="easy").sample(seed=5, index=9).items[0]
         path = folder / f"{world}.png"
         Image.fromarray(item.media[0]).save(path)
+        files.share(path)
         found.append({"text": item.questions[0].text, "files": [str(path)]})
     return found
 
 
-def build(chat: Chat) -> gr.Blocks:
-    """The page."""
+def build(chat: Chat, files: PageFiles) -> gr.Blocks:
+    """The page; its files are opened through `files`, and only there."""
+
+    def opener(request: gr.Request) -> Opener:
+        session = files.session(request.request.headers.get("cookie", ""))
+        return lambda path: files.open(session, path)
 
     def answer(
         message: dict[str, Any],
@@ -137,11 +159,13 @@ def build(chat: Chat) -> gr.Blocks:
         temperature: float,
         top_p: float,
         length: int,
+        request: gr.Request,
     ) -> Iterator[str | gr.ChatMessage]:
-        files = [{"type": "file", "file": {"path": path}} for path in message.get("files", [])]
-        turn = {"role": "user", "content": [*files, {"type": "text", "text": message.get("text", "")}]}
+        attached = [{"type": "file", "file": {"path": path}} for path in message.get("files", [])]
+        turn = {"role": "user", "content": [*attached, {"type": "text", "text": message.get("text", "")}]}
         try:
-            messages = escape_special_tokens(messages_of([*history, turn]), chat.processor.tokenizer)
+            messages = messages_of([*history, turn], opener(request))
+            messages = escape_special_tokens(messages, chat.processor.tokenizer)
             text = ""
             handle = chat.submit(messages, temperature=temperature, top_p=top_p, max_new_tokens=int(length))
             try:
@@ -151,10 +175,18 @@ def build(chat: Chat) -> gr.Blocks:
             finally:
                 handle.cancel()  # of a reply that was stopped
         except (UserError, RequestFailed) as error:  # raised, it would leave the page without a text box
-            line = str(error)
-            for path in message.get("files", []):
-                line = line.replace(path, Path(path).name)
-            yield gr.ChatMessage(role="assistant", content=line, metadata={"title": NOT_ANSWERED})
+            yield gr.ChatMessage(role="assistant", content=str(error), metadata={"title": NOT_ANSWERED})
+
+    def view_slice(path: Any, number: int | None, request: gr.Request) -> tuple[str, Any]:
+        with _told():
+            return slice_of(None if path is None else opener(request)(path), number)
+
+    def view_middle(path: Any, request: gr.Request) -> tuple[str, Any]:
+        return view_slice(path, None, request)
+
+    def save(history: list[dict[str, Any]], request: gr.Request) -> str:
+        with _told():
+            return export(history, opener(request))
 
     modalities = chat.processor.spec.routes
     media = [f"{modality}s" for modality in ("image", "video", "volume") if modality in modalities]
@@ -165,7 +197,7 @@ def build(chat: Chat) -> gr.Blocks:
     )
     name = Path(chat.name).name
     about = f"Ask about {', '.join(media)}" if media else "Ask"
-    options = {"fill_height": True, "delete_cache": (3600, 86400), "analytics_enabled": False}
+    options = {"fill_height": True, "analytics_enabled": False}
     with gr.Blocks(title=f"{name} - llavakit", **options) as page:
         gr.Markdown(f"### {name}", elem_classes="llavakit-title")
         box = gr.MultimodalTextbox(
@@ -192,7 +224,7 @@ def build(chat: Chat) -> gr.Blocks:
             textbox=box,
             additional_inputs=settings,
             additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
-            examples=[[example, None, None, None] for example in examples()] if "image" in modalities else None,
+            examples=[[example, None, None, None] for example in examples(files)] if "image" in modalities else None,
             cache_examples=False,
             concurrency_limit=chat.engine.max_batch,
         )
@@ -200,17 +232,33 @@ def build(chat: Chat) -> gr.Blocks:
             with gr.Accordion("Volume viewer", open=False):
                 file = gr.File(label="Volume", file_types=[*VOLUMES])
                 depth = gr.Slider(0, 1, value=0, step=1, label="Slice, from feet to head", visible=False)
-                view = gr.Image(label="Slice", interactive=False, height=320)
+                view = gr.HTML()
                 box.change(attached_volume, box, file, show_progress="hidden")
-                file.change(lambda path: slice_of(path, None), file, [view, depth])
-                depth.input(slice_of, [file, depth], [view, depth], show_progress="hidden")
+                file.change(view_middle, file, [view, depth])
+                depth.input(view_slice, [file, depth], [view, depth], show_progress="hidden")
         text = gr.Textbox(visible="hidden")
-        gr.Button("Export conversation", size="sm").click(export, window, text).then(None, text, None, js=_SAVE)
+        gr.Button("Export conversation", size="sm").click(save, window, text).then(None, text, None, js=_SAVE)
     return page
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with a file is shown on the page."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+# Paths of the API; all others are the page's.
+_API = re.compile(r"^/(v1/.*|health|metrics|docs(/.*)?|openapi\.json)$")
+
+
 def mount(app: FastAPI, chat: Chat, api_keys: Sequence[str] = ()) -> FastAPI:
-    """The page at `/` of an application; with keys it asks for one as a password."""
+    """The page at `/` of an application; with keys it asks for one as a password.
+
+    Uploads lie in a folder of this process alone, which goes when the application ends.
+    """
 
     def known(user: str, password: str) -> bool:
         matches = [hmac.compare_digest(password.encode(), key.encode()) for key in api_keys]
@@ -218,6 +266,23 @@ def mount(app: FastAPI, chat: Chat, api_keys: Sequence[str] = ()) -> FastAPI:
 
     asking = {"auth": known, "auth_message": "Any name, and an API key as password"} if api_keys else {}
     limit = MediaPolicy().file_bytes
+    folder = Path(tempfile.mkdtemp(prefix="llavakit-page-"))  # only this user may enter it
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio keeps uploads; it reads no other setting
+    files = PageFiles(folder, limit)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"])
-    options = {"theme": theme, "css": _CSS, "max_file_size": limit, "footer_links": []}
-    return gr.mount_gradio_app(app, build(chat), path="/", **options, **asking)
+    options = {"theme": theme, "css": _CSS, "max_file_size": limit, "footer_links": [], "run_history": False}
+    page = build(chat, files)
+    app.user_middleware.append(Middleware(PageGuard, files=files, others=_API))  # the one nearest to the page
+    app = gr.mount_gradio_app(app, page, path="/", **options, **asking)
+    inner = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        try:
+            async with inner(app) as state:
+                yield state
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    app.router.lifespan_context = lifespan
+    return app
