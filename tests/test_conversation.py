@@ -1,5 +1,6 @@
 """Messages, templates, ids and labels against the golden figures and by their properties."""
 
+import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,12 +10,20 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode, escape_special_tokens, tokenize
-from llavakit.conversation.messages import from_llava, media_first, normalise, split_literals, to_llava
+from llavakit.conversation.labels import Labels
+from llavakit.conversation.messages import (
+    from_llava,
+    literals_in,
+    media_first,
+    normalise,
+    split_literals,
+    to_llava,
+)
 from llavakit.conversation.stop import KeywordStop
 from llavakit.conversation.template import Template, get_template
 from llavakit.errors import UserError
 from llavakit.proof.golden import run_case
-from llavakit.registry import TEMPLATES
+from llavakit.registry import LABEL_POLICIES, TEMPLATES
 from llavakit.systems.llava_1_5.parity_text import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -215,6 +224,30 @@ def test_message_order_of_parts_is_kept_or_moved(vicuna):
     assert "USER: <image><image>x" in encode(verbatim, "v1", vicuna, add_generation_prompt=True).text
 
 
+@pytest.mark.parametrize("name", ["v1", "llava_llama_2", "mpt", "qwen_1_5", "llama_3", "gemma_instruct", "llava_v0"])
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("Left <image>; right <image>?", ["Left ", 0, "; right ", 0, "?"]),
+        ("Left <image>right <image>", ["Left ", 0, "right ", 0]),
+        ("<image>\nRed. Or <image>blue?", [0, "Red. Or ", 0, "blue?"]),
+        ("Two:\n<image>\n<image>\nAlike?", ["Two:\n", 0, 0, "Alike?"]),
+    ],
+)
+def test_text_around_several_media_stays_as_it_is(name, value, parts):
+    images = value.count("<image>")
+    record = from_llava({"image": ["a"] * images, "conversations": [{"from": "human", "value": value}]})
+    content = [{"type": "image", "image": "a"} if part == 0 else {"type": "text", "text": part} for part in parts]
+    for messages in (record, normalise([{"role": "user", "content": content}])):
+        assert value in get_template(name).render(messages, add_generation_prompt=True)[0]
+
+
+@pytest.mark.parametrize("value", ["<image>Red, <image>blue", "<image><image>", "<image>a <image>\n"])
+def test_text_of_a_record_with_several_media_is_verbatim(value):
+    messages = from_llava({"image": ["a", "b"], "conversations": [{"from": "human", "value": value}]})
+    assert f"USER: {value} ASSISTANT:" in get_template("v1").render(messages, add_generation_prompt=True)[0]
+
+
 def test_new_template_for_another_system(vicuna):
     mine = Template("mine", "vicuna", "Look well.", stop=("</s>",), values={"end": "</s>", "before": "[", "after": "]"})
     assert encode([image_turn("Hi")], mine, vicuna, add_generation_prompt=True).text == (
@@ -272,6 +305,125 @@ def test_counted_labels_give_broken_samples_up_and_spans_do_not(vicuna):
     assert counted.fully_masked
     assert set(counted.labels) == {-100}
     assert supervised(encode(repeated, "v1", vicuna), vicuna) == "I am ASSISTANT: yes</s>"
+
+
+ORGANS = [
+    {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "Organ?"}]},
+    {"role": "assistant", "content": "Liver"},
+    {"role": "user", "content": "Side?"},
+    {"role": "assistant", "content": "Left"},
+]
+
+
+@pytest.mark.parametrize("tokenizer", ["vicuna", "legacy", "qwen"])
+@pytest.mark.parametrize("name", ["vicuna_llama", "vicuna_llama_3", "vicuna_qwen_2", "vicuna_phi"])
+def test_rounds_of_medical_templates_learn_every_answer(name, tokenizer, request):
+    tokenizer = copy.deepcopy(request.getfixturevalue(tokenizer))
+    end = get_template(name).values["end"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]}, replace_extra_special_tokens=False)
+    counted, spans = (encode(ORGANS, name, tokenizer, labels=policy) for policy in ("rounds", "spans"))
+    assert counted.labels == spans.labels
+    assert not counted.fully_masked
+    learned = supervised(counted, tokenizer)
+    assert learned.split(end) in ([" Liver", " Left", ""], ["Liver", " Left", ""], ["Liver", "Left", ""])
+    for broken in ("I am ASSISTANT: Liver", ""):
+        sample = [ORGANS[0], {"role": "assistant", "content": broken}, *ORGANS[2:]]
+        masked = encode(sample, name, tokenizer, labels="rounds")
+        assert masked.fully_masked
+        assert set(masked.labels) == {-100}
+
+
+def test_passages_are_left_out_and_tokens_weighted_by_options(vicuna):
+    answer = "yes <p>some long passage</p> no <p>open"
+    sample = [image_turn("Q <p>in the question</p>"), {"role": "assistant", "content": answer}]
+    options = {"type": "spans", "ignore": [["<p>", "</p>"]], "weights": {"yes": 5, "no": 0.5}}
+    encoded = encode(sample, "v1", vicuna, labels=options)
+    assert supervised(encoded, vicuna).split() == ["yes", "no"]
+    by_weight = {5.0: "yes", 0.5: "no"}
+    for weight, word in by_weight.items():
+        ids = [token for token, own in zip(encoded.ids, encoded.weights, strict=True) if own == weight]
+        assert vicuna.decode(ids).strip() == word
+    assert encode(sample, "v1", vicuna).weights is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "spans", "ignore": ["<p>"]}, "labels.ignore: must hold pairs of strings"),
+        ({"type": "spans", "ignore": [["<p>", ""]]}, "labels.ignore: must hold pairs of strings"),
+        ({"type": "spans", "weights": {"a": -1}}, "labels.weights: must be numbers of at least 0"),
+        ({"type": "spans", "weigths": {}}, "label policy 'spans': has no option 'weigths'"),
+        ({"type": "span"}, "unknown label policy 'span'; did you mean 'spans'"),
+    ],
+)
+def test_options_of_label_policies_are_checked(vicuna, options, message):
+    with pytest.raises(UserError, match=message):
+        encode([image_turn("Q")], "v1", vicuna, labels=options)
+
+
+class EndMarks:
+    """A label policy of a third party: the end marks alone."""
+
+    def check(self, template):
+        if not template.stop:
+            raise UserError(f"template {template.name!r} has no end mark")
+
+    def __call__(self, tokens):
+        end = tokens.tokenizer.convert_tokens_to_ids(tokens.template.stop[0])
+        return Labels([token if token == end else -100 for token in tokens.ids])
+
+
+def test_a_label_policy_is_added_by_name(vicuna, monkeypatch):
+    monkeypatch.setattr(LABEL_POLICIES, "_entries", {**LABEL_POLICIES._entries, "end_marks": EndMarks})
+    assert supervised(encode(ORGANS, "v1", vicuna, labels="end_marks"), vicuna) == "</s></s>"
+    with pytest.raises(UserError, match="template 'caption' has no end mark"):
+        encode(ORGANS, "caption", vicuna, labels="end_marks")
+
+
+GREETING = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "2+2?"}]
+
+
+def test_a_leading_answer_stays_in_every_prompt(vicuna):
+    for name in TEMPLATES:
+        prompt = encode(GREETING, name, vicuna, add_generation_prompt=True)
+        assert "Hello" in prompt.text, name
+        assert prompt.text.index("Hello") < prompt.text.index("2+2?"), name
+        assert prompt.notes == ()
+    system = [{"role": "system", "content": "Be brief."}, *GREETING]
+    for name in ("v1", "llama_2", "llama_3", "qwen_1_5"):
+        text = encode(system, name, vicuna, add_generation_prompt=True).text
+        assert all(said in text for said in ("Be brief.", "Hello", "2+2?")), name
+
+
+def test_training_says_that_it_drops_a_leading_answer(vicuna):
+    sample = [*GREETING, {"role": "assistant", "content": "4"}]
+    dropped = encode(sample, "v1", vicuna)
+    assert supervised(dropped, vicuna) == "4</s>"
+    assert dropped.notes == (
+        "an assistant turn before the first user turn is left out, as the template 'vicuna_v1' was trained",
+    )
+    kept = encode(sample, "llava_v0", vicuna)
+    assert "Hello" in supervised(kept, vicuna)
+    assert kept.notes == ()
+
+
+def test_an_empty_caption_learns_the_newline(vicuna, legacy):
+    for tokenizer in (vicuna, legacy):
+        turns = [{"from": "human", "value": "Say.\n<image>"}, {"from": "gpt", "value": ""}]
+        encoded = encode(from_llava({"image": "x", "conversations": turns}), "plain", tokenizer)
+        assert encoded.text == "<image>\n"
+        assert encoded.labels == [-100, -100, *encoded.ids[2:]]
+        assert tokenizer.decode(encoded.ids[2:]).endswith("\n")
+
+
+def test_placeholders_of_a_record_without_media_are_text(vicuna):
+    turns = [{"from": "human", "value": "What does <image> mean?"}, {"from": "gpt", "value": "A slot: <image3d>."}]
+    messages = from_llava({"conversations": turns})
+    encoded = encode(messages, "v1", vicuna)
+    assert encoded.media == []
+    assert IMAGE_PLACEHOLDER not in encoded.ids
+    assert "What does [image] mean?" in encoded.text
+    assert literals_in(messages) == ["<image>", "<image3d>"]
 
 
 def test_empty_answer_is_an_open_turn(vicuna):
@@ -423,8 +575,12 @@ def test_placeholder_of_an_image_takes_whatever_medium_is_left():
         ({"conversations": [{"from": "user2", "value": "x"}]}, "conversations.0.from: must be human or gpt"),
         ({"conversations": [{"from": "human", "value": None}]}, "conversations.0.value: must be a string"),
         (
-            {"conversations": [{"from": "human", "value": "<image>"}]},
-            "conversations: 1 <image> in the text, but 0 media",
+            {"image": "a", "conversations": [{"from": "human", "value": "<image> <image>"}]},
+            "conversations: 2 <image> in the text, but 1 media",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "\n<image> "}]},
+            "conversations.0.value: is <image> alone, but the record has no media",
         ),
         ({"image": "", "conversations": [{"from": "human", "value": "<image>"}]}, "image: must name a file"),
     ],

@@ -183,7 +183,7 @@ def test_media_are_found_below_their_folder(tmp_path):
         ({"conversations": turns(answer=" ")}, "conversations.1.value", "the answer is empty"),
         ({"conversations": turns()[:1]}, "conversations", "holds no answer"),
         ({"conversations": turns()[:1] + turns()}, "conversations.1", "a second turn of the user"),
-        ({"conversations": turns("<image>")}, "conversations", "1 <image> in the text, but 0 media"),
+        ({"conversations": turns("<image>")}, "conversations.0.value", "is <image> alone, but the record has no media"),
         ({"image": "a.png", "conversations": turns()}, "conversations", "0 <image> in the text, but 1 media"),
         ({"image": "no.png", "conversations": turns("<image>")}, "image", "there is no file"),
         ({"image": "http://x/a.png", "conversations": turns("<image>")}, "image", "must be a local file"),
@@ -257,6 +257,36 @@ def test_check_stops_or_skips_and_lists_what_it_skipped(tmp_path):
         Mixture([{"path": [{"oops": 1}]}]).check(on_bad_record="skip")
     with pytest.raises(UserError, match="on_bad_record: must be one of stop, skip"):
         mixture.check(on_bad_record="ignore")
+
+
+def test_the_report_says_how_unusual_records_were_read(tmp_path):
+    entries = [record(0), {"conversations": turns("What is <image>?")}, {"conversations": turns("<image3d> and x")}]
+    entries += [{"conversations": turns("<image> tags?")}, {"conversations": turns("<image>")}]
+    path = write_jsonl(tmp_path / "data.jsonl", entries)
+    mixture = Mixture(path)
+    bad = mixture.check(on_bad_record="skip")
+    lines = bad.report().splitlines()
+    assert lines[0] == "1 record was left out:"
+    assert lines[2:] == [
+        f"{path}:2: the record has no media, so <image> in it is text (and 1 more such)",
+        f"{path}:3: the record has no media, so <image3d> in it is text",
+    ]
+
+    def encode(messages):
+        return {"input_ids": [1], "labels": [1], "notes": ("a turn is left out",)}
+
+    data = SampleDataset(mixture, encode)
+    assert "notes" not in data[0]
+    assert data.bad.report().splitlines() == ["no record was left out", f"{path}:1: a turn is left out"]
+
+
+def test_an_empty_answer_is_a_caption_or_an_error(tmp_path):
+    picture(tmp_path)
+    caption = {"image": "a.png", "conversations": turns("<image>", "")}
+    assert read_record(caption, media_root=tmp_path).messages[1]["content"] == [{"type": "text", "text": ""}]
+    for broken in ({"conversations": turns(answer="")}, caption | {"conversations": turns("<image>", "") + turns()}):
+        with pytest.raises(RecordError, match="the answer is empty"):
+            read_record(broken, media_root=tmp_path)
 
 
 def test_order_depends_on_seed_and_epoch_only():
@@ -521,5 +551,8 @@ def test_scienceqa_formats():
         "Answer: The answer is B. BECAUSE: L. S.",
     )
     assert scienceqa.prompt(problem, "CQM-ELA", use_caption=True)[1] == "Answer: S. L. The answer is B."
+    spelled = problem | {"lecture": "Colours\\nmatter.", "solution": "One.\nTwo.\\n\\nThree."}
+    assert scienceqa.prompt(spelled, "QCM-LEA")[1] == ("Answer: Colours\nmatter. One.\nTwo.\n\nThree. The answer is B.")
+    assert "BECAUSE: Colours\nmatter." in scienceqa.prompt(spelled, "QCML-A")[0]
     with pytest.raises(UserError, match="ScienceQA format 'XYZ'"):
         scienceqa.prompt(problem, "XYZ")

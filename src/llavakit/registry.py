@@ -140,6 +140,7 @@ ARRANGEMENTS = Registry("token arrangement")
 CONNECTORS = Registry("connector", "llavakit.connectors")
 ADAPTERS = Registry("language adapter")
 TEMPLATES = Registry("chat template", "llavakit.conversation")
+LABEL_POLICIES = Registry("label policy")
 BENCHMARKS = Registry("benchmark", "llavakit.evaluation")
 WORLDS = Registry("phantom world", "llavakit.phantom")
 CODECS = Registry("assistant codec")
@@ -147,6 +148,10 @@ LAYOUTS = Registry("checkpoint layout")
 
 # Built-in parts, as places to import from on first use. Parts of one published system are on that system's card.
 ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleTower")
+
+LABEL_POLICIES.add("spans", "llavakit.conversation.labels:SpanLabels")
+LABEL_POLICIES.add("marks", "llavakit.conversation.labels:MarkLabels")
+LABEL_POLICIES.add("rounds", "llavakit.conversation.labels:RoundLabels")
 
 PLANNERS.add("square", "llavakit.views.image:Square")
 PLANNERS.add("pad", "llavakit.views.image:Pad")

@@ -82,6 +82,7 @@ _REGISTRIES = {
     "connectors": registry.CONNECTORS,
     "adapters": registry.ADAPTERS,
     "templates": registry.TEMPLATES,
+    "label_policies": registry.LABEL_POLICIES,
     "benchmarks": registry.BENCHMARKS,
     "worlds": registry.WORLDS,
     "codecs": registry.CODECS,

@@ -54,7 +54,7 @@ def vicuna_with_end(name: str, end: str) -> Template:
         values={"end": end, "trims": True},
         placement="keep",
         bos="before_text",
-        rounds=Rounds(end=end, answer=" ASSISTANT:"),
+        rounds=Rounds(end=end, answer=" ASSISTANT:", in_place=True),
     )
 
 
@@ -65,7 +65,7 @@ _register(vicuna_with_end("vicuna_phi", "<|endoftext|>"))
 
 # Captions without roles: the media, then the caption
 
-PLAIN = Template("plain", "plain", stop=("\n",), values={"end": "\n"}, placement="keep")
+PLAIN = Template("plain", "plain", stop=("\n",), values={"end": "\n"}, placement="keep", training="plain_training")
 _register(PLAIN, "v0_plain")
 _register(replace(PLAIN, name="caption", stop=(), values={"end": ""}, bos="before_text"))
 

@@ -1,24 +1,23 @@
 """Encoding: messages to token ids and labels, with one tokenisation for both.
 
-A prompt is tokenised in pieces: the text between two media is a text of its own, as in the original LLaVA
-(`tokenizer_image_token`), so a piece starts a new word and a begin token is kept only in front of the first. Every
-media item is one placeholder id, which the processor expands when it knows how many tokens the media item takes. Labels
-follow from the characters that a token covers.
+Every media item is one placeholder id, which the processor expands when it knows how many tokens the media item takes.
+Labels follow from the characters that a token covers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llavakit.conversation.labels import by_marks, by_rounds, by_spans, check_policy
+from llavakit.conversation.labels import LabelPolicy, Tokens, label_policy
 from llavakit.conversation.messages import Message, Part, is_media, normalise
-from llavakit.conversation.template import PLACEHOLDER, Span, Template, get_template
+from llavakit.conversation.template import PLACEHOLDER, Template, get_template
+from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, tokenize
 from llavakit.errors import UserError
 
-IMAGE_PLACEHOLDER = -200
+__all__ = ["IMAGE_PLACEHOLDER", "Encoded", "chat_template_for", "encode", "escape_special_tokens", "tokenize"]
 
 
 @dataclass
@@ -26,11 +25,13 @@ class Encoded:
     """A conversation as the model reads it, media not yet expanded.
 
     Attributes:
-        ids: Token ids; `IMAGE_PLACEHOLDER` stands for one media item of any kind.
+        ids: Token ids; `IMAGE_PLACEHOLDER` stands for one media item of any modality.
         labels: The id where the model is to learn it, else -100.
         media: The media parts in the order of their placeholders; `boxes` that belong to one are in it.
         text: The rendered text.
-        blanked: Whether the label policy gave the whole sample up (policy "rounds" only).
+        fully_masked: Whether the label policy rejected the whole sample (`rounds` only).
+        weights: Loss weight of every token, if the label policy weights them.
+        notes: What of the conversation was left out, in words.
     """
 
     ids: list[int]
@@ -38,6 +39,8 @@ class Encoded:
     media: list[Part] = field(default_factory=list)
     text: str = ""
     fully_masked: bool = False
+    weights: list[float] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def encode(
@@ -48,7 +51,7 @@ def encode(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
     placement: str | None = None,
-    labels: str | None = None,
+    labels: str | Mapping[str, Any] | LabelPolicy | None = None,
     max_length: int | None = None,
 ) -> Encoded:
     """Token ids, labels and media of a conversation.
@@ -61,18 +64,20 @@ def encode(
         continue_final_message: Whether the prompt ends inside the last message, for the assistant to go on with it.
             With neither the conversation is a training sample.
         placement: "front", "lead" or "keep" instead of the template's own.
-        labels: Label policy instead of the template's own.
-        max_length: Cut text-only conversations to so many tokens (others are cut once their media are expanded).
+        labels: Label policy: a name, `{"type": NAME, OPTION: ...}`, or a policy. Default: the template's own for
+            training samples; for prompts "spans", which marks the earlier answers.
+        max_length: Cut text-only conversations to this many tokens (others are cut once their media are expanded).
 
     Raises:
         UserError: If the messages or the template do not fit.
     """
     template = get_template(template)
-    policy = labels or template.labels
-    check_policy(policy, template)
-    messages = _turns(normalise(messages), template)
     training = not (add_generation_prompt or continue_final_message)
-    text, spans = template.render(
+    policy = label_policy("spans" if labels is None and not training else labels, template)
+    messages, notes = normalise(messages), ()
+    if training:
+        messages, notes = _training_turns(messages, template)
+    text, answers = template.render(
         messages,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
@@ -93,22 +98,8 @@ def encode(
         ids, offsets = ids[1:], offsets[1:]
     if max_length is not None and not media:
         ids, offsets = ids[:max_length], offsets[:max_length]
-    fully_masked = False
-    if policy == "spans":
-        supervised = by_spans(spans, ids, offsets)
-    elif policy == "marks":
-        supervised = by_marks(template.marks, tokenizer, text, spans, ids, offsets)
-    else:
-        supervised, fully_masked = by_rounds(
-            template.rounds,
-            text,
-            ids,
-            lambda piece: len(tokenize(piece, tokenizer)[0]),
-            real=sum(token != tokenizer.pad_token_id for token in ids),
-            limit=tokenizer.model_max_length if max_length is None else max_length,
-            continues_words=marks_first_word(tokenizer),
-        )
-    return Encoded(ids, supervised, media, text, fully_masked)
+    found = policy(Tokens(text, answers, ids, offsets, template, tokenizer, max_length))
+    return Encoded(ids, found.ids, media, text, found.fully_masked, found.weights, notes)
 
 
 def chat_template_for(template: str | Template, tokenizer: Any) -> str:
@@ -142,11 +133,13 @@ def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[M
     ]
 
 
-def _turns(messages: list[Message], template: Template) -> list[Message]:
+def _training_turns(messages: list[Message], template: Template) -> tuple[list[Message], tuple[str, ...]]:
+    """The messages of a training sample, and what was left out of them."""
     first = 1 if messages[0]["role"] == "system" else 0
-    if not template.keeps_first_answer and messages[first:] and messages[first]["role"] == "assistant":
-        return messages[:first] + messages[first + 1 :]
-    return messages
+    if template.keeps_first_answer or len(messages) <= first or messages[first]["role"] != "assistant":
+        return messages, ()
+    note = f"an assistant turn before the first user turn is left out, as the template {template.name!r} was trained"
+    return messages[:first] + messages[first + 1 :], (note,)
 
 
 def collect_media(messages: Sequence[Message]) -> list[Part]:
@@ -168,48 +161,3 @@ def collect_media(messages: Sequence[Message]) -> list[Part]:
                 owner["boxes"] = owner.get("boxes", []) + part["boxes"]
         media += own
     return media
-
-
-def tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
-    """Ids of a rendered text and the characters [start, end) that each covers.
-
-    Pieces between placeholders are tokenised one by one; the begin token stays in front of the first piece only.
-
-    Raises:
-        UserError: If the tokenizer gives no offsets.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} gives no character offsets; use the fast tokenizer of this model")
-    ids: list[int] = []
-    offsets: list[Span] = []
-    position = 0
-    has_bos = False
-    for number, piece in enumerate(text.split(PLACEHOLDER)):
-        if number:
-            ids.append(IMAGE_PLACEHOLDER)
-            offsets.append((position, position + len(PLACEHOLDER)))
-            position += len(PLACEHOLDER)
-        piece_ids, piece_offsets = _piece(piece, tokenizer)
-        if number == 0:
-            has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id
-        begin = int(has_bos and number > 0)
-        ids += piece_ids[begin:]
-        offsets += [(position + start, position + end) for start, end in piece_offsets[begin:]]
-        position += len(piece)
-    return ids, offsets
-
-
-def _piece(piece: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
-    # SentencePiece puts a word mark in front of every text; its stand-in "Metaspace, prepend first" leaves it out
-    # where the text begins with a space, so such a text gets one more.
-    extra = int(piece[:1] in (" ", "▁") and marks_first_word(tokenizer))
-    encoded = tokenizer(" " * extra + piece, return_offsets_mapping=True, return_attention_mask=False)
-    offsets = [(max(start - extra, 0), end and max(end - extra, 1)) for start, end in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), offsets
-
-
-def marks_first_word(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a word mark in front of a text only if it does not begin with a space already."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    steps = getattr(backend, "pre_tokenizer", None)
-    return getattr(steps, "prepend_scheme", None) == "first"

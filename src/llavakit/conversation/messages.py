@@ -144,26 +144,37 @@ def _boxes(boxes: Any, where: str) -> list[list[float]]:
     return [list(map(float, box)) for box in boxes]
 
 
+def literals_in(messages: Iterable[Message]) -> list[str]:
+    """The media literals (`<image>`) that normalised messages hold as text."""
+    texts = (part["text"] for message in messages for part in message["content"] if part["type"] == "text")
+    return [literal for text in texts for literal in _LITERAL.findall(text)]
+
+
 def split_literals(value: str, literals: Mapping[str, str] = LITERALS) -> list[Part]:
     """Text with `<image>`, `<video>` and `<image3d>` as parts; media parts carry no media item yet.
 
-    What stands between two media stays exactly as it is: an empty text part marks that nothing stands there, so
-    that a template adds no newline of its own.
+    The text around media stays exactly as it is: an empty text part follows a media item after which a template
+    would otherwise begin a new line.
     """
     parts: list[Part] = []
     position = 0
     for match in _LITERAL.finditer(value):
-        if match.group() not in literals:
-            continue
-        if match.start() > position or parts:
-            parts.append({"type": "text", "text": value[position : match.start()]})
-        parts.append({"type": literals[match.group()]})
-        position = match.end()
-    if parts and value[position : position + 1] not in ("", " ", "\n"):
-        parts.append({"type": "text", "text": ""})
-    if position < len(value) or not parts:
-        parts.append({"type": "text", "text": value[position:]})
+        if match.group() in literals:
+            parts += _text_after(parts, value[position : match.start()])
+            parts.append({"type": literals[match.group()]})
+            position = match.end()
+    rest = value[position:]
+    if rest or not parts:
+        parts += _text_after(parts, rest) or [{"type": "text", "text": ""}]
     return parts
+
+
+def _text_after(parts: Sequence[Part], text: str) -> list[Part]:
+    """A stretch of literal text as parts, after the parts that stand before it."""
+    if not parts:
+        return [{"type": "text", "text": text}] if text else []
+    kept_on_line = [] if text[:1] in (" ", "\n") else [{"type": "text", "text": ""}]
+    return [*kept_on_line, {"type": "text", "text": text}] if text else kept_on_line
 
 
 def from_llava(record: Mapping[str, Any]) -> list[Message]:
@@ -171,7 +182,7 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
 
     Media are the values of `image`, `images`, `video`, `volume` or `image3d` (one or a list), taken in order by the
     literals in the text. `<image>` takes the next image, and where a record has none left, the next video or volume:
-    published video and volume records write it too.
+    published video and volume records write it too. In a record without media a literal inside a text is text.
 
     Args:
         record: `{"conversations": [{"from", "value"}], ...}`; further keys are ignored.
@@ -196,7 +207,9 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
         value = turn.get("value")
         if not isinstance(value, str):
             raise FieldError(f"{field}.value", f"must be a string, not {type(value).__name__}")
-        parts = split_literals(value)
+        if not total and value.strip() in LITERALS:
+            raise FieldError(f"{field}.value", f"is {value.strip()} alone, but the record has no media")
+        parts = split_literals(value) if total else [{"type": "text", "text": value}]
         for place, part in enumerate(parts):
             if is_media(part):
                 taken += 1

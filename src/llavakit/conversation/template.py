@@ -43,6 +43,8 @@ class Rounds:
         answer_offset: Added to the number of masked tokens of a round.
         later_offset: Added to both counts from the second round on, if the tokenizer does not restart a word after a
             special token (`legacy=False`).
+        in_place: Whether the tokens of a round are those that cover its characters in the whole text, instead of those
+            of the round tokenised alone; the fields about counts then mean nothing.
     """
 
     end: str
@@ -52,6 +54,7 @@ class Rounds:
     counts_end: bool = False
     answer_offset: int = 0
     later_offset: int = 0
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Template:
         labels: Label policy, see `llavakit.conversation.labels`.
         rounds: For the policy "rounds".
         marks: For the policy "marks".
-        keeps_first_answer: Whether an assistant turn in front of the first user turn is kept; else it is dropped.
+        keeps_first_answer: Whether training samples keep an assistant turn in front of the first user turn. Prompts
+            always keep it.
         bos: What happens to the tokenizer's begin token if the template writes one too: "double" keeps both, "once"
             drops one, "once_in_training" drops it from training samples only; "before_text" drops the tokenizer's
             own in front of a prompt that opens with a media item.

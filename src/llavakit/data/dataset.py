@@ -71,6 +71,7 @@ class SampleDataset(Dataset):
             sample = dict(self.encode(record.messages))
         except (UserError, OSError) as error:  # OSError: a file that vanished or is cut off
             raise RecordError(record.file, record.line, "record", str(error)) from error
+        self.bad.note(record.file, record.line, (*getattr(record, "notes", ()), *sample.pop("notes", ())))
         return self._cut(sample, record)
 
     def _cut(self, sample: dict[str, Any], record: Any) -> dict[str, Any]:

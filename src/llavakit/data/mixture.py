@@ -210,6 +210,7 @@ class Mixture(Sequence[Record]):
                         record = self._read(number, entry)
                         if level == "media":
                             check_media(record)
+                        bad.note(record.file, record.line, record.notes)
                         good.append(entry)
                     except RecordError as error:
                         if on_bad_record == "stop":

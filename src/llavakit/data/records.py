@@ -11,12 +11,22 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llavakit.conversation.messages import MEDIA, FieldError, Message, from_llava, is_media, normalise, text_of
+from llavakit.conversation.messages import (
+    MEDIA,
+    FieldError,
+    Message,
+    from_llava,
+    is_media,
+    literals_in,
+    media_of,
+    normalise,
+    text_of,
+)
 from llavakit.errors import RecordError, UserError
 
 _COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "volume": ("volumes", "volume", "image3d")}
@@ -31,12 +41,14 @@ class Record:
         file: The data file.
         line: Line number (JSONL) or number in the list, counted from 1.
         raw: The entry as it stands in the file, for keys that only a system knows.
+        notes: How the entry was read where a user may have meant something else, in words.
     """
 
     messages: list[Message]
     file: str
     line: int
     raw: Mapping[str, Any] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def read_record(
@@ -71,7 +83,12 @@ def read_record(
             part[part["type"]] = _locate(part[part["type"]], root, place, check_files)
     except FieldError as error:
         raise RecordError(file, line, error.field, error.problem) from None
-    return Record(messages, file, line, raw)
+    return Record(messages, file, line, raw, _notes(messages))
+
+
+def _notes(messages: list[Message]) -> tuple[str, ...]:
+    literals = [] if media_of(messages) else literals_in(messages)
+    return (f"the record has no media, so {literals[0]} in it is text",) if literals else ()
 
 
 def _form(raw: Mapping[str, Any]) -> str:
@@ -111,13 +128,18 @@ def _check_turns(messages: list[Message], form: str, needs_answer: bool) -> None
         side = "user" if message["role"] == "tool" else message["role"]
         if side == before:
             raise FieldError(f"{form}.{index}", f"a second turn of the {side} in a row; turns must alternate")
-        if side == "assistant" and not text_of(message).strip():
+        if side == "assistant" and not text_of(message).strip() and not _is_caption(messages):
             raise FieldError(f"{form}.{index}.{value}", "the answer is empty; give one or leave the turn out")
         before = side
     if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise FieldError(form, "holds no answer of the assistant to learn from")
     if not any(message["role"] in ("user", "tool") for message in messages):
         raise FieldError(form, "holds no turn of the user")
+
+
+def _is_caption(messages: list[Message]) -> bool:
+    """Whether the conversation is a media item with one answer; caption templates learn the end of an empty one."""
+    return [message["role"] for message in messages] == ["user", "assistant"] and bool(media_of(messages))
 
 
 def _media_places(messages: list[Message], form: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -191,6 +213,7 @@ class BadRecords:
     def __init__(self, log: str | Path | None = None) -> None:
         self.log = Path(log) if log is not None else None
         self._own: dict[tuple[str, int], RecordError] = {}
+        self._notes: dict[tuple[str, str], set[int]] = {}
 
     def add(self, error: RecordError) -> None:
         """Note a record; a second error of the same record changes nothing."""
@@ -202,6 +225,11 @@ class BadRecords:
             entry = {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem}
             with self.log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def note(self, file: str, line: int, notes: Iterable[str]) -> None:
+        """Note how a record was read; the report counts the records of a file with the same note."""
+        for note in notes:
+            self._notes.setdefault((file, note), set()).add(line)
 
     def errors(self) -> list[RecordError]:
         """All records that were left out, by file and line."""
@@ -215,13 +243,24 @@ class BadRecords:
     def __len__(self) -> int:
         return len(self.errors())
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(len(self) or self._notes)
+
     def report(self, most: int = 20) -> str:
-        """What was left out, in words; the first `most` records by name."""
-        errors = self.errors()
+        """What was left out or noted, in words; the first `most` records by name."""
+        errors, notes = self.errors(), self._note_lines()
         if not errors:
-            return "no record was left out"
+            return "\n".join(["no record was left out", *notes])
         lines = [f"{len(errors)} record{'s were' if len(errors) > 1 else ' was'} left out:"]
         lines += [f"  {error}" for error in errors[:most]]
         if len(errors) > most:
             lines.append(f"  and {len(errors) - most} more")
-        return "\n".join(lines)
+        return "\n".join(lines + notes)
+
+    def _note_lines(self) -> list[str]:
+        found = []
+        for (file, note), lines in sorted(self._notes.items(), key=lambda item: (item[0][0], min(item[1]))):
+            more = f" (and {len(lines) - 1} more such)" if len(lines) > 1 else ""
+            found.append(f"{file}:{min(lines)}: {note}{more}")
+        return found

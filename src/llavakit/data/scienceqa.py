@@ -49,7 +49,8 @@ def prompt(
         "C": f"Context: {context or 'N/A'}",
         "M": "Options: " + " ".join(f"({letters[n]}) {choice}" for n, choice in enumerate(problem["choices"])),
     }
-    reasons = {"L": problem["lecture"], "E": problem["solution"]}
+    # The published script writes newlines as backslash-n and back, so one that a text spells out becomes a newline.
+    reasons = {key: problem[name].replace("\\n", "\n") for key, name in (("L", "lecture"), ("E", "solution"))}
     lines = []
     for is_reason, run in groupby(question_side, key=lambda letter: letter in reasons):
         if is_reason:

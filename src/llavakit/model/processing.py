@@ -255,7 +255,7 @@ class LlavakitProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `labels` (lists), `pixel_values` (list of views), `visual_sizes` (list of triples),
-            `visual_modalities` (list of indices into `MODALITIES`).
+            `visual_modalities` (list of indices into `MODALITIES`), and `notes` on what was left out of the messages.
         """
         encoded = encode(
             messages, self.template, self.tokenizer, add_generation_prompt=add_generation_prompt, **options
@@ -287,6 +287,7 @@ class LlavakitProcessor(ProcessorMixin):
             "pixel_values": views,
             "visual_sizes": sizes,
             "visual_modalities": modalities,
+            "notes": encoded.notes,
         }
 
     # transformers' door: text and images

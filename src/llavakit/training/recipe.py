@@ -174,7 +174,7 @@ class Stage(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     template: str | None = None
-    labels: str | None = None
+    labels: str | dict[str, Any] | None = None
     media: dict[str, dict[str, Any]] | None = None
     packing: bool = False
     max_length: int | None = Field(None, gt=1)

@@ -293,7 +293,7 @@ class StageRun:
             gc.unfreeze()
             bar.close()
         bad = samples.dataset.bad
-        if len(bad) and _is_main():
+        if bad and _is_main():
             metrics.facts["skipped"] = bad.report()
             self.console.print(bad.report())
         values = metrics.write(trainer.state, finished=True)  # first, so that a finished stage always has them

@@ -1,0 +1,57 @@
+"""Tokenisation of a rendered conversation, with the characters that every token covers.
+
+The text between two media items is tokenised on its own, as in the original LLaVA (`tokenizer_image_token`): each piece
+starts a new word, and a begin token is kept only in front of the first piece. A media item is one placeholder id.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llavakit.conversation.template import PLACEHOLDER, Span
+from llavakit.errors import UserError
+
+IMAGE_PLACEHOLDER = -200
+
+
+def tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    """Ids of a rendered text and the characters [start, end) that each covers.
+
+    Raises:
+        UserError: If the tokenizer gives no offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{type(tokenizer).__name__} gives no character offsets; use the fast tokenizer of this model")
+    ids: list[int] = []
+    offsets: list[Span] = []
+    position = 0
+    has_bos = False
+    for number, piece in enumerate(text.split(PLACEHOLDER)):
+        if number:
+            ids.append(IMAGE_PLACEHOLDER)
+            offsets.append((position, position + len(PLACEHOLDER)))
+            position += len(PLACEHOLDER)
+        piece_ids, piece_offsets = _piece(piece, tokenizer)
+        if number == 0:
+            has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id
+        begin = int(has_bos and number > 0)
+        ids += piece_ids[begin:]
+        offsets += [(position + start, position + end) for start, end in piece_offsets[begin:]]
+        position += len(piece)
+    return ids, offsets
+
+
+def _piece(piece: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    # SentencePiece puts a word mark in front of every text. Its equivalent in the tokenizers library (Metaspace with
+    # prepend_scheme "first") leaves the mark out of a text that begins with a space, so such a text gets one more.
+    extra = int(piece[:1] in (" ", "▁") and marks_first_word(tokenizer))
+    encoded = tokenizer(" " * extra + piece, return_offsets_mapping=True, return_attention_mask=False)
+    offsets = [(max(start - extra, 0), end and max(end - extra, 1)) for start, end in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), offsets
+
+
+def marks_first_word(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a word mark in front of a text only if it does not begin with a space already."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    steps = getattr(backend, "pre_tokenizer", None)
+    return getattr(steps, "prepend_scheme", None) == "first"
