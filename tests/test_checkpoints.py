@@ -198,7 +198,16 @@ def test_export_gives_transformers_the_same_logits_and_comes_back(classic, tmp_p
     torch.testing.assert_close(probe(resaved), probe(back), atol=1e-6, rtol=0)
 
 
-def test_lora_folder_is_merged_into_its_base(classic, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2}, "use_dora": True},
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [4, 9]},
+    ],
+    ids=["plain", "patterns", "whole modules and rows"],
+)
+def test_lora_folder_is_merged_into_its_base(classic, tmp_path, options):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -211,11 +220,11 @@ def test_lora_folder_is_merged_into_its_base(classic, tmp_path):
     plain.load_state_dict(language_tensors(generator, vocabulary()))
     plain.save_pretrained(base)
     write_tokenizer(base)
-    tuned = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    tuned = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, **options))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.1, generator=generator)
+            if "lora_" in name or parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     tuned.save_pretrained(lora)
     trained = projector_tensors(generator)
     torch.save({f"base_model.model.{n}": t for n, t in trained.items()}, lora / "non_lora_trainables.bin")

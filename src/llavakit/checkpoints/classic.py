@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llavakit.checkpoints.adapters import merge_lora, strip_trainable_prefix
+from llavakit.checkpoints.adapters import strip_trainable_prefix
 from llavakit.checkpoints.files import LazyState, read_file, read_folder, read_json
 from llavakit.checkpoints.layouts import Layout, Renames, rename_with
 from llavakit.errors import CheckpointError
@@ -132,7 +132,7 @@ class ClassicLayout(Layout):
 
     def read_own(self, folder: Path, raw: dict[str, Any]) -> LazyState:
         if (folder / "adapter_config.json").is_file():
-            state = self._read_lora(folder, {})
+            state = self._trained(folder)
         elif any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):
             state = read_folder(folder, "mm_projector").renamed(strip_trainable_prefix)
         else:
@@ -169,13 +169,18 @@ class ClassicLayout(Layout):
         return base
 
     def _read_lora(self, folder: Path, sources: Mapping[str, Path]) -> LazyState:
+        """The language model and what was trained in full; the adapter is merged by who opens the folder."""
         adapter = read_json(folder / "adapter_config.json")
         state = read_folder(self._base(folder, sources, adapter.get("base_model_name_or_path")))
+        return state.joined(self._trained(folder))
+
+    @staticmethod
+    def _trained(folder: Path) -> LazyState:
+        """What a LoRA folder holds beside its adapter."""
         extra = folder / "non_lora_trainables.bin"
         if not extra.is_file():
             raise CheckpointError(f"{extra}: missing; a LoRA folder holds the connector there")
-        state = state.joined(read_file(extra).renamed(strip_trainable_prefix))
-        return merge_lora(state, read_folder(folder, "adapter_model"), adapter, str(folder))
+        return read_file(extra).renamed(strip_trainable_prefix)
 
     # writing
 

@@ -16,8 +16,18 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from llavakit.checkpoints import layouts
-from llavakit.checkpoints.files import LazyState, assign_state, atomic_folder, read_folder, read_json, write_state
+from llavakit.checkpoints import adapters, layouts
+from llavakit.checkpoints.adapter_base import TRAINED, find_base
+from llavakit.checkpoints.classic import ClassicLayout
+from llavakit.checkpoints.files import (
+    LazyState,
+    assign_state,
+    atomic_folder,
+    read_file,
+    read_folder,
+    read_json,
+    write_state,
+)
 from llavakit.errors import CheckpointError, UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -37,12 +47,14 @@ class Checkpoint:
         layout: "llavakit" or the name of the published layout.
         config: llavakit's configuration.
         state: Tensors under llavakit's names, read when asked for.
+        base: What an adapter folder's adapter was put on.
     """
 
     folder: Path
     layout: str
     config: LlavakitConfig
     state: LazyState
+    base: Checkpoint | None = None
 
 
 def local_folder(model: str | Path) -> Path:
@@ -97,13 +109,17 @@ def open_checkpoint(
 
     Args:
         model: Folder or hub id.
-        base: Folder or hub id of the language model, for LoRA and connector-only files.
+        base: Folder or hub id of the language model, for LoRA and connector-only files; of the whole model for a
+            folder that holds an adapter alone.
         vision_tower: Folder or hub id of the encoder, for files that do not contain it.
 
     Raises:
         CheckpointError: One clear line.
     """
     folder = local_folder(model)
+    if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
+        below = open_checkpoint(find_base(folder, base), vision_tower=vision_tower)
+        return _with_adapter(below, folder)
     raw = read_json(folder / "config.json")
     if raw.get("model_type") == LlavakitConfig.model_type:
         with _naming(folder / "config.json", *_MISFITS):
@@ -118,7 +134,34 @@ def open_checkpoint(
         config, state = layout.read(folder, raw, sources)
         config.check()
         MediaSpec(config)
-    return Checkpoint(folder, f"{layout.system} ({layout.form})", config, state)
+    checkpoint = Checkpoint(folder, f"{layout.system} ({layout.form})", config, state)
+    return _with_adapter(checkpoint, folder, layout) if (folder / adapters.CONFIG).is_file() else checkpoint
+
+
+def _with_adapter(below: Checkpoint, folder: Path, layout: layouts.Layout | None = None) -> Checkpoint:
+    """An opened checkpoint with the adapter of a folder merged.
+
+    Args:
+        below: The model that was adapted.
+        layout: The layout of `folder`, if the folder holds more than an adapter.
+    """
+    with _naming(folder / adapters.CONFIG):
+        options = adapters.adapter_options(read_json(folder / adapters.CONFIG), str(folder / adapters.CONFIG))
+    state = adapters.merge(
+        below.state,
+        read_folder(folder, "adapter_model"),
+        options,
+        _skeleton(below),
+        str(folder),
+        namings=[layouts.rename_with(layout.renames_out(below.config))] if isinstance(layout, ClassicLayout) else (),
+        optional=lambda name: layout is not None and "vision_tower." in name,  # the authors adapted before adding it
+    )
+    if (folder / TRAINED).is_file():
+        state = state.joined(_native_names(read_file(folder / TRAINED)))
+    config = adapters.untied(below.config, state)
+    if layout is not None:
+        return Checkpoint(folder, below.layout, config, state)
+    return Checkpoint(folder, below.layout, config, state, base=below)
 
 
 def _native_names(state: LazyState) -> LazyState:
@@ -187,6 +230,8 @@ def load_tokenizer(folder: Path, base: Path | None = None, config: LlavakitConfi
 
 def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> LlavakitProcessor:
     """The processor of an opened checkpoint: its own, or the one that its layout implies."""
+    if checkpoint.base is not None and not (checkpoint.folder / "processor_config.json").is_file():
+        return load_processor(checkpoint.base, base)
     if (checkpoint.folder / "processor_config.json").is_file() and checkpoint.layout == "llavakit":
         read_json(checkpoint.folder / "processor_config.json")
         load_tokenizer(checkpoint.folder, config=checkpoint.config)  # says clearly what is wrong with its files

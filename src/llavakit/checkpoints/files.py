@@ -46,6 +46,9 @@ class LazyState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._readers)
 
+    def __contains__(self, name: object) -> bool:  # a mapping's own would read the tensor
+        return name in self._readers
+
     def renamed(self, rename: Callable[[str], str | None]) -> LazyState:
         """The same tensors under other names; those renamed to None are left out."""
         readers, origin = {}, {}

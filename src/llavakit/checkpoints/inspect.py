@@ -28,7 +28,8 @@ def inspect_model(model: str | Path, **sources: Any) -> dict[str, Any]:
         sources: `base` and `vision_tower`, see `open_checkpoint`.
 
     Returns:
-        JSON-able: layout, system, template, parts with type and parameters, tokens of example media.
+        JSON-able: layout, base of an adapter, system, template, parts with type and parameters, tokens of example
+        media.
     """
     checkpoint = open_checkpoint(model, **sources)
     config = checkpoint.config
@@ -64,6 +65,7 @@ def inspect_model(model: str | Path, **sources: Any) -> dict[str, Any]:
     return {
         "folder": str(checkpoint.folder),
         "layout": checkpoint.layout,
+        "adapter": str(checkpoint.base.folder) if checkpoint.base else None,
         "system": config.system,
         "template": config.template,
         "parts": [{"name": n, "type": types.get(n), "parameters": count} for n, count in parts.items()],

@@ -360,6 +360,8 @@ def inspect(model: Model, base: Base = None, vision_tower: Encoder = None, as_js
     head = Table(show_header=False, box=None, pad_edge=False)
     for name in ("folder", "layout", "system", "template"):
         head.add_row(name, str(facts[name] or "-"))
+    if facts["adapter"]:
+        head.add_row("adapter on", facts["adapter"])
     parts = Table("part", "type", title=f"{facts['parameters']:,} parameters", title_justify="left")
     parts.add_column("parameters", justify="right")
     for part in facts["parts"]:

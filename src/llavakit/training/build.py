@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
+from llavakit.checkpoints.adapters import CONFIG as ADAPTER
 from llavakit.checkpoints.convert import (
     build,
     load_processor,
@@ -201,7 +202,9 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
             prefix = "vision_model." if wrapped and not hasattr(inner, "vision_model") else ""
             _copy(module, {f"{prefix}{name}": tensor for name, tensor in inner.state_dict().items()}, where)
             return
-    state = layout.read_own(folder, raw) if layout is not None else open_checkpoint(folder).state
+    adapted = (folder / ADAPTER).is_file() and part == "language_model"
+    own = layout is not None and not adapted
+    state = layout.read_own(folder, raw) if own else open_checkpoint(folder).state
     state = names_in_memory(model, state)
     prefix = f"model.{part}."
     _copy(module, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}, where)
