@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from llavakit.errors import UserError
+from llavakit.model.prompt import PromptInfo
 from llavakit.proof.golden import run_case
 from llavakit.system import get_system
 from llavakit.systems.dynamic_llava.adapter import DynamicSparsification
@@ -165,7 +166,7 @@ def test_cached_uncached_and_teacher_forced_agree(decoder):
     with torch.no_grad():
         for step in range(len(tokens) + 1):
             inputs = {"input_ids": ids[:, : prompt + step], "pixel_values": sample["pixel_values"], "use_cache": False}
-            logits = net(**inputs, prompt_length=prompt).logits[:, -1]
+            logits = net(**inputs, prompt_info=PromptInfo(length=prompt)).logits[:, -1]
             torch.testing.assert_close(logits, cached[:, step], atol=2e-5, rtol=1e-4)
         labels = torch.full_like(ids, -100)
         labels[:, prompt:] = ids[:, prompt:]

@@ -161,7 +161,7 @@ def test_without_blocks_text_stays_raw_and_the_image_is_only_projected():
     torch.testing.assert_close(got[text_of(batch)], raw[text_of(batch)])
     connector = net.model.multi_modal_projector
     with torch.no_grad():
-        features = net.model.encode_media(batch["pixel_values"]).features["multi_modal_projector"]
+        features = net.model.encode_media(batch["pixel_values"]).features["multi_modal_projector"][0]
         compressed, _ = connector.compressor(features.values[None], 4, 4)
         torch.testing.assert_close(got[0, 2:3], connector.project(compressed[0]))
 
@@ -443,7 +443,7 @@ def test_frames_at_once_change_nothing():
         found.append(net.model.embed(ids, **media)[0])
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found[0], found[2], atol=1e-6, rtol=1e-5)
-    whole = net.model.encode_media(**media).features["multi_modal_projector"]
+    whole = net.model.encode_media(**media).features["multi_modal_projector"][0]
     media["pixel_values"] = torch.stack(media["pixel_values"][:])
     torch.testing.assert_close(whole.values, whole.to(torch.float64).values.float())
     assert len(whole.split()) == 80

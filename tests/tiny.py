@@ -121,7 +121,7 @@ def prompt(net: LlavakitForConditionalGeneration, layout: str, seed: int = 0) ->
     """A sample from a sketch: `t` is a text token, `I` an image.
 
     Returns:
-        Batch of one: input_ids, attention_mask, labels, and pixel_values, visual_sizes, visual_kinds if it has images.
+        Batch of one: input_ids, attention_mask, labels, and with images pixel_values, visual_sizes, visual_modalities.
     """
     generator = torch.Generator().manual_seed(seed)
     size = MediaSize(1, SIZE, SIZE)

@@ -82,6 +82,19 @@ class RecordError(UserError):
         self.file, self.line, self.field, self.problem = file, line, field, problem
 
 
+class FieldError(UserError):
+    """A wrong field of a conversation.
+
+    Args:
+        field: Dotted path (`conversations.1.value`).
+        problem: What is wrong and what would be right.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field, self.problem = field, problem
+
+
 class CheckpointError(UserError):
     """A model folder that is not one, or whose tensors do not fit the configuration."""
 

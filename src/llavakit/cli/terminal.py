@@ -31,7 +31,7 @@ def attachment(modality: str, place: str) -> dict[str, Any]:
     """A content part for a media item.
 
     Args:
-        kind: "image", "video" or "volume".
+        modality: "image", "video" or "volume".
         place: File, folder (of a volume's slices), or URL.
 
     Raises:

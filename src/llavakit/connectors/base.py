@@ -43,12 +43,15 @@ class Features:
     Attributes:
         values: [sum of tokens, width], entries one after another, each row-major (depth, rows, columns).
         grids: Grid of every entry.
-        owners: For every entry the index of the visual (image, video, volume) that it belongs to, ascending.
+        media_index: For every entry the index of the media item that it belongs to, ascending.
+        regions: One vector per region of an entry's view, [regions, region width] per entry; None if no view of the
+            batch has regions.
     """
 
     values: Tensor
     grids: list[Grid]
-    owners: list[int]
+    media_index: list[int]
+    regions: list[Tensor] | None = None
 
     def split(self) -> list[Tensor]:
         """One tensor [tokens, width] per entry."""
@@ -67,10 +70,14 @@ class Features:
         for grid, entries in by_grid.items():
             yield entries, torch.stack([parts[entry] for entry in entries]), grid
 
-    def by_visual(self, visuals: int) -> list[list[int]]:
-        """Numbers of the entries that belong to each of so many visuals."""
-        entries: list[list[int]] = [[] for _ in range(visuals)]
-        for entry, owner in enumerate(self.owners):
+    def by_media(self, count: int) -> list[list[int]]:
+        """Entry numbers grouped by media item.
+
+        Args:
+            count: Number of media items.
+        """
+        entries: list[list[int]] = [[] for _ in range(count)]
+        for entry, owner in enumerate(self.media_index):
             entries[owner].append(entry)
         return entries
 
@@ -81,13 +88,14 @@ class Features:
 
     def to(self, dtype: torch.dtype) -> Features:
         """The same features in another type."""
-        return replace(self, values=self.values.to(dtype))
+        regions = None if self.regions is None else [vectors.to(dtype) for vectors in self.regions]
+        return replace(self, values=self.values.to(dtype), regions=regions)
 
     @classmethod
-    def join(cls, parts: Mapping[int, Tensor], grids: Sequence[Grid], owners: Sequence[int]) -> Features:
+    def join(cls, parts: Mapping[int, Tensor], grids: Sequence[Grid], media_index: Sequence[int]) -> Features:
         """Features from one [tokens, width] tensor per entry number."""
         values = torch.cat([parts[entry] for entry in range(len(parts))])
-        return cls(values, list(grids), list(owners))
+        return cls(values, list(grids), list(media_index))
 
 
 class StreamedFeatures(Features):
@@ -97,8 +105,8 @@ class StreamedFeatures(Features):
         read: Gives the tokens [tokens, width] of the entries from the first number up to the second.
     """
 
-    def __init__(self, read: Callable[[int, int], Tensor], grids: list[Grid], owners: list[int]) -> None:
-        self.read, self.grids, self.owners = read, grids, owners
+    def __init__(self, read: Callable[[int, int], Tensor], grids: list[Grid], media_index: list[int]) -> None:
+        self.read, self.grids, self.media_index, self.regions = read, grids, media_index, None
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
@@ -111,7 +119,7 @@ class StreamedFeatures(Features):
 
     def to(self, dtype: torch.dtype) -> Features:
         read = self.read
-        return StreamedFeatures(lambda start, stop: read(start, stop).to(dtype), self.grids, self.owners)
+        return StreamedFeatures(lambda start, stop: read(start, stop).to(dtype), self.grids, self.media_index)
 
 
 @dataclass
@@ -125,7 +133,7 @@ class Prompt:
         visual: True at positions that visual tokens will fill [batch, length].
         labels: Labels [batch, length] or None; a position whose label is not -100 is an answer.
         segments: Number of the packed sample that a position belongs to [batch, length].
-        owners: Row and segment that each media item of the batch belongs to, in prompt order.
+        media_segments: Row and segment that each media item of the batch belongs to, in prompt order.
         media: For every media item that the connector gets, its number among all media of the batch in prompt order.
         answers: True at earlier answers of a conversation that goes on [batch, length], or None; known only to callers
             that encoded messages.
@@ -143,7 +151,7 @@ class Prompt:
     visual: Tensor
     labels: Tensor | None
     segments: Tensor
-    owners: list[tuple[int, int]] = field(default_factory=list)
+    media_segments: list[tuple[int, int]] = field(default_factory=list)
     media: list[int] = field(default_factory=list)
     answers: Tensor | None = None
     digests: list[bytes] | None = None
@@ -155,40 +163,46 @@ class Connector(nn.Module):
     """Base class; subclasses are registered in `llavakit.registry.CONNECTORS`.
 
     Args:
-        vision_width: Channels of the encoder's features.
+        vision_width: Channels of the encoder's features; with several `encoders` a tuple with one number for each.
         hidden_size: Width of the language model.
         text_config: Configuration of the language model, for connectors that use its layers.
 
+    A connector whose constructor has a parameter `region_width` gets the width of the vectors that regions are pooled
+    to, like `vision_width` one number or a tuple.
+
     Attributes:
+        encoders: How many encoders of one media item `forward` reads.
         needs_prompt: Whether `forward` gets a `Prompt` and returns changed prompt embeddings too.
         streams: Whether `forward` asks for features by `Features.part`, so that they need not exist all at once.
         blank_image: With `needs_prompt`: whether a sample without media is to be read with an image of zeros, which
             gets no place in the prompt.
     """
 
+    encoders = 1
     needs_prompt = False
     streams = False
     blank_image = False
 
-    def __init__(self, *, vision_width: int, hidden_size: int, text_config: Any = None) -> None:
+    def __init__(self, *, vision_width: Any, hidden_size: int, text_config: Any = None) -> None:
         super().__init__()
         self.vision_width, self.hidden_size = vision_width, hidden_size
 
     @classmethod
     def token_grids(cls, options: Mapping[str, Any], plan: Plan, grids: Sequence[Grid]) -> list[Grid]:
-        """Grids of the tokens that come out for a visual whose views have the feature grids `grids`.
+        """Grids of the tokens that come out for a media item whose views have the feature grids `grids`.
 
         Pure arithmetic on the configuration, so that token counts are known without a model. The default keeps
         every token.
         """
         return list(grids)
 
-    def forward(self, features: Features, plans: Sequence[Plan], prompt: Prompt | None = None) -> Any:
+    def forward(self, features: Any, plans: Sequence[Plan], prompt: Prompt | None = None) -> Any:
         """Tokens of width `hidden_size` as `Features`; with `needs_prompt` a pair (tokens, embeddings).
 
         Args:
-            features: Encoder features of all views of the batch.
-            plans: Plan of every visual; `features.owners` points into it.
+            features: Encoder features of all views of the batch (`Features`); with several `encoders` a tuple with one
+                entry for each encoder, which holds the views that this encoder sees.
+            plans: Plan of every media item; `features.media_index` points into it.
             prompt: Given only if `needs_prompt`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward")

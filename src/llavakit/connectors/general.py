@@ -54,7 +54,7 @@ class MLP(Connector):
         return tokens
 
     def forward(self, features: Features, plans: Sequence[Plan], prompt: Prompt | None = None) -> Features:
-        return Features(self.project(features.values), features.grids, features.owners)
+        return Features(self.project(features.values), features.grids, features.media_index)
 
 
 class Pooling(MLP):
@@ -81,7 +81,7 @@ class Pooling(MLP):
             tokens = F.avg_pool3d(maps, stride, stride).flatten(2).transpose(1, 2)
             pooled |= dict(zip(entries, tokens, strict=True))
         grids = [_pooled(grid, self.stride) for grid in features.grids]
-        joined = Features.join(pooled, grids, features.owners)
+        joined = Features.join(pooled, grids, features.media_index)
         return super().forward(joined, plans)
 
 
@@ -178,7 +178,7 @@ class Resampler(Connector):
         resampled: dict[int, Tensor] = {}
         for entries, tokens, grid in features.groups():
             resampled |= dict(zip(entries, self.resample(tokens, grid), strict=True))
-        return Features.join(resampled, [(1, self.side, self.side)] * len(features.grids), features.owners)
+        return Features.join(resampled, [(1, self.side, self.side)] * len(features.grids), features.media_index)
 
 
 def _side(queries: int) -> int:

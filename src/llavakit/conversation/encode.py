@@ -16,6 +16,7 @@ from llavakit.conversation.messages import Message, Part, is_media, normalise
 from llavakit.conversation.template import PLACEHOLDER, Template, get_template
 from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, tokenize
 from llavakit.errors import UserError
+from llavakit.media.regions import read_regions
 
 __all__ = ["IMAGE_PLACEHOLDER", "Encoded", "chat_template_for", "encode", "escape_special_tokens", "tokenize"]
 
@@ -27,7 +28,7 @@ class Encoded:
     Attributes:
         ids: Token ids; `IMAGE_PLACEHOLDER` stands for one media item of any modality.
         labels: The id where the model is to learn it, else -100.
-        media: The media parts in the order of their placeholders; `boxes` that belong to one are in it.
+        media: The media parts in the order of their placeholders; an image's `regions` are in its part.
         text: The rendered text.
         fully_masked: Whether the label policy rejected the whole sample (`rounds` only).
         weights: Loss weight of every token, if the label policy weights them.
@@ -143,21 +144,21 @@ def _training_turns(messages: list[Message], template: Template) -> tuple[list[M
 
 
 def collect_media(messages: Sequence[Message]) -> list[Part]:
-    """The media of normalised messages, each with the boxes that were given for it.
+    """The media of normalised messages; an image part with boxes behind it gets them as `regions`.
 
     Raises:
-        UserError: If boxes stand in a message without a media item.
+        UserError: If boxes follow no image of the same message.
     """
     media: list[Part] = []
     for index, message in enumerate(messages):
-        own = [dict(part) for part in message["content"] if is_media(part)]
-        seen = 0
-        for part in message["content"]:
-            seen += is_media(part)
-            if part["type"] == "boxes":
-                if not own:
-                    raise UserError(f"messages.{index}.content: boxes need an image in the same message")
-                owner = own[max(seen - 1, 0)]
-                owner["boxes"] = owner.get("boxes", []) + part["boxes"]
-        media += own
+        before: Part | None = None
+        for number, part in enumerate(message["content"]):
+            if is_media(part):
+                before = dict(part)
+                media.append(before)
+            elif part["type"] == "boxes":
+                where = f"messages.{index}.content.{number}"
+                if before is None or before["type"] != "image":
+                    raise UserError(f"{where}: boxes must follow the image that they belong to, in the same message")
+                before["regions"] = [*before.get("regions", ()), *read_regions(part, where)]
     return media

@@ -4,7 +4,8 @@ A conversation is a list of `{"role": ..., "content": [parts]}`. A part is a dic
 
     {"type": "text", "text": "..."}
     {"type": "image" | "video" | "volume", KIND: path, URL, bytes or loaded media item}
-    {"type": "boxes", "boxes": [[x1, y1, x2, y2], ...]}     regions of the media item before it
+    {"type": "boxes", "boxes": [[x1, y1, x2, y2], ...], "labels": [...], "scores": [...]}
+                                        regions of the image before it, corners in pixels; labels and scores optional
 
 This module knows the shapes that conversations come in (OpenAI requests, LLaVA's `conversations/from/value`) and
 turns them into that form and back. It opens no media and knows no template.
@@ -16,23 +17,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llavakit.errors import UserError
+from llavakit.errors import FieldError
+from llavakit.media.regions import read_regions
 
 Part = dict[str, Any]
 Message = dict[str, Any]
-
-
-class FieldError(UserError):
-    """A wrong field of a conversation.
-
-    Args:
-        field: Dotted path (`conversations.1.value`).
-        problem: What is wrong and what would be right.
-    """
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
-        self.field, self.problem = field, problem
 
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -116,7 +105,7 @@ def _part(part: Any, where: str) -> Part:
             raise FieldError(f"{where}.text", f"must be a string, not {type(part.get('text')).__name__}")
         return {"type": "text", "text": part["text"]}
     if modality == "boxes":
-        return {"type": "boxes", "boxes": _boxes(part.get("boxes"), f"{where}.boxes")}
+        return boxes_part(part, where)
     if modality in _OPENAI:
         value = part.get(modality, part.get("image_url"))
         value = value.get("url") if isinstance(value, Mapping) else value
@@ -134,14 +123,18 @@ def _part(part: Any, where: str) -> Part:
     raise FieldError(f"{where}.type", f"must be one of {', '.join(known)}, not {modality!r}")
 
 
-def _boxes(boxes: Any, where: str) -> list[list[float]]:
-    if not isinstance(boxes, Sequence) or isinstance(boxes, str):
-        raise FieldError(where, "must be a list of boxes [x1, y1, x2, y2]")
-    for index, box in enumerate(boxes):
-        numbers = isinstance(box, Sequence) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
-        if not numbers:
-            raise FieldError(f"{where}.{index}", "must be four numbers [x1, y1, x2, y2]")
-    return [list(map(float, box)) for box in boxes]
+def boxes_part(value: Mapping[str, Any], where: str) -> Part:
+    """A content part with checked `boxes` and, where they are given, `labels` and `scores`.
+
+    Raises:
+        FieldError: See `llavakit.media.regions.read_regions`.
+    """
+    regions = read_regions(value, where)
+    part: Part = {"type": "boxes", "boxes": [list(region.box) for region in regions]}
+    for name in ("labels", "scores"):
+        if value.get(name) is not None:
+            part[name] = [getattr(region, name[:-1]) for region in regions]
+    return part
 
 
 def literals_in(messages: Iterable[Message]) -> list[str]:
@@ -180,6 +173,7 @@ def _text_after(parts: Sequence[Part], text: str) -> list[Part]:
 def from_llava(record: Mapping[str, Any]) -> list[Message]:
     """Messages of a LLaVA record.
 
+    `boxes` holds the regions of the image (`{"boxes", "labels", "scores"}`), or a list with one such object per image.
     Media are the values of `image`, `images`, `video`, `volume` or `image3d` (one or a list), taken in order by the
     literals in the text. `<image>` takes the next image, and where a record has none left, the next video or volume:
     published video and volume records write it too. In a record without media a literal inside a text is text.
@@ -194,6 +188,7 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise FieldError("conversations", "must be a list of turns with from and value")
     waiting = _record_media(record)
+    boxes = _record_boxes(record, sum(part["type"] == "image" for part in waiting))
     total = len(waiting)
     taken = 0
     messages: list[Message] = []
@@ -209,11 +204,14 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
             raise FieldError(f"{field}.value", f"must be a string, not {type(value).__name__}")
         if not total and value.strip() in LITERALS:
             raise FieldError(f"{field}.value", f"is {value.strip()} alone, but the record has no media")
-        parts = split_literals(value) if total else [{"type": "text", "text": value}]
-        for place, part in enumerate(parts):
+        parts: list[Part] = []
+        for part in split_literals(value) if total else [{"type": "text", "text": value}]:
             if is_media(part):
                 taken += 1
-                parts[place] = _take(waiting, part["type"]) or part
+                part = _take(waiting, part["type"]) or part
+            parts.append(part)
+            if part["type"] == "image" and boxes:
+                parts.append(boxes.pop(0))
         messages.append({"role": role, "content": parts})
     if taken != total:
         raise FieldError("conversations", f"{taken} <image> in the text, but {total} media in the record")
@@ -233,6 +231,22 @@ def _record_media(record: Mapping[str, Any]) -> list[Part]:
             raise FieldError(key, "must name a file, or the key must be left out")
         media += [{"type": modality, modality: item} for item in values]
     return media
+
+
+def _record_boxes(record: Mapping[str, Any], images: int) -> list[Part]:
+    """One `boxes` part per image of a record, or none if it has no `boxes`."""
+    value = record.get("boxes")
+    if value is None:
+        return []
+    entries = [value] if isinstance(value, Mapping) else value
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise FieldError(
+            "boxes", 'must be {"boxes": [[x1, y1, x2, y2], ...]}, or a list with one such object per image'
+        )
+    if len(entries) != images:
+        raise FieldError("boxes", f"has {len(entries)} entries, but the record has {images} images")
+    where = ["boxes"] if isinstance(value, Mapping) else [f"boxes.{number}" for number in range(images)]
+    return [boxes_part(entry, place) for entry, place in zip(entries, where, strict=True)]
 
 
 def _take(waiting: list[Part], modality: str) -> Part | None:

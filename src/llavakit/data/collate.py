@@ -27,7 +27,8 @@ class Collator:
     `labels` and `position_ids` [rows, max_length] and no mask: positions restart at 0 with every sample, which is
     how the model tells samples apart; the unused tail of a row is a segment of its own. Media come as `pixel_values`
     ([views, channels, height, width] if all views have one shape, else a list of tensors), `visual_sizes` [media, 3]
-    and `visual_modalities` [media], in the order of their placeholders.
+    and `visual_modalities` [media], in the order of their placeholders, and `visual_regions` (one tensor
+    [regions, 4] per media item) if a sample has regions.
 
     Args:
         pad_token_id: Id written where there is no token.
@@ -115,14 +116,18 @@ class Collator:
         views: list[Tensor] = []
         sizes: list[Sequence[int]] = []
         modalities: list[int] = []
+        regions: list[Tensor] = []
         for sample in samples:
             views += [torch.as_tensor(view) for view in _listed(sample, "pixel_values")]
             sizes += [[int(x) for x in size] for size in _listed(sample, "visual_sizes")]
             modalities += [int(modality) for modality in _listed(sample, "visual_modalities")]
+            own = [torch.as_tensor(boxes, dtype=torch.float64) for boxes in _listed(sample, "visual_regions")]
+            regions += own or [torch.zeros(0, 4, dtype=torch.float64)] * (len(sizes) - len(regions))
         if not views:
             return {}
         same = all(view.shape == views[0].shape for view in views)
-        return {
+        media = {"visual_regions": regions} if any(map(len, regions)) else {}
+        return media | {
             "pixel_values": torch.stack(views) if same else views,
             "visual_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 3),
             "visual_modalities": torch.tensor(modalities, dtype=torch.long),

@@ -351,10 +351,10 @@ def prompt_keys(ids: Sequence[int], image_token_id: int, visuals: Sequence[tuple
     return keys
 
 
-def content_digest(modality: str, size: Sequence[int], views: Sequence[Tensor]) -> bytes:
-    """Digest of a media item's kind, original size and pixels."""
+def content_digest(modality: str, size: Sequence[int], views: Sequence[Tensor], regions: Tensor | None = None) -> bytes:
+    """Digest of a media item's modality, original size, pixels and regions."""
     digest = hashlib.blake2b(f"{modality} {tuple(size)}".encode(), digest_size=16)
-    for view in views:
+    for view in [*views, *([] if regions is None else [regions])]:
         digest.update(f"{view.dtype} {tuple(view.shape)}".encode())
         digest.update(view.detach().contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.digest()

@@ -21,6 +21,7 @@ from llavakit.generation.request import Request, RequestHandle, SamplingParams
 from llavakit.generation.stopping import before_stop, generate_options, stop_token_ids
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.prompt import PromptInfo
 from llavakit.splice.scatter import IGNORE
 
 Messages = Sequence[Mapping[str, Any]]
@@ -65,6 +66,7 @@ class Chat:
             pixel_values=views or None,
             visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
             visual_modalities=torch.tensor(sample["visual_modalities"]) if views else None,
+            visual_regions=sample["visual_regions"] or None,
             answers=[label != IGNORE for label in sample["labels"]],
             sampling=SamplingParams(stop=stop, eos_token_ids=self.eos_token_ids, **sampling),
         )
@@ -111,7 +113,8 @@ class Chat:
             views = request.pixel_values
             inputs["pixel_values"] = torch.stack(views) if len({v.shape for v in views}) == 1 else views
             inputs |= {"visual_sizes": request.visual_sizes, "visual_modalities": request.visual_modalities}
-            inputs["answers"] = torch.tensor(request.answers, device=self.model.device)[None]
+            inputs["visual_regions"] = request.visual_regions
+            inputs["prompt_info"] = PromptInfo(torch.tensor(request.answers, device=self.model.device)[None])
         options = generate_options(request.sampling, tokenizer, self.eos_token_ids) | options
         out = self.model.generate(**inputs, **options)
         text = tokenizer.decode(out[0, request.input_ids.shape[0] :], skip_special_tokens=True)

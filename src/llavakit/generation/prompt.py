@@ -18,19 +18,21 @@ from llavakit.connectors.base import tokens_in
 from llavakit.errors import UserError
 from llavakit.generation.cache import ByteBounded, content_digest, prompt_keys
 from llavakit.generation.request import Request
+from llavakit.model.prompt import PromptInfo
 from llavakit.model.routes import MODALITIES
+from llavakit.model.visuals import gather_media, run_encoders, view_jobs
 from llavakit.splice.scatter import scatter
-from llavakit.vision.geometry import geometry_of
 
 
 @dataclass
 class MediaItem:
-    """One media item of a request: its kind, plan, own views and what names its content."""
+    """One media item of a request: modality, plan, views, and a digest of its content."""
 
     modality: str
     plan: Any
     views: list[Tensor]
     size: Tensor | None
+    regions: Tensor | None
     digest: bytes
     tokens: int
 
@@ -98,8 +100,7 @@ class PromptReader:
         answers = None if request.answers is None else torch.as_tensor(request.answers, device=device)[None].bool()
         prompt = core.read_prompt(
             input_ids,
-            answers=answers,
-            prompt_length=len(ids) - request.generated,
+            info=PromptInfo(answers, len(ids) - request.generated),
             digests=[item.digest for item in media],
             memory=self.features,
         )
@@ -143,21 +144,27 @@ class PromptReader:
     def _visuals(self, media: list[MediaItem]) -> Any:
         """Encoder features of the media; those that memory cannot hold are left to the connector's own pace."""
         core = self.core
-        grids = [grid for one in media for grid in core.media.route(one.modality).feature_grids(one.plan)]
-        width = geometry_of(core.config.vision_config).width
-        if sum(map(tokens_in, grids)) * width * core.dtype.itemsize > self.features.limit:
+        if sum(map(self._values, media)) * core.dtype.itemsize > self.features.limit:
             return self._encode(media)
-        views = [view for item in media for view in self._views(item)]
-        return core.gather_media([one.modality for one in media], [one.plan for one in media], views)
+        tensors = [tensor for item in media for tensor in self._features(item)]
+        return gather_media(core.media, [one.modality for one in media], [one.plan for one in media], tensors)
 
-    def _views(self, item: MediaItem) -> list[Tensor]:
-        """Encoder features of every view of a media item, [tokens, width] each."""
-        views = self.features.get(item.digest)
-        if views is None:
-            (features,) = self._encode([item]).features.values()
-            views = features.split()
-            self.features.put(item.digest, views, sum(view.numel() * view.element_size() for view in views))
-        return views
+    def _values(self, item: MediaItem) -> int:
+        """Number of values in the encoder features of a media item."""
+        route = self.core.media.route(item.modality)
+        grids = route.feature_grids(item.plan)
+        widths = [route.widths[view.encoder] for view in item.plan.views]
+        return sum(tokens_in(grid) * width for grid, width in zip(grids, widths, strict=True))
+
+    def _features(self, item: MediaItem) -> list[Tensor]:
+        """Encoder features of every view of a media item, see `llavakit.model.visuals.run_encoders`."""
+        tensors = self.features.get(item.digest)
+        if tensors is None:
+            self.encoded += 1
+            jobs = view_jobs(self.core.media, [item.modality], [item.plan])
+            tensors = run_encoders(self.core, item.views, jobs)
+            self.features.put(item.digest, tensors, sum(t.numel() * t.element_size() for t in tensors))
+        return tensors
 
     def _encode(self, media: list[MediaItem]) -> Any:
         self.encoded += len(media)
@@ -165,12 +172,13 @@ class PromptReader:
         pixels = torch.stack(views) if len({view.shape for view in views}) == 1 else views
         sizes = None if media[0].size is None else torch.stack([item.size for item in media])
         modalities = torch.tensor([MODALITIES.index(item.modality) for item in media])
-        return self.core.encode_media(pixels, sizes, modalities)
+        return self.core.encode_media(pixels, sizes, modalities, [item.regions for item in media])
 
     def _media(self, request: Request) -> list[MediaItem]:
         if request.pixel_values is None or not len(request.pixel_values):
             return []
-        modalities, plans = self.core.plan_media(request.pixel_values, request.visual_sizes, request.visual_modalities)
+        given = (request.visual_sizes, request.visual_modalities, request.visual_regions)
+        modalities, plans = self.core.plan_media(request.pixel_values, *given)
         views = list(request.pixel_values)
         needed = sum(len(plan.views) for plan in plans)
         if needed != len(views):
@@ -180,9 +188,10 @@ class PromptReader:
             own = views[start : start + len(plan.views)]
             start += len(plan.views)
             size = None if request.visual_sizes is None else request.visual_sizes[number]
-            digest = content_digest(modality, () if size is None else size.tolist(), own)
+            regions = None if request.visual_regions is None else request.visual_regions[number]
+            digest = content_digest(modality, () if size is None else size.tolist(), own, regions)
             tokens = sum(run.visual for run in self.core.media.route(modality).layout(plan))
-            media.append(MediaItem(modality, plan, own, size, digest, tokens))
+            media.append(MediaItem(modality, plan, own, size, regions, digest, tokens))
         return media
 
 

@@ -77,7 +77,8 @@ class Request:
         input_ids: Expanded prompt [length] (one placeholder id per visual token).
         pixel_values: Views of all media, as the model's forward takes them for a single sample.
         visual_sizes: Original (depth, height, width) of every media item [media, 3].
-        visual_kinds: Modality of every media item [media], index into `llavakit.model.routes.MODALITIES`.
+        visual_modalities: Modality of every media item [media], index into `llavakit.model.routes.MODALITIES`.
+        visual_regions: Boxes of every media item [regions, 4], corners in pixels of the original picture.
         inputs_embeds: Embedded prompt [length, hidden] instead of media; visual tokens are in place already.
         answers: True at earlier answers of the conversation; connectors that read the prompt may ask for it. As long as
             the prompt, or shorter if none follow.
@@ -90,6 +91,7 @@ class Request:
     pixel_values: Tensor | Sequence[Tensor] | None = None
     visual_sizes: Tensor | None = None
     visual_modalities: Tensor | None = None
+    visual_regions: Sequence[Tensor] | None = None
     inputs_embeds: Tensor | None = None
     answers: Sequence[bool] | Tensor | None = None
     generated: int = 0

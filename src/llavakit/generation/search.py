@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Reply, Request, SamplingParams
 from llavakit.generation.stopping import generate_options
+from llavakit.model.prompt import PromptInfo
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,15 @@ def beam_search(engine: Engine, request: Request, num_beams: int, *, length_pena
     The reply ends at the request's stop strings too; their tokens are part of it.
     """
     device, params = engine.device, request.sampling
-    inputs: dict[str, Tensor | Sequence[Tensor] | None] = {
+    inputs: dict[str, Any] = {
         "input_ids": torch.tensor([request.ids()], device=device),
         "pixel_values": request.pixel_values,
         "visual_sizes": request.visual_sizes,
         "visual_modalities": request.visual_modalities,
-        "answers": None if request.answers is None else torch.as_tensor(request.answers, device=device)[None].bool(),
+        "visual_regions": request.visual_regions,
     }
+    if request.answers is not None:
+        inputs["prompt_info"] = PromptInfo(torch.as_tensor(request.answers, device=device)[None].bool())
     inputs = {name: value for name, value in inputs.items() if value is not None}
     options = generate_options(params, engine.tokenizer, engine.eos_token_ids)
     output = engine.model.generate(

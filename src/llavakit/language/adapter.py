@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llavakit.model.prompt import PromptInfo
+
 
 class LanguageAdapter(nn.Module):
     """Base class; subclasses are registered in `llavakit.registry.ADAPTERS`.
@@ -38,6 +40,7 @@ class LanguageAdapter(nn.Module):
         input_ids: Tensor | None,
         labels: Tensor | None,
         segments: Tensor | None,
+        prompt_info: PromptInfo,
         **kwargs: Any,
     ) -> tuple[Any, Tensor | None]:
         """Run the decoder.
@@ -46,8 +49,9 @@ class LanguageAdapter(nn.Module):
             decoder: The base model without head (`LlamaModel`, ...).
             visual: True at positions filled by visual tokens [batch, length]; None after the prompt.
             segments: Sample number of every position in packed rows [batch, length], None if not packed.
-            kwargs: What else the caller of the model passed; while text is generated without a cache,
-                `prompt_length` is the number of columns that were not generated.
+            prompt_info: What the caller knows of the prompt beside its ids; while text is generated without a cache,
+                its `length` is the number of columns that were not generated.
+            kwargs: What else the caller of the model passed.
 
         Returns:
             The decoder's output (`BaseModelOutputWithPast`) and an additional loss term or None.

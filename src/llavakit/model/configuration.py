@@ -2,7 +2,7 @@
 
 media:
   image:                     # modality: image, video, volume, or multi_image (an image among several)
-    encoder: vision_tower      # which encoder (default) ...
+    encoder: vision_tower      # which encoder, or a list of several; default: what the connector reads
     connector: multi_modal_projector   # ... and which connector it goes through (default)
     views: {type: pad, size: 336}      # planner and its options
     arrange: {type: flat}              # layout of the visual tokens in the prompt
@@ -10,13 +10,14 @@ media:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from llavakit.errors import UserError
-from llavakit.registry import ENCODERS
+from llavakit.registry import ENCODERS, nearest
 
 _KINDS: dict[str, type] = {
     "connector": dict,
@@ -26,6 +27,9 @@ _KINDS: dict[str, type] = {
     "image_token_id": int,
     "template": str,
 }
+MAIN_ENCODER, MAIN_CONNECTOR = "vision_tower", "multi_modal_projector"
+ROUTE_KEYS = ("encoder", "connector", "views", "arrange")
+ENCODER_KEYS = ("config", "layer", "strategy")
 DEFAULT_MEDIA = {"image": {"views": {"type": "pad", "size": 336}, "arrange": {"type": "flat"}}}
 
 
@@ -42,6 +46,19 @@ def build_config(config: dict[str, Any] | PreTrainedConfig | None, default_type:
             raise UserError(f"model_type {model_type!r}: neither transformers nor llavakit has one of that name")
         register_encoder(model_type)
     return CONFIG_MAPPING[model_type](**options)
+
+
+def check_keys(options: Any, known: Sequence[str], where: str) -> None:
+    """Refuse what is no mapping or has an unknown key.
+
+    Raises:
+        UserError: Naming the key and the nearest known one.
+    """
+    if not isinstance(options, Mapping):
+        raise UserError(f"{where}: is {options!r}, it should be a mapping with {', '.join(known)}")
+    for key in options:
+        if key not in known:
+            raise UserError(f"{where}.{key}: unknown key{nearest(str(key), list(known))}")
 
 
 def register_encoder(model_type: str) -> None:
@@ -61,11 +78,14 @@ class LlavakitConfig(PreTrainedConfig):
 
     Args:
         text_config: Any transformers causal language model.
-        vision_config: The main encoder (`model.vision_tower`), any transformers vision model.
+        vision_config: The main encoder (`model.vision_tower`), any transformers vision model; None together with an
+            empty `media` for a language model without a vision side.
         connector: `{"type": name, **options}` of the main connector (`model.multi_modal_projector`).
-        media: Per modality how it is cut, encoded and laid out; see the module's docstring.
-        extra_towers: Further encoders by attribute name: `{"config": {...}, "layer": -2, "strategy": "default"}`.
-        extra_connectors: Further connectors by attribute name, each with the `encoder` it reads from.
+        media: Per modality how it is cut, encoded and laid out; see the module's docstring. None takes one padded image
+            of 336 pixels, an empty mapping takes no media at all.
+        extra_encoders: Further encoders by attribute name: `{"config": {...}, "layer": -2, "strategy": "default"}`.
+        extra_connectors: Further connectors by attribute name, each with the `encoder` it reads from (a name, or a list
+            for connectors that read several).
         language_adapter: `{"type": name, **options}` of an adapter that runs the decoder, or None.
         vision_feature_layer: Hidden state(s) of the main encoder that the connector reads.
         vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps them.
@@ -96,9 +116,10 @@ class LlavakitConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = build_config(self.text_config, "llama")
-        self.vision_config = build_config(self.vision_config, "clip_vision_model")
+        self.media = DEFAULT_MEDIA if self.media is None else self.media
+        if self.media or self.vision_config is not None:
+            self.vision_config = build_config(self.vision_config, "clip_vision_model")
         self.connector = self.connector or {"type": "mlp"}
-        self.media = self.media or DEFAULT_MEDIA
         self.extra_encoders = self.extra_encoders or {}
         self.extra_connectors = self.extra_connectors or {}
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
@@ -133,18 +154,41 @@ class LlavakitConfig(PreTrainedConfig):
         """Width of the language model."""
         return self.text_config.hidden_size
 
+    def encoder_names(self) -> list[str]:
+        """Attribute names of all encoders."""
+        return [MAIN_ENCODER] * (self.vision_config is not None) + list(self.extra_encoders)
+
     def encoder_config(self, name: str) -> tuple[PreTrainedConfig, int | list, str]:
-        """Configuration, feature layer and select strategy of an encoder by attribute name."""
-        if name == "vision_tower":
+        """Configuration, feature layer and select strategy of an encoder by attribute name.
+
+        Raises:
+            UserError: If there is no encoder of this name, or it has an unknown key.
+        """
+        if name == MAIN_ENCODER and self.vision_config is not None:
             return self.vision_config, self.vision_feature_layer, self.vision_feature_select_strategy
+        if name not in self.extra_encoders:
+            raise UserError(f"encoder {name!r}: the configuration has none{nearest(name, self.encoder_names())}")
         extra = self.extra_encoders[name]
-        config = build_config(extra["config"], "clip_vision_model")
+        check_keys(extra, ENCODER_KEYS, f"extra_encoders.{name}")
+        config = build_config(extra.get("config"), "clip_vision_model")
         return config, extra.get("layer", -2), extra.get("strategy", "default")
+
+    def _connector(self, name: str) -> dict[str, Any]:
+        if name == MAIN_CONNECTOR:
+            return self.connector
+        if name not in self.extra_connectors:
+            known = [MAIN_CONNECTOR, *self.extra_connectors]
+            raise UserError(f"connector {name!r}: the configuration has none{nearest(name, known)}")
+        return self.extra_connectors[name]
 
     def connector_options(self, name: str) -> dict[str, Any]:
         """`{"type": ..., **options}` of a connector by attribute name, without its `encoder`."""
-        options = self.connector if name == "multi_modal_projector" else self.extra_connectors[name]
-        return {key: value for key, value in options.items() if key != "encoder"}
+        return {key: value for key, value in self._connector(name).items() if key != "encoder"}
+
+    def connector_encoders(self, name: str) -> tuple[str, ...]:
+        """Attribute names of the encoders that a connector reads."""
+        names = self._connector(name).get("encoder", MAIN_ENCODER)
+        return (names,) if isinstance(names, str) else tuple(names)
 
 
 __all__ = ["LlavakitConfig"]

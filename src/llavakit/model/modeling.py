@@ -8,8 +8,9 @@ system it is. Names of weights follow transformers' LLaVA.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +21,17 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
-from llavakit.connectors.base import Connector, Features, Grid, Prompt, StreamedFeatures
-from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.routes import MODALITIES, MediaSpec
+from llavakit.connectors.base import Connector, Prompt
+from llavakit.model.configuration import MAIN_CONNECTOR, LlavakitConfig
+from llavakit.model.prompt import PromptInfo, make_prompt, media_segments, packed_segments, samples_without_media
+from llavakit.model.routes import MODALITIES, MediaSpec, encoder_widths, read_region_tensor
+from llavakit.model.visuals import Visuals, gather_media, run_encoders, streamed, view_jobs
 from llavakit.registry import ADAPTERS, CONNECTORS
 from llavakit.splice.scatter import IGNORE, scatter
 from llavakit.views.plan import MediaSize, Plan
-from llavakit.vision.encode import encode_views
-from llavakit.vision.geometry import geometry_of
 
 BLANK = MediaSize(1, 336, 336)  # size of the image of zeros that some connectors want for samples without media
-STREAM_ABOVE = 64  # without gradients, more views than this are encoded when the connector asks for them
+STREAM_ABOVE = 64  # above this many views, encode lazily (inference only)
 
 
 @dataclass
@@ -56,32 +57,6 @@ class LlavakitOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     aux_loss: Tensor | None = None
-
-
-@dataclass
-class Visuals:
-    """The media of a batch on their way through the model.
-
-    Attributes:
-        kinds: Modality of every media item.
-        plans: Plan of every media item.
-        features: Per connector the encoder features that it reads; `owners` count among its own media only.
-    """
-
-    modalities: list[str]
-    plans: list[Plan]
-    features: dict[str, Features]
-
-    def joined(self, other: Visuals) -> Visuals:
-        """These media and then the others."""
-        features = dict(self.features)
-        for name, more in other.features.items():
-            if name in features:
-                own = features[name]
-                owners = own.owners + [owner + own.owners[-1] + 1 for owner in more.owners]
-                more = Features(torch.cat([own.values, more.values]), own.grids + more.grids, owners)
-            features[name] = more
-        return Visuals(self.modalities + other.modalities, self.plans + other.plans, features)
 
 
 class LlavakitPreTrainedModel(PreTrainedModel):
@@ -114,12 +89,12 @@ class LlavakitModel(LlavakitPreTrainedModel):
     def __init__(self, config: LlavakitConfig) -> None:
         super().__init__(config)
         self.media = MediaSpec(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = self._build_connector("multi_modal_projector", "vision_tower")
-        for name in config.extra_encoders:
+        for name in config.encoder_names():
             setattr(self, name, AutoModel.from_config(config.encoder_config(name)[0]))
-        for name, options in config.extra_connectors.items():
-            setattr(self, name, self._build_connector(name, options.get("encoder", "vision_tower")))
+        if config.vision_config is not None:
+            setattr(self, MAIN_CONNECTOR, self._build_connector(MAIN_CONNECTOR))
+        for name in config.extra_connectors:
+            setattr(self, name, self._build_connector(name))
         self.language_model = AutoModel.from_config(config.text_config)
         self.image_newline = nn.Parameter(torch.zeros(config.hidden_size)) if self.media.uses_newline else None
         self.language_adapter = (
@@ -127,14 +102,17 @@ class LlavakitModel(LlavakitPreTrainedModel):
         )
         self.post_init()
 
-    def _build_connector(self, name: str, encoder: str) -> Connector:
-        vision_config, layer, _ = self.config.encoder_config(encoder)
-        layers = 1 if isinstance(layer, int) else len(layer)
+    def _build_connector(self, name: str) -> Connector:
+        options = self.config.connector_options(name)
+        cls = CONNECTORS.get(options["type"])
+        read = [encoder_widths(self.config, encoder) for encoder in self.config.connector_encoders(name)]
+        widths, region_widths = zip(*read, strict=True)
+        several = cls.encoders > 1
+        given: dict[str, Any] = {"vision_width": widths if several else widths[0]}
+        if "region_width" in inspect.signature(cls.__init__).parameters:
+            given["region_width"] = region_widths if several else region_widths[0]
         return CONNECTORS.build(
-            self.config.connector_options(name),
-            vision_width=geometry_of(vision_config).width * layers,
-            hidden_size=self.config.hidden_size,
-            text_config=self.config.text_config,
+            options, **given, hidden_size=self.config.hidden_size, text_config=self.config.text_config
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -149,9 +127,13 @@ class LlavakitModel(LlavakitPreTrainedModel):
         return any(route.connector_cls.needs_prompt for route in self.media.routes.values())
 
     def plan_media(
-        self, pixel_values: Tensor | Sequence[Tensor], visual_sizes: Tensor | None, visual_modalities: Tensor | None
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        visual_sizes: Tensor | None,
+        visual_modalities: Tensor | None,
+        visual_regions: Sequence[Tensor] | None = None,
     ) -> tuple[list[str], list[Plan]]:
-        """Kinds and plans of the media of a batch; without sizes every row of `pixel_values` is one square image."""
+        """Modalities and plans of the media of a batch; without sizes every row of `pixel_values` is one image."""
         if visual_sizes is None:
             sizes = [MediaSize(1, int(view.shape[-2]), int(view.shape[-1])) for view in pixel_values]
         else:
@@ -161,73 +143,41 @@ class LlavakitModel(LlavakitPreTrainedModel):
             if visual_modalities is None
             else [MODALITIES[modality] for modality in visual_modalities.tolist()]
         )
-        return modalities, [self.media.plan(modality, size) for modality, size in zip(modalities, sizes, strict=True)]
+        regions = map(read_region_tensor, visual_regions or [None] * len(sizes))
+        plans = [
+            self.media.plan(modality, size, own) for modality, size, own in zip(modalities, sizes, regions, strict=True)
+        ]
+        return modalities, plans
 
     def encode_media(
         self,
         pixel_values: Tensor | Sequence[Tensor],
         visual_sizes: Tensor | None = None,
         visual_modalities: Tensor | None = None,
+        visual_regions: Sequence[Tensor] | None = None,
     ) -> Visuals:
         """Encoder features of all views; views of one shape and encoder are encoded together.
 
         Args:
             pixel_values: [views, channels, (depth,) height, width], or a list of such views of several shapes.
             visual_sizes: Original (depth, height, width) of every media item [media, 3].
-            visual_kinds: Index into `llavakit.model.routes.MODALITIES` of every media item [media].
+            visual_modalities: Index into `llavakit.model.routes.MODALITIES` of every media item [media].
+            visual_regions: Boxes [regions, 4] of every media item, corners in pixels of the original picture.
         """
-        modalities, plans = self.plan_media(pixel_values, visual_sizes, visual_modalities)
-        owners = [number for number, plan in enumerate(plans) for _ in plan.views]
-        if len(owners) != len(pixel_values):
-            raise ValueError(f"{len(pixel_values)} views in pixel_values, but the plans need {len(owners)}")
-        encoders = [self.media.route(modalities[owner]).encoder for owner in owners]
+        modalities, plans = self.plan_media(pixel_values, visual_sizes, visual_modalities, visual_regions)
+        jobs = view_jobs(self.media, modalities, plans)
+        if len(jobs) != len(pixel_values):
+            raise ValueError(f"{len(pixel_values)} views in pixel_values, but the plans need {len(jobs)}")
         connectors = {self.media.route(modality).connector for modality in modalities}
-        if len(owners) > STREAM_ABOVE and len(connectors) == 1 and not torch.is_grad_enabled():
+        if len(jobs) > STREAM_ABOVE and len(connectors) == 1 and not torch.is_grad_enabled():
             name = connectors.pop()
             if getattr(self, name).streams:
-                grids = [
-                    g for k, p in zip(modalities, plans, strict=True) for g in self.media.route(k).feature_grids(p)
-                ]
 
                 def read(start: int, stop: int) -> Tensor:
-                    return torch.cat(self._encode_views(pixel_values[start:stop], encoders[start:stop]))
+                    return torch.cat(run_encoders(self, pixel_values[start:stop], jobs[start:stop]))
 
-                return Visuals(modalities, plans, {name: StreamedFeatures(read, grids, owners)})
-        return self.gather_media(modalities, plans, self._encode_views(pixel_values, encoders))
-
-    def _encode_views(self, pixel_values: Tensor | Sequence[Tensor], encoders: Sequence[str]) -> list[Tensor]:
-        """Features [tokens, width] of every view, each by its encoder; views of one shape and encoder go together."""
-        groups: dict[tuple, list[int]] = {}
-        for view, name in enumerate(encoders):
-            groups.setdefault((name, tuple(pixel_values[view].shape)), []).append(view)
-        encoded: dict[int, Tensor] = {}
-        for (name, _), views in groups.items():
-            config, layer, strategy = self.config.encoder_config(name)
-            whole = len(views) == len(encoders) and isinstance(pixel_values, Tensor)
-            pixels = pixel_values if whole else torch.stack([pixel_values[view] for view in views])
-            encoder = getattr(self, name)
-            tokens = encode_views(
-                encoder, pixels.to(encoder.device, encoder.dtype), layer, strategy, geometry_of(config)
-            )
-            encoded |= dict(zip(views, tokens, strict=True))
-        return [encoded[view] for view in range(len(encoders))]
-
-    def gather_media(self, modalities: list[str], plans: list[Plan], views: Sequence[Tensor]) -> Visuals:
-        """Visuals from the encoder features of every view, [tokens, width] each, in the order of the plans."""
-        tokens: dict[str, list[Tensor]] = {}
-        grids: dict[str, list[Grid]] = {}
-        owners: dict[str, list[int]] = {}
-        media: dict[str, int] = {}
-        remaining = iter(views)
-        for modality, plan in zip(modalities, plans, strict=True):
-            route = self.media.route(modality)
-            number = media.get(route.connector, 0)
-            media[route.connector] = number + 1
-            tokens.setdefault(route.connector, []).extend(next(remaining) for _ in plan.views)
-            grids.setdefault(route.connector, []).extend(route.feature_grids(plan))
-            owners.setdefault(route.connector, []).extend([number] * len(plan.views))
-        features = {name: Features(torch.cat(tokens[name]), grids[name], owners[name]) for name in tokens}
-        return Visuals(modalities, plans, features)
+                return Visuals(modalities, plans, {name: (streamed(self.media, modalities, plans, read),)})
+        return gather_media(self.media, modalities, plans, run_encoders(self, pixel_values, jobs))
 
     def connect(self, visuals: Visuals, prompt: Prompt | None = None) -> tuple[list[Tensor], Tensor | None]:
         """Visual vectors of every media item in prompt order, and the prompt's embeddings if a connector changed them.
@@ -239,12 +189,14 @@ class LlavakitModel(LlavakitPreTrainedModel):
         changed = None
         marks: list[Tensor | None] = []
         routes = [self.media.route(modality) for modality in visuals.modalities]
-        for name, features in visuals.features.items():
+        for name, several in visuals.features.items():
             media = [item for item, route in enumerate(routes) if route.connector == name]
             plans = [visuals.plans[item] for item in media]
             connector = getattr(self, name)
             parameter = next(connector.parameters(), None)
-            features = features if parameter is None else features.to(parameter.dtype)
+            if parameter is not None:
+                several = tuple(features.to(parameter.dtype) for features in several)
+            features = several if connector.encoders > 1 else several[0]
             if connector.needs_prompt:
                 if prompt is None:
                     raise ValueError(f"connector {name!r} reads the prompt, which was not given")
@@ -255,7 +207,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
             else:
                 tokens = connector(features, plans)
             split = tokens.split()
-            for item, own_entries in zip(media, tokens.by_visual(len(media)), strict=True):
+            for item, own_entries in zip(media, tokens.by_media(len(media)), strict=True):
                 vectors[item] = routes[item].arrangement.arrange(
                     visuals.plans[item],
                     [tokens.grids[entry] for entry in own_entries],
@@ -272,19 +224,23 @@ class LlavakitModel(LlavakitPreTrainedModel):
         pixel_values: Tensor | Sequence[Tensor],
         visual_sizes: Tensor | None = None,
         visual_modalities: Tensor | None = None,
+        visual_regions: Sequence[Tensor] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Visual tokens of every media item.
+        """Visual tokens of every media item; see `encode_media` for the arguments.
+
+        Raises:
+            UserError: If the model has no vision side.
 
         Returns:
             `pooler_output` is a list with one [visual tokens, hidden] tensor per media item, `last_hidden_state` what
             the connector read: [views, tokens, width], or [tokens, width] if views differ in size.
         """
-        visuals = self.encode_media(pixel_values, visual_sizes, visual_modalities)
+        visuals = self.encode_media(pixel_values, visual_sizes, visual_modalities, visual_regions)
         vectors, _ = self.connect(visuals)
-        features = next(iter(visuals.features.values()))
+        features = next(iter(visuals.features.values()))[0]
         read = features.values
         if len(set(features.grids)) == 1:
             read = read.view(len(features.grids), -1, read.shape[-1])
@@ -321,13 +277,13 @@ class LlavakitModel(LlavakitPreTrainedModel):
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         visual_sizes: Tensor | None = None,
         visual_modalities: Tensor | None = None,
+        visual_regions: Sequence[Tensor] | None = None,
         visuals: Visuals | None = None,
         vectors: Sequence[Tensor] | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         segments: Tensor | None = None,
-        answers: Tensor | None = None,
-        prompt_length: int | None = None,
+        info: PromptInfo | None = None,
         prompt: Prompt | None = None,
         continues: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -336,9 +292,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
         Args:
             visuals: Features that were encoded before (a frozen encoder's cache), instead of `pixel_values`.
             vectors: Visual vectors that were computed before, one tensor per media item.
-            answers: True at earlier answers [batch, length], for connectors that treat them in a special way.
-            prompt_length: Columns that were not generated; connectors that read the prompt leave the others alone.
-            prompt: What connectors that read the prompt get to see, if it was made before by `read_prompt`.
+            info: For connectors that read the prompt.
+            prompt: What they get to see, if it was made before by `read_prompt`.
             continues: Whether the ids go on with a prompt that was embedded before.
 
         Returns:
@@ -348,7 +303,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_ids(input_ids)
         if visuals is None and pixel_values is not None:
-            visuals = self.encode_media(pixel_values, visual_sizes, visual_modalities)
+            visuals = self.encode_media(pixel_values, visual_sizes, visual_modalities, visual_regions)
         if visuals is None and vectors is None and not blank:
             return inputs_embeds, None, None
         if vectors is not None or not self.reads_prompt:
@@ -356,18 +311,11 @@ class LlavakitModel(LlavakitPreTrainedModel):
             vectors = self.connect(visuals)[0] if vectors is None else vectors
         else:
             if prompt is None:
-                prompt = self.read_prompt(
-                    input_ids,
-                    inputs_embeds,
-                    attention_mask=attention_mask,
-                    labels=labels,
-                    segments=segments,
-                    answers=answers,
-                    prompt_length=prompt_length,
-                )
+                given = {"attention_mask": attention_mask, "labels": labels, "segments": segments, "info": info}
+                prompt = self.read_prompt(input_ids, inputs_embeds, **given)
             mask = prompt.visual
             visuals = visuals or Visuals([], [], {})
-            prompt.owners, media = self._owners(prompt, visuals), len(visuals.modalities)
+            prompt.media_segments, media = media_segments(self.media, prompt, visuals), len(visuals.modalities)
             if blank:
                 visuals = self._with_blank_images(prompt, visuals)
             if not visuals.modalities:
@@ -377,56 +325,11 @@ class LlavakitModel(LlavakitPreTrainedModel):
         flat = torch.cat(list(vectors)) if len(vectors) else inputs_embeds[0, :0]
         return scatter(inputs_embeds, mask, flat), mask, flat
 
-    def read_prompt(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        segments: Tensor | None = None,
-        answers: Tensor | None = None,
-        prompt_length: int | None = None,
-        **given: Any,
-    ) -> Prompt:
-        """What connectors that read the prompt get to see; see `embed`.
-
-        Args:
-            given: Further fields of `Prompt`.
-        """
+    def read_prompt(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, **given: Any) -> Prompt:
+        """What connectors that read the prompt get to see; see `llavakit.model.prompt.make_prompt`."""
         inputs_embeds = self.embed_ids(input_ids) if inputs_embeds is None else inputs_embeds
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        length = mask.shape[1]
-        visible = torch.ones_like(mask)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            visible = attention_mask[:, -length:].bool()
-        if prompt_length is not None:
-            own = torch.arange(length, device=mask.device) < prompt_length
-            visible, mask = visible & own, mask & own
-        if answers is not None:
-            given["answers"] = F.pad(answers, (0, length - answers.shape[1]))
-        if segments is None:
-            segments = torch.zeros_like(mask, dtype=torch.long)
-        given.setdefault("labels", None)
-        return Prompt(inputs_embeds, input_ids, visible=visible, visual=mask, segments=segments, **given)
-
-    def _owners(self, prompt: Prompt, visuals: Visuals) -> list[tuple[int, int]]:
-        """Row and segment of every media item, found by counting visual positions.
-
-        Raises:
-            ValueError: If there are more or fewer positions than visual tokens.
-        """
-        places = prompt.visual.nonzero()
-        counts = [
-            sum(run.visual for run in self.media.layout(modality, plan.size))
-            for modality, plan in zip(visuals.modalities, visuals.plans, strict=True)
-        ]
-        if sum(counts) != len(places):
-            raise ValueError(
-                f"Image features and image tokens do not match, tokens: {len(places)}, features: {sum(counts)}"
-            )
-        first = torch.tensor(counts[:-1], dtype=torch.long).cumsum(0).tolist()
-        rows, columns = places[[0, *first][: len(counts)]].unbind(-1)
-        return list(zip(rows.tolist(), prompt.segments[rows, columns].tolist(), strict=True))
+        return make_prompt(input_ids, inputs_embeds, mask, **given)
 
     @property
     def reads_blank_image(self) -> bool:
@@ -435,13 +338,12 @@ class LlavakitModel(LlavakitPreTrainedModel):
 
     def _with_blank_images(self, prompt: Prompt, visuals: Visuals) -> Visuals:
         """The media and, for every sample that has none, an image of zeros; notes in `prompt` whose it is."""
-        samples = torch.stack([torch.where(prompt.visible)[0], prompt.segments[prompt.visible]], dim=1).unique(dim=0)
-        lone = [sample for sample in map(tuple, samples.tolist()) if sample not in set(prompt.owners)]
+        lone = samples_without_media(prompt)
         if not lone:
             return visuals
         views = self.media.plan("image", BLANK).views
         pixels = [prompt.embeds.new_zeros(3, view.height, view.width) for view in views] * len(lone)
-        prompt.owners = prompt.owners + lone
+        prompt.media_segments = prompt.media_segments + lone
         if prompt.digests is not None:
             prompt.digests = prompt.digests + [b"blank"] * len(lone)
         return visuals.joined(self.encode_media(pixels, torch.tensor([BLANK] * len(lone))))
@@ -457,12 +359,12 @@ class LlavakitModel(LlavakitPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         visual_sizes: Tensor | None = None,
         visual_modalities: Tensor | None = None,
+        visual_regions: Sequence[Tensor] | None = None,
         visuals: Visuals | None = None,
         visual_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         labels: Tensor | None = None,
-        answers: Tensor | None = None,
-        prompt_length: int | None = None,
+        prompt_info: PromptInfo | None = None,
         **kwargs: Any,
     ) -> LlavakitModelOutput:
         """Run the pipeline up to the last hidden state.
@@ -474,8 +376,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
             position_ids: [batch, length]; positions that start again at 0 mark packed samples.
             visual_mask: Visual positions, if `inputs_embeds` are given that hold visual tokens already.
             labels: Only connectors and adapters that treat answers in a special way look at them here.
-            answers: True at earlier answers of a conversation that goes on, see `embed`.
-            prompt_length: Number of columns that were not generated, if some were.
+            prompt_info: What connectors and adapters may know of the prompt beside its ids.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -491,13 +392,13 @@ class LlavakitModel(LlavakitPreTrainedModel):
             pixel_values=pixel_values,
             visual_sizes=visual_sizes,
             visual_modalities=visual_modalities,
+            visual_regions=visual_regions,
             visuals=visuals,
             vectors=None if given is None else given.pooler_output,
             attention_mask=attention_mask,
             labels=labels,
             segments=segments,
-            answers=answers,
-            prompt_length=prompt_length,
+            info=prompt_info,
             continues=self.reads_blank_image and past_key_values is not None and past_key_values.get_seq_length() > 0,
         )
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -513,8 +414,6 @@ class LlavakitModel(LlavakitPreTrainedModel):
         if self.language_adapter is None:
             outputs = self.language_model(**inputs, **kwargs)
         else:
-            if prompt_length is not None:
-                kwargs["prompt_length"] = prompt_length
             outputs, aux_loss = self.language_adapter(
                 self.language_model,
                 **inputs,
@@ -522,6 +421,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
                 input_ids=input_ids,
                 labels=labels,
                 segments=segments,
+                prompt_info=prompt_info or PromptInfo(),
                 **kwargs,
             )
         return LlavakitModelOutput(
@@ -534,21 +434,11 @@ class LlavakitModel(LlavakitPreTrainedModel):
         )
 
 
-def packed_segments(
-    position_ids: Tensor | None, attention_mask: Tensor | None, past_key_values: Any = None
-) -> Tensor | None:
-    """Number of the packed sample at every position [batch, length]; None if rows are not packed."""
-    if position_ids is None or attention_mask is not None or past_key_values is not None:
-        return None
-    starts = torch.ones_like(position_ids[:, :1])
-    segments = (torch.diff(position_ids, prepend=position_ids[:, :1] - starts, dim=-1) != 1).cumsum(-1)
-    return segments if bool((segments[:, -1] > 0).any()) else None
-
-
 class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin):
     """The model with its language-model head; what `llavakit.load` and `AutoModelForImageTextToText` return."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    media_inputs = ("pixel_values", "visual_sizes", "visual_modalities", "visual_regions")
 
     def __init__(self, config: LlavakitConfig) -> None:
         super().__init__(config)
@@ -589,22 +479,20 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         inputs_embeds: Tensor | None = None,
         visual_sizes: Tensor | None = None,
         visual_modalities: Tensor | None = None,
-        visuals: Visuals | None = None,
+        visual_regions: Sequence[Tensor] | None = None,
         visual_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         labels: Tensor | None = None,
-        answers: Tensor | None = None,
-        prompt_length: int | None = None,
+        prompt_info: PromptInfo | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> LlavakitOutput:
-        """Logits and loss.
+        """Logits and loss; see `LlavakitModel.forward` for what is not explained here.
 
         Args:
             labels: [batch, length], -100 where nothing is to be learned.
-            answers, prompt_length: See `LlavakitModel.forward`.
             logits_to_keep: Compute logits of the last so many positions only (0: all).
             skip_logits: With `labels`, compute logits only where there is a label and do not return them.
             num_items_in_batch: Number of labels over all accumulated batches, the loss's denominator.
@@ -612,21 +500,19 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         Returns:
             Loss is the mean next-token cross entropy over labels, plus the adapter's own term.
         """
+        media = {"pixel_values": pixel_values, "visual_sizes": visual_sizes, "visual_modalities": visual_modalities}
         outputs = self.model(
             input_ids=input_ids,
-            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            visual_sizes=visual_sizes,
-            visual_modalities=visual_modalities,
-            visuals=visuals,
+            visual_regions=visual_regions,
             visual_mask=visual_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             labels=labels,
-            answers=answers,
-            prompt_length=prompt_length,
+            prompt_info=prompt_info,
+            **media,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -680,15 +566,15 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         adapter = self.model.language_adapter
         reads = self.model.reads_prompt and input_ids is not None
         if reads and cached and (kwargs.get("pixel_values") is not None or self.model.reads_blank_image):
-            names = ("pixel_values", "visual_sizes", "visual_modalities", "answers")
-            given = {name: kwargs.pop(name, None) for name in names}
-            embeds, visual, _ = self.model.embed(input_ids, attention_mask=kwargs.get("attention_mask"), **given)
+            given = {name: kwargs.pop(name, None) for name in self.media_inputs}
+            info = kwargs.pop("prompt_info", None)
+            mask = kwargs.get("attention_mask")
+            embeds, visual, _ = self.model.embed(input_ids, attention_mask=mask, info=info, **given)
             kwargs |= {"inputs_embeds": embeds, "visual_mask": visual}
-        elif not reads:
-            kwargs.pop("answers", None)
         if not cached and (reads or adapter is not None):
             prompt = input_ids if input_ids is not None else kwargs["inputs_embeds"]
-            kwargs.setdefault("prompt_length", prompt.shape[1])
+            info = kwargs.get("prompt_info") or PromptInfo()
+            kwargs["prompt_info"] = replace(info, length=prompt.shape[1]) if info.length is None else info
         fresh = cached and adapter is not None and kwargs.get("past_key_values") is None
         if fresh and (cache := adapter.make_cache()) is not None:
             kwargs["past_key_values"] = cache
@@ -705,4 +591,4 @@ def _head_has_bias(text_config: Any) -> bool:
     return getattr(head, "bias", None) is not None
 
 
-__all__ = ["LlavakitForConditionalGeneration", "LlavakitModel", "LlavakitPreTrainedModel", "Visuals"]
+__all__ = ["LlavakitForConditionalGeneration", "LlavakitModel", "LlavakitPreTrainedModel"]

@@ -21,6 +21,7 @@ from transformers.processing_utils import MultiModalData
 from llavakit import media as readers
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
 from llavakit.errors import MediaError, UserError
+from llavakit.media.regions import Region
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.registry import nearest
@@ -33,7 +34,7 @@ IMAGE_TOKEN = "<image>"
 def architecture_of(config: LlavakitConfig) -> dict[str, Any]:
     """The part of a configuration that decides sizes, plans and token counts."""
     return {
-        "vision_config": config.vision_config.to_dict(),
+        "vision_config": config.vision_config.to_dict() if config.vision_config is not None else None,
         "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "connector": config.connector,
@@ -232,9 +233,9 @@ class LlavakitProcessor(ProcessorMixin):
         upright = {key: value for key, value in options.items() if key in ("limits", "exif_transpose")}
         return readers.image_size(part["image"], **upright)
 
-    def views_of(self, modality: str, item: Any, size: MediaSize) -> list[torch.Tensor]:
+    def views_of(self, modality: str, item: Any, size: MediaSize, regions: Sequence[Region] = ()) -> list[torch.Tensor]:
         """Encoder inputs of a media item, float32 [channels, (depth,) height, width] each."""
-        plan = self.spec.plan(modality, size)
+        plan = self.spec.plan(modality, size, tuple(regions))
         return [torch.from_numpy(view) for view in self.spec.route(modality).planner.cut(item, plan)]
 
     def encode(
@@ -255,13 +256,19 @@ class LlavakitProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `labels` (lists), `pixel_values` (list of views), `visual_sizes` (list of triples),
-            `visual_modalities` (list of indices into `MODALITIES`), and `notes` on what was left out of the messages.
+            `visual_modalities` (list of indices into `MODALITIES`), `visual_regions` (one float64 tensor [regions, 4] per
+            media item, corners in pixels of the original picture; empty if no media item has regions), and `notes` on
+            what was left out of the messages.
+
+        Raises:
+            UserError: If messages, media or regions do not fit the model.
         """
         encoded = encode(
             messages, self.template, self.tokenizer, add_generation_prompt=add_generation_prompt, **options
         )
         several = sum(part["type"] == "image" for part in encoded.media) > 1
-        layouts, views, sizes, modalities = [], [], [], []
+        layouts, views, sizes, modalities, regions = [], [], [], [], []
+        text_length = len(encoded.ids) - len(encoded.media)
         for part in encoded.media:
             modality = "multi_image" if several and part["type"] == "image" else part["type"]
             self.spec.route(modality)  # a kind that the model does not take is refused before anything is read
@@ -269,9 +276,11 @@ class LlavakitProcessor(ProcessorMixin):
             sizes.append(size)
             modalities.append(MODALITIES.index(modality))
             try:
-                layouts.append(self.spec.layout(modality, size))
+                own = tuple(self.spec.route(modality).select_regions(size, part.get("regions", ()), text_length))
+                layouts.append(self.spec.layout(modality, size, own))
+                regions.append(torch.tensor([region.box for region in own], dtype=torch.float64).reshape(-1, 4))
                 if pixels:
-                    views += self.views_of(modality, item, size)
+                    views += self.views_of(modality, item, size, own)
             except MediaError as error:  # planners know a media item by its size and values alone
                 raise MediaError(f"{readers.name_of(part[part['type']])}: {error}") from None
         spliced = expand(
@@ -288,6 +297,7 @@ class LlavakitProcessor(ProcessorMixin):
             "visual_sizes": sizes,
             "visual_modalities": modalities,
             "notes": encoded.notes,
+            "visual_regions": regions if any(map(len, regions)) else [],
         }
 
     # transformers' door: text and images

@@ -7,12 +7,16 @@ construction. Nothing here runs a network.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from llavakit.connectors.base import Connector, Grid
 from llavakit.errors import UserError
-from llavakit.model.configuration import LlavakitConfig
+from llavakit.media.regions import Region
+from llavakit.model.configuration import MAIN_CONNECTOR, ROUTE_KEYS, LlavakitConfig, check_keys
 from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
 from llavakit.splice.layout import Arrangement, Run
 from llavakit.views.plan import MediaSize, Plan, Planner
@@ -23,21 +27,47 @@ MODALITIES = ("image", "video", "volume", "multi_image")
 
 @dataclass(frozen=True)
 class Route:
-    """How one modality goes through the model."""
+    """How one modality goes through the model.
+
+    Attributes:
+        encoders: Attribute names of the encoders; a view names its own by number (`View.encoder`).
+        geometries, keep_prefix: Of every encoder.
+        widths, region_widths: Channels that the connector reads of a feature and of a region's vector, per encoder.
+    """
 
     modality: str
-    encoder: str
+    encoders: tuple[str, ...]
     connector: str
     planner: Planner
     arrangement: Arrangement
-    geometry: Geometry
-    keep_prefix: bool
+    geometries: tuple[Geometry, ...]
+    keep_prefix: tuple[bool, ...]
+    widths: tuple[int, ...]
+    region_widths: tuple[int, ...]
     connector_cls: type[Connector]
     connector_options: dict[str, Any]
 
+    def plan(self, size: MediaSize, regions: Sequence[Region] = ()) -> Plan:
+        """The plan of a media item.
+
+        Raises:
+            UserError: If it has regions and the model takes none.
+        """
+        if self.planner.takes_regions:
+            return self.planner.plan(size, regions)
+        if regions:
+            raise UserError(f"this model takes no boxes with an {self.modality}; leave them out")
+        return self.planner.plan(size)
+
+    def select_regions(self, size: MediaSize, regions: Sequence[Region], text_length: int) -> list[Region]:
+        """The regions that the model is to see; all of them where the planner takes none, so that `plan` refuses."""
+        if not self.planner.takes_regions:
+            return list(regions)
+        return self.planner.select_regions(size, regions, text_length)
+
     def feature_grids(self, plan: Plan) -> list[Grid]:
         """Grid of the encoder's features for every view."""
-        return [self.geometry.grid(view, self.keep_prefix) for view in plan.views]
+        return [self.geometries[view.encoder].grid(view, self.keep_prefix[view.encoder]) for view in plan.views]
 
     def token_grids(self, plan: Plan) -> list[Grid]:
         """Grids that come out of the connector."""
@@ -49,10 +79,13 @@ class Route:
 
 
 class MediaSpec:
-    """The routes of a configuration.
+    """The routes of a configuration; empty for a model without a vision side.
 
     Args:
         config: Model configuration.
+
+    Raises:
+        UserError: If a route names a part or has a key that does not exist.
     """
 
     def __init__(self, config: LlavakitConfig) -> None:
@@ -61,22 +94,36 @@ class MediaSpec:
         self.layout = functools.lru_cache(maxsize=4096)(self._layout)
 
     @staticmethod
-    def _route(config: LlavakitConfig, modality: str, options: dict[str, Any]) -> Route:
+    def _route(config: LlavakitConfig, modality: str, options: Any) -> Route:
+        where = f"media.{modality}"
         if modality not in MODALITIES:
             raise UserError(f"config.media: unknown modality {modality!r}; known: {', '.join(MODALITIES)}")
-        encoder = options.get("encoder", "vision_tower")
-        connector = options.get("connector", "multi_modal_projector")
-        encoder_config, _, strategy = config.encoder_config(encoder)
+        check_keys(options, ROUTE_KEYS, where)
+        if "views" not in options:
+            raise UserError(f"{where}.views: is missing; it names the planner, for instance {{type: pad, size: 336}}")
+        connector = options.get("connector", MAIN_CONNECTOR)
         connector_options = config.connector_options(connector)
+        connector_cls = CONNECTORS.get(connector_options["type"])
+        encoders = options.get("encoder") or config.connector_encoders(connector)
+        encoders = (encoders,) if isinstance(encoders, str) else tuple(encoders)
+        if len(encoders) != connector_cls.encoders:
+            raise UserError(
+                f"{where}.encoder: names {len(encoders)} encoders, connector {connector_options['type']!r} "
+                f"reads {connector_cls.encoders}"
+            )
+        settings = [config.encoder_config(name) for name in encoders]
+        widths, region_widths = zip(*(encoder_widths(config, name) for name in encoders), strict=True)
         return Route(
             modality=modality,
-            encoder=encoder,
+            encoders=encoders,
             connector=connector,
             planner=PLANNERS.build(options["views"]),
             arrangement=ARRANGEMENTS.build(options.get("arrange", {"type": "flat"})),
-            geometry=geometry_of(encoder_config),
-            keep_prefix=strategy == "full",
-            connector_cls=CONNECTORS.get(connector_options["type"]),
+            geometries=tuple(geometry_of(encoder) for encoder, _, _ in settings),
+            keep_prefix=tuple(strategy == "full" for _, _, strategy in settings),
+            widths=widths,
+            region_widths=region_widths,
+            connector_cls=connector_cls,
             connector_options=connector_options,
         )
 
@@ -84,19 +131,20 @@ class MediaSpec:
         """The route of a modality.
 
         Raises:
-            UserError: If the model does not take this kind.
+            UserError: If the model does not take it.
         """
         if modality == "multi_image" and modality not in self.routes:
             modality = "image"
         if modality not in self.routes:
-            raise UserError(f"this model takes no {modality}; it takes: {', '.join(self.routes)}")
+            takes = f"it takes: {', '.join(self.routes)}" if self.routes else "it takes text alone"
+            raise UserError(f"this model takes no {modality}; {takes}")
         return self.routes[modality]
 
-    def _plan(self, modality: str, size: MediaSize) -> Plan:
-        return self.route(modality).planner.plan(size)
+    def _plan(self, modality: str, size: MediaSize, regions: tuple[Region, ...] = ()) -> Plan:
+        return self.route(modality).plan(size, regions)
 
-    def _layout(self, modality: str, size: MediaSize) -> tuple[Run, ...]:
-        return tuple(self.route(modality).layout(self.plan(modality, size)))
+    def _layout(self, modality: str, size: MediaSize, regions: tuple[Region, ...] = ()) -> tuple[Run, ...]:
+        return tuple(self.route(modality).layout(self.plan(modality, size, regions)))
 
     def count(self, modality: str, size: MediaSize) -> int:
         """Prompt positions that a media item takes, literal separators included."""
@@ -106,7 +154,7 @@ class MediaSpec:
         """Refuse layouts that write token ids which the language model lacks.
 
         Raises:
-            UserError: Naming kind and id.
+            UserError: Naming modality and id.
         """
         for modality, route in self.routes.items():
             beyond = [token for token in route.arrangement.literal_ids if not 0 <= token < size]
@@ -120,3 +168,21 @@ class MediaSpec:
     def uses_newline(self) -> bool:
         """Whether any arrangement needs the learned `image_newline`."""
         return any(route.arrangement.uses_newline for route in self.routes.values())
+
+    @property
+    def takes_regions(self) -> bool:
+        """Whether any modality takes regions."""
+        return any(route.planner.takes_regions for route in self.routes.values())
+
+
+def encoder_widths(config: LlavakitConfig, name: str) -> tuple[int, int]:
+    """Channels that a connector reads of an encoder's features, and of the vectors that regions are pooled to."""
+    encoder, layer, _ = config.encoder_config(name)
+    geometry = geometry_of(encoder)
+    width = geometry.width * (1 if isinstance(layer, int) else len(layer))
+    return width, geometry.region_width or width
+
+
+def read_region_tensor(boxes: Tensor | None) -> tuple[Region, ...]:
+    """Regions as a batch carries them, boxes [regions, 4] in pixels, as a plan takes them."""
+    return () if boxes is None else tuple(Region(*box) for box in boxes.tolist())

@@ -35,7 +35,7 @@ MEMORY = 512 * 1024**2
 PACKING_WINDOW = 2048  # samples that are packed together: enough for full rows, few enough to stay fast
 
 Messages = Sequence[Mapping[str, Any]]
-Features = Callable[[Messages, Sequence[Any], Sequence[int]], list[Tensor]]
+Features = Callable[[Messages, Sequence[Tensor]], list[Tensor]]
 
 
 def open_records(recipe: Recipe, number: int) -> Mixture:
@@ -61,7 +61,7 @@ class Samples(Dataset):
         processor: Makes ids, labels and views.
         max_length: Longest sample.
         options: Passed to `LlavakitProcessor.encode` (`labels`, `placement`).
-        features: `features(messages, sizes, modalities)` gives encoder features per view instead of pixels.
+        features: `features(messages, regions)` gives encoder features per view instead of pixels.
         on_bad_record: "stop" or "skip".
         memory: Bytes of processed samples that are kept.
     """
@@ -95,7 +95,7 @@ class Samples(Dataset):
     def _encode(self, messages: Messages) -> dict[str, Any]:
         sample = self.processor.encode(messages, pixels=self.features is None, **self.options)
         if self.features is not None:
-            sample["pixel_values"] = self.features(messages, sample["visual_sizes"], sample["visual_modalities"])
+            sample["pixel_values"] = self.features(messages, sample["visual_regions"])
         return sample
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -284,27 +284,29 @@ def stand_ins(
         Samples by the modalities (indices into `MODALITIES`) that go the same way.
     """
     spec = model.model.media
-    routes: dict[tuple[str, str], list[str]] = {}
+    routes: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for modality, route in spec.routes.items():
-        routes.setdefault((route.encoder, route.connector), []).append(modality)
+        routes.setdefault((route.encoders, route.connector), []).append(modality)
     samples = {}
-    for (encoder, _), modalities in routes.items():
+    for (encoders, _), modalities in routes.items():
         modality = modalities[0]
-        config, layer, _ = model.config.encoder_config(encoder)
-        size = MediaSize(1, config.image_size, config.image_size)
+        configs = [model.config.encoder_config(name)[0] for name in encoders]
+        side = getattr(configs[0], "image_size", 336)
+        size = MediaSize(1, side, side)
         plan, route = spec.plan(modality, size), spec.route(modality)
-        ids = [
-            i for run in spec.layout(modality, size) for i in [model.config.image_token_id] * run.visual + list(run.ids)
-        ]
-        if features:
-            width = route.geometry.width * (1 if isinstance(layer, int) else len(layer))
-            views = [torch.zeros(tokens_in(grid), width) for grid in route.feature_grids(plan)]
-        else:
-            channels = getattr(config, "num_channels", 3)
-            views = [
-                torch.zeros(channels, *((view.depth,) if view.depth > 1 else ()), view.height, view.width)
-                for view in plan.views
-            ]
+        ids: list[int] = []
+        for run in route.layout(plan):
+            ids += [model.config.image_token_id] * run.visual + list(run.ids)
+        views: list[Tensor] = []
+        for view, grid in zip(plan.views, route.feature_grids(plan), strict=True):
+            if features:
+                views.append(torch.zeros(tokens_in(grid), route.widths[view.encoder]))
+                if view.regions:
+                    views.append(torch.zeros(len(view.regions), route.region_widths[view.encoder]))
+                continue
+            channels = getattr(configs[view.encoder], "num_channels", 3)
+            depth = (view.depth,) if view.depth > 1 else ()
+            views.append(torch.zeros(channels, *depth, view.height, view.width))
         samples[tuple(MODALITIES.index(modality) for modality in modalities)] = {
             "input_ids": torch.tensor(ids),
             "labels": torch.full((len(ids),), IGNORE),

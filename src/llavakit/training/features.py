@@ -23,10 +23,11 @@ from torch import Tensor
 
 from llavakit.conversation.encode import collect_media
 from llavakit.errors import UserError
+from llavakit.media.regions import Region
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.routes import MODALITIES
-from llavakit.views.plan import MediaSize
+from llavakit.model.routes import read_region_tensor
+from llavakit.model.visuals import ViewJob, run_encoders, view_jobs
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MEDIA_AT_ONCE = 32
@@ -44,7 +45,7 @@ def _digest(*chunks: bytes) -> str:
 def towers_digest(model: LlavakitForConditionalGeneration, processor: LlavakitProcessor, dtype: str) -> str:
     """Name of everything that decides the features of a media item, apart from the media item."""
     config = model.config
-    names = ["vision_tower", *config.extra_encoders]
+    names = config.encoder_names()
     state = hashlib.sha256()
     settings = {name: [str(part) for part in config.encoder_config(name)] for name in names}
     reading = [processor.sampling, processor.reading]
@@ -138,11 +139,16 @@ class FeatureCache:
         array = np.asarray(source)
         return _digest(str(array.shape).encode(), array.tobytes())
 
-    def _media(self, messages: Messages) -> list[tuple[str, str, Mapping[str, Any]]]:
+    def _media(
+        self, messages: Messages, regions: Sequence[Tensor]
+    ) -> Iterator[tuple[str, str, Mapping[str, Any], tuple[Region, ...]]]:
+        """Key, modality, content part and selected regions of every media item."""
         parts = collect_media(messages)
         several = sum(part["type"] == "image" for part in parts) > 1
-        modalities = ["multi_image" if several and part["type"] == "image" else part["type"] for part in parts]
-        return [(self.key(part, modality), modality, part) for part, modality in zip(parts, modalities, strict=True)]
+        for part, own in zip(parts, regions or [None] * len(parts), strict=True):
+            modality = "multi_image" if several and part["type"] == "image" else part["type"]
+            selected = read_region_tensor(own)
+            yield self.key(part | {"regions": selected}, modality), modality, part, selected
 
     def fill(self, conversations: Iterable[Messages], progress: Callable[[int], None] = lambda done: None) -> int:
         """Compute what is missing for these conversations.
@@ -173,44 +179,49 @@ class FeatureCache:
 
     def _missing(
         self, conversations: Iterable[Messages], progress: Callable[[int], None]
-    ) -> Iterator[tuple[str, str, MediaSize, list[Tensor]]]:
+    ) -> Iterator[tuple[str, list[ViewJob], list[Tensor]]]:
+        """Key, work and views of every media item that is not there yet."""
         pending: set[str] = set()
+        spec = self.processor.spec
         for done, messages in enumerate(conversations, start=1):
-            for key, modality, part in self._media(messages):
+            # which regions a model sees may depend on the whole conversation
+            regions = self.processor.encode(messages, pixels=False)["visual_regions"] if spec.takes_regions else []
+            for key, modality, part, selected in self._media(messages, regions):
                 if key in self._index or key in pending:
                     continue
                 pending.add(key)
                 item, size = self.processor.read_media(part)
-                yield key, modality, size, self.processor.views_of(modality, item, size)
+                jobs = view_jobs(spec, [modality], [spec.plan(modality, size, selected)])
+                yield key, jobs, self.processor.views_of(modality, item, size, selected)
             progress(done)
 
     @torch.no_grad()
-    def _compute(self, media: Sequence[tuple[str, str, MediaSize, list[Tensor]]], data: Any, index: Any) -> None:
+    def _compute(self, media: Sequence[tuple[str, list[ViewJob], list[Tensor]]], data: Any, index: Any) -> None:
         device = self.model.device
         views = [view.to(device) for *_, own in media for view in own]
-        same = all(view.shape == views[0].shape for view in views)
-        modalities = [modality for _, modality, _, _ in media]
-        visuals = self.model.model.encode_media(
-            torch.stack(views) if same else views,
-            torch.tensor([list(size) for _, _, size, _ in media]),
-            torch.tensor([MODALITIES.index(modality) for modality in modalities]),
-        )
-        spec = self.model.model.media
-        remaining = {name: iter(features.split()) for name, features in visuals.features.items()}
-        for key, modality, _, own in media:
-            tokens = [next(remaining[spec.route(modality).connector]) for _ in own]
+        jobs = [job for _, own, _ in media for job in own]
+        remaining = iter(run_encoders(self.model.model, views, jobs))
+        for key, own, _ in media:
+            tensors = list(islice(remaining, sum(1 + bool(job.regions) for job in own)))
             offset = data.tell()
-            for values in tokens:
+            for values in tensors:
                 data.write(values.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes())
-            self._index[key] = (offset, [list(values.shape) for values in tokens])
+            self._index[key] = (offset, [list(values.shape) for values in tensors])
             data.flush()  # the features first, then the line that promises them
             index.write(json.dumps({"key": key, "offset": offset, "shapes": self._index[key][1]}) + "\n")
             index.flush()
 
-    def __call__(self, messages: Messages, sizes: Sequence[Any], modalities: Sequence[int]) -> list[Tensor]:
-        """Features of every view of a conversation's media, [tokens, width] each, as views of the memory map."""
+    def __call__(self, messages: Messages, regions: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Features of every view of a conversation's media, as views of the memory map.
+
+        Args:
+            regions: `visual_regions` of the processed sample.
+
+        Returns:
+            [tokens, width] per view; a view with regions is followed by their vectors [regions, width].
+        """
         found: list[Tensor] = []
-        for key, modality, part in self._media(messages):
+        for key, modality, part, _ in self._media(messages, regions):
             if key not in self._index:
                 raise UserError(
                     f"{part[part['type']]}: changed while training runs; its {modality} features are unknown"
@@ -231,5 +242,5 @@ class FeatureCache:
 
 def cacheable(model: LlavakitForConditionalGeneration) -> bool:
     """Whether all encoders are frozen."""
-    names = ["vision_tower", *model.config.extra_encoders]
+    names = model.config.encoder_names()
     return not any(p.requires_grad for name in names for p in getattr(model.model, name).parameters())

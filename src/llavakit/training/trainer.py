@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from llavakit.checkpoints.convert import save
 from llavakit.checkpoints.files import clear_write_errors
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.visuals import gather_media
 from llavakit.splice.scatter import IGNORE
 from llavakit.training import distributed
 from llavakit.training.attention import packed_attention, segments_of
@@ -137,8 +138,9 @@ class StageTrainer(Trainer):
         self.tokens += inputs.pop("tokens")
         features = inputs.pop("features", None)
         if features is not None:
-            kinds, plans = self.net.model.plan_media((), inputs.pop("visual_sizes"), inputs.pop("visual_modalities"))
-            inputs["visuals"] = self.net.model.gather_media(kinds, plans, list(features))
+            names = ("visual_sizes", "visual_modalities", "visual_regions")
+            modalities, plans = self.net.model.plan_media((), *(inputs.pop(name, None) for name in names))
+            inputs["visuals"] = gather_media(self.net.model.media, modalities, plans, list(features))
         inputs |= {"use_cache": False, "skip_logits": True, "num_items_in_batch": num_items_in_batch}
         if self.packed_attention:
             with packed_attention():

@@ -7,10 +7,15 @@ are known before anything is decoded; `cut` then makes the encoder inputs that t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from llavakit.media.regions import Region
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class MediaSize(NamedTuple):
@@ -31,6 +36,9 @@ class View:
         role: "whole" (the only or the squashed overview of an image), "tile", "frame" or "volume".
         row, col: Place in the grid of tiles.
         index: Frame or slice number inside the media item.
+        encoder: Which encoder of the route sees the view, by its number in the configuration.
+        regions: Boxes (left, top, right, bottom) in pixels of the view whose features the encoder pools, one vector
+            per box.
     """
 
     height: int
@@ -40,6 +48,8 @@ class View:
     row: int = 0
     col: int = 0
     index: int = 0
+    encoder: int = 0
+    regions: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class Plan:
     """How one media item is cut.
 
     Attributes:
-        kind: "image", "video" or "volume".
+        modality: "image", "video" or "volume".
         size: Size of the original media item.
         views: Encoder inputs in the order in which they are encoded.
         rows, cols: Grid of tiles; 0 x 0 if the media item is not tiled.
@@ -68,15 +78,31 @@ class Plan:
 class Planner(ABC):
     """Base class of planners; subclasses are registered in `llavakit.registry.PLANNERS`.
 
-    Constructor options are keyword-only, JSON-able and saved with the checkpoint under
-    `media.KIND.views` of the configuration.
+    Constructor options are keyword-only, JSON-able and saved with the checkpoint under `media.MODALITY.views` of the
+    configuration.
+
+    Attributes:
+        modality: What the planner cuts.
+        takes_regions: Whether plans depend on regions as well as on the size.
     """
 
     modality = "image"
+    takes_regions = False
 
     @abstractmethod
     def plan(self, size: MediaSize) -> Plan:
-        """The plan for a media item of this size."""
+        """The plan for a media item of this size.
+
+        A planner with `takes_regions` has a second parameter `regions: Sequence[Region]`, what `select_regions` kept.
+        """
+
+    def select_regions(self, size: MediaSize, regions: Sequence[Region], text_length: int) -> list[Region]:
+        """The regions that the model is to see, in their final order; `takes_regions` only. The default keeps all.
+
+        Args:
+            text_length: Tokens of the conversation without its media, for rules that make room for long texts.
+        """
+        return list(regions)
 
     @abstractmethod
     def cut(self, item: Any, plan: Plan) -> list[np.ndarray]:

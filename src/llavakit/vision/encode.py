@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llavakit.vision.geometry import Geometry
+from llavakit.vision.roi_align import roi_mean
+
+REGION_BINS = 7  # points per axis that an encoder without `pool_regions` reads a region at
 
 
 def _is_sequential_vit(encoder: nn.Module) -> bool:
@@ -70,3 +73,34 @@ def encode_views(
     if strategy == "default":
         states = [state[:, geometry.prefix_tokens :] for state in states]
     return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+
+
+def encode_regions(
+    encoder: nn.Module,
+    pixel_values: Tensor,
+    regions: Sequence[Sequence[Sequence[float]]],
+    layer: int | Sequence[int],
+    strategy: str,
+    geometry: Geometry,
+) -> tuple[Tensor, list[Tensor]]:
+    """Features of views of one size, and one vector per region of every view.
+
+    llavakit's own encoders may define `pool_regions(pixel_values, regions, layer, strategy)` with the same result; of
+    any other encoder the mean of the selected features over the region is taken.
+
+    Args:
+        regions: For every view its boxes (left, top, right, bottom) in pixels of the view.
+
+    Returns:
+        Tokens as from `encode_views`, and [regions of the view, region width] for every view.
+    """
+    if hasattr(encoder, "pool_regions"):
+        return encoder.pool_regions(pixel_values, regions, layer, strategy)
+    tokens = encode_views(encoder, pixel_values, layer, strategy, geometry)
+    rows, columns = (side // step for side, step in zip(pixel_values.shape[-2:], geometry.stride[1:], strict=True))
+    grids = tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+    pooled = []
+    for view, boxes in zip(grids, regions, strict=True):
+        corners = torch.tensor(boxes, dtype=torch.float32, device=view.device).reshape(-1, 4)
+        pooled.append(roi_mean(view, corners, REGION_BINS, 1 / geometry.stride[1]).to(tokens.dtype))
+    return tokens, pooled

@@ -2,13 +2,15 @@
 
 Any transformers vision encoder can be used. Families whose geometry follows from their configuration are listed
 here; llavakit's own encoders declare theirs as the configuration attributes `feature_stride`, `prefix_tokens` and
-`feature_width`; any other encoder is built once on the meta device and asked.
+`feature_width`, and may define `feature_grid` and `region_width` (see `Geometry`); any other encoder is built
+once on the meta device and asked.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +30,22 @@ class Geometry:
         prefix_tokens: Class and register tokens in front of the grid.
         width: Channels of the features.
         volumetric: Whether the encoder takes [batch, channels, depth, height, width].
+        region_width: Channels of the vector that a region of a view is pooled to; `width` for most encoders.
+        own_grid: The configuration's `feature_grid(depth, height, width, keep_prefix)`, for encoders whose grid does
+            not follow from stride and prefix (a class token per frame).
     """
 
     stride: tuple[int, int, int]
     prefix_tokens: int
     width: int
     volumetric: bool = False
+    region_width: int = 0
+    own_grid: Callable[[int, int, int, bool], Grid] | None = None
 
     def grid(self, view: View, keep_prefix: bool = False) -> Grid:
         """The feature grid of one view; with `keep_prefix` a single row that counts the prefix tokens too."""
+        if self.own_grid is not None:
+            return tuple(self.own_grid(view.depth, view.height, view.width, keep_prefix))
         depth, height, width = self.stride
         grid = (max(view.depth // depth, 1), view.height // height, view.width // width)
         if keep_prefix and self.prefix_tokens:
@@ -71,7 +80,14 @@ def geometry_of(config: Any) -> Geometry:
     """
     if hasattr(config, "feature_stride"):
         stride = tuple(config.feature_stride)
-        return Geometry(stride, config.prefix_tokens, config.feature_width, volumetric=stride[0] > 1)
+        return Geometry(
+            stride,
+            config.prefix_tokens,
+            config.feature_width,
+            volumetric=stride[0] > 1 or getattr(config, "volumetric", False),
+            region_width=getattr(config, "region_width", 0),
+            own_grid=getattr(config, "feature_grid", None),
+        )
     if config.model_type in _FAMILIES:
         return _FAMILIES[config.model_type](config)
     return _probe(config.model_type, json.dumps(config.to_dict(), sort_keys=True, default=str))

@@ -25,12 +25,12 @@ class MultiscaleConfig(PreTrainedConfig):
     """Configuration of `MultiscaleEncoder`.
 
     Args:
-        tower_config: The encoder that is run at every scale.
+        encoder_config: The encoder that is run at every scale.
         scales: Sides in pixels, ascending; the first is the encoder's own.
     """
 
     model_type = "llavakit_multiscale"
-    sub_configs = {"tower_config": AutoConfig}
+    sub_configs = {"encoder_config": AutoConfig}
 
     encoder_config: dict | PreTrainedConfig | None = None
     scales: list | tuple = (336, 672, 1008)

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llavakit.errors import UserError
 from llavakit.language.adapter import LanguageAdapter
+from llavakit.model.prompt import PromptInfo
 from llavakit.splice.scatter import IGNORE
 from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, as_layer_mask
 from llavakit.systems.dynamic_llava.cache import SelectiveCache
@@ -209,7 +210,7 @@ class DynamicSparsification(LanguageAdapter):
         input_ids: Tensor | None,
         labels: Tensor | None,
         segments: Tensor | None,
-        prompt_length: int | None = None,
+        prompt_info: PromptInfo | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPast, Tensor | None]:
@@ -219,8 +220,8 @@ class DynamicSparsification(LanguageAdapter):
         every answer token sees what it would see in decoding. Hidden states of dropped tokens come back as zeros.
 
         Args:
-            prompt_length: Without a cache: columns from here on are generated text, of which dropped tokens are left
-                out; None takes the whole sequence as prompt.
+            prompt_info: Without a cache: columns from its `length` on are generated text, of which dropped tokens are
+                left out; without a length the whole sequence is prompt.
         """
         cache = self._cache(past_key_values, use_cache, decoder, labels, segments)
         self._check(decoder, inputs_embeds, attention_mask, cache, kwargs)
@@ -243,9 +244,8 @@ class DynamicSparsification(LanguageAdapter):
             output = BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden))
             return output, decisions.penalty
 
-        selection = self._select(
-            hidden, visual, labels, input_ids, valid, segments, seen, cache is not None, prompt_length
-        )
+        own = None if prompt_info is None else prompt_info.length
+        selection = self._select(hidden, visual, labels, input_ids, valid, segments, seen, cache is not None, own)
         hidden = self._run_selected(decoder, hidden, position_ids, segments, selection, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache), None
 

@@ -16,6 +16,7 @@ from llavakit.checkpoints.convert import Checkpoint, build
 from llavakit.checkpoints.files import LazyState
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.prompt import PromptInfo
 from llavakit.proof.golden import Case, Result
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, Spliced, expand
@@ -392,7 +393,10 @@ def uncached_decoding(case: Case) -> Result:
         for count in range(len(fed) + 1):
             longer = torch.cat([ids, torch.tensor([fed[:count]], dtype=torch.long).expand(len(ids), -1)], dim=1)
             output = session.model(
-                input_ids=longer, pixel_values=session.images, use_cache=False, prompt_length=prompt_length
+                input_ids=longer,
+                pixel_values=session.images,
+                use_cache=False,
+                prompt_info=PromptInfo(length=prompt_length),
             )
             steps.append(output.logits[:, -1])
     decided = session.decided["text_predictor"]

@@ -184,7 +184,7 @@ class CompressorPrefusion(MLP):
         """Vision tokens, one entry (1, C, C) per unit, and the prompt's embeddings with their text fused."""
         units = units_of(features, plans)
         texts = self._texts(prompt)
-        samples = torch.tensor([texts.number[prompt.owners[prompt.media[unit.item]]] for unit in units])
+        samples = torch.tensor([texts.number[prompt.media_segments[prompt.media[unit.item]]] for unit in units])
         samples = samples.to(prompt.embeds.device)
         exact = torch.promote_types(prompt.embeds.dtype, torch.float32)
         total = torch.zeros(texts.embeds.shape, dtype=exact, device=prompt.embeds.device)
@@ -248,7 +248,7 @@ class CompressorPrefusion(MLP):
             yield from ((key, members[start : start + size]) for start in range(0, len(members), size))
 
     def _texts(self, prompt: Prompt) -> Texts:
-        own = {prompt.owners[item] for item in prompt.media}
+        own = {prompt.media_segments[item] for item in prompt.media}
         segments = int(prompt.segments.max()) + 1
         rows = torch.arange(len(prompt.segments), device=prompt.segments.device)
         sample = (rows[:, None] * segments + prompt.segments).flatten()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from llavakit.connectors.base import Features
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.modeling import LlavakitForConditionalGeneration, Visuals
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.visuals import Visuals
 from llavakit.proof.cost import count
 from llavakit.proof.miniature import Comparison, Verdict, run_seeds
 from llavakit.views.plan import MediaSize
@@ -68,7 +69,7 @@ def colour_logits(model: LlavakitForConditionalGeneration, features: Tensor, que
     size, media = len(features), model.model.media
     entries = Features(features.flatten(0, 1), [GRID] * size, list(range(size)))
     plan = media.plan("image", MediaSize(1, 8, 8))
-    visuals = Visuals(["image"] * size, [plan] * size, {"multi_modal_projector": entries})
+    visuals = Visuals(["image"] * size, [plan] * size, {"multi_modal_projector": (entries,)})
     tokens = CELLS if model.config.connector["type"] == "mlp" else 1
     ids = torch.cat([question.new_full((size, tokens), IMAGE), question], dim=1)
     logits = model(input_ids=ids, visuals=visuals, logits_to_keep=1, use_cache=False).logits[:, 0]

@@ -22,8 +22,9 @@ from llavakit.conversation.template import get_template
 from llavakit.evaluation import metrics, processors
 from llavakit.media import frame_sampling as sampling
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.modeling import LlavakitForConditionalGeneration, Visuals
+from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES
+from llavakit.model.visuals import Visuals
 from llavakit.proof.golden import Case, Result, component
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand, scatter
@@ -309,7 +310,7 @@ class Batch:
         """The spliced prompt; a row without a placeholder is fused with its image all the same."""
         core = self.model.model
         prompt = core.read_prompt(self.input_ids, attention_mask=self.attention_mask, labels=self.supervised)
-        prompt.owners = [(row, 0) for row in range(len(self.input_ids))]
+        prompt.media_segments = [(row, 0) for row in range(len(self.input_ids))]
         vectors, embeds = core.connect(visuals, prompt)
         placed = [vector for vector, has_place in zip(vectors, self.has_place, strict=True) if has_place]
         flat = torch.cat([embeds[0, :0], *placed])
@@ -317,7 +318,7 @@ class Batch:
 
     def calls(self, visuals: Visuals) -> dict[str, Tensor]:
         """What the original's fusion routine gave in every call: one per batch of images, or per frame."""
-        features = visuals.features["multi_modal_projector"]
+        features = visuals.features["multi_modal_projector"][0]
         shape = units_of(features, visuals.plans)[0].shape
         values = features.values.unflatten(0, (len(self.input_ids), self.frames, self.views, -1))
         text = self.model.get_input_embeddings()(self.original_ids.clamp(min=0))

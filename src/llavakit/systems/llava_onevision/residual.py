@@ -41,4 +41,4 @@ class ResidualMLP(MLP):
         tokens = self.project(features.values)
         for block in self.blocks:
             tokens = block(tokens)
-        return Features(tokens, features.grids, features.owners)
+        return Features(tokens, features.grids, features.media_index)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llavakit.connectors.general import Resampler
+from llavakit.vision.roi_align import axis_weights
 
 POOL_SHAPES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))  # columns, rows
 
@@ -24,38 +25,17 @@ def pool_shape(rows: int, cols: int) -> tuple[int, int]:
     return best[1], best[0]
 
 
-def axis_weights(cells: int, regions: int, points: int) -> Tensor:
-    """RoIAlign along one axis: weights [regions, points, cells] of the cells that every point averages.
-
-    Regions divide the axis evenly. As in torchvision's `roi_align` with `aligned=False`, `sampling_ratio=-1`: a region
-    is at least one cell long, cell centres lie at whole numbers, and a point is the mean of ceil(length / points)
-    samples.
-    """
-    weights = torch.zeros(regions, points, cells)
-    for region in range(regions):
-        start, end = region * cells / regions, (region + 1) * cells / regions
-        length = max(end - start, 1.0)
-        samples = math.ceil(length / points)
-        for point in range(points):
-            for sample in range(samples):
-                place = start + (point + (sample + 0.5) / samples) * length / points
-                if place > cells:
-                    continue
-                low = int(max(place, 0.0))
-                if low >= cells - 1:
-                    weights[region, point, cells - 1] += 1 / samples
-                else:
-                    share = max(place, 0.0) - low
-                    weights[region, point, low] += (1 - share) / samples
-                    weights[region, point, low + 1] += share / samples
-    return weights
+def even_weights(cells: int, regions: int, points: int) -> Tensor:
+    """RoIAlign along one axis that `regions` divide evenly, [regions, points, cells]."""
+    edges = torch.arange(regions + 1) * cells / regions
+    return axis_weights(edges[:-1], edges[1:], points, cells)
 
 
 @functools.lru_cache(maxsize=64)
 def region_weights(rows: int, cols: int, side: int) -> Tensor:
     """Weights [side x side regions, points, rows x cols] of all regions of a map."""
     high, wide = pool_shape(rows, cols)
-    vertical, horizontal = axis_weights(rows, side, high), axis_weights(cols, side, wide)
+    vertical, horizontal = even_weights(rows, side, high), even_weights(cols, side, wide)
     whole = torch.einsum("ray,cbx->rcabyx", vertical, horizontal)
     return whole.reshape(side * side, high * wide, rows * cols)
 

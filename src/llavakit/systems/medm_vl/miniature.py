@@ -74,10 +74,10 @@ class Model(nn.Module):
         """Answer scores [volumes, answers]."""
         count = len(features)
         if self.volumetric:
-            grids, owners = [(SIDE, SIDE, SIDE)] * count, list(range(count))
+            grids, media_index = [(SIDE, SIDE, SIDE)] * count, list(range(count))
         else:
-            grids, owners = [(1, SIDE, SIDE)] * (count * SIDE), [n for n in range(count) for _ in range(SIDE)]
-        tokens = self.connector(Features(features.flatten(0, 1), grids, owners), [None] * count).values
+            grids, media_index = [(1, SIDE, SIDE)] * (count * SIDE), [n for n in range(count) for _ in range(SIDE)]
+        tokens = self.connector(Features(features.flatten(0, 1), grids, media_index), [None] * count).values
         tokens = tokens.unflatten(0, (count, -1)) + self.places
         tokens = torch.cat([tokens, self.question(question)[:, None]], dim=1)
         return self.head(self.reader(tokens)[:, -1])

@@ -1,0 +1,70 @@
+"""RoIAlign: features of rectangular regions of a map, read at interpolated points.
+
+Equal to torchvision's `roi_align` with its defaults `aligned=False, sampling_ratio=-1`, without torchvision. Bilinear
+interpolation is separable, so a region is two small matrices, one per axis, instead of a loop over sample points.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def axis_weights(starts: Tensor, ends: Tensor, bins: int, cells: int) -> Tensor:
+    """Weights [regions, bins, cells] with which every bin of a region averages the cells of one axis.
+
+    A region is at least one cell long. Cell centres lie at whole numbers. A bin is the mean of ceil(length / bins)
+    samples; a sample more than one cell outside the axis counts as zero, and one within a cell of it is clamped.
+
+    Args:
+        starts, ends: [regions], in cells.
+    """
+    lengths = (ends - starts).clamp(min=1.0)
+    samples = (lengths / bins).ceil().long()  # per bin
+    most = int(samples.max()) if len(samples) else 1
+    sample = torch.arange(most, device=starts.device)
+    used = sample < samples[:, None]  # [regions, most]
+    within = (sample + 0.5) / samples[:, None]
+    steps = torch.arange(bins, device=starts.device)[:, None] + within[:, None]  # [regions, bins, most]
+    places = starts[:, None, None] + steps * (lengths / bins)[:, None, None]
+    inside = (places >= -1.0) & (places <= cells) & used[:, None]
+    places = places.clamp(min=0.0)
+    low = places.floor().long()
+    share = torch.where(low >= cells - 1, 0.0, places - low)
+    low = low.clamp(max=cells - 1)
+    high = (low + 1).clamp(max=cells - 1)
+    value = inside / samples[:, None, None]
+    weights = starts.new_zeros(*low.shape[:2], cells)
+    weights.scatter_add_(2, low, value * (1 - share))
+    return weights.scatter_add_(2, high, value * share)
+
+
+def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float) -> Tensor:
+    """Features of regions of one map, [regions, channels, rows, columns] in float32.
+
+    Args:
+        features: [channels, height, width].
+        boxes: [regions, 4]: left, top, right, bottom.
+        output_size: Rows and columns that every region is read at.
+        spatial_scale: Cells of the map per unit of the boxes.
+    """
+    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
+    vertical, horizontal = _weights(features, boxes, rows, columns, spatial_scale)
+    read = torch.einsum("nyh,chw->ncyw", vertical, features.float())
+    return torch.einsum("ncyw,nxw->ncyx", read, horizontal)
+
+
+def roi_mean(features: Tensor, boxes: Tensor, bins: int, spatial_scale: float) -> Tensor:
+    """Mean of `roi_align` over its `bins` x `bins` points, [regions, channels], without forming the points.
+
+    Args:
+        features, boxes, spatial_scale: See `roi_align`.
+    """
+    vertical, horizontal = (w.mean(1) for w in _weights(features, boxes, bins, bins, spatial_scale))
+    return torch.einsum("nh,chw,nw->nc", vertical, features.float(), horizontal)
+
+
+def _weights(features: Tensor, boxes: Tensor, rows: int, columns: int, spatial_scale: float) -> tuple[Tensor, Tensor]:
+    height, width = features.shape[-2:]
+    left, top, right, bottom = (boxes.to(features.device).float() * spatial_scale).unbind(-1)
+    return axis_weights(top, bottom, rows, height), axis_weights(left, right, columns, width)
