@@ -22,6 +22,7 @@ from llavakit.conversation.messages import (
 from llavakit.conversation.stop import KeywordStop
 from llavakit.conversation.template import Template, get_template
 from llavakit.errors import UserError
+from llavakit.media.regions import Region
 from llavakit.proof.golden import run_case
 from llavakit.registry import LABEL_POLICIES, TEMPLATES
 from llavakit.systems.llava_1_5.parity_text import load_tokenizer
@@ -458,10 +459,10 @@ def test_media_come_in_order_with_their_boxes(vicuna):
     ]
     encoded = encode([{"role": "user", "content": content}], "v1", vicuna, add_generation_prompt=True)
     assert [part["type"] for part in encoded.media] == ["image", "volume", "video"]
-    assert encoded.media[0]["boxes"] == [[0.0, 0.0, 1.0, 1.0]]
+    assert encoded.media[0]["regions"] == [Region(0.0, 0.0, 1.0, 1.0)]
     assert encoded.media[2]["video"] == "c.mp4"
     assert encoded.ids.count(IMAGE_PLACEHOLDER) == 3
-    with pytest.raises(UserError, match="boxes need an image"):
+    with pytest.raises(UserError, match="boxes must follow the image"):
         encode([{"role": "user", "content": content[1:2]}], "v1", vicuna)
 
 

@@ -21,6 +21,7 @@ from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.generation.search import Branch, expand_branches
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.prompt import PromptInfo
 from llavakit.model.routes import MODALITIES
 from llavakit.proof.golden import run_case
 from llavakit.registry import PLANNERS
@@ -338,7 +339,7 @@ def test_second_turn_fuses_earlier_answers_or_leaves_them_raw(second_turn):
     net = build(second_turn=second_turn)
     tokens, reused, prompt, reply, (ids, answers, media) = two_turns(net, Engine(net))
     row = {"input_ids": torch.tensor([ids]), **media}
-    got = embeds(net, row, answers=torch.tensor([answers]))
+    got = embeds(net, row, info=PromptInfo(torch.tensor([answers])))
     as_trained = torch.tensor([[token if answer else -100 for token, answer in zip(ids, answers, strict=True)]])
     wanted = embeds(net, row, labels=as_trained) if second_turn == "raw" else embeds(net, row)
     torch.testing.assert_close(got, wanted)

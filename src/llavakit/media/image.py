@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llavakit.errors import MediaError
-from llavakit.media.source import Limits, Source, check_file, check_pixels, looks_like, name_of, reason
-from llavakit.views.plan import MediaSize
+from llavakit.media.source import Limits, MediaSize, Source, check_file, check_pixels, looks_like, name_of, reason
 
 # Formats whose decoders run inside Pillow; EPS and the like would start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB")

@@ -9,11 +9,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llavakit.errors import MediaError
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
+
+
+class MediaSize(NamedTuple):
+    """Size of a media item: frames of a video or slices of a volume (1 for an image), then pixels."""
+
+    depth: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)

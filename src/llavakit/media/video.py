@@ -14,8 +14,7 @@ from PIL import Image
 from llavakit.errors import MediaError
 from llavakit.media.frame_sampling import choose
 from llavakit.media.image import load_image
-from llavakit.media.source import Limits, Source, check_file, check_pixels, looks_like, name_of, reason
-from llavakit.views.plan import MediaSize
+from llavakit.media.source import Limits, MediaSize, Source, check_file, check_pixels, looks_like, name_of, reason
 
 _WANTED = "MP4, WebM, MKV, MOV, AVI or GIF"
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}

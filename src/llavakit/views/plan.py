@@ -9,21 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from llavakit.media.regions import Region
+from llavakit.media.source import MediaSize
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
-class MediaSize(NamedTuple):
-    """Size of a media item: frames of a video or slices of a volume (1 for an image), then pixels."""
-
-    depth: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +108,6 @@ class Planner(ABC):
         Returns:
             One float32 array [channels, height, width] (or [channels, depth, height, width]) per view.
         """
+
+
+__all__ = ["Box", "MediaSize", "Plan", "Planner", "View"]

@@ -55,7 +55,7 @@ class AttentionPooling(MLP):
         parts = features.split()
         by_length: dict[int, list[int]] = {}
         media = []
-        for number, entries in enumerate(features.by_visual(len(plans))):
+        for number, entries in enumerate(features.by_media(len(plans))):
             own = [parts[entry] for entry in entries]
             if self.slice_embedding is not None and len(own) > 1:
                 own = [part + self.slice_embedding[depth] for depth, part in enumerate(own)]
