@@ -311,7 +311,7 @@ def test_the_cache_finds_media_by_content_and_survives_a_torn_write(world: Path,
     computed = cache.fill(messages)
     assert computed == len(cache) == sum(1 for own in messages if any(p["type"] == "image" for p in own[0]["content"]))
     assert cache.fill(messages) == 0
-    before = cache(messages[0], [], [])[0].clone()
+    before = cache(messages[0])[0].clone()
     lines = cache.index.read_bytes()
     cache.index.write_bytes(lines[:-7])
     with cache.data.open("ab") as data:
