@@ -319,7 +319,7 @@ def test_the_cache_finds_media_by_content_and_survives_a_torn_write(world: Path,
     again = FeatureCache(tmp_path, model, processor, "float32")
     assert len(again) == computed - 1
     assert again.fill(messages) == 1
-    assert torch.equal(again(messages[0], [], [])[0], before)
+    assert torch.equal(again(messages[0])[0], before)
     with torch.no_grad():
         model.model.vision_tower.embeddings.class_embedding.add_(1) if hasattr(
             model.model.vision_tower, "embeddings"
