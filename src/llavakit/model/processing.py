@@ -256,9 +256,9 @@ class LlavakitProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `labels` (lists), `pixel_values` (list of views), `visual_sizes` (list of triples),
-            `visual_modalities` (list of indices into `MODALITIES`), `visual_regions` (one float64 tensor [regions, 4] per
-            media item, corners in pixels of the original picture; empty if no media item has regions), and `notes` on
-            what was left out of the messages.
+            `visual_modalities` (list of indices into `MODALITIES`), `visual_regions` (one float64 tensor
+            [regions, 4] per media item, corners in pixels of the original picture; empty if there are no regions), and
+            `notes` on what was left out of the messages.
 
         Raises:
             UserError: If messages, media or regions do not fit the model.
