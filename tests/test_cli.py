@@ -4,8 +4,11 @@ import builtins
 import errno
 import json
 import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,9 @@ import pytest
 
 import llavakit
 from llavakit.cli import app as cli
+from llavakit.conversation.turns import ReasoningDelta, TextDelta
 from llavakit.errors import UserError
+from llavakit.generation.responder import Responder
 
 COMMANDS = [
     "chat",
@@ -32,23 +37,30 @@ COMMANDS = [
 ]
 
 
-class Echo:
+class Echo(Responder):
     """A model that repeats what it was told and how many media came with it."""
 
     def __init__(self):
+        super().__init__(name="echo")
         self.seen = []
 
-    def stream(self, messages, **options):
-        self.seen.append((messages, options))
-        content = messages[-1]["content"]
+    def run(self, call):
+        self.seen.append((call.messages, call.sampling))
+        content = call.messages[-1]["content"]
         media = [part for part in content if part["type"] != "text"]
         text = content[-1]["text"]
         if text == "bad":
             raise UserError("image: cannot be read")
-        yield f"{len(media)} "
+        if text == "think":
+            yield ReasoningDelta(text="hm", stage="PLAN")
         if text == "slow":
-            raise KeyboardInterrupt
-        yield text
+            yield TextDelta(text=f"{len(media)} ")
+            time.sleep(0.2)  # until it is written
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # Ctrl-C
+            while True:
+                time.sleep(0.01)
+                call.check()
+        yield TextDelta(text=f"{len(media)} {text}")
 
 
 @pytest.fixture
@@ -195,7 +207,11 @@ def test_chat_once(model, picture, capsys):
     messages, options = model.seen[0]
     assert messages[0] == {"role": "system", "content": "Be brief."}
     assert messages[1]["content"][0] == {"type": "image", "image": picture}
-    assert options == {"max_new_tokens": 7}
+    assert options.max_new_tokens == 7
+    assert cli.run(["chat", "m", "--prompt", "think"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "0 think\n"  # a pipe gets the answer alone
+    assert "[PLAN] hm" in captured.err
 
 
 def test_chat_in_a_conversation(model, picture, capsys, monkeypatch):

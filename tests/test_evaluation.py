@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llavakit.conversation.turns import ReasoningDelta, TextDelta
 from llavakit.errors import MediaError, RecordError, UserError
 from llavakit.evaluation import metrics, processors, text_metrics
 from llavakit.evaluation.benchmarks.base import Question
 from llavakit.evaluation.judges import Judge, parse_pair
 from llavakit.evaluation.run import evaluate
 from llavakit.evaluation.score import benchmark, print_result, score
+from llavakit.generation.responder import Responder
 from llavakit.proof.golden import Case, run_case
 from llavakit.registry import BENCHMARKS
 from llavakit.systems.llava_1_5.parity_eval import ADAPTERS
@@ -678,23 +680,25 @@ def test_mmvet_grades_with_rising_temperature(tmp_path):
 # Runs
 
 
-class Model:
+class Model(Responder):
     """Answers with the last word of the question; an unreadable image or a scheduled kill stops a call."""
 
-    name_or_path = "tiny"
-
     def __init__(self, kill_at=None):
+        super().__init__(name="tiny")
         self.calls, self.kill_at = [], kill_at
 
-    def chat_batch(self, messages, *, max_new_tokens):
+    def answer_all(self, conversations, sampling=None, **fields):
         if len(self.calls) == self.kill_at:
             raise KeyboardInterrupt
-        for message in messages:
-            for part in message[0]["content"]:
-                if part["type"] == "image" and part["image"].endswith("broken.png"):
-                    raise MediaError(f"{part['image']}: not an image")
-        self.calls.append(len(messages))
-        return [message[0]["content"][-1]["text"].split()[-1] + " " for message in messages]
+        self.calls.append(len(conversations))
+        return super().answer_all(conversations, sampling, **fields)
+
+    def run(self, call):
+        for part in call.messages[0]["content"]:
+            if part["type"] == "image" and part["image"].endswith("broken.png"):
+                raise MediaError(f"{part['image']}: not an image")
+        yield ReasoningDelta(text="Let me see.")
+        yield TextDelta(text=call.messages[0]["content"][-1]["text"].split()[-1] + " ")
 
 
 @pytest.fixture
@@ -753,7 +757,7 @@ def test_a_run_keeps_what_tells_repeated_ids_apart(tmp_path):
     evaluate(Model(), "mme", lines(tmp_path / "q.jsonl", rows), output, images="pictures")
     stored = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"].splitlines()[0] for row in stored] == ["Is it x?", "Is it y?"]
-    assert stored[0]["text"] == "phrase."
+    assert (stored[0]["text"], stored[0]["reasoning"]) == ("phrase.", "Let me see.")
 
 
 def test_media_stand_where_the_text_says():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from dataclasses import replace
@@ -28,7 +29,7 @@ from llavakit.errors import UserError
 from llavakit.generation import Engine, Request, RequestFailed, SamplingParams
 from llavakit.generation.cache import ByteBounded, PrefixStore, RowCache, prompt_keys
 from llavakit.generation.sampling import RowRng, TokenSampler
-from llavakit.generation.search import Branch, beam_search, best_of_n, expand_branches, likelihood, stage_beam_search
+from llavakit.generation.search import Branch, best_of_n, expand_branches, stage_beam_search
 from llavakit.generation.stopping import StopStrings
 from llavakit.generation.streaming import TextStream
 from llavakit.language.adapter import LanguageAdapter
@@ -706,18 +707,11 @@ def test_a_stop_string_that_cannot_match_is_refused(net: Any, samples: list[dict
 def test_a_stage_ends_at_a_special_marker(net: Any, samples: list[dict[str, Any]]) -> None:
     engine, _token, whole = special_chat(net, samples)
     markers = ["<|eot|>", engine.tokenizer.decode(whole[9:10])]
-    branch = stage_beam_search(engine, request(samples[0]), markers, lambda marker, found: found[0])
+    expand = functools.partial(expand_branches, engine)
+    root = Branch(request(samples[0]))
+    branch = stage_beam_search(expand, root, root.request.sampling, markers, lambda marker, found: found[0])
     assert list(branch.ids) == whole[:10]
     assert branch.text.endswith(markers[1])
-
-
-def test_beam_search_ends_at_stop_strings(net: Any, samples: list[dict[str, Any]]) -> None:
-    engine, _token, whole = special_chat(net, samples)
-    for stop in ("<|eot|>", engine.tokenizer.decode(whole[1:3])):
-        found = beam_search(engine, request(samples[0], stop=stop), 1)
-        assert found == engine.submit(request(samples[0], stop=stop)).result().token_ids
-    with pytest.raises(UserError, match="stop strings need an engine with a tokenizer"):
-        beam_search(Engine(net), request(samples[0], stop="x"), 2)
 
 
 QUESTION = [{"role": "user", "content": "What is this?"}]
@@ -770,11 +764,23 @@ def test_branches_grow_from_shared_states(net: Any, samples: list[dict[str, Any]
     assert engine.prompts.encoded == 1
 
 
+def test_branches_of_one_expansion_draw_apart(net: Any, samples: list[dict[str, Any]]) -> None:
+    engine = Engine(net)
+    root = Branch(request(samples[0]))
+    drawn = SamplingParams(max_new_tokens=8, eos_token_ids=(), temperature=2.0, seed=3, n=2)
+    (first, second), (third, fourth) = expand_branches(engine, [root, root], drawn)
+    assert len({first.ids, second.ids, third.ids, fourth.ids}) == 4
+    (alone_,) = expand_branches(engine, [root], replace(drawn, n=1))
+    assert alone_[0].ids == first.ids
+
+
 def test_best_of_n_and_stages(net: Any, samples: list[dict[str, Any]]) -> None:
     engine = Engine(net, bytes_tokenizer())
-    sampling = {"temperature": 1.0, "seed": 4, "max_new_tokens": 25}
-    wanted = best_of_n(engine, request(samples[1], n=4, **sampling), lambda found: [sum(one.ids) for one in found])
-    everything = engine.submit(request(samples[1], n=4, **sampling)).result()
+    expand = functools.partial(expand_branches, engine)
+    sampling = SamplingParams(temperature=1.0, seed=4, max_new_tokens=25, eos_token_ids=(), n=4)
+    root = Branch(request(samples[1]))
+    wanted = best_of_n(expand, root, sampling, lambda found: [sum(one.ids) for one in found])
+    everything = engine.submit(replace(root.request, sampling=sampling)).result()
     assert sum(wanted.ids) == max(sum(reply.token_ids) for reply in everything)
     free = engine.tokenizer.decode(alone(net, samples[1], 25))
     markers = [free[3], free[6]]
@@ -784,24 +790,28 @@ def test_best_of_n_and_stages(net: Any, samples: list[dict[str, Any]]) -> None:
         seen.append((marker, len(candidates)))
         return candidates[0]
 
-    greedy = request(samples[1], n=2, max_new_tokens=25)
-    branch = stage_beam_search(engine, greedy, markers, first)
+    greedy = SamplingParams(n=2, max_new_tokens=25, eos_token_ids=())
+    branch = stage_beam_search(expand, root, greedy, markers, first)
     assert seen == [(markers[0], 2), (markers[1], 2)]
     assert branch.text == free[: len(branch.text)]
     assert branch.text.endswith(markers[1])
+    ended = Branch(request(samples[1], stop=[free[5]]))  # as a chat template ends a turn
+    branch = stage_beam_search(expand, ended, greedy, [free[3], "never said"], first)
+    assert branch.finished
+    assert branch.text == free[: free.index(free[5], free.index(free[3]) + 1)]
 
 
-def test_likelihood_and_beam(net: Any, samples: list[dict[str, Any]]) -> None:
+def test_likelihoods_are_the_models(net: Any, samples: list[dict[str, Any]]) -> None:
     engine = Engine(net)
     replies = [[5], [6, 7, 8], alone(net, samples[1], 6)]
-    found = likelihood(engine, request(samples[1]), replies)
-    for reply, value in zip(replies, found, strict=True):
+    found = engine.score(request(samples[1]), replies)
+    for reply, values in zip(replies, found, strict=True):
         sample = {name: samples[1][name] for name in ("pixel_values", "visual_sizes", "visual_modalities")}
         ids = torch.cat([samples[1]["input_ids"], torch.tensor([reply])], 1)
         with torch.no_grad():
             logprobs = net(input_ids=ids, **sample).logits[0].log_softmax(-1)
         start = samples[1]["input_ids"].shape[1] - 1
-        expected = sum(float(logprobs[start + place, token]) for place, token in enumerate(reply))
-        assert value == pytest.approx(expected, abs=1e-3)
-    assert likelihood(engine, request(samples[1]), [[6, 7, 8]], mean=True)[0] == pytest.approx(found[1] / 3)
-    assert beam_search(engine, request(samples[1]), 3) == alone(net, samples[1], 12, num_beams=3)
+        expected = [float(logprobs[start + place, token]) for place, token in enumerate(reply)]
+        assert values.tolist() == pytest.approx(expected, abs=1e-3)
+    engine.score(request(samples[1]), replies)
+    assert engine.prompts.encoded == 1  # states and picture of the context were kept

@@ -12,7 +12,7 @@ from llavakit import hf
 
 if TYPE_CHECKING:
     from llavakit.errors import UserError as UserError
-    from llavakit.generation.chat import load as load
+    from llavakit.generation.load import load as load
     from llavakit.model.configuration import LlavakitConfig as LlavakitConfig
     from llavakit.model.modeling import LlavakitForConditionalGeneration as LlavakitForConditionalGeneration
     from llavakit.model.modeling import LlavakitModel as LlavakitModel
@@ -28,7 +28,7 @@ _LAZY = {
     "LlavakitProcessor": "llavakit.model.processing",
     "System": "llavakit.system",
     "UserError": "llavakit.errors",
-    "load": "llavakit.generation.chat",
+    "load": "llavakit.generation.load",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -45,6 +45,9 @@ class System:
         cost: "module:function" that returns a `llavakit.proof.cost.CostReport`.
         miniature: "module:function" that returns a `llavakit.proof.miniature.Verdict`.
         checkpoint: "module:attribute" of the `llavakit.checkpoints.layouts.Layout` of its published files.
+        responder: "module:factory" of what answers in this system's way, if that is more than the model alone: called
+            with the model's own responder and options, it returns a `llavakit.generation.responder.Responder`.
+        codec: Name of the codec in which its models write reasoning and tool calls; None is the default one.
         recipe: The YAML file of every training stage at published scale.
         readme: The system's page.
     """
@@ -60,11 +63,13 @@ class System:
     cost: str | None = None
     miniature: str | None = None
     checkpoint: str | None = None
+    responder: str | None = None
+    codec: str | None = None
     recipe: Path | None = None
     readme: Path | None = None
 
     def load(self, what: str) -> Callable[..., Any] | Any:
-        """The object behind `parity`, `cost`, `miniature` or `checkpoint`.
+        """The object behind `parity`, `cost`, `miniature`, `checkpoint` or `responder`.
 
         Raises:
             UserError: If this system has none.

@@ -40,6 +40,13 @@ Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1, mps
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: what fits the device.")]
 Base = Annotated[str | None, typer.Option(help="Language model of a LoRA or connector-only checkpoint.")]
 Encoder = Annotated[str | None, typer.Option(help="Encoder of a checkpoint that does not contain it.")]
+WayToAnswer = Annotated[
+    str | None,
+    typer.Option(help="System in whose way to answer, or module:factory; plain is the model alone. Default: its own."),
+]
+WayOptions = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the responder; may be repeated.")
+]
 
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
@@ -90,6 +97,11 @@ def _assignments(pairs: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"{pair}: the value is not YAML") from None
     return found
+
+
+def _answering(responder: str | None, options: Sequence[str] | None) -> dict[str, Any]:
+    """What `llavakit.load` is told of the responder."""
+    return _given(responder=responder, responder_options=_assignments(options or ()) or None)
 
 
 @contextmanager
@@ -163,6 +175,8 @@ def chat(
     dtype: Dtype = None,
     base: Base = None,
     vision_tower: Encoder = None,
+    responder: WayToAnswer = None,
+    responder_option: WayOptions = None,
 ) -> None:
     """Ask a model about pictures, once or in a conversation.
 
@@ -179,12 +193,15 @@ def chat(
 
     places = [("image", image), ("video", video), ("volume", volume)]
     attached = [attachment(kind, place) for kind, given in places for place in given or ()]
+    settings = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    answering = _answering(responder, responder_option)
     import llavakit
 
-    loaded = llavakit.load(model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower))
+    loaded = llavakit.load(
+        model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower), **answering
+    )
     if processor:
-        loaded.processor.configure(_assignments(processor))
-    settings = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        loaded.configure(_assignments(processor))
     session = Session(loaded, settings, system)
     session.attached = attached
     if prompt is not None:
@@ -241,6 +258,8 @@ def evaluate(
     dtype: Dtype = None,
     base: Base = None,
     vision_tower: Encoder = None,
+    responder: WayToAnswer = None,
+    responder_option: WayOptions = None,
     as_json: Json = False,
 ) -> None:
     """Answer the questions of a benchmark and score the answers.
@@ -262,10 +281,13 @@ def evaluate(
     # Every finished run is called "final": the folder above it tells them apart.
     name = "--".join(Path(model).absolute().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
     settings = {"score_options": _assignments(option or ()), "question_options": _assignments(question_option or ())}
+    answering = _answering(responder, responder_option)
     import llavakit
     from llavakit.evaluation.run import evaluate as run_evaluation
 
-    loaded = llavakit.load(model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower))
+    loaded = llavakit.load(
+        model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower), **answering
+    )
     output = output or Path("runs", "eval", task, f"{name}.jsonl")
     with _writing(output):
         result = run_evaluation(
@@ -542,6 +564,8 @@ def serve(
     dtype: Dtype = None,
     base: Base = None,
     vision_tower: Encoder = None,
+    responder: WayToAnswer = None,
+    responder_option: WayOptions = None,
     extra: Annotated[list[str] | None, typer.Option(help="Argument for `vllm serve`; may be repeated.")] = None,
 ) -> None:
     """Serve a model: OpenAI's API and a web app.
@@ -557,6 +581,7 @@ def serve(
     from llavakit.serving.run import serve as run_server
 
     options = _given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, name=name)
+    options |= _answering(responder, responder_option)
     run_server(
         model,
         host=host,

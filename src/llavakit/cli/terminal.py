@@ -6,25 +6,24 @@ model's business.
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from llavakit.conversation.turns import CallEvent, Event, PictureEvent, ReasoningDelta, TextDelta
 from llavakit.errors import UserError
+
+if TYPE_CHECKING:
+    from llavakit.generation.responder import Responder
 
 MEDIA = ("image", "video", "volume")
 HELP = """/image FILE    attach an image to the next message; /video and /volume likewise
 /reset         forget the conversation and what is attached
 /help          this text
 /exit          leave (so does Ctrl-D); Ctrl-C stops an answer"""
-
-
-class Streams(Protocol):
-    """What a model must offer here; `llavakit.load` gives one."""
-
-    def stream(self, messages: list[dict[str, Any]], **options: Any) -> Iterator[str]:
-        """Yield the pieces of the answer to `messages`."""
 
 
 def attachment(modality: str, place: str) -> dict[str, Any]:
@@ -50,20 +49,24 @@ class Session:
 
     Args:
         model: Answers messages.
-        options: Keywords of every `model.stream` call (`max_new_tokens`, `temperature`).
+        options: Keywords of every `model.submit` call (`max_new_tokens`, `temperature`).
         system: System message, or None for the template's own.
         write: Takes pieces of text as they come.
+        note: Takes pieces of reasoning as they come; by default they go to standard error, so that a pipe gets the
+            answer alone.
     """
 
     def __init__(
         self,
-        model: Streams,
+        model: Responder,
         options: Mapping[str, Any] | None = None,
         system: str | None = None,
         write: Callable[[str], Any] | None = None,
+        note: Callable[[str], Any] | None = None,
     ) -> None:
         self.model, self.options, self.system = model, dict(options or {}), system
-        self.write = write or _write
+        self.write, self.note = write or _write, note or _note
+        self._stage: str | None = None  # whose text was written last
         self.reset()
 
     def reset(self) -> None:
@@ -91,17 +94,38 @@ class Session:
         """
         attached, self.attached = self.attached, []
         turn = {"role": "user", "content": [*attached, {"type": "text", "text": text}]}
-        pieces: list[str] = []
+        response = self.model.submit([*self.messages, turn], **self.options)
         try:
-            for piece in self.model.stream([*self.messages, turn], **self.options):
-                pieces.append(piece)
-                self.write(piece)
+            for event in response:
+                self._show(event)
         except KeyboardInterrupt:
             self.write(" [stopped]")
+        finally:
+            response.cancel()
         self.write("\n")
-        answer = "".join(pieces).strip()
-        self.messages += [turn, {"role": "assistant", "content": answer}]
-        return answer
+        answer = response.answers[0]
+        self.messages += [turn, answer.message()]
+        return answer.content
+
+    def _show(self, event: Event) -> None:
+        match event:
+            case ReasoningDelta(text=text, stage=stage):
+                stage = stage or "reasoning"
+                self.note(text if stage == self._stage else f"\n[{stage}] {text.lstrip()}")
+                self._stage = stage
+                return
+            case TextDelta(text=text):
+                pass
+            case CallEvent(call=call):
+                text = f"[calls {call.name} {call.arguments}]"
+            case PictureEvent(image=image, caption=caption):
+                text = f"[picture {_saved(image)}{': ' if caption else ''}{caption}]"
+            case _:
+                return
+        if self._stage is not None:
+            self.note("\n\n")
+        self._stage = None
+        self.write(text)
 
     def handle(self, line: str) -> bool:
         """Deal with one line of input; False when the user wants to leave.
@@ -167,3 +191,15 @@ def _ask() -> Iterator[str]:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _note(text: str) -> None:
+    print(text, end="", flush=True, file=sys.stderr)
+
+
+def _saved(image: Any) -> str:
+    """A file with a picture of a reply."""
+    handle, path = tempfile.mkstemp(prefix="llavakit-", suffix=".png")
+    os.close(handle)
+    image.save(path)
+    return path

@@ -116,7 +116,7 @@ def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[M
     """Messages in which nothing that a user or a tool wrote is a special token (`</s>`, `<|im_end|>`).
 
     An invisible word joiner goes behind the first character of each, so that text from outside cannot end a turn
-    or open another. For servers; training text is left alone.
+    or open another. For servers; training text is left alone. Further fields of a message (`tool_calls`) are kept.
     """
     specials = sorted((token for token in tokenizer.all_special_tokens if len(token) > 1), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
@@ -126,12 +126,13 @@ def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[M
             return part
         return part | {"text": pattern.sub(lambda found: found[0][0] + "\u2060" + found[0][1:], part["text"])}
 
-    return [
+    escaped = [
         message | {"content": list(map(part_of, message["content"]))}
         if message["role"] in ("user", "tool")
         else message
         for message in normalise(messages)
     ]
+    return [{**given, **message} for given, message in zip(messages, escaped, strict=True)]
 
 
 def _training_turns(messages: list[Message], template: Template) -> tuple[list[Message], tuple[str, ...]]:

@@ -329,7 +329,7 @@ class Demo:
 
     def _ask(self, model: Path, name: str) -> list[dict[str, Any]]:
         """Answers to the held-out questions; without pictures if the model never saw any."""
-        from llavakit.generation.chat import load
+        from llavakit.generation.load import load
 
         chat = load(model)
         rows, blind = self._questions(), name == "text only"

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,12 +23,8 @@ from llavakit.evaluation.benchmarks.base import Question
 from llavakit.evaluation.records import Record, read_records
 from llavakit.evaluation.score import benchmark, checked, score
 
-
-class ChatModel(Protocol):
-    """What a model must offer; `llavakit.load` gives one."""
-
-    def chat_batch(self, messages: list[list[dict[str, Any]]], *, max_new_tokens: int) -> list[str]:
-        """One answer per conversation."""
+if TYPE_CHECKING:
+    from llavakit.generation.responder import Answer, Responder
 
 
 def _key(question_id: Any, stored: Any) -> tuple[str, str]:
@@ -83,15 +79,17 @@ class PredictionsFile:
         else:
             os.truncate(self.path, end)
 
-    def append(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
-        """Add answers; they are on disk when this returns."""
-        for question, answer in zip(questions, answers, strict=True):
+    def append(self, answers: Sequence[tuple[Question, Answer]]) -> None:
+        """Add answers; they are on disk when this returns. The text is what is scored, reasoning is kept beside it."""
+        for question, answer in answers:
             row = {
                 "question_id": question.question_id,
                 **question.stored,
-                "text": answer.strip(),
+                "text": answer.content.strip(),
                 "model_id": self.model_id,
             }
+            if answer.reasoning:
+                row["reasoning"] = answer.reasoning
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self.done.add(_key(question.question_id, question.stored))
         self._file.flush()
@@ -103,7 +101,7 @@ class PredictionsFile:
 
 
 def evaluate(
-    model: ChatModel,
+    model: Responder,
     task: str,
     questions: str | Path,
     output: str | Path,
@@ -122,7 +120,7 @@ def evaluate(
     """Ask a model every question of a benchmark and score the answers.
 
     Args:
-        model: Has `chat_batch`.
+        model: What `llavakit.load` gives, or any other responder.
         task: Name of the benchmark.
         questions: Its question file.
         output: Predictions file; an interrupted one is continued.
@@ -132,7 +130,7 @@ def evaluate(
         batch_size: Questions per model call.
         max_new_tokens: Longest answer; by default as published for the benchmark.
         limit: Ask only the first so many questions; there is no score then.
-        model_id: Name stored with the predictions; by default the model's `name`, `name_or_path` or class.
+        model_id: Name stored with the predictions; by default the model's `name`.
         question_options, score_options: Options of the benchmark's `questions` and `score`.
 
     Returns:
@@ -147,7 +145,7 @@ def evaluate(
         raise UserError(f"{questions}: holds no question")
     _unique(asked, str(questions))
     asked = asked[:limit]
-    file = PredictionsFile(output, model_id or _name(model), resume)
+    file = PredictionsFile(output, model_id or model.name, resume)
     length = max_new_tokens or chosen.max_new_tokens
     try:
         todo = [question for question in asked if _key(question.question_id, question.stored) not in file.done]
@@ -169,42 +167,26 @@ def evaluate(
 
 
 def _ask(
-    model: ChatModel,
+    model: Responder,
     questions: Sequence[Question],
     file: PredictionsFile,
     batch_size: int,
     max_new_tokens: int,
     console: Console | None,
 ) -> list[tuple[Question, UserError]]:
-    """Ask in batches; where a batch fails on the user's input, its questions are asked one by one."""
+    """Ask in batches; a question that cannot be answered stops no other."""
     failures: list[tuple[Question, UserError]] = []
-
-    def ask(part: Sequence[Question]) -> None:
-        answers = model.chat_batch([question.messages() for question in part], max_new_tokens=max_new_tokens)
-        file.append(part, answers)
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("answering", total=len(questions))
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            try:
-                ask(batch)
-            except UserError as error:
-                for question in batch:
-                    failure = error if len(batch) == 1 else _failure(ask, question)
-                    if failure is not None:
-                        failures.append((question, failure))
+            found = model.answer_all([question.messages() for question in batch], max_new_tokens=max_new_tokens)
+            pairs = list(zip(batch, found, strict=True))
+            failures += [(question, answer) for question, answer in pairs if isinstance(answer, UserError)]
+            file.append([(question, answer) for question, answer in pairs if not isinstance(answer, UserError)])
             progress.advance(bar, len(batch))
     return failures
-
-
-def _failure(ask: Callable[[Sequence[Question]], None], question: Question) -> UserError | None:
-    try:
-        ask([question])
-    except UserError as error:
-        return error
-    return None
 
 
 def _unique(questions: Sequence[Question], file: str) -> None:
@@ -214,11 +196,3 @@ def _unique(questions: Sequence[Question], file: str) -> None:
         if key in seen:
             raise RecordError(file, number, "question_id", f"{question.question_id!r} is used twice")
         seen.add(key)
-
-
-def _name(model: Any) -> str:
-    for name in ("name", "name_or_path"):
-        value = getattr(model, name, None)
-        if isinstance(value, str) and value:
-            return value
-    return type(model).__name__

@@ -1,4 +1,4 @@
-"""`llavakit.load`: a checkpoint in any known layout, ready to chat.
+"""`Chat`: one model with its processor, codec and engine; the plain responder.
 
 model = llavakit.load("runs/demo/final")
 print(model.chat([{"role": "user", "content": [{"type": "image", "image": "x.png"},
@@ -7,27 +7,43 @@ print(model.chat([{"role": "user", "content": [{"type": "image", "image": "x.png
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llavakit.checkpoints.convert import build, load_processor, local_folder, open_checkpoint
+from llavakit.checkpoints.identity import model_identity
+from llavakit.conversation.codecs import Codec, Parser, get_codec
+from llavakit.conversation.encode import encode, escape_special_tokens, tokenize
 from llavakit.conversation.template import get_template
+from llavakit.conversation.turns import Event
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
-from llavakit.generation.request import Request, RequestHandle, SamplingParams
+from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk
+from llavakit.generation.responder import (
+    Answer,
+    Call,
+    Listener,
+    LogprobsEvent,
+    Messages,
+    Responder,
+    Response,
+    Usage,
+)
+from llavakit.generation.scoring import Score, check_replies, one_begin, shared_length, text_ids
+from llavakit.generation.search import Branch, expand_branches
 from llavakit.generation.stopping import before_stop, generate_options, stop_token_ids
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.prompt import PromptInfo
 from llavakit.splice.scatter import IGNORE
 
-Messages = Sequence[Mapping[str, Any]]
 
-
-class Chat:
+class Chat(Responder):
     """A model with its processor and a generation engine.
 
     Args:
@@ -35,6 +51,8 @@ class Chat:
         processor: Its processor.
         name: What to call it in messages.
         max_batch: Requests that are decoded together.
+        codec: How the model writes reasoning and tool calls, a codec or its name; default: what its configuration says.
+        folders: The folders that it was read from; their content is the model's identity.
     """
 
     def __init__(
@@ -43,23 +61,83 @@ class Chat:
         processor: LlavakitProcessor,
         name: str = "model",
         max_batch: int = 16,
+        codec: str | Codec | None = None,
+        folders: Sequence[Path] = (),
     ) -> None:
-        self.model, self.processor, self.name = model, processor, name
+        super().__init__(name=name)
+        self.model, self.processor = model, processor
+        self.codec = get_codec(codec or getattr(model.config, "codec", None))
         self.engine = Engine(model, max_batch=max_batch, tokenizer=processor.tokenizer)
+        self._folders = tuple(folders)
 
     @property
     def config(self) -> Any:
         """The model's configuration."""
         return self.model.config
 
-    def request(self, messages: Messages, **sampling: Any) -> Request:
+    @property
+    def capacity(self) -> int:
+        return self.engine.max_batch
+
+    @property
+    def waiting(self) -> int:
+        return self.engine.waiting
+
+    @property
+    def active(self) -> int:
+        return self.engine.active
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(modality for modality in self.processor.spec.routes if modality != "multi_image")
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Digest of the model's files, and what decides its prompts; without folders the name."""
+        if not self._folders:
+            return self.name
+        weights = [model_identity(folder) for folder in self._folders]
+        processor = self.processor
+        return repr([weights, processor.template, processor.sampling, processor.reading, type(self.codec).__qualname__])
+
+    def escape(self, messages: Messages) -> list[Any]:
+        return escape_special_tokens(messages, self.processor.tokenizer)
+
+    def restrict(self, limits: Any) -> None:
+        reading = self.processor.reading or {}
+        own = {"limits": limits}
+        self.processor.reading = {kind: {**reading.get(kind, {}), **own} for kind in ("image", "video", "volume")}
+
+    def configure(self, changes: Mapping[str, Any]) -> None:
+        self.processor.configure(changes)
+
+    def start(self) -> None:
+        self.engine.start()
+
+    def stop(self, *, drain: bool = True) -> None:
+        self.engine.stop(drain=drain)
+
+    # ------------------------------------------------------------------ requests
+
+    def request(self, messages: Messages, *, continue_final_message: bool = False, **sampling: Any) -> Request:
         """Messages as a request for the engine.
 
         Args:
+            continue_final_message: Whether the reply goes on with the last message.
             sampling: Fields of `SamplingParams` (`max_new_tokens`, `temperature`, `top_p`, `stop`, `seed`, ...).
         """
-        sample = self.processor.encode(messages, add_generation_prompt=True)
-        stop = (*_strings(sampling.pop("stop", None)), *get_template(self.processor.template).stop)
+        sample = self.processor.encode(
+            messages,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+        )
+        params = SamplingParams(**sampling)
+        stop = (*params.stop, *get_template(self.processor.template).stop)
+        eos = self.eos_token_ids if params.eos_token_ids is None else params.eos_token_ids
         views = sample["pixel_values"]
         return Request(
             input_ids=torch.tensor(sample["input_ids"], device=self.model.device),
@@ -68,7 +146,7 @@ class Chat:
             visual_modalities=torch.tensor(sample["visual_modalities"]) if views else None,
             visual_regions=sample["visual_regions"] or None,
             answers=[label != IGNORE for label in sample["labels"]],
-            sampling=SamplingParams(stop=stop, eos_token_ids=self.eos_token_ids, **sampling),
+            sampling=SamplingParams(**sampling | {"stop": stop, "eos_token_ids": eos}),
         )
 
     @property
@@ -80,25 +158,98 @@ class Chat:
         ends = stop_token_ids(get_template(self.processor.template).stop, tokenizer)
         return tuple(sorted({i for i in [tokenizer.eos_token_id, *configured, *ends] if i is not None}))
 
-    def submit(self, messages: Messages, **sampling: Any) -> RequestHandle:
-        """Queue a conversation; the handle yields text as it is generated."""
-        return self.engine.submit(self.request(messages, **sampling))
+    def _open(self, call: Call, stream: bool, listener: Listener | None) -> Response:
+        prepared = self.codec.prepare(call.messages, call.tools, call.tool_choice)
+        request = self.request(prepared, **_given(call.sampling))
+        tools = [tool.name for tool in call.tools] if call.tool_choice != "none" else []
+        parsers = [self.codec.parser(tools, parallel=call.parallel_calls) for _ in range(call.sampling.n)]
+        response = EngineResponse(self.engine, parsers, listener)
+        response.submit(request, stream)
+        return response
 
-    def chat(self, messages: Messages, **sampling: Any) -> str:
-        """The assistant's next turn."""
-        return self.chat_batch([messages], **sampling)[0]
+    # ------------------------------------------------------------------ prefixes and likelihoods
 
-    def chat_batch(self, conversations: Sequence[Messages], **sampling: Any) -> list[str]:
-        """The next turn of several conversations, generated together."""
-        handles = [self.submit(messages, **sampling) for messages in conversations]
-        replies = [handle.result() for handle in handles]
-        return [reply.text.strip() for reply in replies]
+    def begin(self, messages: Messages, prefix: str = "") -> Branch:
+        """The root of a search: the prompt with its media, read once.
 
-    def stream(self, messages: Messages, **sampling: Any) -> Iterator[str]:
-        """The next turn piece by piece."""
-        for piece in self.submit(messages, **sampling):
-            if piece.text:
-                yield piece.text
+        Args:
+            prefix: Beginning of the reply, from which every branch goes on.
+        """
+        messages = self.codec.prepare(messages)
+        if prefix:
+            messages = [*messages, {"role": "assistant", "content": prefix}]
+        return Branch(self.request(messages, continue_final_message=bool(prefix)))
+
+    def expand(self, branches: Sequence[Branch], sampling: SamplingParams) -> list[list[Branch]]:
+        """Continue every branch `sampling.n` times, all of them together; see `llavakit.generation.search`."""
+        return expand_branches(self.engine, branches, sampling)
+
+    def continue_from(
+        self, messages: Messages, prefix: str, sampling: SamplingParams | None = None, **fields: Any
+    ) -> list[Answer]:
+        (branches,) = self.expand([self.begin(messages, prefix)], replace(sampling or SamplingParams(), **fields))
+        answers = []
+        for index, branch in enumerate(branches):
+            parser = self.codec.parser()
+            answer = Answer.of([*parser.feed(prefix + branch.last.text), *parser.finish(branch.last.finish_reason)])
+            answer.index, answer.text, answer.token_ids = index, branch.last.text, branch.last.token_ids
+            answer.finish_reason, answer.stop = branch.last.finish_reason, branch.last.stop
+            answers.append(answer)
+        return answers
+
+    def score(self, context: Messages | str, replies: Sequence[str]) -> list[Score]:
+        check_replies(replies)
+        request, wanted = (
+            self._text_parts(context, replies) if isinstance(context, str) else self._parts(context, replies)
+        )
+        length = len(request.ids()) + max(len(ids) for ids, _ in wanted)
+        if length > self.engine.max_length:
+            raise UserError(
+                f"score: context and reply have {length} positions, this model takes {self.engine.max_length}"
+            )
+        scores = []
+        for (ids, skipped), logprobs, reply in zip(
+            wanted, self.engine.score(request, [ids for ids, _ in wanted]), replies, strict=True
+        ):
+            scores.append(Score(tuple(ids[skipped:]), tuple(logprobs[skipped:].tolist()), len(reply)))
+        return scores
+
+    def _text_parts(self, context: str, replies: Sequence[str]) -> tuple[Request, list[tuple[list[int], int]]]:
+        """A plain context as a request, and per reply the ids behind it and how many of them are the context's."""
+        found = [text_ids(self.tokenizer, context, reply) for reply in replies]
+        shared = min(length for _, length in found)
+        return Request(input_ids=found[0][0][:shared]), [(ids[shared:], length - shared) for ids, length in found]
+
+    def _parts(self, context: Messages, replies: Sequence[str]) -> tuple[Request, list[tuple[list[int], int]]]:
+        """The same for a conversation, whose media positions lie in front of what a reply can change."""
+        messages, begin = self.codec.prepare(context), self.tokenizer.bos_token_id
+        template = self.processor.template
+        opened = encode(messages, template, self.tokenizer, add_generation_prompt=True)
+        known = one_begin(opened.ids, begin)
+        blanks = len(tokenize(opened.text, self.tokenizer)[0]) - len(
+            tokenize(opened.text.rstrip(" "), self.tokenizer)[0]
+        )
+        known = known[: len(known) - blanks]
+        found = []
+        for reply in replies:
+            whole = encode(
+                [*messages, {"role": "assistant", "content": reply}],
+                template,
+                self.tokenizer,
+                continue_final_message=True,
+            )
+            ids = one_begin(whole.ids, begin)
+            found.append((ids, shared_length(known, ids)))
+        shared = min(length for _, length in found)
+        request = self.request(messages)
+        cut = len(one_begin(opened.ids, begin)) - shared
+        expanded = one_begin(request.ids(), begin)
+        dropped = len(request.ids()) - len(expanded)
+        request.input_ids = expanded[: len(expanded) - cut]
+        request.answers = list(request.answers)[dropped:][: len(request.input_ids)]
+        return request, [(ids[shared:], length - shared) for ids, length in found]
+
+    # ------------------------------------------------------------------ transformers' own generation
 
     def generate(self, messages: Messages, **options: Any) -> str:
         """The next turn by transformers' `generate`, with all its options (`num_beams`, ...).
@@ -106,7 +257,7 @@ class Chat:
         Args:
             options: Of `generate`; `stop` (a string or several) ends the reply as in `chat`.
         """
-        request = self.request(messages, stop=options.pop("stop", None))
+        request = self.request(self.codec.prepare(messages), stop=options.pop("stop", None))
         tokenizer = self.processor.tokenizer
         inputs: dict[str, Any] = {"input_ids": request.input_ids[None]}
         if request.pixel_values is not None:
@@ -121,48 +272,69 @@ class Chat:
         return before_stop(text, request.sampling.stop).strip()
 
 
-def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+def _given(sampling: SamplingParams) -> dict[str, Any]:
+    return {entry.name: getattr(sampling, entry.name) for entry in fields(sampling)}
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def load(
-    model: str | Path,
-    *,
-    base: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | None = None,
-    max_batch: int = 16,
-) -> Chat:
-    """Load a checkpoint: llavakit's own, the authors' layout of a known system, or transformers'.
+class EngineResponse(Response):
+    """A response of the engine, whose text goes through the codec as it comes.
 
     Args:
-        model: Local folder or hub id.
-        base: The language model, for LoRA and connector-only files.
-        vision_tower: The encoder, for files that do not contain it.
-        dtype: "float32", "bfloat16" or "float16"; default float32 on a CPU, bfloat16 on a GPU.
-        device: Default the first GPU if there is one.
-        max_batch: Requests that are decoded together.
-
-    Raises:
-        UserError: One clear line if the folder is not a model or its tensors do not fit.
+        engine: Iterating drives it, unless a thread of its own does.
+        parsers: One per reply.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch raises one or the other
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used here ({reason}); cpu always can") from None
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise UserError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
-    checkpoint = open_checkpoint(model, base=base, vision_tower=vision_tower)
-    processor = load_processor(checkpoint, local_folder(base) if base is not None else None)
-    net = build(checkpoint, dtype=dtype, device=device)
-    return Chat(net, processor, name=str(model), max_batch=max_batch)
+
+    handle: RequestHandle
+
+    def __init__(self, engine: Engine, parsers: Sequence[Parser], listener: Listener | None) -> None:
+        super().__init__(len(parsers), listener)
+        self._engine, self._parsers = engine, parsers
+        self._submitting = threading.Lock()
+
+    def submit(self, request: Request, stream: bool) -> None:
+        """Queue the request.
+
+        Raises:
+            UserError: If the engine refuses it.
+        """
+        with self._submitting:  # the first piece may come before `handle` is known
+            self.handle = self._engine.submit(request, stream=stream, listener=self._listen)
+
+    def cancel(self) -> None:
+        super().cancel()
+        self.handle.cancel()
+
+    def _listen(self, chunk: StreamChunk) -> None:
+        """A piece from the engine, in the thread that steps it."""
+        with self._submitting:
+            pass
+        try:
+            self._take(chunk)
+        except Exception as error:  # of a codec; raised, it would leave the request without an end
+            self.fail(error)
+
+    def _take(self, chunk: StreamChunk) -> None:
+        index, parser, answer = chunk.index, self._parsers[chunk.index], self.answers[chunk.index]
+        if answer.finish_reason is not None:  # it failed
+            return
+        answer.token_ids += chunk.token_ids
+        answer.text += chunk.text
+        events = parser.feed(chunk.text) if chunk.text else []
+        if chunk.finish_reason is not None:
+            events = [*events, *parser.finish(chunk.finish_reason)]
+        for event in events:
+            self.deliver(replace(event, index=index))
+        if chunk.logprobs:
+            self.deliver(LogprobsEvent(index=index, entries=chunk.logprobs))
+        if chunk.finish_reason is None:
+            return
+        handle = self.handle
+        tokens = sum(len(one.token_ids) for one in self.answers)
+        self.usage = Usage(handle.prompt_tokens, tokens, handle.reused_tokens)
+        if chunk.finish_reason == "error":
+            self.fail(handle.error or RuntimeError("the engine failed"))
+        reason = "tool_calls" if answer.calls and chunk.finish_reason == "stop" else chunk.finish_reason
+        self.finish(index, reason, chunk.stop)
+
+    def _next(self) -> Event:
+        return self._engine.wait_for(self._events)

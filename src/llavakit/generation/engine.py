@@ -205,6 +205,8 @@ class Engine:
             handle = RequestHandle(self, request)
             prompt = self.prompts.read(request)
             cache, first = self._prefill_alone(prompt) if self._alone else self._prefill_states(handle, prompt)
+            if not self._alone and prompt.keys is not None and self.prefixes.enabled:
+                self.prefixes.put(prompt.keys, cache)
             scores = []
             for reply in continuations:
                 ids = torch.tensor([list(reply)], device=self.device)

@@ -18,6 +18,16 @@ _COLDEST = 1e-4  # below, divided logits overflow; this cold already only ties a
 _NUCLEUS_GUESS = 512  # most nuclei are smaller; sorting only this many spares a sort of the whole vocabulary
 
 
+def choice_seed(seed: int, index: int) -> int:
+    """Seed of one of several replies: reply 0 has the request's own, so it is what a request for one reply gets."""
+    return (seed + index * 0x9E3779B97F4A7C15) % 2**63
+
+
+def call_seed(seed: int, number: int) -> int:
+    """Seed of one of several calls that follow each other; never that of another reply's call."""
+    return (seed + number * 0xD1B54A32D192ED03) % 2**63
+
+
 class RowRng:
     """Uniform numbers of one reply.
 
@@ -29,7 +39,7 @@ class RowRng:
     def __init__(self, seed: int | None, index: int = 0) -> None:
         if seed is None:
             seed = int(torch.randint(2**62, ()).item())
-        self._generator = torch.Generator().manual_seed((seed + index * 0x9E3779B97F4A7C15) % 2**63)
+        self._generator = torch.Generator().manual_seed(choice_seed(seed, index))
         self._numbers: list[float] = []
 
     def next(self) -> float:

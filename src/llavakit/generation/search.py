@@ -1,22 +1,22 @@
-"""Search on top of the engine: branches that fork from a shared prefix, stop at a marker, are judged, and go on.
+"""Search over replies: branches that fork from a shared prefix, stop at a marker, are judged, and go on.
 
-A branch is a request plus the tokens chosen so far. Growing it submits the longer prompt; the engine finds the
+    root = chat.begin(messages)
+    sampling = SamplingParams(n=4, temperature=0.6, seed=0)
+    branch = stage_beam_search(chat.expand, root, sampling, ["</CAPTION>", "</CONCLUSION>"], choose)
+
+A branch is a prompt plus the tokens chosen so far. Expanding it submits the longer prompt; the engine finds the
 states of the prefix (and the picture's vectors) and copies them, so that a fork computes new tokens only. Nothing
-here knows what a stage is or how a judge decides.
+here knows what a stage is or how a judge decides: `choose` may ask any responder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
 
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Reply, Request, SamplingParams
-from llavakit.generation.stopping import generate_options
-from llavakit.model.prompt import PromptInfo
+from llavakit.generation.sampling import call_seed, choice_seed
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Branch:
         request: The prompt with its media.
         ids: Tokens chosen so far.
         text: Their text, markers included.
-        last: The reply that the newest growth gave, None at the root.
+        last: The reply that the newest expansion gave, None at the root.
     """
 
     request: Request
@@ -37,114 +37,111 @@ class Branch:
 
     @property
     def finished(self) -> bool:
-        """Whether the newest growth ended by itself rather than at a marker or at its length."""
+        """Whether the newest expansion ended by itself rather than at a marker or at its length."""
         return self.last is not None and self.last.finish_reason == "stop" and self.last.stop is None
+
+
+Expand = Callable[[Sequence[Branch], SamplingParams], list[list[Branch]]]  # `Chat.expand`
 
 
 def expand_branches(engine: Engine, branches: Sequence[Branch], sampling: SamplingParams) -> list[list[Branch]]:
     """Continue every branch `sampling.n` times, all of them together; the stop strings are the markers.
 
+    Where the branch's own request says that a reply ends (the chat template's stop strings), the branch is finished.
+    Every continuation draws from a stream of its own.
+
     Returns:
         Per branch its continuations; a branch that is finished comes back alone.
     """
-    handles = {
-        number: engine.submit(_longer(branch, sampling), stream=False)
-        for number, branch in enumerate(branches)
-        if not branch.finished
-    }
+    handles = {}
+    for number, branch in enumerate(branches):
+        if not branch.finished:
+            seed = None if sampling.seed is None else choice_seed(sampling.seed, number * sampling.n)
+            handles[number] = engine.submit(_longer(branch, replace(sampling, seed=seed)), stream=False)
     grown = []
     for number, branch in enumerate(branches):
         if number not in handles:
             grown.append([branch])
             continue
         result = handles[number].result()
-        grown.append([_joined(branch, reply) for reply in (result if isinstance(result, list) else [result])])
+        replies = result if isinstance(result, list) else [result]
+        grown.append([_joined(branch, reply, sampling.stop) for reply in replies])
     return grown
 
 
 def _longer(branch: Branch, sampling: SamplingParams) -> Request:
     """The request whose prompt ends with the branch's tokens."""
-    request = replace(branch.request, sampling=sampling)
+    own = branch.request.sampling
+    eos = own.eos_token_ids if sampling.eos_token_ids is None else sampling.eos_token_ids
+    stop = (*sampling.stop, *(end for end in own.stop if end not in sampling.stop))
+    request = replace(branch.request, sampling=replace(sampling, eos_token_ids=eos, stop=stop))
     if not branch.ids:
         return request
     if request.inputs_embeds is not None:
-        raise ValueError("a branch that grows twice needs a request with input_ids, this one has embeddings only")
+        raise ValueError("a branch that is expanded twice needs a request with input_ids, this one has embeddings only")
     ids = [*request.ids(), *branch.ids]
     return replace(request, input_ids=ids, generated=request.generated + len(branch.ids))
 
 
-def _joined(branch: Branch, reply: Reply) -> Branch:
+def _joined(branch: Branch, reply: Reply, markers: Sequence[str]) -> Branch:
+    if reply.stop not in markers:
+        reply = replace(reply, stop=None)
     text = branch.text + reply.text + (reply.stop or "")
     return Branch(branch.request, branch.ids + tuple(reply.token_ids), text, reply)
 
 
-def best_of_n(engine: Engine, request: Request, score: Callable[[Sequence[Branch]], Sequence[float]]) -> Branch:
-    """The best of `request.sampling.n` replies; of equals the first.
+def best_of_n(
+    expand: Expand, root: Branch, sampling: SamplingParams, score: Callable[[Sequence[Branch]], Sequence[float]]
+) -> Branch:
+    """The best of `sampling.n` replies; of equals the first.
 
     Args:
         score: Gives every candidate a number, higher is better.
     """
-    (candidates,) = expand_branches(engine, [Branch(request)], request.sampling)
+    (candidates,) = expand([root], sampling)
     scores = list(score(candidates))
     return candidates[max(range(len(candidates)), key=scores.__getitem__)]
 
 
-def stage_beam_search(
-    engine: Engine,
-    request: Request,
-    markers: Sequence[str],
-    choose: Callable[[str, Sequence[Branch]], Branch],
+def search(
+    expand: Expand,
+    root: Branch,
+    sampling: SamplingParams,
+    until: Callable[[Branch], str | Sequence[str] | None],
+    choose: Callable[[Sequence[Branch]], Branch],
 ) -> Branch:
-    """Stage by stage: sample candidates up to the stage's marker, keep one, go on from it.
+    """Step by step: sample `sampling.n` candidates up to a marker, keep one, go on from it.
 
     Args:
-        request: Its `sampling` holds for every stage, `n` is the number of candidates.
-        markers: End marker of every stage in order.
-        choose: Given marker and candidates, the branch to go on with.
+        until: The stop strings of the next step, None to end.
+        choose: The candidate to go on with.
     """
-    branch = Branch(request)
-    for number, marker in enumerate(markers):
-        seed = request.sampling.seed
-        stage = replace(request.sampling, stop=(marker,), seed=None if seed is None else seed + number)
-        (candidates,) = expand_branches(engine, [branch], stage)
-        branch = choose(marker, candidates)
-        if branch.finished:
-            break
+    branch, step = root, 0
+    while not branch.finished and (stop := until(branch)) is not None:
+        seed = None if sampling.seed is None else call_seed(sampling.seed, step)
+        (candidates,) = expand([branch], replace(sampling, stop=stop, seed=seed))
+        branch, step = choose(candidates), step + 1
     return branch
 
 
-def likelihood(
-    engine: Engine, request: Request, replies: Sequence[Sequence[int]], *, mean: bool = False
-) -> list[float]:
-    """Log probability of given replies (token ids); `mean` divides by their lengths."""
-    scores = engine.score(request, replies)
-    return [float(score.mean() if mean else score.sum()) for score in scores]
+def stage_beam_search(
+    expand: Expand,
+    root: Branch,
+    sampling: SamplingParams,
+    markers: Sequence[str],
+    choose: Callable[[str, Sequence[Branch]], Branch],
+) -> Branch:
+    """`search` whose steps end at given markers, one after the other.
 
-
-def beam_search(engine: Engine, request: Request, num_beams: int, *, length_penalty: float = 1.0) -> list[int]:
-    """Beam search by transformers' own `generate`, outside the batch; token ids of the best reply.
-
-    The reply ends at the request's stop strings too; their tokens are part of it.
+    Args:
+        markers: End marker of every stage in order.
+        choose: Given marker and candidates, the branch to go on with.
     """
-    device, params = engine.device, request.sampling
-    inputs: dict[str, Any] = {
-        "input_ids": torch.tensor([request.ids()], device=device),
-        "pixel_values": request.pixel_values,
-        "visual_sizes": request.visual_sizes,
-        "visual_modalities": request.visual_modalities,
-        "visual_regions": request.visual_regions,
-    }
-    if request.answers is not None:
-        inputs["prompt_info"] = PromptInfo(torch.as_tensor(request.answers, device=device)[None].bool())
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    options = generate_options(params, engine.tokenizer, engine.eos_token_ids)
-    output = engine.model.generate(
-        **inputs,
-        **options,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        do_sample=False,
-        max_new_tokens=params.max_new_tokens,
-        pad_token_id=0,
+    left = list(markers)
+    return search(
+        expand,
+        root,
+        sampling,
+        lambda branch: left[0] if left else None,
+        lambda candidates: choose(left.pop(0), candidates),
     )
-    return output[0, inputs["input_ids"].shape[1] :].tolist()

@@ -91,6 +91,7 @@ class LlavakitConfig(PreTrainedConfig):
         vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps them.
         image_token_id: Placeholder id; one per visual token in expanded prompts.
         template: Name of the chat template the weights were trained with.
+        codec: Name of the codec of reasoning and tool calls, or None for that of the system.
         system: Slug of the published system, or None for a free combination.
         extras: Values that only a system's own parts read (declared in the system's documentation).
     """
@@ -110,6 +111,7 @@ class LlavakitConfig(PreTrainedConfig):
     vision_feature_select_strategy: str = "default"
     image_token_id: int = 32000
     template: str = "v1"
+    codec: str | None = None
     system: str | None = None
     extras: dict | None = None
     tie_word_embeddings: bool = False

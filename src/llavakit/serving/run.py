@@ -78,7 +78,7 @@ def serve(
         return
     uvicorn = _need("uvicorn", "serve")
     _need("fastapi", "serve")
-    from llavakit.generation.chat import load
+    from llavakit.generation.load import load
     from llavakit.media.policy import MediaPolicy
     from llavakit.serving.app import Settings, create_app
 

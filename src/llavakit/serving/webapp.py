@@ -22,6 +22,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from llavakit.conversation.encode import escape_special_tokens
+from llavakit.conversation.turns import TextDelta
 from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestFailed
@@ -167,13 +168,14 @@ def build(chat: Chat, files: PageFiles) -> gr.Blocks:
             messages = messages_of([*history, turn], opener(request))
             messages = escape_special_tokens(messages, chat.processor.tokenizer)
             text = ""
-            handle = chat.submit(messages, temperature=temperature, top_p=top_p, max_new_tokens=int(length))
+            response = chat.submit(messages, temperature=temperature, top_p=top_p, max_new_tokens=int(length))
             try:
-                for piece in handle:
-                    text += piece.text
-                    yield text.strip()
+                for event in response:
+                    if isinstance(event, TextDelta):
+                        text += event.text
+                    yield text
             finally:
-                handle.cancel()  # of a reply that was stopped
+                response.cancel()  # of a reply that was stopped
         except (UserError, RequestFailed) as error:  # raised, it would leave the page without a text box
             yield gr.ChatMessage(role="assistant", content=str(error), metadata={"title": NOT_ANSWERED})
 

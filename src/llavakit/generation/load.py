@@ -1,0 +1,155 @@
+"""`llavakit.load`: a checkpoint in any known layout as a responder.
+
+The plain responder of a model is `Chat`. A system whose card names a responder of its own (a retrieval loop, a search)
+gets that around it; `responder="plain"` asks for the model alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llavakit.checkpoints.convert import build, load_processor, local_folder, open_checkpoint
+from llavakit.conversation.codecs import get_codec
+from llavakit.errors import UserError
+from llavakit.generation.chat import Chat
+from llavakit.generation.responder import Responder
+from llavakit.registry import nearest, resolve
+from llavakit.system import System, get_system, systems
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PLAIN = "plain"
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def load(
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    max_batch: int = 16,
+    responder: str | None = None,
+    responder_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Load a checkpoint: llavakit's own, the authors' layout of a known system, or transformers'.
+
+    Args:
+        model: Local folder or hub id.
+        base: The language model, for LoRA and connector-only files.
+        vision_tower: The encoder, for files that do not contain it.
+        dtype: "float32", "bfloat16" or "float16"; default float32 on a CPU, bfloat16 on a GPU.
+        device: Default the first GPU if there is one.
+        max_batch: Requests that are decoded together.
+        responder: Slug of the system in whose way to answer, or "module:factory" of a responder, or "plain" for the
+            model alone. Default: that of the system that the checkpoint belongs to, if it has one.
+        responder_options: Options of that responder.
+
+    Returns:
+        A `Responder`; for a model alone a `Chat`.
+
+    Raises:
+        UserError: One clear line if the folder is not a model or its tensors do not fit.
+    """
+    wanted = None if responder is None else wanted_system(responder)
+    device, dtype = check_device(device), check_dtype(dtype, device)
+    checkpoint = open_checkpoint(model, base=base, vision_tower=vision_tower)
+    card = systems().get(checkpoint.config.system)
+    make = factory(responder, wanted or card, responder_options)
+    codec = get_codec(checkpoint.config.codec or getattr(wanted or card, "codec", None))
+    processor = load_processor(checkpoint, local_folder(base) if base is not None else None)
+    net = build(checkpoint, dtype=dtype, device=device)
+    sources = [checkpoint.folder, *(local_folder(place) for place in (base, vision_tower) if place is not None)]
+    return make(Chat(net, processor, name=str(model), max_batch=max_batch, codec=codec, folders=sources))
+
+
+def check_device(device: str | None) -> str:
+    """The device to use.
+
+    Raises:
+        UserError: If it cannot be used.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch raises one or the other
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason}); cpu always can") from None
+    return device
+
+
+def check_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
+    """The data type to use.
+
+    Raises:
+        UserError: If it is unknown.
+    """
+    if dtype is None:
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype
+
+
+def wanted_system(responder: str) -> System | None:
+    """The system whose slug a responder's name is; None for "plain" and "module:factory".
+
+    Raises:
+        UserError: If there is none, or it answers by its model alone and has no codec either.
+    """
+    if responder == PLAIN or ":" in responder:
+        return None
+    card = get_system(responder)
+    if card.responder is None and card.codec is None:
+        raise UserError(f"responder {responder!r}: this system answers by its model alone, so there is none to choose")
+    return card
+
+
+def factory(
+    responder: str | None, card: System | None, options: Mapping[str, Any] | None
+) -> Callable[[Responder], Responder]:
+    """What makes a model's responder the wanted one; checked before the model is read.
+
+    Raises:
+        UserError: If it cannot be imported, or does not take the options.
+    """
+    given = dict(options or {})
+    if responder is not None and ":" in responder:
+        try:
+            make = resolve(responder)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"responder {responder!r} cannot be imported ({error})") from None
+    elif responder == PLAIN or card is None or card.responder is None:
+        if given:
+            raise UserError(f"responder option {next(iter(given))!r}: a model alone has none")
+        return lambda chat: chat
+    else:
+        make = card.load("responder")
+    parameters = list(inspect.signature(make).parameters.values())[1:]
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind in _NAMED}
+    asked = getattr(make, "options", None)  # of a responder class: options that a request may give too
+    known = [*named, *(asked.model_fields if asked is not None else ())]
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    for name in given:
+        if name not in known and not takes_all and isinstance(make, type):
+            raise UserError(f"responder option {name!r} is unknown{nearest(name, known)}")
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise UserError(f"responder option {name!r} is missing: this system needs it to answer")
+
+    def made(chat: Responder) -> Responder:
+        own = given if takes_all else {name: value for name, value in given.items() if name in named}
+        found = make(chat, **own)
+        if not isinstance(found, Responder):
+            raise UserError(f"responder {responder or card.slug!r} is a {type(found).__name__}, not a Responder")
+        found.preset(**{name: value for name, value in given.items() if name not in own})
+        return found
+
+    return made
