@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -491,13 +492,17 @@ def test_label_policy_without_rule_is_refused(vicuna, policy):
         encode([image_turn("Q")], "v1", vicuna, labels=policy)
 
 
-def test_stop_strings(vicuna):
-    stop = KeywordStop(["</s>", "###"], vicuna)
+def test_stop_strings_as_the_original_finds_them(vicuna):
     prompt = vicuna("hello").input_ids
-    assert not stop([*prompt, *vicuna(" yes", add_special_tokens=False).input_ids], len(prompt))
-    assert stop([*prompt, vicuna.eos_token_id], len(prompt))
-    assert stop([*prompt, *vicuna("yes ###", add_special_tokens=False).input_ids], len(prompt))
-    assert not stop.all([[*prompt, vicuna.eos_token_id], prompt], len(prompt))
+    stop = KeywordStop(["</s>", "###"], vicuna, len(prompt))
+
+    def ends(*rows):
+        return stop(torch.tensor([[*prompt, *row] for row in rows])).tolist()
+
+    said = vicuna(" yes", add_special_tokens=False).input_ids
+    assert ends(said, [*said[:-1], vicuna.eos_token_id]) == [False, True]
+    assert ends(vicuna("yes ###", add_special_tokens=False).input_ids) == [True]
+    assert ends([]) == [False]
 
 
 # Messages

@@ -14,16 +14,13 @@ from torch.utils.data import Sampler
 
 from llavakit.errors import UserError
 
+MEDIA_KEYS = ("image", "images", "video", "videos", "volume", "volumes", "image3d")
+
 
 def word_length(record: Mapping[str, Any]) -> int:
-    """Whitespace-separated words of a LLaVA record, negative if the record has no `image` or `video`."""
+    """Whitespace-separated words of a LLaVA record, negative if it has no media."""
     words = sum(len(turn["value"].split()) for turn in record["conversations"])
-    return words if "image" in record or "video" in record else -words
-
-
-def length_with_media(record: Mapping[str, Any], tokens_per_image: int = 128) -> int:
-    """Words of a LLaVA record plus a flat allowance if it has an image; for grouping without modality."""
-    return abs(word_length(record)) + (tokens_per_image if "image" in record else 0)
+    return words if any(key in record for key in MEDIA_KEYS) else -words
 
 
 def even_chunks(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:

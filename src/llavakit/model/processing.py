@@ -258,7 +258,8 @@ class LlavakitProcessor(ProcessorMixin):
             `input_ids`, `labels` (lists), `pixel_values` (list of views), `visual_sizes` (list of triples),
             `visual_modalities` (list of indices into `MODALITIES`), `visual_regions` (one float64 tensor
             [regions, 4] per media item, corners in pixels of the original picture; empty if there are no regions), and
-            `notes` on what was left out of the messages.
+            `notes` on what was left out of the messages, and `fully_masked` (whether the label policy masked the whole
+            sample on a token-count mismatch; policy "rounds" only).
 
         Raises:
             UserError: If messages, media or regions do not fit the model.
@@ -298,6 +299,7 @@ class LlavakitProcessor(ProcessorMixin):
             "visual_modalities": modalities,
             "notes": encoded.notes,
             "visual_regions": regions if any(map(len, regions)) else [],
+            "fully_masked": encoded.fully_masked,
         }
 
     # transformers' door: text and images

@@ -22,7 +22,7 @@ from llavakit.data.dataset import SampleDataset
 from llavakit.data.mixing import generator_of
 from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import first_fit_decreasing
-from llavakit.data.sampler import length_grouped, modality_grouped
+from llavakit.data.sampler import length_grouped, modality_grouped, word_length
 from llavakit.errors import RecordError, UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
@@ -32,6 +32,7 @@ from llavakit.training.recipe import Recipe, Stage
 from llavakit.views.plan import MediaSize
 
 MEMORY = 512 * 1024**2
+WORDS_PER_IMAGE = 128  # what the original adds for an image where it groups by length alone
 PACKING_WINDOW = 2048  # samples that are packed together: enough for full rows, few enough to stay fast
 
 Messages = Sequence[Mapping[str, Any]]
@@ -129,17 +130,26 @@ class Samples(Dataset):
     def _encode_ids(self, messages: Messages) -> dict[str, Any]:
         return self.processor.encode(messages, pixels=False, **self.options)
 
-    def words(self, index: int) -> int:
-        """Words of a record, negative if it has no media (the original LLaVA's measure for grouping)."""
+    def words(self, index: int, per_image: int = 0) -> int:
+        """Words of a record, negative if it has no media: the original LLaVA's measure for grouping.
+
+        Args:
+            per_image: Added for a record with images, as the original does where it groups by length alone.
+        """
         try:
-            messages = self.dataset.records[index].messages
+            record = self.dataset.records[index]
         except RecordError:
             if self.dataset.on_bad_record == "stop":
                 raise
             return -1  # another record takes its place
-        parts = [part for message in messages for part in message["content"]]
-        words = sum(len(part["text"].split()) if part["type"] == "text" else is_media(part) for part in parts)
-        return max(words, 1) * (1 if any(map(is_media, parts)) else -1)
+        if "conversations" in record.raw:
+            words, has_image = word_length(record.raw), "image" in record.raw
+        else:
+            parts = [part for message in record.messages for part in message["content"]]
+            words = sum(len(part["text"].split()) if part["type"] == "text" else is_media(part) for part in parts)
+            words *= 1 if any(map(is_media, parts)) else -1
+            has_image = any(part["type"] == "image" for part in parts)
+        return words + per_image * has_image or -1
 
 
 class Batches:
@@ -162,12 +172,12 @@ def _epoch_batches(samples: Samples, stage: Stage, seed: int, epoch: int, world:
             batch for begin in range(0, len(order), PACKING_WINDOW) for batch in _packed(samples, stage, order, begin)
         ]
     if stage.group_by_modality or stage.group_by_length:
-        lengths = [samples.words(index) for index in order]
         generator = generator_of(seed, epoch)
         if stage.group_by_modality:
+            lengths = [samples.words(index) for index in order]
             places = modality_grouped(lengths, stage.batch_size, world * stage.accumulation, generator)
         else:
-            sizes = [abs(length) for length in lengths]
+            sizes = [abs(samples.words(index, WORDS_PER_IMAGE)) for index in order]
             places = length_grouped(sizes, stage.batch_size, world * stage.accumulation, generator)
         order = [order[place] for place in places]
     return [order[begin : begin + stage.batch_size] for begin in range(0, len(order), stage.batch_size)]
@@ -236,7 +246,7 @@ class StageCollator:
     """A `Collator` that also says how many tokens are not padding, and names cached features as such.
 
     Args:
-        pad_token_id, max_length, packing: See `llavakit.data.collate.Collator`.
+        pad_token_id, max_length, packing, padding_side: See `llavakit.data.collate.Collator`.
         features: Whether the samples hold encoder features instead of pixels.
         flat: Lay a packed batch into one row that is exactly as long as its samples, without any padding; for
             attention that computes samples one by one (`training.attention`).
@@ -252,10 +262,11 @@ class StageCollator:
         features: bool = False,
         flat: bool = False,
         stand_ins: Mapping[tuple[int, ...], Mapping[str, Any]] | None = None,
+        padding_side: str = "right",
     ) -> None:
         self.pad_token_id, self.features, self.flat = pad_token_id, features, flat
         self.stand_ins = dict(stand_ins or {})
-        self.collator = Collator(pad_token_id, max_length=max_length, packing=packing)
+        self.collator = Collator(pad_token_id, max_length, padding_side, packing)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokens = sum(len(sample["input_ids"]) for sample in samples)

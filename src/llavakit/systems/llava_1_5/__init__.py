@@ -28,7 +28,11 @@ SYSTEM = System(
         "llava-hf/llava-1.5-13b-hf",
     ),
     parts={
-        "layouts": {"llava-1.5-classic": f"{_PACKAGE}.checkpoint:Classic", "llava-1.5-hf": f"{_PACKAGE}.checkpoint:Hf"}
+        "layouts": {"llava-1.5-classic": f"{_PACKAGE}.checkpoint:Classic", "llava-1.5-hf": f"{_PACKAGE}.checkpoint:Hf"},
+        "templates": {
+            "mpt_miscounted": f"{_PACKAGE}.templates:MPT",
+            "chatml_direct_miscounted": f"{_PACKAGE}.templates:CHATML_DIRECT",
+        },
     },
     parity=f"{_PACKAGE}.parity:ADAPTERS",
     cost=f"{_PACKAGE}.cost:cost",

@@ -57,6 +57,13 @@ class Classic(ClassicLayout):
         media = {"image": {"views": views, "arrange": {"type": merge}}}
         return {"media": media, "template": template}
 
+    def drop_unused(self, config: LlavakitConfig, state: LazyState) -> LazyState:
+        """Without the newline vector where images are not laid out with it."""
+        arrange = config.media["image"]["arrange"]["type"]
+        return state.renamed(
+            lambda name: None if name == "model.image_newline" and arrange != "spatial_unpad" else name
+        )
+
     def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
         image = config.media["image"]
         planner = image["views"]["type"]

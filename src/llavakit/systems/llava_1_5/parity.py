@@ -2,130 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CLIPVisionConfig
 
 from llavakit.checkpoints.classic import mlp_options
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.proof.golden import Case, Result
-from llavakit.splice.layout import Run
-from llavakit.splice.scatter import IGNORE, expand, scatter
+from llavakit.proof.classic_batch import ClassicBatch, Entry, as_rows
+from llavakit.proof.entries import TINY, check_keys, greedy, published_model
+from llavakit.proof.golden import Case, Example, Result
 from llavakit.systems.llava_1_5 import parity_eval, parity_text, parity_views
-from llavakit.systems.llava_1_5.checkpoint import Classic, Hf, pinpoints_of
+from llavakit.systems.llava_1_5.checkpoint import Classic, Hf
 from llavakit.views.plan import MediaSize
-from llavakit.vision.encode import encode_views
-from llavakit.vision.geometry import geometry_of
 from llavakit.vision.multiscale import MultiscaleConfig, MultiscaleEncoder
 
-PLACEHOLDER = -200
+SELECTION = ("mm_vision_select_layer", "mm_vision_select_feature")
 
 
-def tiny_config(config: Mapping[str, Any], **fields: Any) -> LlavakitConfig:
-    """The configuration of a case's tiny model; the placeholder id lies outside the vocabulary."""
-    vision, text = config["vision"], config["text"]
-    image = {"views": {"type": "squash", "size": vision["image_size"]}, "arrange": {"type": "flat"}}
-    select = config.get("mm_vision_select_feature", "patch")
-    defaults: dict[str, Any] = {
-        "text_config": {"model_type": "llama", **text},
-        "vision_config": {"model_type": "clip_vision_model", **vision},
-        "connector": mlp_options(config.get("mm_projector_type", "mlp2x_gelu")),
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": "full" if select == "cls_patch" else "default",
-        "image_token_id": text["vocab_size"],
-        "media": {"image": image},
-        "system": "llava-1.5",
-    }
-    return LlavakitConfig(**(defaults | fields))
+def clip_options(config: Mapping[str, Any], where: str = "config.vision") -> dict[str, Any]:
+    """Options of a CLIP encoder."""
+    return {"model_type": "clip_vision_model", **check_keys(config, CLIPVisionConfig().to_dict(), where)}
 
 
-def build(config: LlavakitConfig, weights: Mapping[str, Tensor]) -> LlavakitForConditionalGeneration:
-    """A model with the original code's weights."""
-    rename = rename_with(Classic().renames_in())
-    model = LlavakitForConditionalGeneration(config).eval()
-    missing, extra = model.load_state_dict({rename(n): t for n, t in weights.items()}, strict=False)
-    if missing or extra:
-        raise ValueError(f"weights do not fit: missing {missing[:3]}, unknown {extra[:3]}")
-    return model
+def model_of(case: Case, **settings: Any) -> LlavakitForConditionalGeneration:
+    """The case's model, opened as a published checkpoint with further settings in its config.json."""
+    config = case.config
+    named = ("mm_projector_type", *SELECTION, "pad_token_id")
+    raw = {key: config[key] for key in named if key in config} | settings
+    raw = {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu", **config["text"], **raw}
+    size = config["vision"]["image_size"]
+
+    def one_view(own: LlavakitConfig) -> None:
+        # an entry of one view alone is not cut into tiles
+        arrange = own.media["image"]["arrange"]
+        own.media["multi_image"] = {"views": {"type": "squash", "size": size}, "arrange": arrange}
+
+    return published_model(raw, case.weights(), clip_options(config["vision"]), change=one_view)
 
 
-def pad_rows(rows: Sequence[Sequence[int]], fill: int, side: str) -> Tensor:
-    """Rows of ids as one tensor [rows, longest]."""
-    length = max(len(row) for row in rows)
-    pads = [[fill] * (length - len(row)) for row in rows]
-    return torch.tensor([p + list(r) if side == "left" else list(r) + p for r, p in zip(rows, pads, strict=True)])
+def vision_encoder(case: Case) -> Iterator[Example]:
+    """CLIP features by layer and selection; a list of images is encoded one by one."""
+    case.informational("config.published", "config.published.*", "config.num_patches")
+    own = {key: value for key, value in case.config.items() if key not in ("num_patches", "published", *SELECTION)}
+    default = (case.config.get(SELECTION[0], -2), case.config.get(SELECTION[1], "patch"))
+    pixels = case.tensors["pixel_values"]
 
+    def features(images: Tensor, layer: int, select: str) -> Tensor:
+        if select not in ("patch", "cls_patch"):
+            raise ValueError(f"Unexpected select feature: {select}")
+        config = LlavakitConfig(
+            text_config={"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2},
+            vision_config=clip_options(own, "config"),
+            vision_feature_layer=layer,
+            vision_feature_select_strategy="full" if select == "cls_patch" else "default",
+            media={"image": {"views": {"type": "squash", "size": own["image_size"]}}},
+        )
+        model = LlavakitForConditionalGeneration(config).eval()
+        load_tower(model.model.vision_tower, case.weights())
+        with torch.no_grad():
+            return model.get_image_features(images).last_hidden_state.to(images.dtype)
 
-def expand_batch(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    counts: Sequence[int],
-    image_token_id: int,
-    side: str = "right",
-    max_length: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Classic ids with -200 per image to expanded ids, mask, labels, and the number of images of every row."""
-    rows, targets, images = [], [], []
-    remaining = iter(counts)
-    for row, ids in enumerate(input_ids):
-        keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask[row].bool()
-        own = ids[keep].tolist()
-        layouts = [[Run(visual=next(remaining))] for _ in range(own.count(PLACEHOLDER))]
-        if not layouts:
-            next(remaining, None)  # a text-only sample comes with one unused image
-        wanted = None if labels is None else labels[row][keep].tolist()
-        spliced = expand(own, wanted, layouts, placeholder=PLACEHOLDER, image_token_id=image_token_id)
-        rows.append(spliced.ids[:max_length])
-        targets.append(spliced.labels[:max_length])
-        images.append(len(layouts))
-    mask = pad_rows([[1] * len(row) for row in rows], 0, side)
-    return pad_rows(rows, 0, side), mask, pad_rows(targets, IGNORE, side), images
-
-
-def used_images(input_ids: Tensor, attention_mask: Tensor | None = None) -> list[int]:
-    """Numbers of the images that a batch shows: a text-only row comes with one image that nobody sees."""
-    shown = input_ids == PLACEHOLDER
-    used, start = [], 0
-    for count in (shown if attention_mask is None else shown & attention_mask.bool()).sum(dim=1).tolist():
-        used += range(start, start + count)
-        start += max(count, 1)
-    return used
-
-
-def vision_encoder(case: Case) -> Result:
-    """CLIP features by layer and selection."""
-    case.informational("config.published", "config.published.*")
-    selection = ("mm_vision_select_layer", "mm_vision_select_feature")
-    config = {k: v for k, v in case.config.items() if k not in ("num_patches", "published", *selection)}
-    layer, select = (case.config.get(*pair) for pair in zip(selection, (-2, "patch"), strict=True))
-    inputs, outputs = case.tensors, {}
-    model = LlavakitForConditionalGeneration(
-        tiny_config({"vision": config, "text": {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2}})
-    )
-    encoder = model.model.vision_tower.eval()
-    load_tower(encoder, case.weights())
-    pixels = inputs["pixel_values"]
     for name in case.wanted.tensors:
         if name.startswith("features_list_"):
             number = int(name.rsplit("_", 1)[1])
-            outputs[name] = _features(encoder, pixels[number : number + 1], layer, select)
+            wanted = (pixels[number : number + 1], *default)
+        elif name.startswith("features_layer"):
+            _, named, select = name.split("_", 2)
+            wanted = (pixels, int(named.removeprefix("layer")), select)
         else:
-            _, named, kind = name.split("_", 2)
-            outputs[name] = _features(encoder, pixels, int(named.removeprefix("layer")), kind)
-    return Result(tensors=outputs)
-
-
-def _features(encoder: torch.nn.Module, pixels: Tensor, layer: int, select: str) -> Tensor:
-    strategy = "full" if select == "cls_patch" else "default"
-    with torch.no_grad():
-        return encode_views(encoder, pixels, layer, strategy, geometry_of(encoder.config))
+            wanted = (pixels, *default)
+        yield Example(name, lambda name=name, wanted=wanted: {name: features(*wanted)}, tensors=(name,))
 
 
 def load_tower(encoder: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -174,186 +128,159 @@ def connector(case: Case) -> Result:
     return Result(tensors=outputs)
 
 
-def splice(case: Case) -> Result:
+def placeholder(case: Case) -> int:
+    """The id that stands for an image."""
+    return case.config.get("image_token_index", IMAGE_PLACEHOLDER)
+
+
+def splice(case: Case) -> Iterator[Example]:
     """Ids with placeholders and ready visual vectors to embeddings, mask and labels."""
-    case.informational("config.runs.*", "config.image_token_index", "config.ignore_index", "config.tokens_per_image")
-    inputs = case.tensors
+    reported = [f"config.runs.*.{name}_returned" for name in ("position_ids", "attention_mask", "labels")]
+    case.informational(*reported, "config.tokens_per_image", "inputs.*/position_ids")
+    token, ignore = placeholder(case), case.config.get("ignore_index", -100)
     table = case.weights()["model.embed_tokens.weight"]
-    token = table.shape[0]
-    outputs = {}
-    for run, options in case.config["runs"].items():
-        features = inputs["image_features"][: options["n_images"]]
-        ids, mask, labels, images = expand_batch(
-            inputs[f"{run}/input_ids"],
-            inputs.get(f"{run}/attention_mask"),
-            inputs.get(f"{run}/labels"),
-            [len(vectors) for vectors in features],
-            token,
-            options["config"].get("tokenizer_padding_side", case.config.get("default_padding_side", "right")),
-            options["config"].get("tokenizer_model_max_length"),
+    inputs, side = case.tensors, case.config.get("default_padding_side", "right")
+    model = LlavakitForConditionalGeneration(
+        LlavakitConfig(
+            text_config={"model_type": "llama", "vocab_size": table.shape[0], **TINY, "hidden_size": table.shape[1]},
+            vision_config={"model_type": "clip_vision_model", "image_size": 2, "patch_size": 2, **TINY},
+            media={"image": {"views": {"type": "squash", "size": 2}}},
+            image_token_id=table.shape[0],
         )
-        visual = ids == token
-        embeds = table[ids.masked_fill(visual, 0)] * mask.unsqueeze(-1)
-        taken = [vectors for row, n in _vectors_by_row(features, images) for vectors in row[:n]]
-        flat = torch.cat(_cut(taken, visual, images)) if bool(visual.any()) else embeds.new_zeros(0, embeds.shape[-1])
-        outputs[f"{run}/inputs_embeds"] = scatter(embeds, visual, flat)
-        outputs[f"{run}/attention_mask"] = mask
-        outputs[f"{run}/labels"] = labels
-    return Result(tensors={name: tensor for name, tensor in outputs.items() if name in case.wanted.tensors})
+    ).to(table.dtype)
+    model.get_input_embeddings().weight.data = table
+
+    def run(name: str, options: Mapping[str, Any]) -> Result:
+        settings = check_keys(options["config"], ("tokenizer_padding_side", "tokenizer_model_max_length"), name)
+        labels = inputs.get(f"{name}/labels")
+        batch = ClassicBatch(
+            model,
+            inputs[f"{name}/input_ids"],
+            {token: [Entry(vectors=vectors) for vectors in inputs["image_features"][: options["n_images"]]]},
+            attention_mask=inputs.get(f"{name}/attention_mask"),
+            labels=labels,
+            max_length=settings.get("tokenizer_model_max_length"),
+            padding_side=settings.get("tokenizer_padding_side", side),
+        )
+        with torch.no_grad():
+            embeds = batch.embeds()
+        found = {"inputs_embeds": embeds * batch.meaningful(), "attention_mask": batch.attention}
+        found["labels"] = batch.targets.masked_fill(batch.targets == -100, ignore)
+        return Result(tensors={f"{name}/{key}": tensor for key, tensor in found.items()})
+
+    for name, options in case.config["runs"].items():
+        yield Example(name, lambda name=name, options=options: run(name, options), tensors=(f"{name}/*",))
 
 
-def _vectors_by_row(features: Sequence[Tensor], images: Sequence[int]) -> list[tuple[list[Tensor], int]]:
-    rows, start = [], 0
-    for count in images:
-        taken = max(count, 1)  # a text-only row uses up one image
-        rows.append((list(features[start : start + taken]), count))
-        start += taken
-    return rows
+def classic_batch(
+    case: Case, model: LlavakitForConditionalGeneration, entries: Sequence[Entry], **options: Any
+) -> ClassicBatch:
+    """The case's batch with its images."""
+    inputs = case.tensors
+    given = {"attention_mask": inputs.get("attention_mask"), "labels": inputs.get("labels")}
+    rows = inputs["input_ids"]
+    token = case.config.get("image_token_index", IMAGE_PLACEHOLDER)
+    return ClassicBatch(
+        model, rows, {token: entries}, pad_token_id=case.config.get("pad_token_id") or 0, **given | options
+    )
 
 
-def _cut(vectors: Sequence[Tensor], visual: Tensor, images: Sequence[int]) -> list[Tensor]:
-    """Visual vectors as far as truncation left their positions."""
-    kept, start = [], 0
-    for row, count in enumerate(images):
-        left = int(visual[row].sum())
-        for tensor in vectors[start : start + count]:
-            kept.append(tensor[:left])
-            left -= len(kept[-1])
-        start += count
-    return kept
+def whole_images(pixels: Sequence[Tensor]) -> list[Entry]:
+    """Images of one view."""
+    return [Entry("image", MediaSize(1, *view.shape[-2:]), [view]) for view in pixels]
 
 
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example]:
     """Logits, loss, gradients and greedy tokens of a tiny model, right and left padded."""
-    case.informational("config.attention", "config.bos", "config.image_token_index")
-    inputs, expected = case.tensors, case.wanted.tensors
-    config = tiny_config(case.config)
-    model = build(config, case.weights())
-    counts = [case.config["tokens_per_image"]] * len(inputs["pixel_values"])
-    pixels = inputs["pixel_values"][used_images(inputs["input_ids"], inputs["attention_mask"])]
-    token = config.image_token_id
-    outputs: dict[str, Tensor] = {}
-    masks: dict[str, Tensor] = {}
-    for side, suffix in (("right", ""), ("left", "_left")):
-        ids, mask, labels, _ = expand_batch(
-            inputs["input_ids"], inputs["attention_mask"], inputs["labels"], counts, token, side
-        )
-        out = model(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=pixels if len(pixels) else None)
-        name = "logits" if side == "right" else "logits_left_padded"
-        outputs[name], masks[name] = out.logits, mask.bool().unsqueeze(-1)
-        outputs[f"expanded_attention_mask{suffix}"] = mask
-        if side == "right":
-            outputs["expanded_labels"] = labels
-            outputs["loss"] = out.loss.reshape(1)
-            model.zero_grad()
+    case.informational("config.attention", "config.bos", "config.tokens_per_image")
+    inputs = case.tensors
+    model = model_of(case)
+    rename = rename_with(Classic().renames_in())
+
+    def forward(side: str, suffix: str) -> Result:
+        batch = classic_batch(case, model, whole_images(inputs["pixel_values"]), padding_side=side)
+        model.zero_grad()
+        out = batch.forward()
+        tensors = {f"logits{suffix}": out.logits}
+        if out.loss is not None:
             out.loss.backward()
-            rename = rename_with(Classic().renames_in())
+            tensors[f"loss{suffix}"] = out.loss.reshape(1)
+        short = suffix.removesuffix("_padded")
+        tensors |= {f"expanded_attention_mask{short}": batch.attention, f"expanded_labels{short}": batch.targets}
+        if side == "right":
             parameters = dict(model.named_parameters())
-            for key in expected:
+            for key in case.wanted.tensors:
                 if key.startswith("grad/"):
-                    outputs[key] = parameters[rename(key.removeprefix("grad/"))].grad
-        else:
-            outputs["loss_left_padded"] = out.loss.reshape(1)
-    with torch.no_grad():
-        vectors = model.get_image_features(inputs["pixel_values"]).pooler_output
-    outputs["image_features"] = torch.stack(vectors)
-    return Result(json=_generations(case, model, inputs["pixel_values"]), tensors=outputs, mask=masks)
+                    tensors[key] = parameters[rename(key.removeprefix("grad/"))].grad
+        return Result(tensors=tensors, mask={f"logits{suffix}": batch.meaningful()})
+
+    def features() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"image_features": torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)}
+
+    left = ("logits_left_padded", "loss_left_padded", "expanded_attention_mask_left", "expanded_labels_left")
+    yield Example("left padded", lambda: forward("left", "_left_padded"), tensors=left)
+    right = ("logits", "loss", "expanded_attention_mask", "expanded_labels", "grad/*")
+    yield Example("right padded", lambda: forward("right", ""), tensors=right)
+    yield Example("image_features", features, tensors=("image_features",))
+    yield from _generations(case, model)
 
 
-def _generations(case: Case, model: LlavakitForConditionalGeneration, pixels: Tensor) -> dict[str, Any]:
-    request = case.inputs
-    prompts, new = request["generate_prompts"], request["max_new_tokens"]
-    eos, pad = case.config.get("eos", 2), case.config.get("pad_token_id", 0)
-    counts, token = [case.config["tokens_per_image"]], model.config.image_token_id
+def _generations(case: Case, model: LlavakitForConditionalGeneration) -> Iterator[Example]:
+    prompts, new = as_rows(case.inputs["generate_prompts"]), case.inputs["max_new_tokens"]
+    eos = case.config.get("eos")
+    images = whole_images(case.tensors["pixel_values"])
+    samples = ClassicBatch(model, prompts, {placeholder(case): images}).samples
 
-    def greedy(order: Sequence[int]) -> list[list[int]]:
-        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[n]) for n in order], batch_first=True)
-        lengths = torch.tensor([len(prompts[n]) for n in order])
-        mask = torch.arange(rows.shape[1]) < lengths[:, None]
-        ids, expanded, _, _ = expand_batch(rows, mask, None, counts * len(pixels), token, "left")
-        shown = [number for n in order for number in images[n]]
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=expanded,
-            **({"pixel_values": pixels[shown]} if shown else {}),
-            max_new_tokens=new,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=pad,
-        )
-        answers = out[:, ids.shape[1] :].tolist()
-        return [answer[: answer.index(eos) + 1] if eos in answer else answer for answer in answers]
+    def together(order: Sequence[int]) -> list[list[int]]:
+        return greedy(model, [samples[n] for n in order], new, () if eos is None else (eos,))
 
-    images, start = [], 0  # numbers of every prompt's images
-    for prompt in prompts:
-        images.append(range(start, start + prompt.count(PLACEHOLDER)))
-        start += max(len(images[-1]), 1)
-    results = {}
     for name in case.wanted.json:
         if name == "generate_single":
-            results[name] = [greedy([n])[0] for n in range(len(prompts))]
-        elif name.startswith("generate_batch_left_order_"):
-            results[name] = greedy([int(n) for n in name.removeprefix("generate_batch_left_order_").split("_")])
-    return results
+            yield Example(name, lambda: [together([n])[0] for n in range(len(prompts))], name)
+        else:
+            order = [int(n) for n in name.removeprefix("generate_batch_left_order_").split("_")]
+            yield Example(name, lambda order=order: together(order), name)
 
 
-def anyres_merge(case: Case) -> Result:
+def anyres_merge(case: Case) -> Iterator[Example]:
     """Tiles merged flat, spatially, and spatially with unpadding and newlines."""
-    case.informational("config.image_aspect_ratio", "config.views", "config.expanded_lengths")
-    inputs, expected = case.tensors, case.wanted.tensors
-    sizes = [MediaSize(1, height, width) for width, height in case.config["image_sizes_wh"]]
-    pixels = torch.cat([inputs[f"views_{n}"] for n in range(len(sizes))])
-    size = case.config["vision"]["image_size"]
-    views = {"type": "anyres", "size": size, "pinpoints": pinpoints_of(case.config["image_grid_pinpoints"])}
-    outputs: dict[str, Tensor] = {}
-    masks: dict[str, Tensor] = {}
-    for merge in ("flat", "spatial", "spatial_unpad"):
-        config = tiny_config(case.config, media={"image": {"views": views, "arrange": {"type": merge}}})
-        weights = case.weights()
-        if merge != "spatial_unpad":
-            weights.pop("model.image_newline", None)
-        model = build(config, weights)
-        counts = [sum(run.visual for run in model.model.media.layout("image", size)) for size in sizes]
-        ids, mask, labels, _ = expand_batch(
-            inputs["input_ids"], inputs["attention_mask"], inputs["labels"], counts, config.image_token_id
-        )
-        media = {"pixel_values": pixels, "visual_sizes": torch.tensor(sizes)}
+    case.informational("config.views", "config.expanded_lengths", "config.expanded_lengths.*")
+    inputs, config = case.tensors, case.config
+    sizes = [MediaSize(1, height, width) for width, height in config["image_sizes_wh"]]
+    tiled = {"image_aspect_ratio": config.get("image_aspect_ratio", "anyres")}
+    tiled["image_grid_pinpoints"] = config["image_grid_pinpoints"]
+
+    def entry(number: int, size: MediaSize) -> Entry:
+        views = inputs[f"views_{number}"]
+        views = views if views.dim() == 4 else views[None]
+        return Entry("image" if len(views) > 1 else "multi_image", size, list(views))
+
+    def run(merge: str) -> Result:
+        model = model_of(case, mm_patch_merge_type=merge, **tiled)
+        batch = classic_batch(case, model, [entry(number, size) for number, size in enumerate(sizes)])
         with torch.no_grad():
-            out = model(input_ids=ids, attention_mask=mask, labels=labels, **media)
-            embeds, _, _ = model.model.embed(ids, attention_mask=mask, **media)
-        outputs |= {
-            f"{merge}/logits": out.logits,
-            f"{merge}/loss": out.loss.reshape(1),
-            f"{merge}/attention_mask": mask,
-            f"{merge}/inputs_embeds": embeds * mask.unsqueeze(-1),
-        }
-        masks[f"{merge}/logits"] = mask.bool().unsqueeze(-1)
-    if any(name.startswith("single_view/") for name in expected):
-        outputs |= _single_view(case, inputs)
-    return Result(tensors={n: t for n, t in outputs.items() if n in expected}, mask=masks)
+            out, embeds = batch.forward(), batch.embeds()
+        found = {"logits": out.logits, "attention_mask": batch.attention, "labels": batch.targets}
+        found["inputs_embeds"] = embeds * batch.meaningful()
+        if out.loss is not None:
+            found["loss"] = out.loss.reshape(1)
+        tensors = {f"{merge}/{name}": tensor for name, tensor in found.items()}
+        return Result(tensors=tensors, mask={f"{merge}/logits": batch.meaningful()})
 
+    def single_view() -> Result:
+        """View 0 of image 0, in the prompt of the batch whose length fits."""
+        model = model_of(case, mm_patch_merge_type="spatial_unpad", **tiled)
+        entries = [Entry("multi_image", sizes[0], [inputs["views_0"][0]])] * len(inputs["input_ids"])
+        batch = classic_batch(case, model, entries, labels=None)
+        row = batch.lengths.index(case.wanted.tensors["single_view/logits"].shape[1])
+        batch.samples = [batch.samples[row]]
+        with torch.no_grad():
+            return Result(tensors={"single_view/logits": batch.forward().logits})
 
-def _single_view(case: Case, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One view under a merge type with unpadding: its tokens, then one newline."""
-    size = case.config["vision"]["image_size"]
-    media = {"image": {"views": {"type": "squash", "size": size}, "arrange": {"type": "spatial_unpad"}}}
-    config = tiny_config(case.config, media=media)
-    model = build(config, case.weights())
-    view = inputs["views_0"][:1]
-    count = sum(run.visual for run in model.model.media.layout("image", MediaSize(1, size, size)))
-    length = case.wanted.tensors["single_view/logits"].shape[1]  # says which prompt of the batch was run
-    texts = inputs["attention_mask"].sum(dim=1) - 1
-    row = int((texts + count == length).nonzero()[0])
-    ids, mask, _, _ = expand_batch(
-        inputs["input_ids"][row : row + 1],
-        inputs["attention_mask"][row : row + 1],
-        None,
-        [count],
-        config.image_token_id,
-    )
-    with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask, pixel_values=view)
-    return {"single_view/logits": out.logits}
+    for merge in sorted({name.split("/")[0] for name in case.wanted.tensors}):
+        compute = single_view if merge == "single_view" else lambda merge=merge: run(merge)
+        yield Example(merge, compute, tensors=(f"{merge}/*",))
 
 
 def checkpoint_conversion(case: Case) -> Result:
@@ -362,7 +289,8 @@ def checkpoint_conversion(case: Case) -> Result:
     names = list(case.wanted.json["classic_to_llava_hf_hub"])
     to_native = rename_with(Classic().renames_in())
     native = {name: to_native(name) for name in names}
-    config = tiny_config({"vision": {"image_size": 8, "patch_size": 4}, "text": {"vocab_size": 1}})
+    vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4}
+    config = LlavakitConfig(text_config={"model_type": "llama", "vocab_size": 1}, vision_config=vision)
     written = Hf().write_state(config, {name: torch.zeros(1, 1) for name in native.values()})
     hub = dict(zip(names, (name for name, _ in written), strict=True))
     return Result(json={"classic_to_llava_hf_hub": hub, "classic_to_transformers_5_23": native})

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from llavakit.conversation.encode import Encoded, encode, tokenize
-from llavakit.conversation.messages import Message, from_llava, media_first, split_literals, to_llava
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER, tokenize
+from llavakit.conversation.messages import Message, from_llava, media_first, to_llava
 from llavakit.conversation.names import inferred_template, model_name
 from llavakit.conversation.stop import KeywordStop
-from llavakit.conversation.template import Rounds, Template, get_template
 from llavakit.data import scienceqa
 from llavakit.data.collate import Collator
-from llavakit.data.sampler import even_chunks, length_grouped, length_with_media, modality_grouped, word_length
-from llavakit.proof.golden import Case, Result, component
+from llavakit.data.records import Record
+from llavakit.data.sampler import even_chunks, length_grouped, modality_grouped
+from llavakit.proof.entries import byte_tokenizer, prompt_text, text_processor, training_sample, turns_to_messages
+from llavakit.proof.golden import Case, Example, Result, component, examples, take
+from llavakit.splice.scatter import IGNORE
+from llavakit.training.dataset import WORDS_PER_IMAGE, Samples
 from llavakit.training.parameter_groups import Rates, freeze_all_but, linear_layers, optimizer_groups, top_level_parts
 from llavakit.training.recipe import Lora, PartTraining
 
@@ -32,11 +35,12 @@ FILES = {
 }
 
 
-def load_tokenizer(name: str, file: Path) -> Any:
+def load_tokenizer(name: str, file: Path, special: Mapping[str, str] | None = None) -> Any:
     """The tokenizer that the cases call legacy, nonlegacy or bpe."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), **(BYTE_LEVEL if name == "bpe" else SENTENCEPIECE))
+    special = special or (BYTE_LEVEL if name == "bpe" else SENTENCEPIECE)
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
 
 
 def tokenizers(case: Case, names: Sequence[str] = tuple(FILES)) -> dict[str, Any]:
@@ -47,44 +51,61 @@ def tokenizers(case: Case, names: Sequence[str] = tuple(FILES)) -> dict[str, Any
 # Templates and tokenisation
 
 
-def conversation(case: Case) -> dict[str, Any]:
+def conversation(case: Case) -> Iterator[Example | Result]:
     """Prompt strings of all templates."""
-    case.informational("config.templates.*", "config.aliases*")
-    dialogues = case.inputs
-    return {
-        name: {key: _prompt(get_template(name), facts, turns) for key, turns in dialogues.items()}
-        for name, facts in case.config["templates"].items()
-    }
+    case.informational("config.templates.*", "config.aliases", "config.aliases.*")
+    ignored = {}
+    for name, facts in case.config["templates"].items():
+        for key, turns in case.inputs.items():
+            if isinstance(_wanted(case, name, key), dict):
+                ignored[f"{name}.{key}*"] = "the original adds a missing separator and fails; llavakit writes the text"
+                continue
+            compute = partial(_prompt, name, facts["version"], turns)
+            yield Example(f"{name}.{key}", compute, f"{name}.{key}")
+    if ignored:
+        yield Result(json={path.split(".")[0]: {} for path in ignored}, ignored=ignored)
 
 
-def _prompt(template: Template, facts: Mapping[str, Any], turns: Sequence[Sequence[Any]]) -> Any:
-    if facts["sep_style"] == "PLAIN" and sum(bool(text) for _, text in turns) > 1:
-        return {"error": "TypeError"}  # the original adds a missing separator; ours writes the caption
+def _wanted(case: Case, name: str, key: str) -> Any:
+    return ((case.wanted.json or {}).get(name) or {}).get(key)
+
+
+def _prompt(template: str, version: str, turns: Sequence[Sequence[Any]]) -> Any:
     texts = [(role, text[0] if isinstance(text, list) else text or "") for role, text in turns]
     if isinstance(turns[0][1], list):  # text and image apart, as the chat front end hands them over
         question = texts[0][1].replace("<image>", "").strip()
-        if "mmtag" in facts["version"]:
+        if "mmtag" in version:
             texts[:1] = [(0, "<Image><image></Image>"), (1, "Received."), (0, question)]
         else:
             texts[0] = (0, "<image>\n" + question)
-    messages = [{"role": ("user", "assistant")[role], "content": split_literals(text)} for role, text in texts]
-    return template.render(messages, placement="keep")[0]
+    opened = texts[-1] == (1, "")
+    messages = turns_to_messages(texts[:-1] if opened else texts)
+    return prompt_text(template, messages, placement="keep", add_generation_prompt=opened)
 
 
-def prompt_tokenisation(case: Case) -> dict[str, Any]:
+def prompt_tokenisation(case: Case) -> Iterator[Example]:
     """Ids of prompts with placeholders."""
-    case.informational("config.image_token_index", "config.tokenizers")
+    case.informational("config.tokenizers")
+    token = case.config.get("image_token_index", IMAGE_PLACEHOLDER)
     prompts = case.inputs["prompts"]
-    return {name: [tokenize(text, tok)[0] for text in prompts] for name, tok in tokenizers(case).items()}
+
+    def ids(tok: Any, text: str) -> list[int]:
+        return [token if i == IMAGE_PLACEHOLDER else i for i in tokenize(text, tok)[0]]
+
+    for name in case.wanted.json:
+        tok = tokenizers(case, [name])[name]
+        yield from examples(partial(ids, tok), prompts, name)
 
 
 def tokenizer(case: Case) -> dict[str, Any]:
     """Ids and pieces of strings."""
-    case.informational("config.bos", "config.eos", "config.unk", "config.pad", "config.add_bos_token")
+    case.informational("config.add_bos_token")
+    special = {f"{name}_token": case.config[name] for name in ("bos", "eos", "unk", "pad") if case.config.get(name)}
+    case.informational("config.bos")  # null where the tokenizer has none
     strings = case.inputs["strings"]
     found: dict[str, Any] = {}
     for name, file in case.config["files"].items():
-        tok = load_tokenizer(name, case.sibling(file, FILES[name]))
+        tok = load_tokenizer(name, case.sibling(file, FILES.get(name, file)), special)
         ids = [tokenize(text, tok)[0] for text in strings]
         found[name] = ids
         found[f"pieces_{name}"] = [tok.convert_ids_to_tokens(row) for row in ids]
@@ -95,17 +116,16 @@ def tokenizer(case: Case) -> dict[str, Any]:
 
 def stopping(case: Case) -> dict[str, Any]:
     """Whether a stop string is found after every generated token."""
-    case.informational("config.tokenizer")
+    case.informational("config.tokenizer")  # in words; the prompt's ids show which it is
     prompt, keywords = case.config["prompt_ids"], case.config["keywords"]
     known = tokenizers(case, ("nonlegacy", "legacy"))
     tok = next((tok for tok in known.values() if _writes(tok, prompt)), known["nonlegacy"])
-    stop = KeywordStop(keywords, tok)
-    return {
-        "stop_after_step": [
-            [stop([*prompt, *row[: step + 1]], len(prompt)) for step in range(len(row))]
-            for row in case.inputs["generated"]
-        ]
-    }
+    stop = KeywordStop(keywords, tok, len(prompt))
+    steps = [
+        [bool(stop(torch.tensor([[*prompt, *row[: step + 1]]]))) for step in range(len(row))]
+        for row in case.inputs["generated"]
+    ]
+    return {"stop_after_step": steps}
 
 
 def _writes(tok: Any, ids: Sequence[int]) -> bool:
@@ -128,52 +148,35 @@ def messages_of(turns: Sequence[Mapping[str, str]]) -> list[Message]:
     return from_llava(record | ({"image": ["-"] * images} if images else {}))
 
 
-def label_masking(case: Case) -> dict[str, Any]:
+def label_masking(case: Case) -> Iterator[Example]:
     """Ids and labels of training samples."""
-    case.informational(
-        "config.ignore_index", "config.image_token_index", "config.has_image", "config.tokenizers_version"
-    )
-    inputs, config = case.inputs, case.config
+    case.informational("config.has_image", "config.tokenizers_version", "config.image_token_index")
+    config, inputs = case.config, case.inputs
+    ignore = config.get("ignore_index", IGNORE)
     symbol = case.source["symbol"]
+
+    def labels(template: str, tok: Any, turns: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
+        sample = training_sample(text_processor(tok, template), messages_of(turns), **options)
+        kept = {"input_ids": sample["input_ids"], "labels": [ignore if t == IGNORE else t for t in sample["labels"]]}
+        return kept | {"mismatch_warning": sample["fully_masked"]}
+
+    def caption(tok: Any, turns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        found = labels(config["template"], tok, turns)
+        return {name: found[name] for name in ("input_ids", "labels")}
+
     if symbol.startswith("preprocess_plain"):
-        samples = [messages_of(turns) for turns in inputs["samples"]]
-        return {
-            name: [_ids_and_labels(encode(m, config["template"], tok)) for m in samples]
-            for name, tok in tokenizers(case).items()
-        }
+        for name in case.wanted.json:
+            yield from examples(partial(caption, tokenizers(case, [name])[name]), inputs["samples"], name)
+        return
+    # the symbol says which counting rule made the labels: none for the first LLaVA, rounds since, once miscounted
     counted = not symbol.startswith("preprocess (")
-    at_head = case.source["repo"] == "haotian-liu/LLaVA"
-
-    def labels(template: Template, tok: Any, turns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-        if symbol.startswith("preprocess_mpt") and at_head:
-            template = replace(template, rounds=forgets_the_end(template.rounds))
-        encoded = encode(
-            messages_of(turns),
-            template,
-            tok,
-            placement="keep",
-            labels="rounds" if counted else None,
-            max_length=config["model_max_length"],
-        )
-        return _ids_and_labels(encoded) | {"mismatch_warning": encoded.fully_masked}
-
-    by_template = {
-        name: {
-            kind: {key: labels(get_template(name), tok, turns) for key, turns in inputs.items()}
-            for kind, tok in tokenizers(case, config.get("tokenizers", ("legacy", "nonlegacy"))).items()
-        }
-        for name in config["templates"]
-    }
-    return by_template if "tokenizers" in config else by_template[config["templates"][0]]
-
-
-def forgets_the_end(rounds: Rounds) -> Rounds:
-    """The count of the later original code, which forgets the token that closes a round."""
-    return replace(rounds, counts_end=False, answer_offset=-1)
-
-
-def _ids_and_labels(encoded: Encoded) -> dict[str, Any]:
-    return {"input_ids": encoded.ids, "labels": encoded.labels}
+    miscounted = symbol.startswith("preprocess_mpt") and case.source["repo"] == "haotian-liu/LLaVA"
+    options = {"placement": "keep", "labels": "rounds" if counted else None, "max_length": config["model_max_length"]}
+    for name in config["templates"]:
+        for kind, tok in tokenizers(case, config.get("tokenizers", ("legacy", "nonlegacy"))).items():
+            path = f"{name}.{kind}" if "tokenizers" in config else kind
+            compute = partial(labels, f"{name}_miscounted" if miscounted else name, tok, **options)
+            yield from examples(compute, inputs, path)
 
 
 # Training data
@@ -184,7 +187,7 @@ def training_data(case: Case) -> dict[str, Any]:
     inputs = case.inputs
     if "sources" in inputs:
         return {"runs": [_placed(run, inputs["sources"]) for run in case.wanted.json["runs"]]}
-    collator = Collator(case.config["pad_token_id"], case.config["model_max_length"], mask_by_pad_id=True)
+    collator = Collator(case.config["pad_token_id"], case.config.get("model_max_length"), mask_by_pad_id=True)
     samples = [
         {"input_ids": ids, "labels": labels} for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True)
     ]
@@ -202,40 +205,40 @@ def _placed(run: Mapping[str, Any], sources: Sequence[Any]) -> dict[str, Any]:
     return {key: run[key] for key in ("template", "mm_use_im_start_end")} | {"result": placed}
 
 
-def data_conversion(case: Case) -> dict[str, Any]:
+def data_conversion(case: Case) -> Iterator[Example]:
     """ScienceQA problems as prompts and LLaVA records; formats are named by the outputs."""
-    problems, letters = case.inputs, case.config["options"]
-    found: dict[str, Any] = {"prompts": {}}
+    problems, letters = take(case.inputs), case.config["options"]
     for name in case.wanted.json["prompts"]:
         form, _, flag = name.partition(" ")
         test = flag == "is_test"
-        found["prompts"][name] = {
-            key: list(scienceqa.prompt(problem, form, use_caption=test, test=test, letters=letters))
-            for key, problem in problems.items()
-        }
+        prompt = partial(scienceqa.prompt, form=form, use_caption=test, test=test, letters=letters)
+        yield from examples(lambda problem, prompt=prompt: list(prompt(problem)), problems, f"prompts.{name}")
     for name in case.wanted.json:
         if name.startswith("llava_train_"):
-            found[name] = scienceqa.to_llava(problems, form=name.removeprefix("llava_train_"))
-    return found
+            convert = partial(scienceqa.to_llava, problems, form=name.removeprefix("llava_train_"))
+            yield Example(name, convert, name)
 
 
 # Sampler
 
 
-def sampler(case: Case) -> dict[str, Any]:
+def sampler(case: Case) -> Iterator[Example]:
     """Orders of length- and modality-grouped samplers, their chunks and lengths."""
-    case.informational("config.*", "inputs.data.*.image", "inputs.data.*.conversations.*.from")
+    case.informational("config.*")
     inputs = case.inputs
     if "calls" in inputs:
-        chunks = [even_chunks(call["indices"], call["lengths"], call["num_chunks"]) for call in inputs["calls"]]
-        return {"chunks": chunks}
+        deal = lambda call: even_chunks(call["indices"], call["lengths"], call["num_chunks"])  # noqa: E731
+        yield from examples(deal, inputs["calls"], "chunks")
     if "data" in inputs:
-        data = inputs["data"]
-        return {"lengths": list(map(length_with_media, data)), "modality_lengths": list(map(word_length, data))}
-    found: dict[str, Any] = {"runs": [_orders(run) for run in inputs["runs"]]}
+        records = [Record([], "case", number, raw) for number, raw in enumerate(take(inputs["data"]))]
+        samples = Samples(records, text_processor(byte_tokenizer(), "v1"))
+        yield from examples(lambda n: abs(samples.words(n, WORDS_PER_IMAGE)), range(len(records)), "lengths")
+        yield from examples(samples.words, range(len(records)), "modality_lengths")
+    if "runs" in inputs:
+        yield from examples(_orders, inputs["runs"], "runs")
     if "single_modality" in inputs:
-        found["single_modality"] = _orders(inputs["single_modality"])["modality_global_seed"]
-    return found
+        compute = partial(_orders, inputs["single_modality"])
+        yield Example("single_modality", lambda: compute()["modality_global_seed"], "single_modality")
 
 
 def _orders(run: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -313,15 +316,15 @@ def _json(adapter: Callable[[Case], Any], *echoes: str) -> Callable[[Case], Resu
     return component(echoes=echoes)(lambda case: Result(json=adapter(case)))
 
 
-ADAPTERS: dict[str, Callable[[Case], Result]] = {
-    "conversation": _json(conversation),
-    "prompt_tokenisation": _json(prompt_tokenisation),
+ADAPTERS: dict[str, Callable[[Case], Any]] = {
+    "conversation": conversation,
+    "prompt_tokenisation": prompt_tokenisation,
     "tokenizer": _json(tokenizer),
     "decoding": _json(stopping),
     "loading": _json(loading),
-    "label_masking": _json(label_masking),
+    "label_masking": label_masking,
     "training_data": _json(training_data, "runs.*.template", "runs.*.mm_use_im_start_end"),
-    "data_conversion": _json(data_conversion),
-    "sampler": _json(sampler),
+    "data_conversion": data_conversion,
+    "sampler": sampler,
     "training": _json(parameter_groups, "all_parameters"),
 }

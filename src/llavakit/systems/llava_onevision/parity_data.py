@@ -17,10 +17,12 @@ from llavakit.conversation.messages import media_of as media_in
 from llavakit.conversation.template import get_template
 from llavakit.data.collate import Collator
 from llavakit.data.mixing import choose
-from llavakit.data.sampler import length_with_media, modality_grouped, widely_grouped, word_length
+from llavakit.data.records import Record
+from llavakit.data.sampler import modality_grouped, widely_grouped
 from llavakit.media.frame_sampling import uniform
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.proof.golden import Case, Result
+from llavakit.proof.entries import text_processor
+from llavakit.proof.golden import Case, Result, take
 from llavakit.registry import PLANNERS
 from llavakit.systems.llava_onevision.checkpoint import Classic, media_of
 from llavakit.systems.llava_onevision.data import (
@@ -31,6 +33,7 @@ from llavakit.systems.llava_onevision.data import (
     without_noise,
 )
 from llavakit.systems.llava_onevision.parity_views import image_of
+from llavakit.training.dataset import WORDS_PER_IMAGE, Samples
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups
 from llavakit.training.recipe import PartTraining
 from llavakit.views.plan import MediaSize
@@ -241,13 +244,15 @@ def dataset_items(case: Case) -> Result:
         facts[f"item{place}"] = own
         tensors |= {f"item{place}/image{number}": view for number, view in enumerate(views)}
         samples.append(own)
+    records = [Record([], "case", number, record) for number, record in enumerate(take(data.records))]
+    lengths = Samples(records, text_processor(data.tokenizer, TEMPLATE))
     images = [image for sample in samples for image in sample["images"]]
     collated = Collator(data.tokenizer.pad_token_id, mask_by_pad_id=True)(
         [{"input_ids": sample["input_ids"], "labels": sample["labels"]} for sample in samples]
     )
     facts |= {
-        "lengths": [length_with_media(record) for record in data.records],
-        "modality_lengths": [word_length(record) for record in data.records],
+        "lengths": [abs(lengths.words(number, WORDS_PER_IMAGE)) for number in range(len(records))],
+        "modality_lengths": [lengths.words(number) for number in range(len(records))],
         "batch": {
             **{name: tensor.tolist() for name, tensor in collated.items()},
             "modalities": [image["modality"] for image in images],

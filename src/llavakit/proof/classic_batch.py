@@ -1,0 +1,197 @@
+"""Batches of the original code (padded ids with -200 for a media item, a list of media) as the product's batches.
+
+The original strips padding, puts visual vectors in place of -200, cuts rows and pads them again, all on embeddings.
+Here every row becomes a sample as `LlavakitProcessor.encode` gives it, and the stage's collator makes the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER
+from llavakit.data.collate import Collator
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.routes import MODALITIES
+from llavakit.splice.layout import Run
+from llavakit.splice.scatter import IGNORE, expand
+from llavakit.training.dataset import StageCollator
+from llavakit.views.plan import MediaSize
+
+ONE_PIXEL = MediaSize(1, 1, 1)
+
+
+@dataclass
+class Entry:
+    """One entry of the original's list of media.
+
+    Attributes:
+        modality, size: As in a processed sample.
+        views: Encoder inputs, or the encoder's features [tokens, width] of every view.
+        vectors: Ready visual vectors [tokens, hidden] instead of views.
+    """
+
+    modality: str = "image"
+    size: MediaSize = ONE_PIXEL
+    views: Sequence[Tensor] = ()
+    vectors: Tensor | None = None
+
+
+def as_rows(values: Any) -> list[list[int]] | None:
+    """Rows of a tensor, of nested lists, or of one row alone; None stays None."""
+    if values is None:
+        return None
+    rows = values.tolist() if isinstance(values, Tensor) else list(values)
+    return rows if not rows or isinstance(rows[0], list) else [rows]
+
+
+@dataclass
+class ClassicBatch:
+    """A batch of the original code, laid out for a model.
+
+    Args:
+        model: Its media layouts decide how many tokens an entry takes.
+        input_ids: Rows with -200 (or another key of `media`) for a media item; a tensor or lists.
+        media: Entries in the order in which placeholders take them, by placeholder id.
+        attention_mask: True at real tokens; None means that all are.
+        labels: None for none.
+        max_length: Rows are cut to so many tokens after media are in place, perhaps in the middle of one.
+        padding_side: "right" or "left".
+        pad_token_id: Written where there is no token.
+        spare: Whether a row without a placeholder uses up one entry that nobody sees, as the original's loader sends.
+        features: Whether the entries' views are encoder features.
+    """
+
+    model: LlavakitForConditionalGeneration
+    input_ids: Any
+    media: Mapping[int, Sequence[Entry]]
+    attention_mask: Any = None
+    labels: Any = None
+    max_length: int | None = None
+    padding_side: str = "right"
+    pad_token_id: int = 0
+    spare: bool = True
+    features: bool = False
+    used: list[Entry] = field(default_factory=list, init=False)
+    samples: list[dict[str, Any]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.max_length = self.max_length or None
+        waiting = {token: iter(entries) for token, entries in self.media.items()}
+        masks, labels = as_rows(self.attention_mask), as_rows(self.labels)
+        for number, row in enumerate(as_rows(self.input_ids) or []):
+            seen = [True] * len(row) if masks is None else [bool(x) for x in masks[number]]
+            ids = [i for i, real in zip(row, seen, strict=True) if real]
+            own = None if labels is None else [t for t, real in zip(labels[number], seen, strict=True) if real]
+            self.samples.append(self._sample(ids, own, waiting))
+
+    def _sample(
+        self, ids: Sequence[int], labels: Sequence[int] | None, waiting: Mapping[int, Iterator[Entry]]
+    ) -> dict[str, Any]:
+        entries = []
+        for token in ids:
+            if token in waiting:
+                entry = next(waiting[token], None)
+                if entry is None:
+                    raise ValueError(f"more placeholders {token} than media")
+                entries.append(entry)
+        if not entries and self.spare:
+            for left in waiting.values():
+                next(left, None)
+        spliced = expand(
+            [IMAGE_PLACEHOLDER if token in waiting else token for token in ids],
+            labels,
+            [self._layout(entry) for entry in entries],
+            placeholder=IMAGE_PLACEHOLDER,
+            image_token_id=self.model.config.image_token_id,
+        )
+        self.used += entries
+        return {
+            "input_ids": spliced.ids,
+            "labels": spliced.labels,
+            "pixel_values": [view for entry in entries for view in entry.views],
+            "visual_sizes": [entry.size for entry in entries],
+            "visual_modalities": [MODALITIES.index(entry.modality) for entry in entries],
+        }
+
+    def _layout(self, entry: Entry) -> Sequence[Run]:
+        if entry.vectors is not None:
+            return [Run(visual=len(entry.vectors))]
+        return self.model.model.media.layout(entry.modality, entry.size)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row, media in place, before it is cut."""
+        return [len(sample["input_ids"]) for sample in self.samples]
+
+    def collated(self, *, cut: bool = True) -> dict[str, Any]:
+        """The batch as the stage's collator makes it: `input_ids`, `labels`, `attention_mask`, and the media."""
+        limit = self.max_length if cut else None
+        batch = StageCollator(self.pad_token_id, limit, padding_side=self.padding_side, features=self.features)(
+            self.samples
+        )
+        batch.pop("tokens")
+        if "features" in batch:
+            net, features = self.model.model, batch.pop("features")
+            plans = net.plan_media(features, batch.pop("visual_sizes"), batch.pop("visual_modalities"))
+            batch["visuals"] = net.gather_media(*plans, list(features))
+        if self.labels is None:
+            batch.pop("labels")
+        return batch
+
+    @property
+    def attention(self) -> Tensor:
+        """1 at real tokens [rows, longest]."""
+        return self._tokens["attention_mask"]
+
+    @property
+    def targets(self) -> Tensor:
+        """Labels [rows, longest], -100 everywhere if the batch has none."""
+        return self._tokens["labels"]
+
+    @property
+    def ids(self) -> Tensor:
+        """Ids [rows, longest]."""
+        return self._tokens["input_ids"]
+
+    @property
+    def _tokens(self) -> dict[str, Tensor]:
+        text = [{name: sample[name] for name in ("input_ids", "labels")} for sample in self.samples]
+        return Collator(self.pad_token_id, self.max_length, self.padding_side)(text)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a row is longer than the limit; a cut may go through a media item, so embeddings are cut."""
+        return self.max_length is not None and max(self.lengths) > self.max_length
+
+    def embeds(self, **options: Any) -> Tensor:
+        """The embedded batch [rows, longest, hidden], cut and padded."""
+        batch = self.collated(cut=False)
+        vectors = [entry.vectors for entry in self.used if entry.vectors is not None]
+        if vectors:
+            options["vectors"] = vectors
+        embeds, _, _ = self.model.model.embed(batch.pop("input_ids"), **batch, **options)
+        if not self.is_cut:
+            return embeds
+        side = self.padding_side
+        rows = [row[mask.bool()][: self.max_length] for row, mask in zip(embeds, batch["attention_mask"], strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+
+    def forward(self, **options: Any) -> Any:
+        """The model's output on the batch; through embeddings only where the original's cut asks for it."""
+        if not self.is_cut:
+            return self.model(**self.collated(), **options)
+        labels = None if self.labels is None else self.targets
+        return self.model(inputs_embeds=self.embeds(), attention_mask=self.attention, labels=labels, **options)
+
+    def meaningful(self) -> Tensor:
+        """True at real tokens [rows, longest, 1], as masks of results."""
+        return self.attention.bool().unsqueeze(-1)
+
+    def expanded_labels(self) -> Tensor:
+        """Labels, and -100 at padding."""
+        return self.targets.masked_fill(self.attention == 0, IGNORE)

@@ -1,0 +1,248 @@
+"""The users' entries, with as little around them as a golden case needs.
+
+An adapter holds ids, pixels and weights of a case; a user holds a checkpoint folder, messages and media. What lies
+between the two is the same for every system and is written here once: a case's weights become a folder that
+`open_checkpoint` reads, its texts go through `Samples` and `LlavakitProcessor.encode`, its prompts through the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llavakit.checkpoints.convert import build, open_checkpoint
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER
+from llavakit.conversation.messages import is_media, normalise, split_literals
+from llavakit.conversation.template import get_template
+from llavakit.data.records import Record
+from llavakit.errors import UserError
+from llavakit.generation.engine import Engine
+from llavakit.generation.request import Request, SamplingParams
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.processing import LlavakitProcessor
+from llavakit.training.dataset import Samples
+
+# Keys of a classic config.json that concern the original's training, tokenizer or bookkeeping and say nothing about
+# the network. Layouts pass over them as config.json of a real checkpoint holds hundreds; a case may hold these.
+CLASSIC_KEYS = (
+    *("mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"),
+    *("mm_patch_merge_type", "mm_use_im_start_end", "mm_use_im_patch_token", "use_mm_proj"),
+    *("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "attn_implementation"),
+)
+
+
+# Checkpoints
+
+
+def published_model(
+    raw: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    encoder: Mapping[str, Any] | None = None,
+    *,
+    known: Iterable[str] = (),
+    change: Callable[[LlavakitConfig], None] | None = None,
+) -> LlavakitForConditionalGeneration:
+    """The model of a published checkpoint: the files as their authors would lay them out, opened as a user opens them.
+
+    Args:
+        raw: config.json.
+        weights: Tensors under their published names.
+        encoder: Configuration of the encoder with its `model_type`; it goes into a folder that `raw` names.
+        known: Keys of `raw` beside those of the language model and `CLASSIC_KEYS` that mean something to the layout.
+        change: Edits llavakit's configuration before the model is built, as a user may.
+
+    Raises:
+        UserError: If the files are not in a known layout, a tensor does not fit, or `raw` holds an unknown key.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "checkpoint"
+        folder.mkdir()
+        raw = dict(raw)
+        if encoder is not None:
+            tower = Path(place) / f"{encoder['model_type'].removesuffix('_vision_model')}-tower"
+            tower.mkdir()
+            (tower / "config.json").write_text(json.dumps(dict(encoder)), encoding="utf-8")
+            raw["mm_vision_tower"] = str(tower)
+        (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+        checkpoint = open_checkpoint(folder)
+        given = {"model_type", "architectures", "mm_vision_tower", "rope_theta", *CLASSIC_KEYS, *known}
+        unknown = set(raw) - given - set(checkpoint.config.text_config.to_dict())
+        if unknown:
+            raise UserError(f"config: {min(unknown)!r} means nothing to the layout {checkpoint.layout}")
+        if change is not None:
+            change(checkpoint.config)
+        return build(checkpoint)
+
+
+def check_keys(options: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+    """`options` as they are.
+
+    Raises:
+        UserError: If one is not among the known ones; transformers' configurations would keep it in silence.
+    """
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UserError(f"{where}.{unknown[0]}: unknown; known: {', '.join(sorted(known))}")
+    return dict(options)
+
+
+# Text
+
+
+TINY = {"hidden_size": 4, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 4}
+
+
+def one_token_media() -> LlavakitConfig:
+    """A configuration under which every image and every video of one frame is one visual token."""
+    view = {"type": "squash", "size": 2}
+    return LlavakitConfig(
+        text_config={"model_type": "llama", "vocab_size": 8, **TINY},
+        vision_config={"model_type": "clip_vision_model", "image_size": 2, "patch_size": 2, **TINY},
+        connector={"type": "mlp"},
+        media={"image": {"views": view}, "video": {"views": {"type": "frames", "frame": view}}},
+    )
+
+
+def text_processor(
+    tokenizer: Any, template: str, config: LlavakitConfig | None = None, **options: Any
+) -> LlavakitProcessor:
+    """A processor for text: every media item of a message is one token."""
+    return LlavakitProcessor.from_config(config or one_token_media(), tokenizer, template=template, **options)
+
+
+BLANK = Image.new("RGB", (2, 2))
+
+
+def with_blank_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which every media item is an open blank picture (or a video of one); templates never look at it."""
+    stand_in = {"image": BLANK, "video": [BLANK], "volume": np.zeros((2, 2, 2), np.float32)}
+
+    def filled(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"type": part["type"], part["type"]: stand_in[part["type"]]} if is_media(part) else part
+
+    return [{**message, "content": list(map(filled, message["content"]))} for message in messages]
+
+
+def training_sample(
+    processor: LlavakitProcessor, messages: Sequence[Mapping[str, Any]], **options: Any
+) -> dict[str, Any]:
+    """Ids and labels of a training sample in the original's form, with -200 at media; see `Samples`."""
+    record = Record(with_blank_media(messages), "case", 1, {})
+    sample = Samples([record], processor, options=options)[0]
+    return sample | {"input_ids": original_ids(processor, sample["input_ids"]), "labels": sample["labels"].tolist()}
+
+
+def prompt_ids(processor: LlavakitProcessor, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    """Ids of a prompt in the original's form, with -200 at media."""
+    return original_ids(processor, processor.encode(with_blank_media(messages), **options)["input_ids"])
+
+
+def original_ids(processor: LlavakitProcessor, ids: Iterable[Any]) -> list[int]:
+    """Ids with the original's placeholder at media."""
+    return [IMAGE_PLACEHOLDER if int(i) == processor.image_token_id else int(i) for i in ids]
+
+
+@functools.cache
+def byte_tokenizer() -> Any:
+    """A tokenizer of 256 bytes without a begin token: what it encodes, it decodes to the same text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def turns_to_messages(turns: Iterable[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Messages of (0 for the user or 1 for the assistant, text), with media at `<image>`."""
+    return normalise([{"role": ("user", "assistant")[who], "content": split_literals(text)} for who, text in turns])
+
+
+def prompt_text(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """What a prompt says, read back from the ids that `LlavakitProcessor.encode` gives."""
+    # Asking needs a user turn first and an open end; the original's prompt strings exist without either.
+    if messages[0]["role"] == "assistant" or not options.get("add_generation_prompt"):
+        return get_template(template).render(messages, **options)[0]
+    processor = text_processor(byte_tokenizer(), template)
+    ids = processor.encode(with_blank_media(messages), pixels=False, **options)["input_ids"]
+    return processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+# Pixels
+
+
+def view_processor(media: Mapping[str, Any], vision: Mapping[str, Any], **options: Any) -> LlavakitProcessor:
+    """A processor that cuts views for an encoder.
+
+    Args:
+        media: `config.media`.
+        vision: `image_size` and `patch_size` of the encoder.
+    """
+    config = LlavakitConfig(
+        text_config={"model_type": "llama", "vocab_size": 8, **TINY},
+        vision_config={"model_type": "clip_vision_model", **TINY, **vision},
+        connector={"type": "mlp"},
+        media=dict(media),
+    )
+    return LlavakitProcessor.from_config(config, byte_tokenizer(), template="plain", **options)
+
+
+def views_of(processor: LlavakitProcessor, modality: str, item: Any) -> list[Tensor]:
+    """The views of one media item, from a message that holds nothing else."""
+    message = {"role": "user", "content": [{"type": modality, modality: item}]}
+    return processor.encode([message], add_generation_prompt=True)["pixel_values"]
+
+
+def picture(array: Tensor) -> Image.Image:
+    """A picture of a tensor [height, width] or [height, width, 1, 3 or 4] of 8-bit values."""
+    values = array.numpy()
+    return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values)
+
+
+# Replies
+
+
+def greedy(
+    model: LlavakitForConditionalGeneration,
+    samples: Sequence[Mapping[str, Any]],
+    max_new_tokens: int,
+    eos: Sequence[int] = (),
+    **request: Any,
+) -> list[list[int]]:
+    """New ids of greedy decoding, all samples decoded together by one engine, as `Chat` does.
+
+    Args:
+        samples: As `LlavakitProcessor.encode` gives them.
+        request: Further fields of `Request`.
+    """
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos))
+    engine = Engine(model, max_batch=max(len(samples), 1))
+    requests = []
+    for sample in samples:
+        views = list(sample["pixel_values"])
+        requests.append(
+            Request(
+                input_ids=torch.as_tensor(sample["input_ids"]),
+                pixel_values=views or None,
+                visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
+                visual_modalities=torch.tensor(sample["visual_modalities"]) if views else None,
+                sampling=sampling,
+                **request,
+            )
+        )
+    return [reply.token_ids for reply in engine.generate(requests)]
