@@ -154,7 +154,7 @@ def ours(work: Path, records: Mixture, recipe: Recipe, *, packing: bool, cached:
     samples = pixels
     if cached:
         cache = FeatureCache(work / "cache", model, processor)
-        cache.fill(record.messages for record in records)
+        cache.fill(records)
         samples = Samples(records, processor, features=cache, max_length=stage.max_length)
     filled = time.process_time() - began
     for number in range(len(samples)):

@@ -1,5 +1,6 @@
 """Readers, mixtures, samplers, packing and collation."""
 
+import itertools
 import json
 import pickle
 import random
@@ -31,6 +32,10 @@ def turns(question="Q?", answer="A."):
 
 def record(number, **keys):
     return {"id": number, "conversations": turns(f"Q{number}?", f"A{number}.")} | keys
+
+
+def said(question, answer="A.", **keys):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **keys}]
 
 
 def write_jsonl(path, entries):
@@ -90,6 +95,11 @@ def test_empty_json_list_has_no_entries(tmp_path):
         ('[{"a": 1}, {"b": "cut', "cut off in or after record 2"),
         ('[{"a": 1}', "cut off in or after record 2"),
         ('[{"a": [1, {"b": 2}', "cut off in or after record 1"),
+        ('[{"a": 1}]\n[{"a": 2}]', "there is more behind the end of its list of 1 records"),
+        ('[{"a": 1}, {"b": 2}] {"a": 3}', "there is more behind the end of its list of 2 records"),
+        ("[]]", "there is more behind the end of its list of 0 records"),
+        ('{\n  "a": 1\n}\n{\n  "a": 2\n}\n', "its first record takes several lines"),
+        ('\ufeff{"a":\n1}', "its first record takes several lines"),
     ],
 )
 def test_broken_json_file_is_one_clear_error(tmp_path, content, message):
@@ -99,13 +109,45 @@ def test_broken_json_file_is_one_clear_error(tmp_path, content, message):
         open_source(path)
 
 
+def test_what_a_file_holds_decides_how_it_is_read(tmp_path):
+    entries = [record(n) for n in range(3)]
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    listed = json.dumps(entries, indent=1)
+    for name, text in (("a.json", lines), ("b.jsonl", lines), ("c.json", listed), ("d.jsonl", listed)):
+        for mark in ("", "\ufeff"):
+            (tmp_path / name).write_text(mark + text, encoding="utf-8")
+            source = open_source(tmp_path / name)
+            assert [source[n] for n in range(len(source))] == entries
+    (tmp_path / "cut.jsonl").write_text('{"a": "cut\n' + lines)  # one broken line is not a file of several-line records
+    assert len(open_source(tmp_path / "cut.jsonl")) == 4
+    (tmp_path / "lists.jsonl").write_text('[1]\n{"a": 1}\n')
+    assert open_source(tmp_path / "lists.jsonl")[1] == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["run#3.jsonl", "part#1", "{a,b}.jsonl", "50%.jsonl", "a#500.jsonl", "x.jsonl#500"])
+def test_a_path_that_exists_is_that_path(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    path = write_jsonl(folder / name if name.endswith("l") else folder / "data.jsonl", [record(n) for n in range(4)])
+    assert len(Mixture(str(path))) == 4
+    assert len(Mixture(f"{path}#2")) == 2
+    assert len(Mixture(f"{path}#random:50%")) == 2
+
+
+def test_a_saved_dataset_that_is_none_is_one_line(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: not a dataset that save_to_disk wrote"):
+        open_source(tmp_path / "folder")
+
+
 def test_stray_values_in_a_list_are_records_of_their_own(tmp_path):
     path = tmp_path / "data.json"
     path.write_text('[{"a": 1}, null, "text", oops, {"b": 2}]')
     source = JsonSource(path)
     assert len(source) == 5
     assert (source[1], source[2], source[4]) == (None, "text", {"b": 2})
-    with pytest.raises(RecordError, match=r"data.json:4: record: not JSON"):
+    with pytest.raises(RecordError, match=r"data.json:4: record: not valid JSON"):
         source[3]
 
 
@@ -195,6 +237,30 @@ def test_media_are_found_below_their_folder(tmp_path):
             "messages",
             "holds no answer",
         ),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "conversations.0.from", "must be human or gpt"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]},
+            "messages.0.content.0.type",
+            "must be a string",
+        ),
+        ({"messages": [{"role": {}, "content": "x"}]}, "messages.0.role", "must be one of system, user"),
+        ({"image": 7, "conversations": turns("<image>")}, "image", "must name a file, not 7"),
+        ({"image": {"bytes": "x"}, "conversations": turns("<image>")}, "image", "must hold bytes"),
+        ({"image": "x" * 5000, "conversations": turns("<image>")}, "image", "there is no file"),
+        ({"image": "a\0b", "conversations": turns("<image>")}, "image", "there is no file"),
+        ({"conversations": turns(), "messages": []}, "record", "has conversations and messages"),
+        ({"conversations": turns(), "tools": "[{}]"}, "tools", "cannot be learned from yet"),
+        ({"conversations": turns(), "audios": ["a.wav"]}, "audios", "sound cannot be read"),
+        ({"conversations": turns(), "system": ["x"]}, "system", "must be a string"),
+        ({"messages": said("Q?"), "images": ["a.png"]}, "messages", "1 more images"),
+        (
+            {"messages": said("<image><image>Q?"), "images": ["data:,x"]},
+            "messages",
+            "2 <image> in the text, but 1 images",
+        ),
+        ({"messages": said("Q?", weight=0)}, "messages.1.weight", "single turns cannot be left unlearned"),
+        ({"messages": said("Q?", loss=False)}, "messages.1.loss", "single turns cannot be left unlearned"),
+        ({"messages": said("Q?", tool_calls=[{}])}, "messages.1.tool_calls", "calls cannot be learned from yet"),
     ],
 )
 def test_broken_records_name_file_line_and_field(entry, field, problem):
@@ -210,6 +276,37 @@ def test_truncated_image_is_found_when_media_are_checked(tmp_path):
     found = read_record({"image": "a.png", "conversations": turns("<image>")}, media_root=tmp_path)
     with pytest.raises(RecordError, match="image: "):
         check_media(found)
+
+
+def test_placeholders_in_strings_take_the_images_beside_them(tmp_path):
+    for name in "abc":
+        picture(tmp_path, f"{name}.png")
+    swift = {"messages": said("<image>Left or <image> right?"), "images": ["a.png", {"path": "b.png"}]}
+    factory = {"messages": said("<image>\nQ?"), "images": "c.png", "system": "Be brief.", "tools": ""}
+    first, second = (read_record(raw, media_root=tmp_path).messages for raw in (swift, factory))
+    found = [(part["type"], part.get("text", Path(part.get("image", "")).name)) for part in first[0]["content"]]
+    assert [part for part in found if part != ("text", "")] == [("image", "a.png"), ("text", "Left or "), ("image", "b.png"), ("text", " right?")]
+    assert second[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert [part["type"] for part in second[1]["content"]] == ["image", "text"]
+    typed = {"messages": said([{"type": "image"}, {"type": "text", "text": "What is <image>?"}]), "images": ["a.png"]}
+    content = read_record(typed, media_root=tmp_path).messages[0]["content"]
+    assert content[1] == {"type": "text", "text": "What is <image>?"}  # its parts say where the media are
+    assert read_record({"messages": said("What is <image>?")}).messages[0]["content"][0]["text"] == "What is <image>?"
+
+
+def test_every_kind_of_media_is_opened_by_one_function(tmp_path):
+    path = picture(tmp_path)
+    path.write_bytes(path.read_bytes()[:40])
+    for key in ("image", "video", "volume"):
+        found = read_record({key: "a.png", "conversations": turns("<image>")}, media_root=tmp_path)
+        with pytest.raises(RecordError, match=rf"<memory>:1: {key}: .*a.png"):
+            check_media(found)
+
+    def strange(part):
+        raise ZeroDivisionError("in a\nreader")
+
+    with pytest.raises(RecordError, match=r"<memory>:1: image: cannot be used \(ZeroDivisionError: in a reader\)"):
+        check_media(read_record({"image": "a.png", "conversations": turns("<image>")}, media_root=tmp_path), strange)
 
 
 # Mixtures
@@ -235,9 +332,27 @@ def test_yaml_lists_of_the_published_kind(tmp_path):
     assert len(Mixture(f"{tmp_path}/{{a,b}}.jsonl")) == 16
     with pytest.raises(UserError, match="data: unknown key 'sampling_stategy'; did you mean 'sampling_strategy'"):
         read_specs({"path": "a.jsonl", "sampling_stategy": "all"})
-    (tmp_path / "bad.yaml").write_text("- a\n")
-    with pytest.raises(UserError, match="must hold a list named datasets"):
-        Mixture(tmp_path / "bad.yaml")
+    for text, message in (
+        ("- a\n", "must hold a list named datasets"),
+        ("datasets: [a.jsonl]\nsampling: all\n", "'sampling': unknown key"),
+        ("datasets: [" + "[" * 100 + "]" * 101, "nested too deeply"),
+        ("datasets: [{path: a.jsonl, weight: heavy}]", "datasets.0.weight: must be a number"),
+        ("datasets: [{path: 5}]", "datasets.0.path: must be a path, not 5"),
+        ("datasets: [{path: a.jsonl, sampling_strategy: [1]}]", "datasets.0.sampling_strategy: must be all"),
+        ("datasets: 2024-02-31", "not valid YAML"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\n" + "".join(f"{n}: &{n} [*{p}, *{p}]\n" for p, n in CHAIN), "a million"),
+        ("datasets: [a.jsonl]\ndatasets: [b.jsonl]\n", "'datasets' is there twice"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(UserError, match=message.replace("a million", "more than 1000000 values")):
+            Mixture(tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match=r"mix.yaml: first:3: a part of a list of files"):
+        Mixture({"path": tmp_path / "mix.yaml", "sampling_strategy": "first:3"})
+    weighted = read_specs({"path": tmp_path / "mix.yaml", "weight": 2})
+    assert [spec.weight for spec in weighted] == [2, 2]
+
+
+CHAIN = list(itertools.pairwise("bcdefghijklmnopqrstuvwxyz"))  # every list holds the one before twice
 
 
 def test_check_stops_or_skips_and_lists_what_it_skipped(tmp_path):
@@ -273,7 +388,7 @@ def test_the_report_says_how_unusual_records_were_read(tmp_path):
     ]
 
     def encode(messages):
-        return {"input_ids": [1], "labels": [1], "notes": ("a turn is left out",)}
+        return {"input_ids": [1, 2], "labels": [-100, 2], "notes": ("a turn is left out",)}
 
     data = SampleDataset(mixture, encode)
     assert "notes" not in data[0]
@@ -488,15 +603,47 @@ def toy_encode(messages):
     return {"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]}
 
 
-def test_broken_sample_stops_or_is_replaced_by_the_next():
-    mixture = Mixture([{"path": [record(n) for n in range(8)]}])
+def test_a_broken_sample_stops_or_is_replaced_at_random_from_its_source():
+    entries = [record(n) for n in range(60)]
+    for number in range(5, 15):
+        entries[number] = record(5)  # which the toy cannot open
+    mixture = Mixture([{"path": entries[:40]}, {"path": entries[40:50]}])
     with pytest.raises(RecordError, match="<memory>:6: record: cannot open it"):
         SampleDataset(mixture, toy_encode)[5]
-    data = SampleDataset(mixture, toy_encode, on_bad_record="skip")
-    assert data[5] == data[6]
-    assert [error.line for error in data.bad.errors()] == [6]
-    with pytest.raises(UserError, match="no usable record"):
-        SampleDataset(Mixture([{"path": [record(5)]}]), toy_encode, on_bad_record="skip")[0]
+    data = SampleDataset(mixture, toy_encode, on_bad_record="skip", bad=BadRecords())
+    good = {tuple(data[n]["input_ids"]): n for n in range(40) if not 5 <= n < 15 and "5" not in str(n)}
+    instead = [good[tuple(data[n]["input_ids"])] for n in range(5, 15)]
+    assert len(set(instead)) > 5  # not one record ten times
+    assert instead == [good[tuple(data[n]["input_ids"])] for n in range(5, 15)]  # by seed and number alone
+    other = SampleDataset(mixture, toy_encode, on_bad_record="skip", seed=1)
+    assert instead != [good[tuple(other[n]["input_ids"])] for n in range(5, 15)]
+    assert set(range(6, 16)) <= {error.line for error in data.bad.errors()}
+    mixed = Mixture([{"path": [record(5), record(15)]}, {"path": [record(1)]}])
+    with pytest.raises(UserError, match="no usable record in the source of <memory>"):
+        SampleDataset(mixed, toy_encode, on_bad_record="skip")[0]
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("TextEncodeInput must be\nstr"), RecursionError("deep"), KeyError("image"), MemoryError()]
+)
+def test_whatever_tokenizer_or_planner_raise_belongs_to_the_record(error):
+    def encode(messages):
+        raise error
+
+    mixture = Mixture([{"path": [record(0)]}])
+    with pytest.raises(RecordError, match=rf"<memory>:1: record: cannot be used \({type(error).__name__}") as caught:
+        SampleDataset(mixture, encode)[0]
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_a_sample_without_a_label_is_a_broken_record():
+    def encode(messages):
+        return {"input_ids": [1, 2, 3], "labels": [7, -100, -100]}  # nothing comes before the first, so it never counts
+
+    mixture = Mixture([{"path": [record(0)]}])
+    with pytest.raises(RecordError, match="<memory>:1: record: no answer is left to learn"):
+        SampleDataset(mixture, encode)[0]
 
 
 def test_long_samples_are_cut_but_never_through_media():

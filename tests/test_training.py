@@ -306,11 +306,12 @@ def test_cached_features_train_to_the_same_weights(world: Path, tmp_path: Path, 
 def test_the_cache_finds_media_by_content_and_survives_a_torn_write(world: Path, tmp_path: Path) -> None:
     recipe = parse_recipe(tiny_training.recipe(world))
     model, processor = build_model(recipe)
-    messages = [record.messages for record in open_records(recipe, 1)]
+    records = list(open_records(recipe, 1))
+    messages = [record.messages for record in records]
     cache = FeatureCache(tmp_path, model, processor, "float32")
-    computed = cache.fill(messages)
+    computed = cache.fill(records)
     assert computed == len(cache) == sum(1 for own in messages if any(p["type"] == "image" for p in own[0]["content"]))
-    assert cache.fill(messages) == 0
+    assert cache.fill(records) == 0
     before = cache(messages[0])[0].clone()
     lines = cache.index.read_bytes()
     cache.index.write_bytes(lines[:-7])
@@ -318,7 +319,7 @@ def test_the_cache_finds_media_by_content_and_survives_a_torn_write(world: Path,
         data.write(b"half a number")
     again = FeatureCache(tmp_path, model, processor, "float32")
     assert len(again) == computed - 1
-    assert again.fill(messages) == 1
+    assert again.fill(records) == 1
     assert torch.equal(again(messages[0])[0], before)
     with torch.no_grad():
         model.model.vision_tower.embeddings.class_embedding.add_(1) if hasattr(

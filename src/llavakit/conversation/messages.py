@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llavakit.errors import FieldError
+from llavakit.errors import FieldError, quoted
 from llavakit.media.regions import read_regions
 
 Part = dict[str, Any]
@@ -100,6 +100,8 @@ def _part(part: Any, where: str) -> Part:
     if not isinstance(part, Mapping):
         raise FieldError(where, f"must be an object with a type, not {type(part).__name__}")
     modality = part.get("type")
+    if not isinstance(modality, str):
+        raise FieldError(f"{where}.type", f"must be a string, not {type(modality).__name__}")
     if modality in ("text", "input_text"):
         if not isinstance(part.get("text"), str):
             raise FieldError(f"{where}.text", f"must be a string, not {type(part.get('text')).__name__}")
@@ -196,9 +198,10 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
         field = f"conversations.{index}"
         if not isinstance(turn, Mapping):
             raise FieldError(field, f"must be an object with from and value, not {type(turn).__name__}")
-        role = _FROM.get(turn.get("from"))
+        speaker = turn.get("from")
+        role = _FROM.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise FieldError(f"{field}.from", f"must be human or gpt, not {turn.get('from')!r}")
+            raise FieldError(f"{field}.from", f"must be human or gpt, not {quoted(speaker)}")
         value = turn.get("value")
         if not isinstance(value, str):
             raise FieldError(f"{field}.value", f"must be a string, not {type(value).__name__}")

@@ -5,14 +5,16 @@ It owns what happens to a broken record, and knows neither tokenizer nor pixels:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from llavakit.conversation.messages import Message
 from llavakit.data.mixture import Mixture, check_choice
-from llavakit.data.records import BadRecords
+from llavakit.data.records import BadRecords, belongs_to
 from llavakit.errors import RecordError, UserError
 
 IGNORE = -100
@@ -21,15 +23,20 @@ IGNORE = -100
 class SampleDataset(Dataset):
     """Processed samples of a mixture.
 
+    A record is broken if it cannot be read, if its media, its text or its length do not fit, or if its sample has no
+    label: a step of such samples would have nothing to learn.
+
     Args:
         records: A `Mixture` or a sequence of `Record`.
         encode: Messages to a processed sample (`LlavakitProcessor.encode`).
-        on_bad_record: "stop" raises at a broken record, "skip" notes it and gives the next good one in its place, so
-            that batches keep their size and the order of all others.
+        on_bad_record: "stop" raises at a broken record, "skip" notes it and gives another sample of the same source
+            in its place, so that batches keep their size and the order of all others. Which one depends on `seed` and
+            the record's number alone.
         bad: Where broken records are noted.
         max_length: Longest sample. A longer one is cut behind its last visual token; one whose visual tokens do
-            not fit, or that keeps no label, is a broken record.
+            not fit is a broken record.
         visual_token_id: Id of visual positions; needed to see what a cut would remove.
+        seed: Of the replacements.
     """
 
     def __init__(
@@ -41,11 +48,12 @@ class SampleDataset(Dataset):
         bad: BadRecords | None = None,
         max_length: int | None = None,
         visual_token_id: int | None = None,
+        seed: int = 0,
     ) -> None:
         check_choice("on_bad_record", on_bad_record, ("stop", "skip"))
         self.records, self.encode = records, encode
         self.on_bad_record, self.bad = on_bad_record, BadRecords() if bad is None else bad
-        self.max_length, self.visual_token_id = max_length, visual_token_id
+        self.max_length, self.visual_token_id, self.seed = max_length, visual_token_id, seed
 
     def __len__(self) -> int:
         return len(self.records)
@@ -54,36 +62,79 @@ class SampleDataset(Dataset):
         """The processed sample.
 
         Raises:
-            RecordError: If the record is broken, or with "skip" if all are.
+            RecordError: If the record is broken.
+            UserError: With "skip", if all records of its source are.
         """
-        for step in range(len(self)):
+        return self.sample(index)
+
+    def sample(self, index: int, encode: Callable[[list[Message]], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """The processed sample by another `encode`, such as one that leaves the pixels out."""
+        for candidate in self._candidates(index):
             try:
-                return self._sample((index + step) % len(self))
+                return self._sample(candidate, encode or self.encode)
             except RecordError as error:
                 if self.on_bad_record == "stop":
                     raise
                 self.bad.add(error)
-        raise UserError(f"no usable record in the data; {self.bad.report(3)}")
+        raise self._exhausted(index)
 
-    def _sample(self, index: int) -> dict[str, Any]:
+    def record(self, index: int) -> Any:
+        """The record of a sample, or the one that takes its place because it cannot be read.
+
+        Raises:
+            RecordError, UserError: See `__getitem__`.
+        """
+        for candidate in self._candidates(index):
+            try:
+                return self.records[candidate]
+            except RecordError as error:
+                if self.on_bad_record == "stop":
+                    raise
+                self.bad.add(error)
+        raise self._exhausted(index)
+
+    def _exhausted(self, index: int) -> UserError:
+        return UserError(f"no usable record in the source of {self.place(index)[0]}; {self.bad.report(3)}")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The record itself, then all others of its source in an order of their own."""
+        yield index
+        same = getattr(self.records, "same_source", lambda _: range(len(self)))(index)
+        draw = random.Random(f"{self.seed} {index}")
+        begin, step = draw.randrange(len(same)), draw.randrange(1, len(same) + 1)
+        while math.gcd(step, len(same)) != 1:  # a step that has a divisor in common would not reach all
+            step = draw.randrange(1, len(same) + 1)
+        for number in range(len(same)):
+            other = same[(begin + number * step) % len(same)]
+            if other != index:
+                yield other
+
+    def place(self, index: int) -> tuple[str, int]:
+        """File and line of a record."""
+        if isinstance(self.records, Mixture):
+            return self.records.place(index)
         record = self.records[index]
-        try:
-            sample = dict(self.encode(record.messages))
-        except (UserError, OSError) as error:  # OSError: a file that vanished or is cut off
-            raise RecordError(record.file, record.line, "record", str(error)) from error
-        self.bad.note(record.file, record.line, (*getattr(record, "notes", ()), *sample.pop("notes", ())))
-        return self._cut(sample, record)
+        return record.file, record.line
 
-    def _cut(self, sample: dict[str, Any], record: Any) -> dict[str, Any]:
+    def _sample(self, index: int, encode: Callable[[list[Message]], Mapping[str, Any]]) -> dict[str, Any]:
+        record = self.records[index]
+        with belongs_to(record.file, record.line):
+            sample = dict(encode(record.messages))
+        self.bad.note(record.file, record.line, (*getattr(record, "notes", ()), *sample.pop("notes", ())))
+        return self._checked(sample, record)
+
+    def _checked(self, sample: dict[str, Any], record: Any) -> dict[str, Any]:
         ids, labels = sample["input_ids"], sample["labels"]
+        if not _supervised(labels):
+            raise RecordError(record.file, record.line, "record", "no answer is left to learn: its labels are masked")
         if self.max_length is None or len(ids) <= self.max_length:
             return sample
-        visual = [place for place, token in enumerate(ids) if int(token) == self.visual_token_id]
         problem = f"takes {len(ids)} tokens, max_length is {self.max_length}"
+        visual = [place for place, token in enumerate(ids) if int(token) == self.visual_token_id]
         if visual and visual[-1] >= self.max_length:
             raise RecordError(record.file, record.line, "record", f"{problem}, and the cut would go through its media")
         labels = labels[: self.max_length]
-        if all(int(label) == IGNORE for label in labels):
+        if not _supervised(labels):
             raise RecordError(record.file, record.line, "record", f"{problem}, and no answer is left before the cut")
         return sample | {"input_ids": ids[: self.max_length], "labels": labels}
 
@@ -97,9 +148,10 @@ class SampleDataset(Dataset):
         Args:
             encode: A cheaper `encode` that leaves the pixels out; default the dataset's own.
         """
-        own, self.encode = self.encode, encode or self.encode
-        try:
-            samples = (self[index] for index in range(len(self)))
-            return [len(s["input_ids"]) * (1 if len(s.get("visual_modalities", ())) else -1) for s in samples]
-        finally:
-            self.encode = own
+        samples = (self.sample(index, encode) for index in range(len(self)))
+        return [len(s["input_ids"]) * (1 if len(s.get("visual_modalities", ())) else -1) for s in samples]
+
+
+def _supervised(labels: Sequence[int]) -> bool:
+    """Whether a label counts; the first one never does, since nothing comes before it."""
+    return any(int(label) != IGNORE for label in labels[1:])

@@ -36,7 +36,7 @@ def parse_count(text: str, total: int, *, where: str = "count") -> int:
             count = math.ceil(float(number[:-1]) * total / 100)
         else:
             count = int(number)
-    except ValueError:
+    except (ValueError, OverflowError):
         count = -1
     if count < 0:
         raise UserError(f"{where}: must be a number or a percentage such as 500 or 10%, not {text!r}")

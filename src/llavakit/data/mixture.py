@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from llavakit.data.mixing import mixed_order
-from llavakit.data.readers import ListSource, Selected, Source, open_source
+from llavakit.data.readers import ListSource, Selected, Source, open_source, split_part
 from llavakit.data.records import BadRecords, Record, check_media, read_record
-from llavakit.errors import RecordError, UserError
+from llavakit.errors import RecordError, UserError, quoted
 from llavakit.registry import nearest
 
 CHECKS = ("fields", "files", "media")
@@ -37,6 +38,19 @@ class SourceSpec:
     media_root: str | Path | None = None
     sampling_strategy: str = "all"
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        wrong = None
+        if not isinstance(self.path, (str, Path, Sequence, Source)):
+            wrong = f"path: must be a path, not {quoted(self.path)}"
+        elif self.media_root is not None and not isinstance(self.media_root, (str, Path)):
+            wrong = f"media_root: must be a folder, not {quoted(self.media_root)}"
+        elif not isinstance(self.sampling_strategy, str):
+            wrong = f"sampling_strategy: must be all, first:N, end:N or random:N, not {quoted(self.sampling_strategy)}"
+        elif isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 <= self.weight <= 1e6:
+            wrong = f"weight: must be a number from 0 to a million, not {quoted(self.weight)}"
+        if wrong:
+            raise UserError(wrong)
 
 
 _SPELLINGS = {"json_path": "path", "data_path": "path", "image_folder": "media_root"}
@@ -63,43 +77,53 @@ def read_specs(entry: Any, *, media_root: str | Path | None = None, where: str =
         known = [field.name for field in fields(SourceSpec)]
         for key in options:
             if key not in known:
-                raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+                raise UserError(f"{where}: unknown key {quoted(key)}{nearest(str(key), known)}")
         if "path" not in options:
             raise UserError(f"{where}: needs a path")
-        entry = SourceSpec(**({"media_root": media_root} | options))
+        try:
+            entry = SourceSpec(**({"media_root": media_root} | options))
+        except UserError as error:
+            raise UserError(f"{where}.{error}") from None
+    if not isinstance(entry, SourceSpec):
+        raise UserError(f"{where}: must be a path or a mapping with a path, not {quoted(entry)}")
     path = str(entry.path)
     if not isinstance(entry.path, (str, Path)):
         return [entry]
     if path.endswith((".yaml", ".yml")):
         return _read_yaml(Path(path), entry)
-    if braces := re.fullmatch(r"(.*)\{(.*)\}(.*)", path):
+    if (braces := re.fullmatch(r"(.*)\{(.*)\}(.*)", path)) and not os.path.lexists(split_part(path)[0]):
         paths = [f"{braces[1]}{name.strip()}{braces[3]}" for name in braces[2].split(",")]
-        return [_with_path(entry, name) for name in paths]
+        return [replace(entry, path=name) for name in paths]
     return [entry]
 
 
-def _with_path(spec: SourceSpec, path: Any) -> SourceSpec:
-    return SourceSpec(
-        path=path, media_root=spec.media_root, sampling_strategy=spec.sampling_strategy, weight=spec.weight
-    )
-
-
 def _read_yaml(path: Path, outer: SourceSpec) -> list[SourceSpec]:
-    import yaml
+    from llavakit.data.strict_yaml import YamlError, parse_yaml
 
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file") from None
+    except YamlError as error:
+        raise UserError(f"{path}{f':{error.line}' if error.line else ''}: {error}") from None
     if not isinstance(content, Mapping) or not isinstance(content.get("datasets"), list):
         raise UserError(f"{path}: must hold a list named datasets")
+    if other := [key for key in content if key != "datasets"]:
+        raise UserError(f"{path}: {quoted(other[0])}: unknown key; the file holds a list named datasets")
+    if outer.sampling_strategy != "all":
+        raise UserError(
+            f"{path}: {outer.sampling_strategy}: a part of a list of files; choose it for each of its files"
+        )
     specs = []
     for spec in read_specs(content["datasets"], media_root=outer.media_root, where=f"{path}: datasets"):
         name = str(spec.path)
         beside = path.parent / name
-        specs.append(_with_path(spec, beside if not Path(name.partition("#")[0]).exists() else name))
+        found = name if Path(split_part(name)[0]).exists() else beside
+        specs.append(replace(spec, path=found, weight=spec.weight * outer.weight))
     return specs
 
 
@@ -169,6 +193,11 @@ class Mixture(Sequence[Record]):
         source, entry = self._locate(index)
         return self.sources[source].file, self.sources[source].line(entry)
 
+    def same_source(self, index: int) -> range:
+        """Numbers of all records of the source that a record belongs to."""
+        source, _ = self._locate(index)
+        return range(self._starts[source], self._starts[source + 1])
+
     def order(self, seed: int, epoch: int, *, shuffle: bool = True) -> list[int]:
         """Record numbers of an epoch by the sources' weights; depends on nothing else."""
         sizes = [len(kept) for kept in self._kept]
@@ -186,7 +215,7 @@ class Mixture(Sequence[Record]):
         """Read every record once; broken ones end the run or are left out from now on.
 
         Args:
-            level: "fields" checks the entries, "files" also that their media exist, "media" also decodes images.
+            level: "fields" checks the entries, "files" also that their media exist, "media" also opens them.
             on_bad_record: "stop" or "skip".
             bad: List to add to.
 

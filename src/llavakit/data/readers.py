@@ -6,7 +6,7 @@ knows what an entry means.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import mmap
 import os
 import random
@@ -19,9 +19,25 @@ from typing import Any
 import numpy as np
 
 from llavakit.data.mixing import choose
+from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.errors import RecordError, UserError
 
 Span = tuple[int, int]
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PART = re.compile(r"#(all|(?:(?:first|end|random):)?[\d.]+%?)$")
+
+
+def split_part(path: str | Path) -> tuple[str, str]:
+    """A path without the part of the file that it asks for (`data.json#500`), and that part as a sampling strategy.
+
+    A `#` that no part follows belongs to the name, and so does every `#` of a path that exists.
+    """
+    name = str(path)
+    found = None if os.path.lexists(name) else _PART.search(name)
+    if found is None:
+        return name, ""
+    part = found[1]
+    return name[: found.start()], part if ":" in part or part == "all" else f"first:{part}"
 
 
 class Source(ABC):
@@ -57,7 +73,10 @@ class _Spans(Source):
         if not self.path.is_file():
             raise UserError(f"{path}: there is no such data file")
         self._descriptor: tuple[int, int] | None = None
-        self.begins, self.ends = self._index()
+        try:
+            self.begins, self.ends = self._index()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
     @abstractmethod
     def _index(self) -> tuple[np.ndarray, np.ndarray]: ...
@@ -68,9 +87,10 @@ class _Spans(Source):
     def __getitem__(self, index: int) -> Any:
         text = self._read(int(self.begins[index]), int(self.ends[index]))
         try:
-            return json.loads(text)
-        except ValueError as error:  # also bytes that are not UTF-8
-            raise RecordError(self.file, self.line(index), "record", f"not JSON: {error}") from None
+            # what stands in keys that nobody reads may be NaN, which many writers allow
+            return parse_json(text, finite=False)
+        except JsonError as error:
+            raise RecordError(self.file, self.line(index), "record", str(error)) from None
 
     def _read(self, begin: int, end: int) -> bytes:
         if self._descriptor is None or self._descriptor[0] != os.getpid():
@@ -99,7 +119,25 @@ class JsonlSource(_Spans):
         begins = np.concatenate([[-1], ends[:-1]]) + 1 if position else ends
         keep = [n for n in range(len(begins)) if ends[n] - begins[n] > 2 or self._read(begins[n], ends[n]).strip()]
         self.lines = np.array(keep, int) + 1
+        if keep:
+            self._refuse_several_lines(int(begins[keep[0]]), int(ends[keep[0]]))
         return begins[keep], ends[keep]
+
+    def _refuse_several_lines(self, begin: int, end: int) -> None:
+        """Refuse a file whose first record goes on in the next lines; every line of it would be a broken record."""
+        text = self._read(begin, begin + _LONGEST_RECORD)
+        start = len(text) - len(text.removeprefix(BYTE_ORDER_MARK).lstrip())
+        close = _closing(text, start) if text[start : start + 1] == b"{" else None
+        if close is None or begin + close <= end:
+            return
+        try:
+            parse_json(text[start:close], finite=False)
+        except JsonError:
+            return  # just a broken line
+        raise UserError(
+            f"{self.path}: its first record takes several lines; write every record on one line, or make the file a "
+            "JSON list ([...])"
+        )
 
     def line(self, index: int) -> int:
         return int(self.lines[index])
@@ -113,6 +151,8 @@ def _nested(depth: int) -> bytes:
 
 
 _SPACE = re.compile(rb"[\s,]*")
+_BLANK = re.compile(rb"\s*")
+_LONGEST_RECORD = 1 << 20  # bytes that are searched for the end of a record which takes several lines
 _ENTRY = re.compile(_nested(4), re.DOTALL)
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]]', re.DOTALL)
 _SCALAR = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^\s,{}\[\]"]+', re.DOTALL)
@@ -131,7 +171,7 @@ class JsonSource(_Spans):
         return pairs[:, 0], pairs[:, 1]
 
     def _entries(self, text: mmap.mmap) -> Iterator[Span]:
-        place = _SPACE.match(text, 3 if text[:3] == b"\xef\xbb\xbf" else 0).end()
+        place = _SPACE.match(text, 3 if text[:3] == BYTE_ORDER_MARK else 0).end()
         if text[place : place + 1] != b"[":
             raise UserError(f"{self.path}: must be a JSON list of records ([...]) or JSON lines")
         place += 1
@@ -139,6 +179,11 @@ class JsonSource(_Spans):
         while True:
             place = _SPACE.match(text, place).end()
             if text[place : place + 1] == b"]":
+                if _BLANK.match(text, place + 1).end() != len(text):
+                    raise UserError(
+                        f"{self.path}: there is more behind the end of its list of {count} records (byte {place + 1}); "
+                        "one file holds one list"
+                    )
                 return
             entry = _ENTRY.match(text, place) or _SCALAR.match(text, place)
             end = entry.end() if entry else _closing(text, place)
@@ -148,7 +193,7 @@ class JsonSource(_Spans):
             place, count = end, count + 1
 
 
-def _closing(text: mmap.mmap, begin: int) -> int | None:
+def _closing(text: mmap.mmap | bytes, begin: int) -> int | None:
     """End of the object or list that begins here, however deep; None if it does not end."""
     depth = 0
     for match in _TOKEN.finditer(text, begin):
@@ -168,7 +213,13 @@ class HfSource(Source):
         except ImportError as error:
             raise UserError(f"{path}: reading saved datasets needs the package datasets") from error
         self.file = str(path)
-        self.table = load_from_disk(str(path))
+        try:
+            self.table = load_from_disk(str(path))
+        except Exception as error:  # a library of its own, with exceptions of many classes
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{path}: not a dataset that save_to_disk wrote ({type(error).__name__}: {said})"
+            ) from error
         if not isinstance(self.table, Dataset):
             raise UserError(
                 f"{path}: holds the splits {', '.join(self.table)}; name one, as in {path}/{min(self.table)}"
@@ -178,7 +229,11 @@ class HfSource(Source):
         return len(self.table)
 
     def __getitem__(self, index: int) -> Any:
-        return self.table[int(index)]
+        try:
+            return self.table[int(index)]
+        except Exception as error:  # it decodes pictures, too
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise RecordError(self.file, self.line(index), "record", f"cannot be read ({said})") from error
 
 
 class ListSource(Source):
@@ -220,27 +275,37 @@ class Selected(Source):
 def open_source(path: str | Path) -> Source:
     """The source behind a path: `.json`, `.jsonl`, or the folder of a saved dataset.
 
-    A path may end in `#N`, `#N%` (the first so many entries) or `#STRATEGY`.
+    What a file holds counts, not its suffix: a list, or one object per line. A path may end in `#N`, `#N%` (the first
+    N entries) or `#STRATEGY`, see `split_part`.
 
     Raises:
         UserError: If there is no such file or its kind is unknown.
     """
-    name, _, strategy = str(path).partition("#")
-    if strategy and ":" not in strategy and strategy != "all":
-        strategy = f"first:{strategy}"
+    name, strategy = split_part(path)
     file = Path(name)
     if file.is_dir():
         source: Source = HfSource(file)
-    elif file.suffix in (".jsonl", ".ndjson"):
-        source = JsonlSource(file)
-    elif file.suffix == ".json":
-        source = JsonlSource(file) if file.is_file() and _is_lines(file) else JsonSource(file)
+    elif file.suffix in (".jsonl", ".ndjson", ".json"):
+        source = _json_source(file)
     else:
         raise UserError(f"{name}: must be a .json or .jsonl file, or the folder of a saved dataset")
     return Selected(source, strategy) if strategy else source
 
 
-def _is_lines(file: Path) -> bool:
-    """Whether a `.json` file holds one object per line (many evaluation files are named so)."""
-    with file.open("rb") as stream:
-        return stream.read(4096).lstrip()[:1] == b"{"
+def _json_source(file: Path) -> Source:
+    first = _first_byte(file) if file.is_file() else b""
+    if file.suffix == ".json":
+        return JsonlSource(file) if first == b"{" else JsonSource(file)
+    if first == b"[":
+        with contextlib.suppress(UserError):  # lines that are lists are broken records, one by one
+            return JsonSource(file)
+    return JsonlSource(file)
+
+
+def _first_byte(file: Path) -> bytes:
+    """The first byte that is not blank; many evaluation files named `.json` hold lines."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None

@@ -1,8 +1,9 @@
 """Records: one entry of a data file as checked messages, or one clear error.
 
 Two forms are read: LLaVA's (`conversations` with `from` and `value`, media under `image`, `video` or `volume`) and
-OpenAI's (`messages` with content parts, media in the parts or under `images` and the like). This module opens no
-media, except to check them when asked to.
+OpenAI's (`messages` with content parts, media in the parts or under `images` and the like; the text may say `<image>`
+where a media item belongs, as in files of LLaMA-Factory and ms-swift). Media are opened in one place, `open_media`,
+and whatever goes wrong with a record is a `RecordError`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,27 @@ from llavakit.conversation.messages import (
     MEDIA,
     FieldError,
     Message,
+    Part,
     from_llava,
     is_media,
     literals_in,
     media_of,
     normalise,
+    split_literals,
     text_of,
 )
-from llavakit.errors import RecordError, UserError
+from llavakit.errors import RecordError, UserError, quoted
 
+# Keys of other tools that change what a record teaches and that nothing here honours.
+_UNREAD = {
+    "tools": "cannot be learned from yet; write them into the system text",
+    "audios": "sound cannot be read; take the key out",
+    "audio": "sound cannot be read; take the key out",
+}
+_UNREAD_TURN = {
+    "tool_calls": "calls cannot be learned from yet; write the call into the text",
+    "function_call": "calls cannot be learned from yet; write the call into the text",
+}
 _COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "volume": ("volumes", "volume", "image3d")}
 
 
@@ -72,17 +86,17 @@ def read_record(
     Raises:
         RecordError: With the field that is wrong and what would be right.
     """
-    try:
+    with belongs_to(file, line):
         if not isinstance(raw, Mapping):
             raise FieldError("record", f"must be an object, not {type(raw).__name__}")
         form = _form(raw)
+        _refuse_unread(raw, form)
         messages = from_llava(raw) if form == "conversations" else _from_messages(raw)
+        messages = _with_system(raw, messages, form)
         _check_turns(messages, form, needs_answer)
         root = Path(media_root) if media_root is not None else Path(file).parent
         for place, part in _media_places(messages, form):
             part[part["type"]] = _locate(part[part["type"]], root, place, check_files)
-    except FieldError as error:
-        raise RecordError(file, line, error.field, error.problem) from None
     return Record(messages, file, line, raw, _notes(messages))
 
 
@@ -91,16 +105,80 @@ def _notes(messages: list[Message]) -> tuple[str, ...]:
     return (f"the record has no media, so {literals[0]} in it is text",) if literals else ()
 
 
+@contextmanager
+def belongs_to(file: str, line: int, field: str = "record") -> Iterator[None]:
+    """Whatever is raised inside belongs to this record: readers, tokenizers and planners meet whatever a file holds.
+
+    Args:
+        file, line: Where the record stands.
+        field: What is named if the exception does not say it itself.
+
+    Raises:
+        RecordError: With the cause.
+    """
+    try:
+        yield
+    except RecordError:
+        raise
+    except FieldError as error:
+        raise RecordError(file, line, error.field, error.problem) from error
+    except (UserError, OSError) as error:  # OSError: a file that vanished or is cut off
+        raise RecordError(file, line, field, " ".join(str(error).split())) from error
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RecordError(file, line, field, f"cannot be used ({said})") from error
+
+
 def _form(raw: Mapping[str, Any]) -> str:
-    for form in ("conversations", "messages"):
-        if form in raw:
-            return form
+    found = [form for form in ("conversations", "messages") if raw.get(form) is not None]
+    if len(found) == 2:
+        raise FieldError("record", "has conversations and messages; leave one of them out")
+    if found:
+        return found[0]
     raise FieldError("record", f"needs conversations or messages; it has {', '.join(map(str, raw)) or 'nothing'}")
+
+
+def _refuse_unread(raw: Mapping[str, Any], form: str) -> None:
+    """Refuse what would change the record's meaning if it were left out."""
+    for key, problem in _UNREAD.items():
+        if raw.get(key):
+            raise FieldError(key, problem)
+    turns = raw[form] if isinstance(raw[form], (list, tuple)) else ()
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            continue
+        for key, problem in _UNREAD_TURN.items():
+            if turn.get(key):
+                raise FieldError(f"{form}.{index}.{key}", problem)
+        for key in ("weight", "loss", "train"):
+            if turn.get(key) is not None and turn[key] != 1:
+                raise FieldError(f"{form}.{index}.{key}", "single turns cannot be left unlearned; take the key out")
+
+
+def _with_system(raw: Mapping[str, Any], messages: list[Message], form: str) -> list[Message]:
+    """The messages with the text of the record's `system` key in front."""
+    system = raw.get("system")
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise FieldError("system", f"must be a string, not {type(system).__name__}")
+    if messages[0]["role"] == "system":
+        raise FieldError("system", f"there is one in {form} too; leave one of them out")
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
 
 
 def _from_messages(raw: Mapping[str, Any]) -> list[Message]:
     messages = normalise(raw["messages"])
     waiting = {modality: _column(raw, modality) for modality in MEDIA}
+    if any(waiting.values()) and all(part.get(part["type"]) is not None for part in media_of(messages)):
+        messages = [message | {"content": _split(message["content"])} for message in messages]
+        for modality, given in waiting.items():
+            places = sum(part["type"] == modality and modality not in part for part in media_of(messages))
+            if places > len(given):
+                name = "image3d" if modality == "volume" else modality
+                raise FieldError(
+                    "messages", f"{places} <{name}> in the text, but {len(given)} {modality}s in the record"
+                )
     for index, message in enumerate(messages):
         for number, part in enumerate(message["content"]):
             modality = part["type"]
@@ -114,6 +192,11 @@ def _from_messages(raw: Mapping[str, Any]) -> list[Message]:
                 "messages", f"{len(left)} more {modality}s in the record than {modality} parts in the messages"
             )
     return messages
+
+
+def _split(content: Sequence[Part]) -> list[Part]:
+    """Content parts with `<image>` and the like in the text as media parts that wait for their file."""
+    return [own for part in content for own in (split_literals(part["text"]) if part["type"] == "text" else [part])]
 
 
 def _column(raw: Mapping[str, Any], modality: str) -> list[Any]:
@@ -152,17 +235,22 @@ def _media_places(messages: list[Message], form: str) -> Iterator[tuple[str, dic
 
 def _locate(media_item: Any, root: Path, place: str, check_files: bool) -> Any:
     """A media item as an absolute path or bytes; objects that are open already come back as they are."""
-    if isinstance(media_item, Mapping) and (
-        "bytes" in media_item or "path" in media_item
-    ):  # undecoded Hugging Face feature
-        media_item = media_item["bytes"] if media_item.get("bytes") is not None else media_item.get("path")
+    if isinstance(media_item, Mapping):  # undecoded Hugging Face feature
+        content, name = media_item.get("bytes"), media_item.get("path")
+        if not isinstance(content, (bytes, type(None))) or not isinstance(name, (str, type(None))):
+            raise FieldError(place, "must hold bytes, or a path that is a string")
+        media_item = name if content is None else content
     if isinstance(media_item, (list, tuple)):
         return [_locate(item, root, place, check_files) for item in media_item]  # a video given by its frames
+    if media_item is None:
+        raise FieldError(place, "names no file")
+    if isinstance(media_item, (bool, int, float)):
+        raise FieldError(place, f"must name a file, not {quoted(media_item)}")
     if not isinstance(media_item, (str, os.PathLike)):
-        if media_item is None:
-            raise FieldError(place, "names no file")
         return media_item
     name = os.fspath(media_item)
+    if not name:
+        raise FieldError(place, "names no file")
     if name.startswith("data:"):
         return _inline(name, place)
     if name.startswith("file://"):
@@ -170,7 +258,7 @@ def _locate(media_item: Any, root: Path, place: str, check_files: bool) -> Any:
     if "://" in name:
         raise FieldError(place, f"must be a local file, not the address {name!r}")
     path = root / name
-    if check_files and not path.exists():
+    if check_files and not os.path.exists(path):  # unlike Path.exists it takes names that no file can have
         raise FieldError(place, f"there is no file {str(path)!r}")
     return str(path)
 
@@ -185,21 +273,42 @@ def _inline(address: str, place: str) -> bytes:
         raise FieldError(place, "must be base64 (data:TYPE;base64,...)") from None
 
 
-def check_media(record: Record) -> None:
-    """Decode the images of a record and see that its other media exist.
+def open_media(record: Record, read: Callable[[Part], Any]) -> Iterator[tuple[Part, Any]]:
+    """The media of a record, opened one after another.
+
+    Args:
+        read: Opens the media item of a content part, such as `LlavakitProcessor.read_media`.
+
+    Yields:
+        Content part, and what `read` returned for it.
 
     Raises:
-        RecordError: If a file is missing, truncated or no image.
+        RecordError: For whatever `read` raises; a file may be missing, cut off or no media item at all.
     """
-    from llavakit.media import load_image
+    for part in media_of(record.messages):
+        with belongs_to(record.file, record.line, part["type"]):
+            item = read(part)
+        yield part, item
 
-    for message in record.messages:
-        for part in message["content"]:
-            if part["type"] == "image":
-                try:
-                    load_image(part["image"])
-                except (UserError, OSError, ValueError, SyntaxError) as error:
-                    raise RecordError(record.file, record.line, "image", str(error)) from error
+
+def check_media(record: Record, read: Callable[[Part], Any] | None = None) -> None:
+    """Open the media of a record.
+
+    Args:
+        read: See `open_media`; default: llavakit's readers with their own options.
+
+    Raises:
+        RecordError: If a file is missing, cut off or no media item.
+    """
+    for _ in open_media(record, read or _read_plainly):
+        pass
+
+
+def _read_plainly(part: Part) -> Any:
+    from llavakit import media
+
+    readers = {"image": media.load_image, "video": media.load_video, "volume": media.load_volume}
+    return readers[part["type"]](part[part["type"]])
 
 
 class BadRecords:
@@ -224,7 +333,7 @@ class BadRecords:
         if self.log is not None:
             entry = {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem}
             with self.log.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                stream.write(json.dumps(entry) + "\n")
 
     def note(self, file: str, line: int, notes: Iterable[str]) -> None:
         """Note how a record was read; the report counts the records of a file with the same note."""
@@ -236,7 +345,10 @@ class BadRecords:
         found = dict(self._own)
         if self.log is not None and self.log.exists():
             for text in self.log.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(text)
+                try:
+                    entry = json.loads(text)
+                except ValueError:  # a kill tore the line; the record will be met again
+                    continue
                 found.setdefault((entry["file"], entry["line"]), RecordError(**entry))
         return [found[key] for key in sorted(found)]
 

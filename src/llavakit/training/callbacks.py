@@ -1,6 +1,7 @@
 """What a training run shows and leaves behind: a progress bar, and the loss curve as JSON.
 
-`metrics.json` of a stage is written with every checkpoint and at the end, and holds all that the trainer logged:
+`metrics.json` of a stage is written with every checkpoint and at the end, and holds all that the trainer logged;
+`tokens` are those of all processes without padding, `seconds` also count steps that a kill made necessary again:
 
     {"stage", "steps", "finished", "seconds", "tokens", "trainable": {part: parameters},
      "log": [{"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}, ...], "skipped": [...]}
@@ -17,6 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llavakit.data.strict_json import read_json
 
 KEPT = ("loss", "learning_rate", "grad_norm", "auxiliary", "tokens_per_second")
 
@@ -43,14 +46,12 @@ class Metrics(TrainerCallback):
     Args:
         path: The file.
         facts: What is known before training starts (stage, trainable parameters).
-        counter: Gives the tokens that this process has seen since it started.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any], counter: Any) -> None:
-        self.path, self.facts, self.counter = path, facts, counter
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path, self.facts = path, facts
         self.began = time.monotonic()
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.earlier = {key: earlier.get(key, 0) for key in ("seconds", "tokens")}
+        self.earlier = read_json(path, kind=dict, finite=False).get("seconds", 0) if path.is_file() else 0
 
     def write(self, state: TrainerState, finished: bool = False) -> dict[str, Any]:
         """Write what is known now."""
@@ -58,8 +59,8 @@ class Metrics(TrainerCallback):
             **self.facts,
             "finished": finished,
             "steps": state.global_step,
-            "seconds": round(self.earlier["seconds"] + time.monotonic() - self.began, 3),
-            "tokens": self.earlier["tokens"] + self.counter.tokens,
+            "seconds": round(self.earlier + time.monotonic() - self.began, 3),
+            "tokens": state.num_input_tokens_seen,
             "log": curve_of(state),
         }
         if state.is_world_process_zero:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from llavakit.connectors.base import tokens_in
 from llavakit.conversation.messages import is_media
@@ -22,8 +23,9 @@ from llavakit.data.dataset import SampleDataset
 from llavakit.data.mixing import generator_of
 from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import first_fit_decreasing
+from llavakit.data.records import BadRecords
 from llavakit.data.sampler import length_grouped, modality_grouped, word_length
-from llavakit.errors import RecordError, UserError
+from llavakit.errors import UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MODALITIES
@@ -54,6 +56,13 @@ def open_records(recipe: Recipe, number: int) -> Mixture:
     return Mixture(specs, seed=recipe.seed)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What a worker of a data loader could not prepare; `StageTrainer` raises the error in the main process."""
+
+    error: UserError
+
+
 class Samples(Dataset):
     """Processed samples (see `llavakit.data.collate`) of checked records, remembered while there is room.
 
@@ -64,6 +73,8 @@ class Samples(Dataset):
         options: Passed to `LlavakitProcessor.encode` (`labels`, `placement`).
         features: `features(messages, regions)` gives encoder features per view instead of pixels.
         on_bad_record: "stop" or "skip".
+        bad: Where broken records are noted.
+        seed: Of the samples that replace broken records.
         memory: Bytes of processed samples that are kept.
     """
 
@@ -76,6 +87,8 @@ class Samples(Dataset):
         options: Mapping[str, Any] | None = None,
         features: Features | None = None,
         on_bad_record: str = "stop",
+        bad: BadRecords | None = None,
+        seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
         self.processor, self.options, self.features = processor, dict(options or {}), features
@@ -83,8 +96,10 @@ class Samples(Dataset):
             records,
             self._encode,
             on_bad_record=on_bad_record,
+            bad=bad,
             max_length=max_length,
             visual_token_id=processor.image_token_id,
+            seed=seed,
         )
         self._kept: dict[int, dict[str, Any]] = {}
         self._lengths: dict[int, int] = {}
@@ -99,8 +114,20 @@ class Samples(Dataset):
             sample["pixel_values"] = self.features(messages, sample["visual_regions"])
         return sample
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The processed sample, ids and labels as int64 tensors [tokens]."""
+    def __getitem__(self, index: int) -> dict[str, Any] | Failure:
+        """The processed sample, ids and labels as int64 tensors [tokens].
+
+        In a worker of a data loader a broken record is returned as a `Failure`: PyTorch would raise it elsewhere as
+        another exception, with the worker's traceback for a message.
+        """
+        if get_worker_info() is None:
+            return self._sample(index)
+        try:
+            return self._sample(index)
+        except UserError as error:
+            return Failure(error)
+
+    def _sample(self, index: int) -> dict[str, Any]:
         if index in self._kept:
             return self._kept[index]
         sample = self.dataset[index]
@@ -117,13 +144,9 @@ class Samples(Dataset):
         """Tokens of a sample, negative if it has no media. Decodes no image that there is no room to remember."""
         if index not in self._lengths:
             if index in self._kept or self._room > 0:
-                sample = self[index]
+                sample = self._sample(index)
             else:
-                own, self.dataset.encode = self.dataset.encode, self._encode_ids
-                try:
-                    sample = self.dataset[index]
-                finally:
-                    self.dataset.encode = own
+                sample = self.dataset.sample(index, self._encode_ids)
             self._lengths[index] = len(sample["input_ids"]) * (1 if sample["visual_modalities"] else -1)
         return self._lengths[index]
 
@@ -136,12 +159,7 @@ class Samples(Dataset):
         Args:
             per_image: Added for a record with images, as the original does where it groups by length alone.
         """
-        try:
-            record = self.dataset.records[index]
-        except RecordError:
-            if self.dataset.on_bad_record == "stop":
-                raise
-            return -1  # another record takes its place
+        record = self.dataset.record(index)
         if "conversations" in record.raw:
             words, has_image = word_length(record.raw), "image" in record.raw
         else:
@@ -268,7 +286,10 @@ class StageCollator:
         self.stand_ins = dict(stand_ins or {})
         self.collator = Collator(pad_token_id, max_length, padding_side, packing)
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Mapping[str, Any] | Failure]) -> dict[str, Any] | Failure:
+        failed = next((sample for sample in samples if isinstance(sample, Failure)), None)
+        if failed is not None:
+            return failed
         tokens = sum(len(sample["input_ids"]) for sample in samples)
         used = {modality for sample in samples for modality in sample["visual_modalities"]}
         samples = [*samples, *(own for modalities, own in self.stand_ins.items() if not used.intersection(modalities))]

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from llavakit.conversation.encode import collect_media
-from llavakit.errors import UserError
+from llavakit.data.records import Record, belongs_to, open_media
+from llavakit.errors import RecordError, UserError
 from llavakit.media.regions import Region
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
@@ -33,6 +35,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MEDIA_AT_ONCE = 32
 
 Messages = Sequence[Mapping[str, Any]]
+_Opened = tuple[str, list[ViewJob], list[Tensor]]  # key, work and views of a media item
 
 
 def _digest(*chunks: bytes) -> str:
@@ -127,17 +130,24 @@ class FeatureCache:
     def _content_of(self, source: Any) -> str:
         if isinstance(source, (bytes, bytearray)):
             return _digest(bytes(source))
+        if isinstance(source, (list, tuple)):  # a video by its frames
+            return _digest(*(self._content_of(item).encode() for item in source))
         if isinstance(source, (str, Path)):
             path = Path(source)
-            if path.is_file():
-                stat = path.stat()
-                seen = (str(path), stat.st_size, stat.st_mtime_ns)
-                if seen not in self._content:
-                    self._content[seen] = _digest(path.read_bytes())
-                return self._content[seen]
-            return _digest(str(source).encode())
+            if path.is_dir():  # a DICOM series, or frames
+                files = sorted(own for own in path.rglob("*") if own.is_file())
+                return _digest(*(f"{own.relative_to(path)}\0{self._content_of(own)}\0".encode() for own in files))
+            stat = path.stat()
+            seen = (str(path), stat.st_size, stat.st_mtime_ns)
+            if seen not in self._content:
+                with path.open("rb") as file:
+                    self._content[seen] = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+            return self._content[seen]
+        if isinstance(source, Image.Image):
+            looks = (source.mode, source.size, source.getpalette(), source.info.get("transparency"))
+            return _digest(repr((*looks, dict(source.getexif()))).encode(), source.tobytes())
         array = np.asarray(source)
-        return _digest(str(array.shape).encode(), array.tobytes())
+        return _digest(f"{array.shape} {array.dtype}".encode(), array.tobytes())
 
     def _media(
         self, messages: Messages, regions: Sequence[Tensor]
@@ -150,16 +160,25 @@ class FeatureCache:
             selected = read_region_tensor(own)
             yield self.key(part | {"regions": selected}, modality), modality, part, selected
 
-    def fill(self, conversations: Iterable[Messages], progress: Callable[[int], None] = lambda done: None) -> int:
-        """Compute what is missing for these conversations.
+    def fill(
+        self,
+        records: Iterable[Record],
+        *,
+        on_bad: Callable[[RecordError], None] | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> int:
+        """Compute what is missing for these records.
 
         Args:
-            progress: Called with the number of conversations seen so far.
+            on_bad: Called with the error of a record whose media cannot be read; such a record ends the work if there
+                is nobody to call.
+            progress: Called with the number of records seen so far.
 
         Returns:
-            Number of media that were computed.
+            Number of media items that were computed.
 
         Raises:
+            RecordError: Without `on_bad`, at the first record whose media cannot be read.
             UserError: If the disk is full; what was written before stays usable.
         """
         computed = 0
@@ -168,7 +187,7 @@ class FeatureCache:
                 # a kill may have left features that no line promises
                 data.truncate(max((at + self._bytes(shapes) for at, shapes in self._index.values()), default=0))
                 data.seek(0, os.SEEK_END)
-                missing = self._missing(conversations, progress)
+                missing = self._missing(records, on_bad, progress)
                 while group := list(islice(missing, MEDIA_AT_ONCE)):
                     self._compute(group, data, index)
                     computed += len(group)
@@ -178,25 +197,43 @@ class FeatureCache:
         return computed
 
     def _missing(
-        self, conversations: Iterable[Messages], progress: Callable[[int], None]
-    ) -> Iterator[tuple[str, list[ViewJob], list[Tensor]]]:
-        """Key, work and views of every media item that is not there yet."""
-        pending: set[str] = set()
-        spec = self.processor.spec
-        for done, messages in enumerate(conversations, start=1):
-            # which regions a model sees may depend on the whole conversation
-            regions = self.processor.encode(messages, pixels=False)["visual_regions"] if spec.takes_regions else []
-            for key, modality, part, selected in self._media(messages, regions):
-                if key in self._index or key in pending:
-                    continue
-                pending.add(key)
-                item, size = self.processor.read_media(part)
-                jobs = view_jobs(spec, [modality], [spec.plan(modality, size, selected)])
-                yield key, jobs, self.processor.views_of(modality, item, size, selected)
+        self,
+        records: Iterable[Record],
+        on_bad: Callable[[RecordError], None] | None,
+        progress: Callable[[int], None],
+    ) -> Iterator[_Opened]:
+        seen: set[str] = set()
+        for done, record in enumerate(records, start=1):
+            try:
+                yield from self._missing_of(record, seen)
+            except RecordError as error:
+                if on_bad is None:
+                    raise
+                on_bad(error)
             progress(done)
 
+    def _missing_of(self, record: Record, seen: set[str]) -> Iterator[_Opened]:
+        spec, processor = self.processor.spec, self.processor
+        with belongs_to(record.file, record.line):
+            # which regions a model sees may depend on the whole conversation
+            regions = processor.encode(record.messages, pixels=False)["visual_regions"] if spec.takes_regions else []
+            known = iter(list(self._media(record.messages, regions)))  # in the order in which they are opened
+
+        def read(_: Mapping[str, Any]) -> _Opened | None:
+            key, modality, part, selected = next(known)
+            if key in self._index or key in seen:
+                return None
+            item, size = processor.read_media(part)
+            jobs = view_jobs(spec, [modality], [spec.plan(modality, size, selected)])
+            return key, jobs, processor.views_of(modality, item, size, selected)
+
+        for _, opened in open_media(record, read):
+            if opened is not None:
+                seen.add(opened[0])
+                yield opened
+
     @torch.no_grad()
-    def _compute(self, media: Sequence[tuple[str, list[ViewJob], list[Tensor]]], data: Any, index: Any) -> None:
+    def _compute(self, media: Sequence[_Opened], data: Any, index: Any) -> None:
         device = self.model.device
         views = [view.to(device) for *_, own in media for view in own]
         jobs = [job for _, own, _ in media for job in own]

@@ -23,7 +23,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from transformers import TrainingArguments, set_seed
 
 from llavakit.checkpoints.convert import save
 from llavakit.checkpoints.files import atomic_folder, clear_write_errors
-from llavakit.errors import RecipeError, UserError
+from llavakit.data.records import BadRecords, Record
+from llavakit.errors import RecipeError, RecordError, UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor, architecture_of
@@ -281,7 +282,7 @@ class StageRun:
             packed_attention=packed_attention,
         )
         facts = {"stage": stage.name, "trainable": counts, "batches": len(batches)}
-        metrics = Metrics(self.folder / "metrics.json", facts, trainer)
+        metrics = Metrics(self.folder / "metrics.json", facts)
         trainer.add_callback(metrics)
         bar = Bar(stage.name, self.console)
         if _is_main():
@@ -294,8 +295,8 @@ class StageRun:
             bar.close()
         bad = samples.dataset.bad
         if bad and _is_main():
-            metrics.facts["skipped"] = bad.report()
-            self.console.print(bad.report())
+            metrics.facts["skipped"] = _report(samples, batches)
+            self.console.print(metrics.facts["skipped"])
         values = metrics.write(trainer.state, finished=True)  # first, so that a finished stage always has them
         self._finish(trainer, saved, stamp)
         return values
@@ -354,6 +355,8 @@ class StageRun:
             options=options,
             features=cache,
             on_bad_record=self.recipe.on_bad_record,
+            bad=BadRecords(self.folder / "skipped.jsonl"),
+            seed=self.seed,
         )
         if cache is not None:
             self._fill(cache, samples)
@@ -369,11 +372,11 @@ class StageRun:
 
     def _fill(self, cache: FeatureCache, samples: Samples) -> None:
         if _is_main():
-            good = _readable(samples, self.recipe.on_bad_record)
+            skips = self.recipe.on_bad_record == "skip"
             was_training = cache.model.training
             cache.model.eval()
             with self.console.status(f"{self.stage.name}: encoding media once"):
-                cache.fill(good)
+                cache.fill(_readable(samples), on_bad=samples.dataset.bad.add if skips else None)
             cache.model.train(was_training)
         distributed.barrier()
         cache.reload()
@@ -417,17 +420,28 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _readable(samples: Samples, on_bad_record: str) -> Iterable[Any]:
-    """Messages of all records that can be read; with "skip" broken ones are noted."""
-    from llavakit.errors import RecordError
-
+def _readable(samples: Samples) -> Iterator[Record]:
+    """All records that can be read; with "skip" broken ones are noted."""
     for index in range(len(samples)):
         try:
-            yield samples.dataset.records[index].messages
+            yield samples.dataset.records[index]
         except RecordError as error:
-            if on_bad_record == "stop":
+            if samples.dataset.on_bad_record == "stop":
                 raise
             samples.dataset.bad.add(error)
+
+
+def _report(samples: Samples, batches: Sequence[Sequence[int]]) -> str:
+    """Which records were left out, and how many samples others took the place of."""
+    dataset = samples.dataset
+    report = dataset.bad.report()
+    broken = {(error.file, error.line) for error in dataset.bad.errors()}
+    if not broken:
+        return report
+    chosen = [index for batch in batches for index in batch]
+    replaced = sum(dataset.place(index) in broken for index in chosen)
+    share = 100 * replaced / max(len(chosen), 1)
+    return f"{report}\n{replaced} of {len(chosen)} samples ({share:.1f} %) were others of the same source instead"
 
 
 def enable_checkpointing(model: nn.Module) -> None:

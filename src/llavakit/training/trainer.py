@@ -25,7 +25,7 @@ from llavakit.model.visuals import gather_media
 from llavakit.splice.scatter import IGNORE
 from llavakit.training import distributed
 from llavakit.training.attention import packed_attention, segments_of
-from llavakit.training.dataset import Batches, Samples, StageCollator
+from llavakit.training.dataset import Batches, Failure, Samples, StageCollator
 from llavakit.training.lora import load_adapter, save_adapter
 from llavakit.training.parameter_groups import Rates, core, optimizer_groups, progress_hooks
 from llavakit.training.recipe import LossWeights, Stage
@@ -52,9 +52,6 @@ class StageTrainer(Trainer):
         processor: Saved with every checkpoint.
         seed: Of the data loader's workers.
         packed_attention: Whether `attention.switch_on` was applied; batches must be packed.
-
-    Attributes:
-        tokens: Tokens that are not padding, seen by this process since it started.
     """
 
     def __init__(
@@ -72,9 +69,9 @@ class StageTrainer(Trainer):
     ) -> None:
         self.stage, self.samples, self.batches = stage, samples, Batches(batches)
         self.processor, self.data_seed, self.packed_attention = processor, seed, packed_attention
-        self.tokens = 0
         self._auxiliary: list[Tensor] = []
-        self._spoken = (time.monotonic(), 0)
+        self._spoken = time.monotonic()
+        self._uncounted: Tensor | int = 0
         self._scratch: Path | None = None
         self.net = core(model)
         self._hooks = progress_hooks(self.net)
@@ -122,9 +119,23 @@ class StageTrainer(Trainer):
     # loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Supervised positions of all accumulated batches of all processes: the loss's denominator."""
-        count = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples).to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        """Supervised positions of all accumulated batches of all processes: the loss's denominator, at least 1."""
+        for batch in batch_samples:
+            if isinstance(batch, Failure):
+                raise batch.error
+        labels = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples)
+        tokens = torch.tensor(sum(batch["tokens"] for batch in batch_samples))
+        counts = torch.stack([torch.as_tensor(labels), tokens]).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        self._uncounted = self._uncounted + counts[1]
+        return counts[0].clamp(min=1)
+
+    def _count_tokens(self) -> int:
+        """Tokens of all processes since the stage began; part of a checkpoint, so a kill counts none of them twice."""
+        self.state.num_input_tokens_seen += int(self._uncounted)
+        self._uncounted = 0
+        return self.state.num_input_tokens_seen
 
     def compute_loss(
         self,
@@ -135,7 +146,7 @@ class StageTrainer(Trainer):
     ) -> Any:
         """Loss over all accumulated batches: text averaged over supervised tokens, auxiliary over batches."""
         inputs = dict(inputs)
-        self.tokens += inputs.pop("tokens")
+        del inputs["tokens"]
         features = inputs.pop("features", None)
         if features is not None:
             names = ("visual_sizes", "visual_modalities", "visual_regions")
@@ -168,10 +179,10 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add throughput and the auxiliary loss to what is logged."""
         if "loss" in logs:
-            now = time.monotonic()
-            before, tokens = self._spoken
-            self._spoken = (now, self.tokens)
-            logs["tokens_per_second"] = round((self.tokens - tokens) / max(now - before, 1e-9), 1)
+            now, tokens = time.monotonic(), int(self._uncounted)
+            self._count_tokens()
+            logs["tokens_per_second"] = round(tokens / max(now - self._spoken, 1e-9), 1)
+            self._spoken = now
             if self._auxiliary:
                 logs["auxiliary"] = torch.stack(self._auxiliary).mean().item()
                 self._auxiliary.clear()
@@ -184,6 +195,7 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place and move it there when it is whole; then remove old ones."""
+        self._count_tokens()
         if self.state.global_step >= self.state.max_steps:
             return  # the finished model is about to be written
         root = Path(self.args.output_dir)
