@@ -285,7 +285,8 @@ def test_placeholders_in_strings_take_the_images_beside_them(tmp_path):
     factory = {"messages": said("<image>\nQ?"), "images": "c.png", "system": "Be brief.", "tools": ""}
     first, second = (read_record(raw, media_root=tmp_path).messages for raw in (swift, factory))
     found = [(part["type"], part.get("text", Path(part.get("image", "")).name)) for part in first[0]["content"]]
-    assert [part for part in found if part != ("text", "")] == [("image", "a.png"), ("text", "Left or "), ("image", "b.png"), ("text", " right?")]
+    wanted = [("image", "a.png"), ("text", "Left or "), ("image", "b.png"), ("text", " right?")]
+    assert [part for part in found if part != ("text", "")] == wanted
     assert second[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     assert [part["type"] for part in second[1]["content"]] == ["image", "text"]
     typed = {"messages": said([{"type": "image"}, {"type": "text", "text": "What is <image>?"}]), "images": ["a.png"]}
