@@ -7,15 +7,18 @@ stamps, so videos of variable frame rate are sampled evenly in time.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from llavakit.errors import UserError
+from llavakit.errors import UserError, quoted
 from llavakit.registry import nearest
 
 DEFAULT = {"type": "uniform", "frames": 8}
+MOST_FRAMES = 1_000_000
 
 
 def uniform(total: int, frames: int) -> list[int]:
@@ -65,11 +68,18 @@ def rate(timestamps: Sequence[float], fps: float = 1.0, max_frames: int | None =
     Args:
         timestamps: Start of every frame in seconds, ascending.
     """
-    start, end = timestamps[0], timestamps[-1]
-    wanted = start + np.arange(int((end - start) * fps + 1e-6) + 1) / fps
-    if max_frames and len(wanted) > max_frames:
+    times = np.asarray(timestamps, dtype=np.float64)
+    start, end = float(times[0]), float(times[-1])
+    last = int((end - start) * fps + 1e-6)
+    if max_frames and last >= max_frames:
         wanted = np.linspace(start, end, max_frames)
-    shown = np.searchsorted(np.asarray(timestamps), wanted + 1e-6, side="right") - 1
+    else:
+        # Time stamps come from the file and may lie years apart: of the moments that show one frame only the first
+        # matters, so there are no more of them to look at than frames (three per frame, for rounding).
+        firsts = np.ceil((times - start) * fps)
+        ticks = np.unique(np.clip(np.concatenate([firsts - 1, firsts, firsts + 1]), 0, last))
+        wanted = start + ticks / fps
+    shown = np.searchsorted(times, wanted + 1e-6, side="right") - 1
     return np.unique(shown).tolist()
 
 
@@ -107,9 +117,15 @@ def choose(
     name = options.pop("type", None)
     if name not in RULES:
         raise UserError(f"sampling: unknown rule {name!r}{nearest(str(name), list(RULES))}")
-    for key in ("frames", "fps"):
-        if key in options and not options[key] > 0:
-            raise UserError(f"sampling.{key}: must be positive, got {options[key]!r}")
+    for key in ("frames", "fps", "max_frames"):
+        value = options.get(key)
+        if value is None and (key == "max_frames" or key not in options):
+            continue
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not (value > 0 or (value == 0 and key == "max_frames")):
+            raise UserError(f"sampling.{key}: must be positive, got {quoted(value)}")
+        if key != "fps" and (value != int(value) or value > MOST_FRAMES):
+            raise UserError(f"sampling.{key}: must be a whole number up to {MOST_FRAMES:,}, got {quoted(value)}")
     known = {"total": total, "average_rate": average_rate, "timestamps": timestamps}
     wanted = inspect.signature(RULES[name]).parameters
     try:

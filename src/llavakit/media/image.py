@@ -1,21 +1,48 @@
-"""Reading of image files as 8-bit RGB."""
+"""Reading of image files as 8-bit RGB.
+
+A picture is decoded once and brought to RGB in bands of rows, so that beside the decoded picture and the RGB one
+nothing of their size is ever held. What Pillow raises is turned into one line by `llavakit.media.source.reading`.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
+import struct
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llavakit.errors import MediaError
-from llavakit.media.source import Limits, MediaSize, Source, check_file, check_pixels, looks_like, name_of, reason
+from llavakit.media.source import (
+    Limits,
+    MediaSize,
+    Source,
+    check_pixels,
+    head_of,
+    is_open_file,
+    looks_like,
+    name_of,
+    opened,
+    reading,
+    reason,
+)
 
 # Formats whose decoders run inside Pillow; EPS and the like would start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB")
 _WANTED = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_BAND_PIXELS = 2**20  # pixels that are converted at a time
+_ORIENTATION = 0x0112  # of EXIF
+_MOST_CHUNKS = 100_000  # of a PNG behind its pixels
+
+# Pillow warns from half its own limit on, of odd metadata, and the like; our limits and messages say what matters.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @functools.cache
@@ -25,45 +52,112 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _open(source: Source | Image.Image, limits: Limits) -> Image.Image:
+def _open(source: Any, limits: Limits) -> Image.Image:
     """The image with its header read and its limits checked."""
-    if isinstance(source, Image.Image):
-        check_pixels(name_of(source), *source.size, limits)
-        return source
-    check_file(source, limits, _WANTED)
     name = name_of(source)
-    handle = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own warning at half the limit
-            image = Image.open(handle, formats=_formats())
-    except UnidentifiedImageError:
-        raise MediaError(f"{name}: is not an image; {looks_like(source)}; it should be {_WANTED}") from None
-    except Image.DecompressionBombError:
-        raise MediaError(f"{name}: has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is refused") from None
-    except Exception as error:
-        raise MediaError(f"{name}: is cut off or damaged ({reason(error)}); copy it again") from None
+    if not isinstance(source, Image.Image) and not is_open_file(source) and hasattr(source, "__array__"):
+        source = _from_array(source, name, limits)
+    if isinstance(source, Image.Image):
+        check_pixels(name, *source.size, limits)
+        return source
+    file = opened(source, limits, _WANTED)
+    formats = _formats()
+    if _is_heic(file):
+        formats = [_heif_format(name)]
+
+    def unopened(error: Exception) -> str:
+        if isinstance(error, UnidentifiedImageError):
+            return f"is not an image; {looks_like(file)}; it should be {_WANTED}"
+        if isinstance(error, Image.DecompressionBombError):
+            return f"has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is refused"
+        return f"is cut off or damaged ({reason(error)}); copy it again"
+
+    with reading(name, unopened):
+        image = Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=formats)
     check_pixels(name, *image.size, limits)
     return image
 
 
-def image_size(source: Source | Image.Image, *, limits: Limits = Limits(), exif_transpose: bool = True) -> MediaSize:
-    """The size that `load_image` would give, from the header alone.
+def _is_heic(file: Source) -> bool:
+    head = head_of(file, 12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC
+
+
+def _heif_format(name: str) -> str:
+    """Pillow's name of the format, once a plugin for it is there.
+
+    Raises:
+        MediaError: If none is installed; says how to.
+    """
+    try:
+        import pillow_heif
+    except ImportError:
+        raise MediaError(
+            f"{name}: is a HEIC picture; pip install 'llavakit[heic]' to read it, or convert it to JPEG"
+        ) from None
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return "HEIF"
+
+
+def image_size(source: Any, *, limits: Limits = Limits(), exif_transpose: bool = True) -> MediaSize:
+    """The size that `load_image` would give, from the header alone; pixels are never decoded.
 
     Raises:
         MediaError: If it is no image or breaks a limit.
     """
-    image = _open(source, limits)
+    image, name = _open(source, limits), name_of(source)
     width, height = image.size
-    if exif_transpose and image.getexif().get(0x0112) in (5, 6, 7, 8):  # orientation: a quarter turn
-        width, height = height, width
-    if image is not source:
-        image.close()
+    if image is source:  # open already, its pixels perhaps decoded
+        with reading(name, "its EXIF data are damaged", "exif_transpose=False reads it as it is stored"):
+            turned = exif_transpose and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        return MediaSize(1, width, height) if turned else MediaSize(1, height, width)
+    with image:
+        # Pillow gives the upright size of TIFF files from the beginning, and turns them whenever it decodes them.
+        if exif_transpose and image.format != "TIFF":
+            with reading(name, "its EXIF data are damaged", "exif_transpose=False reads it as it is stored"):
+                if _orientation(image) in (5, 6, 7, 8):  # a quarter turn
+                    width, height = height, width
     return MediaSize(1, height, width)
 
 
+def _orientation(image: Image.Image) -> Any:
+    """The orientation that EXIF or XMP notes, without decoding pixels."""
+    if image.format != "PNG":
+        return image.getexif().get(_ORIENTATION)
+    # EXIF may stand behind the pixels of a PNG, where Pillow looks by decoding them all.
+    late = _behind_pixels(image.fp)
+    if late is not None:
+        image = Image.open(late, formats=["PNG"])
+    return Image.Image.getexif(image).get(_ORIENTATION)
+
+
+def _behind_pixels(file: BinaryIO) -> io.BytesIO | None:
+    """A PNG without pixels whose metadata behind the pixels stand in front of them; None if there are none."""
+    file.seek(8)
+    first, moved = 0, []
+    for _ in range(_MOST_CHUNKS):
+        start = file.tell()
+        head = file.read(8)
+        if len(head) < 8:
+            break
+        length, kind = struct.unpack(">I4s", head)
+        if kind in (b"IEND", b"fcTL") and first:
+            break
+        if kind == b"IDAT" and not first:
+            first = start
+        if first and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            moved.append(head + file.read(length + 4))
+        else:
+            file.seek(length + 4, io.SEEK_CUR)
+    if not moved:
+        return None
+    file.seek(0)
+    end = b"\0\0\0\0IDAT" + b"\0" * 4
+    return io.BytesIO(file.read(first) + b"".join(moved) + end)
+
+
 def load_image(
-    source: Source | Image.Image,
+    source: Any,
     *,
     limits: Limits = Limits(),
     exif_transpose: bool = True,
@@ -72,65 +166,128 @@ def load_image(
     """An image as 8-bit RGB.
 
     Of an animation the first frame counts. CMYK is converted, grey of 16 or 32 bits is brought to 8 (see
-    `grey_to_8_bit`), palettes are resolved.
+    `to_8_bit`), palettes are resolved.
 
     Args:
-        source: Path, content of a file, or a Pillow image.
+        source: Path, http(s) or data URL, content of a file, open file, Pillow image, or array [height, width] or
+            [height, width, channels] of 1, 3 or 4 channels.
         limits: What is refused.
         exif_transpose: Turn the image upright as its camera noted. The published code never does; switch it off to
-            repeat its numbers on such files.
+            repeat its numbers on such files. TIFF files always come upright.
         background: Colour behind transparent pixels. None drops the alpha channel as the published code does, which
             shows whatever colour lies under transparent pixels.
 
     Raises:
         MediaError: If it cannot be decoded completely, or breaks a limit.
     """
-    image, name = _open(source, limits), name_of(source)
-    try:
+    name = name_of(source)
+    image = _open(source, limits)
+    with reading(name, _undecoded):
         image.load()
-    except Exception as error:
-        hint = "it is cut off" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "it is damaged"
-        raise MediaError(f"{name}: {hint} and cannot be decoded ({reason(error)}); copy it again") from None
-    try:
-        if exif_transpose:
+    check_pixels(name, *image.size, limits)  # an icon may hold another size than it announces
+    if exif_transpose:
+        with reading(name, "its EXIF data are damaged", "exif_transpose=False reads it as it is stored"):
             image = ImageOps.exif_transpose(image)
+    with reading(name, f"cannot be converted from mode {image.mode} to RGB"):
+        if image.mode[0] in "IF":
+            image = grey_to_8_bit(image)
         return _to_rgb(image, background)
-    except (ValueError, OSError, MemoryError) as error:
-        raise MediaError(f"{name}: cannot be converted from mode {image.mode} to RGB ({reason(error)})") from None
+
+
+def _undecoded(error: Exception) -> str:
+    cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
+    return f"it is {'cut off' if cut else 'damaged'} and cannot be decoded ({reason(error)}); copy it again"
 
 
 def _to_rgb(image: Image.Image, background: Any) -> Image.Image:
-    if image.mode == "RGB" and (background is None or "transparency" not in image.info):
-        return image
-    if image.mode[0] in "IF":
-        image = grey_to_8_bit(image)
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     if not transparent or background is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    alpha = image.getchannel("A")
-    if alpha.getextrema() == (255, 255):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     canvas = Image.new("RGB", image.size, tuple(background))
-    canvas.paste(image.convert("RGB"), mask=alpha)
+    for top, band in _bands(image):
+        band = band.convert("RGBA")
+        canvas.paste(band.convert("RGB"), (0, top), mask=band.getchannel("A"))
     return canvas
 
 
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image in bands of rows, each with its first row."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
 def grey_to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or floating point as 8-bit grey.
+    """Grey of 16 or 32 bits or floating point (modes I;16, I and F) as 8-bit grey, see `to_8_bit`."""
+    grey = Image.new("L", image.size)
+    scale = _Scale(image.mode == "F")
+    for _, band in _bands(image):
+        scale.see(np.asarray(band))
+    for top, band in _bands(image):
+        grey.paste(Image.fromarray(scale(np.asarray(band))), (0, top))
+    return grey
+
+
+def to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Values of any real type as uint8 of the same shape.
 
     Integers are scaled by the depth that their largest value needs (8, 12 or 16 bits: 12-bit radiographs are commonly
     stored in 16-bit files); values that need more, and negative ones, by their range. Floats from 0 to 1 are scaled by
     255, from 0 to 255 kept, anything else by its range; values that are no numbers become black.
     """
-    values = np.asarray(image).astype(np.float64)
-    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "F":
-        tops = (1.0, 255.0)
-    else:
-        tops = (255.0, 4095.0, 65535.0)
-    top = next((top for top in tops if high <= top), None)
-    if low < 0 or top is None:
-        values, top = values - low, max(high - low, 1e-12)
-    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
+    scale = _Scale(values.dtype.kind == "f")
+    rows = max(1, _BAND_PIXELS // max(1, values[0].size))
+    for top in range(0, len(values), rows):
+        scale.see(values[top : top + rows])
+    out = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), rows):
+        out[top : top + rows] = scale(values[top : top + rows])
+    return out
+
+
+class _Scale:
+    """The scaling of `to_8_bit`: it sees all values in pieces first, then converts them in pieces."""
+
+    def __init__(self, floats: bool) -> None:
+        self.tops = (1.0, 255.0) if floats else (255.0, 4095.0, 65535.0)
+        self.low, self.high = float("inf"), float("-inf")
+
+    def _numbers(self, values: np.ndarray) -> np.ndarray:
+        return np.nan_to_num(values.astype(np.float64), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def see(self, values: np.ndarray) -> None:
+        numbers = self._numbers(values)
+        self.low, self.high = min(self.low, float(numbers.min())), max(self.high, float(numbers.max()))
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        numbers = self._numbers(values)
+        top = next((top for top in self.tops if self.high <= top), None)
+        if self.low < 0 or top is None:
+            numbers -= self.low
+            top = max(self.high - self.low, 1e-12)
+        numbers *= 255.0 / top
+        return np.rint(numbers, out=numbers).astype(np.uint8)
+
+
+def _from_array(source: Any, name: str, limits: Limits) -> Image.Image:
+    """A Pillow image of an array, or of a tensor on the CPU."""
+    with reading(name, "cannot be read as an array"):
+        array = np.asarray(source)
+    shape = array.shape
+    if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[-1] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if (
+        array.ndim not in (2, 3)
+        or (array.ndim == 3 and array.shape[2] not in (1, 3, 4))
+        or array.dtype.kind not in "buif"
+    ):
+        raise MediaError(
+            f"{name}: has shape {shape} and type {array.dtype}; an image is an array of real numbers [height, width]"
+            " or [height, width, channels] with 1, 3 or 4 channels"
+        )
+    check_pixels(name, array.shape[1], array.shape[0], limits)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * np.uint8(255)
+    return Image.fromarray(np.ascontiguousarray(array if array.dtype == np.uint8 else to_8_bit(array)))

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import bisect
 import io
-from collections.abc import Mapping, Sequence
+import math
+import os
+import re
+import struct
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from llavakit.errors import MediaError
 from llavakit.media.frame_sampling import choose
-from llavakit.media.image import load_image
-from llavakit.media.source import Limits, MediaSize, Source, check_file, check_pixels, looks_like, name_of, reason
+from llavakit.media.mp4_index import check_index
+from llavakit.media.source import Limits, MediaSize, check_pixels, looks_like, name_of, opened, reading, reason
 
 _WANTED = "MP4, WebM, MKV, MOV, AVI or GIF"
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 _CONTAINERS = ("MP4 or MOV file", "AVI file", "Matroska or WebM file")
 _COMPLETE = 0.9  # share of the announced frames below which a file counts as cut off
+_FASTEST = 10_000  # frames per second; what headers say beyond that is no rate
+_LONGEST = 2**62  # units of time between the first and the last frame
 
 
 class Video(NamedTuple):
@@ -43,7 +50,7 @@ class Video(NamedTuple):
 
 
 def load_video(
-    source: Source | Sequence[Any],
+    source: Any,
     sampling: Mapping[str, Any] | None = None,
     *,
     limits: Limits = Limits(),
@@ -53,93 +60,151 @@ def load_video(
 ) -> Video:
     """The frames of a video that a sampling rule takes.
 
+    Of several video tracks the default one is read, and of no other kind of picture: covers and thumbnails are none.
+
     Args:
-        source: Path or content of a file, a folder of images (frames in order of name), or a sequence of images.
+        source: Path, http(s) or data URL, content of a file, open file, a folder of images (frames in the order of
+            the numbers in their names), a sequence of images, or an array [frames, height, width, channels].
         sampling: `{"type": rule, **options}`, see `llavakit.media.frame_sampling`; None takes 8 frames from a
             file, and all of a folder or a sequence.
         limits: What is refused.
         partial: Accept a file that is cut off or damaged and use what can be decoded.
-        rotate: Turn frames upright as the file notes (telephones store them turned).
+        rotate: Turn and mirror frames as the file notes (telephones store them turned), as a player does.
         rate: Frames per second of a folder or sequence, which have no times.
 
     Raises:
         MediaError: If there is no video in it, it is cut off or damaged, or breaks a limit.
     """
-    if isinstance(source, (list, tuple)) or (isinstance(source, (str, Path)) and Path(source).is_dir()):
-        return _from_images(source, sampling, limits, rate)
-    check_file(source, limits, _WANTED)
-    import av
+    many = isinstance(source, (list, tuple)) or hasattr(source, "__array__")
+    if many or (isinstance(source, (str, os.PathLike)) and os.path.isdir(source)):
+        from llavakit.media.frame_folder import load_frames
 
+        return load_frames(source, sampling, limits=limits, rate=rate)
     name = name_of(source)
-    in_memory = isinstance(source, (bytes, bytearray, memoryview))
-    with io.BytesIO(source) if in_memory else Path(source).open("rb") as handle:
+    source = opened(source, limits, _WANTED)
+    with (
+        reading(name, "cannot be read as a video"),
+        source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file,
+    ):
+        check_index(file, name, limits)
+        reader = _Reader(file, name, limits, partial, lambda: looks_like(source))
+        with closing(reader):
+            return reader.read(sampling, rotate)
+
+
+class _Reader:
+    """Reads one open file."""
+
+    def __init__(
+        self, file: BinaryIO, name: str, limits: Limits, partial: bool, looks: Callable[[], str] = lambda: ""
+    ) -> None:
+        import av
+
+        self.file, self.name, self.limits, self.partial = file, name, limits, partial
+        self.damage: tuple[type[Exception], ...] = (av.error.FFmpegError, ValueError, EOFError)
         try:
-            # Given as an open file and without protocols, a playlist cannot make the demuxer open anything else.
-            container = av.open(handle, options={"protocol_whitelist": "none"})
-        except (av.error.FFmpegError, ValueError, OSError) as error:
-            hint = looks_like(source)
+            self._open()
+        except self.damage as error:
+            hint = looks()
             if hint.endswith(_CONTAINERS):
                 hint += " and is cut off or damaged"
             raise MediaError(
                 f"{name}: is not a readable video ({_ffmpeg_reason(error)}); {hint}; it should be {_WANTED}"
             ) from None
-        with container:
-            if not container.streams.video:
-                raise MediaError(f"{name}: holds no video stream; it should be {_WANTED} with a picture")
-            return _Reader(container, name, limits, partial).read(sampling, rotate)
+        self.untimed = False  # packets and frames carry no times: frames are known by their number
 
+    def close(self) -> None:
+        """Close the container, not the file."""
+        self.container.close()
 
-class _Reader:
-    """Reads one open container."""
-
-    def __init__(self, container: Any, name: str, limits: Limits, partial: bool) -> None:
+    def _open(self) -> None:
+        """Open the file from its beginning."""
         import av
 
-        self.container, self.name, self.limits, self.partial = container, name, limits, partial
-        self.damage: tuple[type[Exception], ...] = (av.error.FFmpegError, ValueError, EOFError)
-        self.stream = container.streams.video[0]
+        self.file.seek(0)
+        # Given as an open file and without protocols, a playlist cannot make the demuxer open anything else.
+        options = {"protocol_whitelist": "none", "max_pixels": str(max(self.limits.pixels, Limits.pixels))}
+        self.container = av.open(self.file, options=options, metadata_errors="replace")
+        self.stream = self._choose_stream()
         if self.stream.codec_context is None:
             raise MediaError(
-                f"{name}: the format of its pictures is unknown or cut off; copy it again, or convert it to {_WANTED}"
+                f"{self.name}: the format of its pictures is unknown or cut off; copy it again, or convert it to"
+                f" {_WANTED}"
             )
         self.stream.thread_type = "AUTO"
-        check_pixels(name, self.stream.codec_context.width, self.stream.codec_context.height, limits)
+
+    def _choose_stream(self) -> Any:
+        """The video track: the default one of those that are no covers and thumbnails."""
+        from av.stream import Disposition
+
+        stills = Disposition.attached_pic | Disposition.timed_thumbnails
+        videos = [stream for stream in self.container.streams.video if not stream.disposition & stills]
+        if not videos:
+            what = "only a cover picture, no video" if self.container.streams.video else "no video stream"
+            raise MediaError(f"{self.name}: holds {what}; it should be {_WANTED} with a picture")
+        return next((stream for stream in videos if stream.disposition & Disposition.default), videos[0])
 
     def read(self, sampling: Mapping[str, Any] | None, rotate: bool) -> Video:
-        times, keys = self._scan()
-        if not times:
+        self._check_size()
+        times, keys, last = self._scan()
+        if not len(times):
             raise MediaError(f"{self.name}: its video stream has no frames")
-        base = float(self.stream.time_base)
-        timestamps = [(time - times[0]) * base for time in times]
-        duration, average_rate = self._span(timestamps)
+        if int(times[-1]) - int(times[0]) > _LONGEST:
+            raise MediaError(f"{self.name}: its time stamps are damaged; copy it again")
+        base = 1 / self._rate_of_header() if self.untimed else float(self.stream.time_base)
+        timestamps = (times - times[0]) * base
+        duration, average_rate = self._span(timestamps, last * base)
         indices = choose(sampling, total=len(times), average_rate=average_rate, timestamps=timestamps)
-        self._check(len(set(indices)), len(times))
-        pictures = self._decode([times[index] for index in sorted(set(indices))], keys, rotate)
-        frames = [pictures[times[index]] for index in indices]
+        chosen = sorted(set(indices))
+        self._check(len(chosen), len(times))
+        wanted = times[chosen].tolist()
+        pictures = dict(zip(chosen, self._decode(wanted, keys, rotate), strict=True))
+        frames = [pictures[index] for index in indices]
         size = MediaSize(len(frames), frames[0].height, frames[0].width)
-        return Video(frames, [timestamps[i] for i in indices], size, indices, duration, average_rate)
+        return Video(frames, timestamps[indices].tolist(), size, indices, duration, average_rate)
 
-    def _scan(self) -> tuple[list[int], list[int]]:
-        """Presentation times of all frames and of the key frames, ascending, without decoding."""
-        times, keys, unknown = set(), [], False
+    def _check_size(self) -> None:
+        context = self.stream.codec_context
+        if context.width < 1:
+            raise MediaError(f"{self.name}: its pictures have no size, or one far beyond {self.limits.pixels:,} pixels")
+        check_pixels(self.name, context.width, context.height, self.limits)
+        context.options = {"max_pixels": str(self.limits.pixels)}  # what its packets say may be another size
+
+    def _scan(self) -> tuple[np.ndarray, list[int], int]:
+        """Presentation times of all frames and of the key frames, ascending, and how long the last is shown.
+
+        Nothing is decoded. Discarded packets count as being there: a lossless cut leaves them in front of its first
+        frame, because the decoder needs them.
+        """
+        times, keys, packets, unknown = array("q"), [], 0, False
+        end = (-_LONGEST, 0)
         try:
             for packet in self.container.demux(self.stream):
-                if packet.size == 0 or packet.is_discard:
+                if packet.size == 0:
+                    continue
+                packets += 1
+                self._check_count(packets)
+                if packet.is_discard:
                     continue
                 if packet.pts is None:
                     unknown = True
                     continue
-                times.add(packet.pts)
+                times.append(packet.pts)
+                end = max(end, (packet.pts, packet.duration or 0))
                 if packet.is_keyframe:
                     keys.append(packet.pts)
         except self.damage as error:
             if not self.partial:
                 raise MediaError(f"{self.name}: is damaged ({_ffmpeg_reason(error)}); copy it again") from None
         if unknown:
-            return self._scan_decoding(), []
+            return self._scan_decoding(), [], 0
         if times and not self.partial:
-            self._refuse_cut_off(len(times), max(times))
-        return sorted(times), sorted(keys)
+            self._refuse_cut_off(packets, max(times))
+        return np.unique(np.frombuffer(times, np.int64)), sorted(keys), end[1]
+
+    def _check_count(self, frames: int) -> None:
+        if frames > self.limits.video_frames:
+            raise MediaError(f"{self.name}: has more than {self.limits.video_frames:,} frames, which is the limit")
 
     def _refuse_cut_off(self, frames: int, last: int) -> None:
         announced = self.stream.frames
@@ -157,31 +222,54 @@ class _Reader:
         if self.stream.duration:
             return float(self.stream.duration * self.stream.time_base)
         tag = {key.upper(): value for key, value in self.stream.metadata.items()}.get("DURATION", "")
-        parts = tag.split(":")
-        if len(parts) == 3 and all(part.replace(".", "", 1).isdigit() for part in parts):
-            return int(parts[0]) * 3600 + int(parts[1]) * 60 + float(parts[2])
+        if match := re.fullmatch(r"([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2}(?:\.[0-9]*)?)", tag):
+            hours, minutes, seconds = match.groups()
+            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
         alone = len(self.container.streams) == 1
         return self.container.duration / 1e6 if alone and self.container.duration else 0.0
 
-    def _scan_decoding(self) -> list[int]:
-        """Times of files whose packets have none: only decoding tells them."""
+    def _scan_decoding(self) -> np.ndarray:
+        """Times of files whose packets have none: only decoding tells them, or how many frames there are."""
         self._rewind()
-        times = []
+        times, frames = array("q"), 0
         try:
-            times = [frame.pts for frame in self.container.decode(self.stream) if frame.pts is not None]
+            for frame in self.container.decode(self.stream):
+                frames += 1
+                self._check_count(frames)
+                if frame.pts is not None:
+                    times.append(frame.pts)
         except self.damage as error:
             if not self.partial:
                 raise MediaError(f"{self.name}: is damaged ({_ffmpeg_reason(error)}); copy it again") from None
-        return sorted(set(times))
+        self.untimed = not times
+        return np.arange(frames) if self.untimed else np.unique(np.frombuffer(times, np.int64))
 
     def _rewind(self) -> None:
-        self.container.seek(0)
+        """Go back to the first packet; a raw stream that cannot seek is opened again."""
+        try:
+            self.container.seek(0)
+        except self.damage:
+            self.container.close()
+            self._open()
+            self._check_size()
 
-    def _span(self, timestamps: list[float]) -> tuple[float, float]:
-        """Duration in seconds and frames per second."""
-        last = timestamps[-1]
-        rate = float(self.stream.average_rate or 0) or ((len(timestamps) - 1) / last if last > 0 else 1.0)
-        return max(self._announced_seconds(), last + 1 / rate), rate
+    def _rate_of_header(self) -> float:
+        """Frames per second by the header, 25 if it does not say."""
+        rate = float(self.stream.average_rate or 0)
+        return rate if 0 < rate <= _FASTEST else 25.0
+
+    def _span(self, timestamps: np.ndarray, last_lasts: float) -> tuple[float, float]:
+        """Duration in seconds and frames per second.
+
+        The duration is what the file announces; if that is nothing, or less than the frames need, the time at which
+        the last frame ends.
+        """
+        last = float(timestamps[-1])
+        rate = float(self.stream.average_rate or 0)
+        if not 0 < rate <= _FASTEST:
+            rate = min((len(timestamps) - 1) / last, _FASTEST) if last > 0 else 1.0
+        announced = self._announced_seconds()
+        return (announced if announced > last else last + (last_lasts or 1 / rate)), rate
 
     def _check(self, wanted: int, total: int) -> None:
         if wanted > self.limits.frames:
@@ -196,34 +284,48 @@ class _Reader:
                 f" {self.limits.video_pixels:,} pixels; sample fewer (max_frames)"
             )
 
-    def _decode(self, wanted: list[int], keys: list[int], rotate: bool) -> dict[int, Image.Image]:
+    def _timed_frames(self) -> Iterator[tuple[int, Any]]:
+        """Frames as they are decoded from here on, each with its time (or its number, if the file has no times)."""
+        for number, frame in enumerate(self.container.decode(self.stream)):
+            if self.untimed:
+                yield number, frame
+            elif frame.pts is not None:
+                yield frame.pts, frame
+
+    def _decode(self, wanted: list[int], keys: list[int], rotate: bool) -> list[Image.Image]:
         """The pictures shown at the wanted times; skips to the key frame before each where that saves decoding."""
         found: dict[int, Image.Image] = {}
         self._rewind()
-        frames = self.container.decode(self.stream)
+        frames = self._timed_frames()
         position, last = None, None
         error_text = ""
         for time in wanted:
             key = keys[bisect.bisect_right(keys, time) - 1] if keys and keys[0] <= time else None
             if key is not None and (position is None or key > position) and key != keys[0]:
                 self.container.seek(key, stream=self.stream, backward=True)
-                frames = self.container.decode(self.stream)
+                frames = self._timed_frames()
             while position is None or position < time:
                 try:
-                    frame = next(frames)
+                    position, last = next(frames)
                 except StopIteration:
                     break
                 except self.damage as error:
                     error_text = _ffmpeg_reason(error)
                     break
-                if frame.pts is None:
-                    continue
-                position, last = frame.pts, frame
-            if last is not None and last.pts >= time:
+            if last is not None and position >= time:
                 found[time] = self._picture(last, rotate)
+                self._check_one_size(found[time], found[min(found)])
         return self._complete(found, wanted, error_text)
 
-    def _complete(self, found: dict[int, Image.Image], wanted: list[int], error: str) -> dict[int, Image.Image]:
+    def _check_one_size(self, picture: Image.Image, first: Image.Image) -> None:
+        check_pixels(self.name, *picture.size, self.limits)
+        if picture.size != first.size:
+            raise MediaError(
+                f"{self.name}: changes its size from {first.width} x {first.height} to {picture.width} x"
+                f" {picture.height}; convert it to one size"
+            )
+
+    def _complete(self, found: dict[int, Image.Image], wanted: list[int], error: str) -> list[Image.Image]:
         """Fill frames that could not be decoded with the one before, if the user accepts a damaged file."""
         if not found:
             raise MediaError(f"{self.name}: none of its frames can be decoded ({error or 'no picture came out'})")
@@ -234,42 +336,45 @@ class _Reader:
                 f"{self.name}: {len(missing)} of {len(wanted)} frames cannot be decoded"
                 f" ({error or 'the stream ends early'}); copy it again, or take what there is (reading.video.partial)"
             )
-        previous = found[min(found)]
+        previous, pictures = found[min(found)], []
         for time in wanted:
-            previous = found.setdefault(time, previous)
-        return found
+            previous = found.get(time, previous)
+            pictures.append(previous)
+        return pictures
 
     def _picture(self, frame: Any, rotate: bool) -> Image.Image:
+        check_pixels(self.name, frame.width, frame.height, self.limits)
         pixels = frame.to_ndarray(format="rgb24")
-        turns = round(getattr(frame, "rotation", 0) / 90) % 4 if rotate else 0
-        return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels)
+        if rotate and (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
+            pixels = displayed(pixels, struct.unpack("=9i", bytes(matrix)), self.name)
+        return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def displayed(pixels: np.ndarray, matrix: Sequence[int], name: str = "") -> np.ndarray:
+    """A stored picture as a player shows it.
+
+    Args:
+        pixels: [height, width, channels].
+        matrix: The nine numbers of a display matrix, by rows: a stored point (x, y) is shown at
+            (matrix[0] x + matrix[3] y, matrix[1] x + matrix[4] y), shifted and scaled into view.
+
+    Raises:
+        MediaError: If it is turned by no multiple of a quarter turn.
+    """
+    a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
+    tilt = 0.02  # about one degree, from which on FFmpeg turns by the angle
+    if max(abs(b), abs(c)) <= tilt * min(abs(a), abs(d)):
+        right, down = a, d
+    elif max(abs(a), abs(d)) <= tilt * min(abs(b), abs(c)):
+        pixels, right, down = pixels.swapaxes(0, 1), c, b
+    else:
+        angle = math.degrees(math.atan2(b, a))
+        raise MediaError(
+            f"{name}: is shown turned by {angle:.0f} degrees; only quarter turns are read (reading.video.rotate=false"
+            " reads it as it is stored)"
+        )
+    return pixels[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
 
 
 def _ffmpeg_reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or reason(error)
-
-
-def _from_images(source: Any, sampling: Mapping[str, Any] | None, limits: Limits, rate: float) -> Video:
-    name = name_of(source) if not isinstance(source, (list, tuple)) else f"<{len(source)} frames>"
-    if isinstance(source, (list, tuple)):
-        items = list(source)
-    else:
-        items = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
-    if not items:
-        raise MediaError(f"{name}: holds no frames; a folder of frames holds JPEG or PNG files")
-    timestamps = [index / rate for index in range(len(items))]
-    rule = {"type": "all"} if sampling is None else sampling
-    indices = choose(rule, total=len(items), average_rate=rate, timestamps=timestamps)
-    if len(indices) > limits.frames:
-        raise MediaError(f"{name}: {len(indices):,} frames were asked for, the limit is {limits.frames:,}")
-    frames = []
-    for index in indices:
-        item = Image.fromarray(items[index]) if isinstance(items[index], np.ndarray) else items[index]
-        frames.append(load_image(item, limits=limits))
-        if frames[-1].size != frames[0].size:
-            raise MediaError(
-                f"{name}: frame {index} is {frames[-1].width} x {frames[-1].height}, the first is"
-                f" {frames[0].width} x {frames[0].height}; all frames must have one size"
-            )
-    size = MediaSize(len(frames), frames[0].height, frames[0].width)
-    return Video(frames, [timestamps[index] for index in indices], size, indices, len(items) / rate, rate)

@@ -108,6 +108,19 @@ def _as_pil(image: Any) -> Any:
     return image
 
 
+def _source_of(part: Mapping[str, Any]) -> Any:
+    """What a media part names.
+
+    Raises:
+        MediaError: If it names nothing.
+    """
+    modality = part["type"]
+    if part.get(modality) is None:
+        example = f'{{"type": "{modality}", "{modality}": ...}}'
+        raise MediaError(f"a part of type {modality} names no {modality}; write {example} with a path, URL or content")
+    return part[modality]
+
+
 def check_reading(reading: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Options of the media readers, as they are.
 
@@ -123,7 +136,8 @@ def check_reading(reading: Mapping[str, Any] | None) -> dict[str, Any] | None:
     for modality, options in reading.items():
         if modality not in known:
             raise UserError(f"reading.{modality}: unknown modality{nearest(modality, list(known))}")
-        names = [name for name in inspect.signature(known[modality]).parameters if name not in ("source", "sampling")]
+        own = ("source", "sampling", "keep_integers")  # the processor's business
+        names = [name for name in inspect.signature(known[modality]).parameters if name not in own]
         for name in options:
             if name not in names:
                 raise UserError(f"reading.{modality}.{name}: unknown option{nearest(name, names)}")
@@ -213,8 +227,7 @@ class LlavakitProcessor(ProcessorMixin):
         Returns:
             Image, frames or volume, and its size.
         """
-        modality = part["type"]
-        source = part[modality]
+        modality, source = part["type"], _source_of(part)
         options = (self.reading or {}).get(modality, {})
         if modality == "image":
             image = readers.load_image(source, **options)
@@ -222,7 +235,7 @@ class LlavakitProcessor(ProcessorMixin):
         if modality == "video":
             video = readers.load_video(source, sampling=self.sampling, **options)
             return video.frames, video.size
-        volume = readers.load_volume(source, **options)
+        volume = readers.load_volume(source, keep_integers=True, **options)  # planners convert slice by slice
         return volume.values, MediaSize(*volume.values.shape)
 
     def size_of(self, part: Mapping[str, Any]) -> MediaSize:
@@ -230,8 +243,8 @@ class LlavakitProcessor(ProcessorMixin):
         if part["type"] != "image":
             return self.read_media(part)[1]
         options = (self.reading or {}).get("image", {})
-        upright = {key: value for key, value in options.items() if key in ("limits", "exif_transpose")}
-        return readers.image_size(part["image"], **upright)
+        names = inspect.signature(readers.image_size).parameters
+        return readers.image_size(_source_of(part), **{key: options[key] for key in options if key in names})
 
     def views_of(self, modality: str, item: Any, size: MediaSize, regions: Sequence[Region] = ()) -> list[torch.Tensor]:
         """Encoder inputs of a media item, float32 [channels, (depth,) height, width] each."""

@@ -20,6 +20,7 @@ from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestHandle, StreamChunk
 from llavakit.media.fetch import MediaFetcher
 from llavakit.media.policy import MediaPolicy, Refused
+from llavakit.media.source import Attached
 from llavakit.serving import toolcalls
 from llavakit.serving.metrics import Metrics
 from llavakit.serving.protocol import ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart, error_body
@@ -71,15 +72,6 @@ class APIError(Portable):
         modality = "invalid_request_error" if status < 500 and status not in (401, 429) else "server_error"
         modality = {401: "authentication_error", 429: "rate_limit_error"}.get(status, modality)
         self.status, self.body, self.headers = status, error_body(message, modality, param, code), headers
-
-
-class Attached(bytes):
-    """Content of a media item that is called by its field of the request in messages."""
-
-    def __new__(cls, content: bytes, name: str) -> Attached:
-        self = super().__new__(cls, content)
-        self.name = name
-        return self
 
 
 class Service:
