@@ -13,7 +13,8 @@ from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.phantom.write import write_world
 from llavakit.system import get_system
 from llavakit.training.build import build_meta
-from llavakit.training.recipe import load_recipe, parse_recipe, scale
+from llavakit.training.recipe import load_recipe, parse_recipe
+from llavakit.training.scaling import scale
 from llavakit.training.run import train
 
 MARKS = ("<image>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

@@ -30,7 +30,8 @@ from llavakit.training.dataset import Samples, StageCollator, open_records, plan
 from llavakit.training.features import FeatureCache
 from llavakit.training.lora import prepare
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, public_name, trainable_by_part
-from llavakit.training.recipe import PartTraining, load_recipe, parse_recipe, scale
+from llavakit.training.recipe import PartTraining, load_recipe, parse_recipe
+from llavakit.training.scaling import scale
 from llavakit.training.run import TrainResult, train
 
 QUIET = Console(quiet=True)
@@ -84,6 +85,24 @@ def weights(result: TrainResult) -> dict[str, torch.Tensor]:
         ("parts={}", "model: give either `model` (a checkpoint) or `parts` (a new model)"),
         ("stages.0.name=final", "stages.0.name: 'final' is the folder of the finished model"),
         ("learning_rate", "learning_rate: not an assignment; write dotted.key=value"),
+        ("seed=4294967296", "seed: should be less than 4294967296, not 4294967296"),
+        ("seed=-1", "seed: should be greater than or equal to 0"),
+        ("stages.0.seed=99999999999999999999999999", "stages.0.seed: should be less than 4294967296"),
+        ("stages.0.batch_size=true", "stages.0.batch_size: should be a number, not true"),
+        ("stages.0.learning_rate=.nan", "stages.0.learning_rate: should be a finite number"),
+        ("stages.0.learning_rate=1" + "0" * 400, "stages.0.learning_rate: "),
+        ("stages.0.max_steps=1" + "0" * 5000, "not valid YAML"),
+        ("stages.0.betas=[0.9, 2]", "stages.0.betas.1: should be less than 1, not 2"),
+        ("stages.0.train=[[a]]", "stages.0.train: names of parts would be right in the list, not ['a']"),
+        ("stages.0.train=[{a: b}]", "stages.0.train: names of parts would be right in the list"),
+        ("stages.-2.epochs=1", "stages.-2: there are 1, numbered from 0"),
+        ("stages.²" + ".epochs=1", "stages.²: no item is called '²'"),
+        ("stages.0.data=" + "[" * 2000, "not valid YAML"),
+        ("stages.0.data=" + "[" * 70 + "]" * 70, "nested too deeply; at most 64 levels are read"),
+        ("data=[{path: a.json, subset: some}]", "data.0.subset: should be all, first:N, end:N or random:N, not 'some'"),
+        ("data=[{path: a.json, weight: .inf}]", "data.0.weight: should be"),
+        ("run_name={a: 1, a: 2}", "the key 'a' is there twice"),
+        ("stages.0.optimizer=[" + "x, " * 900 + "]", "stages.0.optimizer: should be text, not ['x', "),
     ],
 )
 def test_a_wrong_recipe_gets_one_clear_line(assignment: str, message: str) -> None:
@@ -91,6 +110,7 @@ def test_a_wrong_recipe_gets_one_clear_line(assignment: str, message: str) -> No
         parse_recipe(MINIMAL, [assignment])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_overrides_reach_every_value() -> None:
@@ -122,9 +142,17 @@ def test_recipe_files_report_where_they_are_wrong(tmp_path: Path) -> None:
     broken.write_text("stages:\n  - name: [\n")
     with pytest.raises(RecipeError, match=r"broken\.yaml:\d+: not valid YAML"):
         load_recipe(broken)
-    broken.write_text("- 1\n")
-    with pytest.raises(RecipeError, match="holds a list"):
-        load_recipe(broken)
+    for text, said in (
+        ("- 1\n", "holds a list"),
+        ("seed: 2024-02-31\n", "not valid YAML"),
+        ("? [a]\n: b\n", "not valid YAML"),
+        ("a: &a [*a]\n", "nested too deeply"),
+        ("\ufeffstages: []\n", "stages: "),
+        ("#" * (1 << 24) + "\n", "has more than"),
+    ):
+        broken.write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(broken)
 
 
 def test_unknown_keys_of_a_part_are_errors(world: Path) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from llavakit.data.mixing import mixed_order
-from llavakit.data.readers import ListSource, Selected, Source, open_source, split_part
+from llavakit.data.paths import split_part
+from llavakit.data.readers import ListSource, Selected, Source, open_source
 from llavakit.data.records import BadRecords, Record, check_media, read_record
 from llavakit.errors import RecordError, UserError, quoted
 from llavakit.registry import nearest

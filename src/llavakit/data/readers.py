@@ -19,25 +19,12 @@ from typing import Any
 import numpy as np
 
 from llavakit.data.mixing import choose
+from llavakit.data.paths import split_part
 from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.errors import RecordError, UserError
 
 Span = tuple[int, int]
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_PART = re.compile(r"#(all|(?:(?:first|end|random):)?[\d.]+%?)$")
-
-
-def split_part(path: str | Path) -> tuple[str, str]:
-    """A path without the part of the file that it asks for (`data.json#500`), and that part as a sampling strategy.
-
-    A `#` that no part follows belongs to the name, and so does every `#` of a path that exists.
-    """
-    name = str(path)
-    found = None if os.path.lexists(name) else _PART.search(name)
-    if found is None:
-        return name, ""
-    part = found[1]
-    return name[: found.start()], part if ":" in part or part == "all" else f"first:{part}"
 
 
 class Source(ABC):

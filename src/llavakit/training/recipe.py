@@ -10,23 +10,29 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from llavakit.errors import RecipeError
+from llavakit.data.paths import split_part
+from llavakit.data.strict_yaml import YamlError, parse_yaml
+from llavakit.errors import RecipeError, quoted
 from llavakit.registry import nearest
+from llavakit.training.overrides import override
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+MAX_BYTES = 1 << 24  # of a recipe's file
 
 
 class Section(BaseModel):
     """Base of all parts of a recipe: unknown keys are errors that name the nearest known key."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -36,7 +42,17 @@ class Section(BaseModel):
                 if key not in cls.model_fields:
                     hint = nearest(str(key), list(cls.model_fields))
                     raise PydanticCustomError("unknown_key", "{key}: unknown key{hint}", {"key": key, "hint": hint})
+            for key, value in data.items():
+                types = _types(cls.model_fields[key].annotation)
+                if isinstance(value, bool) and bool not in types and types & {int, float}:  # true is not 1
+                    said = {"problem": f"{key}: should be a number, not {str(value).lower()}"}
+                    raise PydanticCustomError("contradiction", "{problem}", said)
         return data
+
+
+def _types(annotation: Any) -> set[Any]:
+    inner = get_args(annotation)
+    return set().union(*map(_types, inner)) if inner else {annotation}
 
 
 class Source(Section):
@@ -52,13 +68,13 @@ class Source(Section):
 
     path: str
     images: str | None = None
-    weight: float = Field(1.0, gt=0)
-    subset: str | None = None
+    weight: float = Field(1.0, gt=0, le=1e6)
+    subset: str | None = Field(None, pattern=r"^(all|(first|end|random):[\d.]+%?)$")
     name: str = ""
 
     @model_validator(mode="after")
     def _default_name(self) -> Source:
-        self.name = self.name or Path(self.path.partition("#")[0]).stem
+        self.name = self.name or Path(split_part(self.path)[0]).stem
         return self
 
 
@@ -127,7 +143,7 @@ class Lora(Section):
         merge: Add the adapter to the weights at the end of the stage; otherwise `final` holds the adapter alone.
     """
 
-    rank: int = Field(128, gt=0)
+    rank: Count = 128
     alpha: float = Field(256, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
     parts: list[str] = Field(default_factory=lambda: ["language_model"])
@@ -155,18 +171,18 @@ class Stage(Section):
     data: list[str] | None = None
     train: dict[str, PartTraining]
     lora: Lora | None = None
-    learning_rate: float = Field(ge=0)
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, gt=0)
-    batch_size: int = Field(8, gt=0)
-    accumulation: int = Field(1, gt=0)
-    global_batch: int | None = Field(None, gt=0)
+    learning_rate: float = Field(ge=0, le=1e6)
+    epochs: float = Field(1.0, gt=0, le=1e6)
+    max_steps: Count | None = None
+    batch_size: Count = 8
+    accumulation: Count = 1
+    global_batch: Count | None = None
     schedule: Schedule = "cosine"
     schedule_options: dict[str, float] = Field(default_factory=dict)
     warmup: float = Field(0.03, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     decay_rms_norms: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     epsilon: float = Field(1e-8, gt=0)
     optimizer: str = "adamw_torch_fused"
     clip: float | None = Field(None, gt=0)
@@ -177,17 +193,17 @@ class Stage(Section):
     labels: str | dict[str, Any] | None = None
     media: dict[str, dict[str, Any]] | None = None
     packing: bool = False
-    max_length: int | None = Field(None, gt=1)
+    max_length: int | None = Field(None, gt=1, lt=2**31)
     group_by_modality: bool = False
     group_by_length: bool = False
     cache_features: bool | Literal["float16", "float32"] = False
     loss_weights: LossWeights = Field(default_factory=LossWeights)
-    save_steps: int | None = Field(None, gt=0)
-    keep: int = Field(1, gt=0)
-    log_steps: int = Field(10, gt=0)
-    workers: int = Field(0, ge=0)
+    save_steps: Count | None = None
+    keep: Count = 1
+    log_steps: Count = 10
+    workers: int = Field(0, ge=0, le=1024)
     shard: bool = False
-    seed: int | None = None
+    seed: Seed | None = None
 
     @field_validator("train", mode="before")
     @classmethod
@@ -195,6 +211,10 @@ class Stage(Section):
         if isinstance(value, str):
             value = [value]
         if isinstance(value, Sequence):
+            wrong = next((part for part in value if not isinstance(part, str)), None)
+            if wrong is not None:
+                problem = f"names of parts would be right in the list, not {quoted(wrong)}"
+                raise PydanticCustomError("contradiction", "{problem}", {"problem": problem})
             value = dict.fromkeys(value, True)
         if not isinstance(value, Mapping):
             return value
@@ -242,7 +262,7 @@ class Recipe(Section):
     output: str = "runs/unnamed"
     run_name: str | None = None
     report_to: list[Reporter] = Field(default_factory=list)
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("data", mode="before")
     @classmethod
@@ -282,7 +302,7 @@ class Recipe(Section):
     def stage_seed(self, number: int) -> int:
         """Seed of a stage: its own, or the recipe's with the stage's number, so that stages differ."""
         own = self.stages[number].seed
-        return self.seed + number if own is None else own
+        return (self.seed + number) % 2**32 if own is None else own
 
     def sources_of(self, number: int) -> list[Source]:
         """Sources of a stage, in the order of `data`.
@@ -307,12 +327,6 @@ def _part_training(options: Any) -> Any:
 
 # Reading
 
-_Loader = type("_Loader", (yaml.SafeLoader,), {})
-# YAML 1.1 reads 1e-3 as text because it has no dot; everybody who writes a recipe means a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
 
 def read_yaml(text: str, where: str) -> Any:
     """YAML with numbers such as 1e-3.
@@ -321,11 +335,9 @@ def read_yaml(text: str, where: str) -> Any:
         RecipeError: With the line, if it is not YAML.
     """
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark is not None else where
-        raise RecipeError(f"{place}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        return parse_yaml(text)
+    except YamlError as error:
+        raise RecipeError(f"{where}{f':{error.line}' if error.line else ''}: {error}") from None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -340,7 +352,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{path}: has more than {MAX_BYTES} bytes; name a recipe")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from None
     except UnicodeDecodeError:
@@ -352,7 +366,7 @@ def parse_recipe(raw: Any, overrides: Sequence[str] = (), where: str = "recipe")
     """A recipe from its dict form; see `load_recipe`."""
     if not isinstance(raw, Mapping):
         raise RecipeError(f"{where}: holds a {type(raw).__name__}, it should hold a mapping with `stages`")
-    raw = copy.deepcopy(dict(raw))
+    raw = copy.deepcopy(dict(raw))  # also what several aliases share
     for assignment in overrides:
         override(raw, assignment)
     try:
@@ -383,151 +397,18 @@ def _describe(item: ErrorDetails) -> str:
     path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal[")))
     kind, value = item["type"], item["input"]
     if kind in ("unknown_key", "contradiction"):
-        return f"{path}.{item['msg']}" if path else item["msg"]
+        glue = "." if re.match(r"[\w.-]+:", item["msg"]) else ": "
+        return f"{path}{glue}{item['msg']}" if path else item["msg"]
+    if kind == "string_pattern_mismatch" and path.endswith("subset"):
+        return f"{path}: should be all, first:N, end:N or random:N, not {quoted(value)}"
     if kind == "missing":
         return f"{path}: is missing"
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-        return f"{path}: {value!r} is not possible{nearest(str(value), known)}"
+        return f"{path}: {quoted(value)} is not possible{nearest(str(value), known)}"
     wanted = _WANTED.get(kind.split("_")[0])
     if wanted and kind.endswith(("_type", "_parsing", "_from_float", "_attributes_type")):
         path = re.sub(r"\.(bool|int|str|list\[int\])$", "", path)
-        return f"{path}: should be {wanted}, not {value!r}"
+        return f"{path}: should be {wanted}, not {quoted(value)}"
     message = item["msg"].removeprefix("Input ")
-    return f"{path}: {message}, not {value!r}" if message.startswith("should") else f"{path}: {message}"
-
-
-# Overrides
-
-
-def override(raw: dict[str, Any], assignment: str) -> None:
-    """Apply one `dotted.key=value` to a recipe's dict form.
-
-    Raises:
-        RecipeError: If the path leads nowhere.
-    """
-    dotted, equals, text = assignment.partition("=")
-    if not equals or not dotted:
-        raise RecipeError(f"{assignment}: not an assignment; write dotted.key=value")
-    if dotted == "data.on_bad_record":  # reads well on the command line; the key stands beside `data`
-        dotted = "on_bad_record"
-    keys = dotted.split(".")
-    node: Any = raw
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        here = ".".join(keys[: depth + 1])
-        if isinstance(node, list):
-            key = _index(node, key, here)
-        elif not isinstance(node, dict):
-            raise RecipeError(f"{here}: {'.'.join(keys[:depth])} is a value, it has no keys")
-        if last:
-            node[key] = read_yaml(text, assignment) if text.strip() else None
-        elif isinstance(node, list):
-            if not isinstance(node[key], (dict, list)):
-                node[key] = {"path": node[key]} if keys[0] == "data" else node[key]
-            node = node[key]
-        else:
-            if key == "train" and not isinstance(node.get(key), dict):
-                node[key] = dict.fromkeys([node[key]] if isinstance(node.get(key), str) else node.get(key) or [], True)
-            if not isinstance(node.get(key), (dict, list)):
-                node[key] = {}
-            node = node[key]
-
-
-def _index(items: list[Any], key: str, here: str) -> int:
-    names = [item.get("name") for item in items if isinstance(item, dict)]
-    if key.lstrip("-").isdigit():
-        if int(key) >= len(items):
-            raise RecipeError(f"{here}: there are {len(items)}, numbered from 0")
-        return int(key)
-    if key in names:
-        return next(n for n, item in enumerate(items) if isinstance(item, dict) and item.get("name") == key)
-    raise RecipeError(f"{here}: no item is called {key!r}{nearest(key, [name for name in names if name])}")
-
-
-# The same recipe, made small
-
-
-def scale(
-    recipe: Recipe,
-    *,
-    hidden: int = 64,
-    layers: int = 2,
-    heads: int = 4,
-    vocab: int | None = None,
-    vision_hidden: int = 48,
-    vision_layers: int = 3,
-    image_size: int | None = None,
-    patch_size: int | None = None,
-    stages: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """The same recipe with tiny dimensions, for phantom data: parts, their kinds and the stages stay.
-
-    Widths, depths and sizes are replaced; sizes of views keep their ratio to the encoder's image size, connectors get
-    as many attention heads as the encoders. Weights start at random, precision is float32, memory savers are off.
-
-    Args:
-        hidden, layers, heads: Language model; its MLP is four times as wide.
-        vocab: Vocabulary; None keeps the recipe's.
-        vision_hidden, vision_layers: All encoders.
-        image_size, patch_size: All encoders; default: 4 pixels a patch, 4 patches a side.
-        stages: Keys that every stage gets on top, for instance `{"max_steps": 5, "batch_size": 2}`.
-
-    Raises:
-        RecipeError: If the recipe starts from a checkpoint.
-    """
-    if recipe.parts is None:
-        raise RecipeError("scale: the recipe starts from a checkpoint, whose dimensions are fixed")
-    raw = recipe.model_dump()
-    parts = raw["parts"]
-    parts["init"], parts["tokenizer"] = {}, None
-    text = dict(parts["text_config"] or {})
-    tiny = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-    tiny |= {"intermediate_size": 4 * hidden, "n_embd": hidden, "n_layer": layers, "n_head": heads}
-    groups = max(text.get("num_attention_heads", 1) // max(text.get("num_key_value_heads", 0) or 1, 1), 1)
-    if text.get("num_key_value_heads"):
-        tiny["num_key_value_heads"] = max(heads // groups, 1)
-    gpt2 = text.get("model_type") == "gpt2"
-    parts["text_config"] = {
-        key: value for key, value in text.items() if key not in ("head_dim", "layer_types", "max_window_layers")
-    } | {key: value for key, value in tiny.items() if key.startswith("n_") == gpt2}
-    if vocab is not None:
-        parts["text_config"]["vocab_size"] = vocab
-        parts["image_token_id"] = None
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # ids of another vocabulary
-            parts["text_config"].pop(name, None)
-    old_size = (parts["vision_config"] or {}).get("image_size", 224)
-    patch = patch_size or 4
-    size = image_size or 4 * patch
-
-    def tiny_tower(config: dict[str, Any]) -> dict[str, Any]:
-        own = {"hidden_size": vision_hidden, "num_hidden_layers": vision_layers, "num_attention_heads": heads}
-        own |= {"intermediate_size": 2 * vision_hidden, "image_size": size, "patch_size": patch}
-        return config | own
-
-    parts["vision_config"] = tiny_tower(dict(parts["vision_config"] or {}))
-    for encoder in (parts["extra_encoders"] or {}).values():
-        encoder["config"] = tiny_tower(dict(encoder["config"]))
-    for connector in (parts["connector"] or {}, *(parts["extra_connectors"] or {}).values()):
-        connector |= {key: heads for key in connector if key in ("heads", "compressor_heads")}
-    parts["media"] = _shrunk(parts["media"], size / old_size, patch)
-    for stage in raw["stages"]:
-        stage["media"] = _shrunk(stage["media"], size / old_size, patch)
-        stage |= {"bf16": False, "dtype": "float32", "gradient_checkpointing": False, "global_batch": None}
-        stage |= dict(stages or {})
-    return Recipe.model_validate(raw)
-
-
-def _shrunk(value: Any, ratio: float, patch: int) -> Any:
-    """Pixel sizes in a media section times `ratio`; planners that count patches get the new one."""
-    if not isinstance(value, dict):
-        return value
-    pixels = ("size", "pinpoints", "crop", "resize", "nearest", "long_side")
-    shrunk = {key: _times(item, ratio) if key in pixels else _shrunk(item, ratio, patch) for key, item in value.items()}
-    return shrunk | ({"patch": patch} if "patch" in value else {})
-
-
-def _times(value: Any, ratio: float) -> Any:
-    if isinstance(value, list):
-        return [_times(item, ratio) for item in value]
-    return round(value * ratio) if isinstance(value, (int, float)) else value
+    return f"{path}: {message}, not {quoted(value)}" if message.startswith("should") else f"{path}: {message}"
