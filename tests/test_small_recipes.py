@@ -14,8 +14,8 @@ from llavakit.phantom.write import write_world
 from llavakit.system import get_system
 from llavakit.training.build import build_meta
 from llavakit.training.recipe import load_recipe, parse_recipe
-from llavakit.training.scaling import scale
 from llavakit.training.run import train
+from llavakit.training.scaling import scale
 
 MARKS = ("<image>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 STEPS = {"max_steps": 2, "batch_size": 2, "workers": 0, "shard": False, "log_steps": 1, "max_length": 2048}

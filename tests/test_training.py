@@ -31,8 +31,8 @@ from llavakit.training.features import FeatureCache
 from llavakit.training.lora import prepare
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, public_name, trainable_by_part
 from llavakit.training.recipe import PartTraining, load_recipe, parse_recipe
-from llavakit.training.scaling import scale
 from llavakit.training.run import TrainResult, train
+from llavakit.training.scaling import scale
 
 QUIET = Console(quiet=True)
 MINIMAL = {"model": "somewhere", "stages": [{"name": "a", "train": ["multi_modal_projector"], "learning_rate": 1e-3}]}
