@@ -17,6 +17,7 @@ from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.data.collate import Collator
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES
+from llavakit.model.visuals import gather_media
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand
 from llavakit.training.dataset import StageCollator
@@ -137,8 +138,8 @@ class ClassicBatch:
         batch.pop("tokens")
         if "features" in batch:
             net, features = self.model.model, batch.pop("features")
-            plans = net.plan_media(features, batch.pop("visual_sizes"), batch.pop("visual_modalities"))
-            batch["visuals"] = net.gather_media(*plans, list(features))
+            modalities, plans = net.plan_media((), batch.pop("visual_sizes"), batch.pop("visual_modalities"))
+            batch["visuals"] = gather_media(net.media, modalities, plans, list(features))
         if self.labels is None:
             batch.pop("labels")
         return batch

@@ -344,12 +344,21 @@ class _Run:
         report = self.report
         if not self.differences:
             report.status = "passed"
-            report.reason = "; ".join(f"{name} not compared: {why}" for name, why in self.skipped.items())
+            report.reason = self._left_out()
             return
         more = len(self.differences) - 1
         report.reason = self.differences[0] + (f" (and {more} more)" if more else "")
         if report.examples > 1:
             report.reason = f"{report.passed_examples} of {report.examples}; {report.reason}"
+
+    def _left_out(self) -> str:
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            by_reason.setdefault(why, []).append(name)
+        return "; ".join(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} not compared: {why}"
+            for why, names in by_reason.items()
+        )
 
 
 # Running

@@ -20,6 +20,7 @@ from llavakit.checkpoints.files import LazyState, read_folder, read_json
 from llavakit.checkpoints.layouts import Layout, rename_with
 from llavakit.errors import CheckpointError
 from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.routes import MediaSpec
 from llavakit.views.tiles import candidates
 from llavakit.vision.known import KNOWN_ENCODERS
 
@@ -163,10 +164,10 @@ class Classic(ClassicLayout):
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         qwen = "qwen" in f"{raw.get('model_type')} {' '.join(raw.get('architectures') or [])}".lower()
-        spatial = str(raw.get("mm_patch_merge_type")).startswith("spatial")
+        known_merge = str(raw.get("mm_patch_merge_type") or "flat").startswith(("spatial", "flat"))
         projector = str(raw.get("mm_projector_type", "linear"))
         plain = projector in ("linear", "identity") or projector.startswith("mlp")
-        return super().matches(raw, folder) and qwen and spatial and plain and _is_siglip(raw["mm_vision_tower"])
+        return super().matches(raw, folder) and qwen and known_merge and plain and _is_siglip(raw["mm_vision_tower"])
 
     def text_config(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         # the published model class overrules any scaling of positions
@@ -197,13 +198,15 @@ class Classic(ClassicLayout):
         return config, state
 
     def drop_unused(self, config: LlavakitConfig, state: LazyState) -> LazyState:
-        """Without the encoder's deleted layer and pooling head, which an encoder's own folder still holds."""
+        """Without the encoder's deleted layer and pooling head, which an encoder's own folder still holds, and without
+        the newline where no arrangement writes it."""
         layers = config.vision_config.num_hidden_layers
+        newline = MediaSpec(config).uses_newline
 
         def keep(name: str) -> str | None:
             layer = re.match(r"model\.vision_tower\.encoder\.layers\.(\d+)\.", name)
             dropped = name.startswith("model.vision_tower.head.") or (layer and int(layer[1]) >= layers)
-            return None if dropped else name
+            return None if dropped or (name == "model.image_newline" and not newline) else name
 
         first = first_block(config.connector)
         return state.renamed(lambda name: renumbered(name, -first)).renamed(keep)

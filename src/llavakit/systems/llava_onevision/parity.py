@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, SiglipVisionConfig
 
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.base import Features
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.routes import MODALITIES
-from llavakit.proof.golden import Case, Result
+from llavakit.proof.classic_batch import ClassicBatch, Entry
+from llavakit.proof.entries import TINY, check_keys, greedy, published_model
+from llavakit.proof.golden import Case, Example, Result, take
 from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
-from llavakit.splice.layout import Run
-from llavakit.splice.scatter import IGNORE, expand, scatter
 from llavakit.splice.tiles import pool
 from llavakit.systems.llava_onevision import parity_data, parity_views
 from llavakit.systems.llava_onevision.checkpoint import (
@@ -29,19 +29,21 @@ from llavakit.systems.llava_onevision.checkpoint import (
     media_of,
     renumbered,
 )
-from llavakit.views.plan import MediaSize, Plan
+from llavakit.views.plan import MediaSize
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
-
-PLACEHOLDER = -200
-
 
 # Parts
 
 
 def siglip_tower(case: Case) -> Result:
     """Features before the last norm, and the normalised ones that nothing reads."""
-    config = tiny_config({"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2}, case.config["vision"])
+    vision = check_keys(case.config["vision"], SiglipVisionConfig().to_dict(), "config.vision")
+    config = LlavakitConfig(
+        text_config={"model_type": "qwen2", "vocab_size": 8, **TINY},
+        vision_config=kept_tower({"model_type": "siglip_vision_model", **vision}),
+        vision_feature_layer=-1,
+    )
     encoder = AutoModel.from_config(config.vision_config).eval().requires_grad_(False)
     rename = rename_with(((r"^vision_tower\.(?:vision_model\.)?", ""),))
     state = {rename(name): tensor for name, tensor in case.weights().items()}
@@ -98,106 +100,64 @@ def pool2d(case: Case) -> dict[str, Tensor]:
 # Splicing
 
 
-@dataclass
-class Entry:
-    """One entry of the original's list of images: its kind, plan and number of views."""
-
-    kind: str
-    plan: Plan
-    views: int
-
-
-def entries_of(media: Mapping[str, Any], request: Mapping[str, Any], views: Sequence[int], size: int) -> list[Entry]:
+def entries_of(request: Mapping[str, Any], views: Sequence[Sequence[Tensor]]) -> list[Entry]:
     """Entries of a request.
 
     Args:
-        media: See `media_of`.
         request: `image_sizes` as (width, height) and `modalities`.
-        views: Views of every entry; 0 stands for one that came without a list.
-        size: Side of the encoder's input.
+        views: Pixels or features of every entry.
     """
-    entries = []
     modalities = request.get("modalities") or ["image"] * len(views)
-    for count, (width, height), modality in zip(views, request["image_sizes"], modalities, strict=True):
-        kind = modality if modality == "video" else "image" if count > 1 else "multi_image"
-        options = media[kind]["views"]
-        if kind == "image" and options["type"] != "anyres":  # tiles without anyres are taken for a square of four
-            options = {"type": "anyres", "size": size, "pinpoints": [[2 * size, 2 * size]]}
-        depth = count if kind == "video" else 1
-        entries.append(Entry(kind, PLANNERS.build(options).plan(MediaSize(depth, height, width)), max(count, 1)))
+    entries = []
+    for own, (width, height), modality in zip(views, request["image_sizes"], modalities, strict=True):
+        kind = "video" if modality == "video" else "image" if len(own) > 1 else "multi_image"
+        depth = len(own) if kind == "video" else 1
+        entries.append(Entry(kind, MediaSize(depth, height, width), list(own)))
     return entries
 
 
-@dataclass
-class Spliced:
-    """A padded batch with placeholders expanded.
-
-    Attributes:
-        ids, mask, labels, positions: [rows, longest].
-        entries: Numbers of the entries that stand in a row, in order; others were only consumed.
-        kept: How many of their visual tokens truncation left.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
-    positions: Tensor
-    entries: list[int]
-    kept: list[int]
-
-
-def splice(
-    request: Mapping[str, Any], counts: Sequence[int], token: int, side: str = "right", max_length: int | None = None
-) -> Spliced:
-    """Classic ids to expanded ones; a row without a placeholder consumes one entry.
+def settings_of_case(settings: Mapping[str, Any], views: Sequence[int], size: int, **options: Any) -> dict[str, Any]:
+    """`config.media` of a request.
 
     Args:
-        request: `input_ids`, and `attention_mask` and `labels` if there are any.
-        counts: Visual tokens of every entry.
-        token: Id to write at visual positions.
-        side: Where rows are padded.
+        views: Views of every entry; several without a tiling ratio are taken for a square of four by the original.
+        options: See `media_of`.
     """
-    rows, targets, used, kept = [], [], [], []
-    place = 0
-    for number, row in enumerate(request["input_ids"]):
-        visible = request["attention_mask"][number] if request.get("attention_mask") else [1] * len(row)
-        wanted = request["labels"][number] if request.get("labels") else [IGNORE] * len(row)
-        ids = [i for i, seen in zip(row, visible, strict=True) if seen]
-        labels = [label for label, seen in zip(wanted, visible, strict=True) if seen]
-        images = ids.count(PLACEHOLDER)
-        own = list(range(place, place + images))
-        layouts = [[Run(visual=counts[entry])] for entry in own]
-        expanded = expand(ids, labels, layouts, placeholder=PLACEHOLDER, image_token_id=token)
-        rows.append(expanded.ids[:max_length])
-        targets.append(expanded.labels[:max_length])
-        left = rows[-1].count(token)
-        for entry in own:
-            used.append(entry)
-            kept.append(min(left, counts[entry]))
-            left -= kept[-1]
-        place += max(images, 1)
+    media = media_of(settings, size, **options)
+    if media["image"]["views"]["type"] != "anyres" and any(count > 1 for count in views):
+        media["image"]["views"] = {"type": "anyres", "size": size, "pinpoints": [[2 * size, 2 * size]]}
+    return media
 
-    def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
-        longest = max(map(len, values))
-        pads = [[fill] * (longest - len(row)) for row in values]
-        return torch.tensor([p + list(r) if side == "left" else list(r) + p for r, p in zip(values, pads, strict=True)])
 
-    return Spliced(
-        ids=padded(rows, 0),
-        mask=padded([[1] * len(row) for row in rows], 0),
-        labels=padded(targets, IGNORE),
-        positions=padded([range(len(row)) for row in rows], 0),
-        entries=used,
-        kept=kept,
+def batch_of(
+    model: LlavakitForConditionalGeneration,
+    request: Mapping[str, Any],
+    entries: Sequence[Entry],
+    settings: Any,
+    **options: Any,
+) -> ClassicBatch:
+    """The batch of a request; a row without a placeholder consumes one entry."""
+    return ClassicBatch(
+        model,
+        request["input_ids"],
+        {IMAGE_PLACEHOLDER: entries},
+        attention_mask=request.get("attention_mask"),
+        labels=request.get("labels"),
+        max_length=settings.get("tokenizer_model_max_length"),
+        padding_side=settings.get("tokenizer_padding_side") or "right",
+        **options,
     )
 
 
-def _given(spliced: Spliced, request: Mapping[str, Any]) -> dict[str, Any]:
+def _given(batch: ClassicBatch, request: Mapping[str, Any]) -> dict[str, Any]:
     """Mask, positions and labels; the original gives back only what it was given."""
+    positions = None
+    if request.get("position_ids") is not None:
+        positions = (batch.attention.cumsum(-1) - 1).clamp(min=0).mul(batch.attention).tolist()
     return {
-        "attention_mask": spliced.mask.tolist() if request.get("attention_mask") else None,
-        "position_ids": spliced.positions.tolist() if request.get("position_ids") else None,
-        "labels": spliced.labels.tolist() if request.get("labels") else None,
+        "attention_mask": None if request.get("attention_mask") is None else batch.attention.tolist(),
+        "position_ids": positions,
+        "labels": None if request.get("labels") is None else batch.targets.tolist(),
     }
 
 
@@ -217,44 +177,56 @@ def _coordinates(first: int, views: int, side: int) -> list[Tensor]:
     return [_marked(VISUAL, first + view, row.flatten(), col.flatten()) for view in range(views)]
 
 
-def token_layout(case: Case) -> Result:
-    """Where every visual token and newline goes, read off features that are coordinates."""
-    case.informational("inputs.*.big")
-    facts, tensors = {}, {}
-    for name, request in case.inputs.items():
-        settings = case.config["model_config"] | request.get("model_config", {})
-        size, side = case.config["tower_image_size"], request.get("side", case.config["side"])
-        stacked = isinstance(request["views"], dict)
-        views = [1] * request["views"]["stacked"] if stacked else request["views"]
-        media = media_of(settings, size, single_newline=not stacked)
-        entries = entries_of(media, request, views, size)
-        vectors, first = [], 0
-        for entry in entries:
-            tokens = _coordinates(first, entry.views, side)
-            first += entry.views
-            arrangement = ARRANGEMENTS.build(media[entry.kind]["arrange"])
-            vectors.append(arrangement.arrange(entry.plan, [(1, side, side)] * entry.views, tokens, _marked(NEWLINE)))
-        found, tensors[name] = _laid_out(request, vectors, settings)
-        facts[name] = {key: value for key, value in found.items() if key in case.wanted.json[name]}
-    return Result(json=facts, tensors=tensors)
-
-
-def _laid_out(
-    request: Mapping[str, Any], vectors: Sequence[Tensor], settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], Tensor]:
-    token = 1 + max(max(row) for row in request["input_ids"])
-    spliced = splice(
-        request,
-        [len(own) for own in vectors],
-        token,
-        settings.get("tokenizer_padding_side", "right"),
-        settings.get("tokenizer_model_max_length"),
+def coordinate_model(rows: Sequence[Sequence[int]], side: int, media: Mapping[str, Any]) -> Any:
+    """A model whose embeddings, visual features and newline say what they are, [kind, coordinates]."""
+    tokens = 1 + max(max(row) for row in rows)
+    size = media["image"]["views"]["size"]
+    config = LlavakitConfig(
+        text_config={"model_type": "qwen2", "vocab_size": tokens, **TINY, "num_key_value_heads": 1},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "image_size": size,
+            "patch_size": size // side,
+            **TINY,
+            "vision_use_head": False,
+        },
+        connector=connector_options("identity"),
+        media=dict(media),
+        image_token_id=tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
     )
-    embeds = _marked(TEXT, spliced.ids) * spliced.mask.unsqueeze(-1)
-    taken = [vectors[entry][:count] for entry, count in zip(spliced.entries, spliced.kept, strict=True)]
-    if taken:
-        embeds = scatter(embeds, spliced.ids == token, torch.cat(taken))
-    return {"shape": embeds.shape, **_given(spliced, request)}, embeds
+    model = LlavakitForConditionalGeneration(config).eval()
+    model.get_input_embeddings().weight.data = _marked(TEXT, torch.arange(tokens))
+    if model.model.image_newline is not None:
+        model.model.image_newline.data = _marked(NEWLINE)
+    return model
+
+
+def token_layout(case: Case) -> Iterator[Example]:
+    """Where every visual token and newline goes, read off features that are coordinates."""
+    case.informational("inputs.*.big", "inputs.*.note")
+    for name, request in case.inputs.items():
+        yield Example(name, partial(_coordinates_of, case, name, request), name, (name,))
+
+
+def _coordinates_of(case: Case, name: str, request: Mapping[str, Any]) -> Result:
+    settings = take(case.config["model_config"]) | take(request.get("model_config") or {})
+    size, side = case.config["tower_image_size"], request.get("side", case.config["side"])
+    stacked = isinstance(request["views"], dict)
+    counts = [1] * request["views"]["stacked"] if stacked else request["views"]
+    media = settings_of_case(settings, counts, size, single_newline=not stacked)
+    features, first = [], 0
+    for count in counts:
+        features.append(_coordinates(first, max(count, 1), side))
+        first += max(count, 1)
+    model = coordinate_model(request["input_ids"], side, media)
+    entries = entries_of(request, features)
+    batch = batch_of(model, request, entries, settings, features=True)
+    embeds = (batch.embeds() * batch.meaningful()).detach()
+    facts = {"shape": embeds.shape, **_given(batch, request)}
+    wanted = (case.wanted.json or {}).get(name) or {}
+    return Result(json={key: value for key, value in facts.items() if key in wanted}, tensors={name: embeds})
 
 
 def faster_video(case: Case) -> Result:
@@ -275,155 +247,96 @@ def faster_video(case: Case) -> Result:
     )
     ends = torch.stack([_marked(NEWLINE), _marked(FRAME_END)])
     vectors = arrangement.arrange(plan, [(1, side, side)] * frames, _coordinates(0, frames, side), ends)
-    facts, embeds = _laid_out(request, [vectors], settings)
-    return Result(json={"shape": facts["shape"]}, tensors={"inputs_embeds": embeds})
+    media = media_of({}, size)
+    model = coordinate_model(request["input_ids"], side, media)
+    embeds = batch_of(model, request, [Entry(vectors=vectors)], settings).embeds().detach()
+    return Result(json={"shape": embeds.shape}, tensors={"inputs_embeds": embeds})
 
 
 # The whole model
 
 
-def tiny_config(
-    settings: Mapping[str, Any], vision: Mapping[str, Any], *, rounding: str = "int", stacked: bool = False
-) -> LlavakitConfig:
-    """The configuration of a case's model; the placeholder id lies outside the vocabulary."""
-    return LlavakitConfig(
-        text_config=Classic().text_config({"model_type": "llava_qwen", **settings}),
-        vision_config=kept_tower({"model_type": "siglip_vision_model", **vision}),
-        connector=connector_options(settings.get("mm_projector_type", "mlp2x_gelu")),
-        media=media_of(settings, vision["image_size"], rounding=rounding, single_newline=not stacked),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_token_id=settings["vocab_size"],
-        template="qwen_1_5",
-        system="llava-onevision",
+SETTINGS = ("mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position", "mm_tunable_parts")
+
+
+def model_of(
+    case: Case, settings: Mapping[str, Any], views: Sequence[int] = (), **options: Any
+) -> LlavakitForConditionalGeneration:
+    """The case's model, opened as a published checkpoint.
+
+    Args:
+        settings: config.json without the encoder.
+        views, options: See `settings_of_case`.
+    """
+    vision = case.config["vision"]
+    encoder = check_keys(vision, SiglipVisionConfig().to_dict(), "config.vision")
+
+    def laid_out(config: LlavakitConfig) -> None:
+        config.media = settings_of_case(settings, views, vision["image_size"], **options)
+
+    return published_model(
+        {"model_type": "llava_qwen", "mm_projector_type": "mlp2x_gelu", **settings},
+        case.weights(),
+        {"model_type": "siglip_vision_model", **encoder},
+        known=SETTINGS,
+        change=laid_out,
     )
 
 
-def build(config: LlavakitConfig, weights: Mapping[str, Tensor]) -> LlavakitForConditionalGeneration:
-    """A model with the original code's weights."""
-    rename = rename_with(Classic().renames_in())
-    model = LlavakitForConditionalGeneration(config).eval()
-    own = set(model.state_dict())
-    state = {rename(name): tensor for name, tensor in weights.items()}
-    if "model.image_newline" not in own:
-        state.pop("model.image_newline", None)
-    missing, extra = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
-    if missing or extra:
-        raise ValueError(f"weights do not fit: missing {missing[:3]}, unknown {extra[:3]}")
-    model.tie_weights()
-    return model
+class Run:
+    """One example of `e2e_logits` on its model.
+
+    Args:
+        rounding: "int" unpads like the original, "hf" like transformers.
+    """
+
+    def __init__(self, case: Case, name: str, rounding: str) -> None:
+        self.case, self.name, self.request = case, name, case.inputs[name]
+        settings = take(case.config["model_config"]) | take(self.request.get("model_config") or {})
+        given = [case.tensors[f"{name}/{image}"] for image in self.request["images"]]
+        views = [tensor.reshape(-1, *tensor.shape[-3:]) for tensor in given]
+        counts = [len(own) for own in views]
+        single = not self.request.get("stacked")
+        self.model = model_of(case, settings, counts, rounding=rounding, single_newline=single)
+        self.batch = batch_of(self.model, self.request, entries_of(self.request, views), settings)
+
+    def __call__(self) -> Result:
+        """Logits, loss, gradients and greedy tokens."""
+        request, batch = self.request, self.batch
+        out = batch.forward()
+        rows = [own[positions] for own, positions in zip(out.logits, request["keep"], strict=True)]
+        logits = torch.stack(rows) if len({len(row) for row in rows}) == 1 else torch.cat(rows)
+        facts = {"sequence_length": batch.ids.shape[1], **_given(batch, request)}
+        tensors = {f"{self.name}/logits": logits.detach()}
+        if request.get("generate"):
+            facts["greedy_new_tokens"] = greedy(self.model, batch.samples, request["generate"])
+        if out.loss is not None:
+            facts["loss"] = out.loss.item()
+        if request.get("grads"):
+            out.loss.backward()
+            rename = rename_with(Classic().renames_out(self.model.config))
+            gradients = {rename(key): parameter.grad for key, parameter in self.model.named_parameters()}
+            facts["grad_norms"] = {key: None if g is None else float(g.norm()) for key, g in gradients.items()}
+            named = {f"{self.name}/grad_{key.removeprefix('model.')}": g for key, g in gradients.items()}
+            tensors |= {key: gradient for key, gradient in named.items() if gradient is not None}
+        wanted = (self.case.wanted.json or {}).get(self.name) or {}
+        return Result(json={key: value for key, value in facts.items() if key in wanted}, tensors=tensors)
 
 
-@dataclass
-class Example:
-    """One example of `e2e_logits` on its model."""
-
-    model: LlavakitForConditionalGeneration
-    request: Mapping[str, Any]
-    entries: list[Entry]
-    spliced: Spliced
-    media: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, case: Case, name: str, rounding: str) -> Example:
-        """The example called `name` under a rule of rounding."""
-        request, inputs = case.inputs[name], case.tensors
-        settings = case.config["model_config"] | request.get("model_config", {})
-        vision = case.config["vision"]
-        stacked = bool(request.get("stacked"))
-        model = build(tiny_config(settings, vision, rounding=rounding, stacked=stacked), case.weights())
-        given = [inputs[f"{name}/{image}"] for image in request["images"]]
-        views = [0 if tensor.dim() == 3 else len(tensor) for tensor in given]
-        entries = entries_of(model.config.media, request, views, vision["image_size"])
-        spec = model.model.media
-        counts = [sum(run.visual for run in spec.layout(entry.kind, entry.plan.size)) for entry in entries]
-        spliced = splice(
-            request,
-            counts,
-            model.config.image_token_id,
-            settings.get("tokenizer_padding_side", "right"),
-            settings.get("tokenizer_model_max_length"),
-        )
-        used = [(given[entry].reshape(-1, *given[entry].shape[-3:]), entries[entry]) for entry in spliced.entries]
-        media = {}
-        if used:
-            media = {
-                "pixel_values": torch.cat([pixels for pixels, _ in used]),
-                "visual_sizes": torch.tensor([entry.plan.size for _, entry in used]),
-                "visual_modalities": torch.tensor([MODALITIES.index(entry.kind) for _, entry in used]),
-            }
-        return cls(model, request, entries, spliced, media)
-
-    def forward(self) -> Any:
-        """The model's output on the whole batch."""
-        labels = self.spliced.labels if self.request.get("labels") else None
-        return self.model(input_ids=self.spliced.ids, attention_mask=self.spliced.mask, labels=labels, **self.media)
-
-    def kept(self, logits: Tensor) -> Tensor:
-        """Logits of the text positions, stacked if all rows have as many, else one after another."""
-        rows = [own[positions] for own, positions in zip(logits, self.request["keep"], strict=True)]
-        return torch.stack(rows) if len({len(row) for row in rows}) == 1 else torch.cat(rows)
-
-    def greedy(self) -> list[list[int]]:
-        """New tokens of greedy decoding."""
-        ids = self.spliced.ids
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=self.spliced.mask,
-            max_new_tokens=self.request["generate"],
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            **self.media,
-        )
-        return out[:, ids.shape[1] :].tolist()
-
-    def gradients(self, loss: Tensor) -> dict[str, Tensor | None]:
-        """Gradients of the loss by the original names of parameters."""
-        loss.backward()
-        rename = rename_with(Classic().renames_out(self.model.config))
-        return {rename(name): parameter.grad for name, parameter in self.model.named_parameters()}
-
-
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example | Result]:
     """Logits, loss, gradients and greedy tokens, unpadded like the original and (`hf/`) like transformers."""
-    facts: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    own = [name for name in case.wanted.json if name != "hf"]
-    for name in own:
-        example = Example.of(case, name, "int")
-        out = example.forward()
-        tensors[f"{name}/logits"] = example.kept(out.logits).detach()
-        facts[name] = {"sequence_length": example.spliced.ids.shape[1]}
-        given = _given(example.spliced, example.request)
-        facts[name] |= {key: value for key, value in given.items() if key in case.wanted.json[name]}
-        if example.request.get("generate"):
-            facts[name]["greedy_new_tokens"] = example.greedy()
-        if out.loss is not None:
-            facts[name]["loss"] = out.loss.item()
-        if example.request.get("grads"):
-            gradients = example.gradients(out.loss)
-            facts[name]["grad_norms"] = {
-                key: None if gradient is None else float(gradient.norm()) for key, gradient in gradients.items()
-            }
-            tensors |= {f"{name}/grad_{key.removeprefix('model.')}": g for key, g in gradients.items() if g is not None}
-    facts["hf"] = {}
-    for name in case.wanted.json.get("hf", {}):
-        example = Example.of(case, name, "hf")
-        with torch.no_grad():
-            out = example.forward()
-        tensors[f"hf/{name}/logits"] = logits = example.kept(out.logits)
-        original = tensors[f"{name}/logits"]
-        facts["hf"][name] = {
-            "sequence_length": example.spliced.ids.shape[1],
-            "max_abs_diff_to_original": float((logits - original).abs().max()),
-        }
-        if example.request.get("generate"):
-            facts["hf"][name]["greedy_new_tokens"] = example.greedy()
-        if out.loss is not None:
-            facts["hf"][name]["loss"] = out.loss.item()
-    return Result(json=facts, tensors={name: tensor for name, tensor in tensors.items() if name in case.wanted.tensors})
+    for name in case.inputs:
+        yield Example(name, lambda name=name: Run(case, name, "int")(), name, (f"{name}/*",))
+
+    def as_transformers(name: str, wanted: Mapping[str, Any]) -> Result:
+        found = Run(case, name, "hf")()
+        tensors = {f"hf/{key}": tensor for key, tensor in found.tensors.items()}
+        json = {key: value for key, value in found.json.items() if key in wanted}
+        reason = "how far two other libraries are apart"
+        return Result(json=json, tensors=tensors, ignored={f"hf.{name}.max_abs_diff_to_original": reason})
+
+    for name, wanted in (case.wanted.json.get("hf") or {}).items():
+        yield Example(f"hf/{name}", partial(as_transformers, name, wanted), f"hf.{name}", (f"hf/{name}/*",))
 
 
 ADAPTERS = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,25 @@ import torch
 from torch import Tensor
 
 from llavakit.checkpoints.layouts import rename_with
-from llavakit.conversation.encode import encode, tokenize
-from llavakit.conversation.messages import Message, from_llava, split_literals, to_llava
+from llavakit.conversation.encode import tokenize
+from llavakit.conversation.messages import Message, from_llava, to_llava
 from llavakit.conversation.messages import media_of as media_in
-from llavakit.conversation.template import get_template
 from llavakit.data.collate import Collator
 from llavakit.data.mixing import choose
 from llavakit.data.records import Record
 from llavakit.data.sampler import modality_grouped, widely_grouped
 from llavakit.media.frame_sampling import uniform
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.proof.entries import text_processor
-from llavakit.proof.golden import Case, Result, take
-from llavakit.registry import PLANNERS
+from llavakit.proof.entries import (
+    picture,
+    prompt_text,
+    text_processor,
+    training_sample,
+    turns_to_messages,
+    view_processor,
+    views_of,
+)
+from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.systems.llava_onevision.checkpoint import Classic, media_of
 from llavakit.systems.llava_onevision.data import (
     lead_with_media,
@@ -32,11 +39,9 @@ from llavakit.systems.llava_onevision.data import (
     with_time_instruction,
     without_noise,
 )
-from llavakit.systems.llava_onevision.parity_views import image_of
 from llavakit.training.dataset import WORDS_PER_IMAGE, Samples
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups
 from llavakit.training.recipe import PartTraining
-from llavakit.views.plan import MediaSize
 
 TEMPLATE = "qwen_1_5"
 PARTS = {
@@ -50,21 +55,20 @@ PARTS = {
 # Text
 
 
-def prompts(case: Case) -> Result:
+def prompts(case: Case) -> Iterator[Example | Result]:
     """Prompt strings of every template."""
-    written = []
-    for query in case.inputs["queries"]:
-        turns = query["turns"]
-        messages = [
-            {"role": ("user", "assistant")[role], "content": split_literals(text)} for role, text in turns if text
-        ]
-        open_end = turns[-1][0] == 1 and not turns[-1][1]
-        template = get_template(query["template"])
-        text, _ = template.render(messages, add_generation_prompt=open_end, placement="keep")
-        written.append({"prompt": text})
-    reason = "internal to the original"
-    names = ("roles", "sep", "sep2", "sep_style", "stop_token_ids")
-    return Result(json={"prompts": written}, ignored={f"prompts.*.{name}": reason for name in names})
+
+    def written(query: Mapping[str, Any]) -> Result:
+        turns = [(role, text or "") for role, text in query["turns"]]
+        opened = turns[-1] == (1, "")
+        messages = turns_to_messages(turns[:-1] if opened else turns)
+        prompt = prompt_text(query["template"], messages, placement="keep", add_generation_prompt=opened)
+        names = ("roles", "sep", "sep2", "sep_style", "stop_token_ids")
+        return Result(
+            json={"prompt": prompt}, ignored={f"prompts.*.{name}": "internal to the original" for name in names}
+        )
+
+    yield from examples(written, case.inputs["queries"], "prompts")
 
 
 def load_tokenizer(case: Case) -> Any:
@@ -92,19 +96,20 @@ def messages_of(turns: Sequence[Mapping[str, str]], has_media: bool) -> list[Mes
     return without_noise(lead_with_media(messages)) if has_media else messages
 
 
-def preprocess(case: Case) -> dict[str, Any]:
+def preprocess(case: Case) -> Iterator[Example]:
     """Placement of media, ids and labels of training samples."""
     tokenizer = load_tokenizer(case)
-    found = {}
-    for name, sample in case.inputs.items():
-        messages = messages_of(sample["conversations"], sample["has_image"])
-        encoded = encode(messages, sample.get("template", TEMPLATE), tokenizer)
-        found[name] = {
+
+    def sample(request: Mapping[str, Any]) -> dict[str, Any]:
+        messages = messages_of(request["conversations"], request["has_image"])
+        encoded = training_sample(text_processor(tokenizer, request.get("template") or TEMPLATE), messages)
+        return {
             "after_multimodal": [turn["value"] for turn in to_llava(messages)["conversations"]],
-            "input_ids": encoded.ids,
-            "labels": encoded.labels,
+            "input_ids": encoded["input_ids"],
+            "labels": encoded["labels"],
         }
-    return found
+
+    yield from examples(sample, case.inputs)
 
 
 # Data
@@ -175,7 +180,7 @@ class Items:
         self.options = case.config["data_args"]
         self.size = case.config["size"]
         media = media_of(self.options, self.size)
-        self.planners = {kind: PLANNERS.build(media[kind]["views"]) for kind in media}
+        self.processor = view_processor(media, {"image_size": self.size, "patch_size": self.size})
 
     def item(self, index: int) -> tuple[dict[str, Any], list[Tensor]]:
         """Ids, labels and facts of a record, and its view tensors."""
@@ -188,28 +193,29 @@ class Items:
                 texts = with_time_instruction(messages, *times)
             images = [(views, size, "video")]
         elif "image" in record:
-            images = [(*self._image(part["image"], len(media) > 1), "image") for part in media]
+            images = [(*image, "image") for image in self._images([part["image"] for part in media])]
         else:
             images = [(torch.zeros(1, 3, self.size, self.size), [self.size, self.size], "text")]
         if media:
             texts = without_noise(lead_with_media(texts))
-        encoded = encode(texts, TEMPLATE, self.tokenizer)
+        encoded = training_sample(text_processor(self.tokenizer, TEMPLATE), texts)
         facts = {
             "index": index,
             "id": record.get("id", index),
-            "input_ids": encoded.ids,
-            "labels": encoded.labels,
+            "input_ids": encoded["input_ids"],
+            "labels": encoded["labels"],
             "images": [{"shape": views.shape, "size": size, "modality": kind} for views, size, kind in images],
         }
         return facts, [views for views, _, _ in images]
 
-    def _image(self, name: str, several: bool) -> tuple[Tensor, list[int]]:
-        image = image_of(self.files[name])
-        planner = self.planners["multi_image" if several else "image"]
-        views = planner.cut(image, planner.plan(MediaSize(1, image.height, image.width)))
-        stacked = torch.stack([torch.from_numpy(view) for view in views])
-        anyres = not several and str(self.options["image_aspect_ratio"]).startswith("anyres")
-        return (stacked if anyres else stacked[0]), list(image.size)
+    def _images(self, names: Sequence[str]) -> list[tuple[Tensor, list[int]]]:
+        """Views of every image of a message and its (width, height)."""
+        images = [picture(self.files[name]).convert("RGB") for name in names]
+        content = [{"type": "image", "image": image} for image in images]
+        views = self.processor.encode([{"role": "user", "content": content}])["pixel_values"]
+        anyres = len(images) == 1 and str(self.options["image_aspect_ratio"]).startswith("anyres")
+        found = [torch.stack(views)] if anyres else views
+        return [(own, list(image.size)) for own, image in zip(found, images, strict=True)]
 
     def _video(self, name: str) -> tuple[Tensor, Any, tuple[float, list[float]]]:
         """Views of the sampled frames, the size that the original notes, and (duration, times of frames)."""
@@ -225,52 +231,61 @@ class Items:
             indices = uniform(len(frames), bound if force else 10)
             times = [index / rate for index in indices]
             size = [frames[0].shape[1], frames[0].shape[0]]
-        pictures = [image_of(frames[index]) for index in indices]
-        planner = self.planners["video"]
-        plan = planner.plan(MediaSize(len(pictures), pictures[0].height, pictures[0].width))
-        views = torch.stack([torch.from_numpy(view) for view in planner.cut(pictures, plan)])
+        pictures = [picture(frames[index]) for index in indices]
+        views = torch.stack(views_of(self.processor, "video", pictures))
         return views, size, (len(frames) / rate, times)
 
 
-def dataset_items(case: Case) -> Result:
+def dataset_items(case: Case) -> Iterator[Example]:
     """Records and pixels to samples, and the batch of all of them."""
-    case.informational("inputs.*/*")
+    case.informational("inputs.*/*")  # frames that a video's sampling passes over
     data = Items(case)
-    facts: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    samples = []
-    for place, index in enumerate(case.inputs["fetch"]):
-        own, views = data.item(index)
-        facts[f"item{place}"] = own
-        tensors |= {f"item{place}/image{number}": view for number, view in enumerate(views)}
-        samples.append(own)
+    fetch = case.inputs["fetch"]
     records = [Record([], "case", number, record) for number, record in enumerate(take(data.records))]
     lengths = Samples(records, text_processor(data.tokenizer, TEMPLATE))
-    images = [image for sample in samples for image in sample["images"]]
-    collated = Collator(data.tokenizer.pad_token_id, mask_by_pad_id=True)(
-        [{"input_ids": sample["input_ids"], "labels": sample["labels"]} for sample in samples]
-    )
-    facts |= {
-        "lengths": [abs(lengths.words(number, WORDS_PER_IMAGE)) for number in range(len(records))],
-        "modality_lengths": [lengths.words(number) for number in range(len(records))],
-        "batch": {
+
+    def item(place: int, index: int) -> Result:
+        own, views = data.item(index)
+        return Result(json=own, tensors={f"item{place}/image{number}": view for number, view in enumerate(views)})
+
+    def batch() -> dict[str, Any]:
+        samples = [data.item(index)[0] for index in fetch]
+        images = [image for sample in samples for image in sample["images"]]
+        collated = Collator(data.tokenizer.pad_token_id, mask_by_pad_id=True)(
+            [{"input_ids": sample["input_ids"], "labels": sample["labels"]} for sample in samples]
+        )
+        return {
             **{name: tensor.tolist() for name, tensor in collated.items()},
             "modalities": [image["modality"] for image in images],
             "image_sizes": [image["size"] for image in images],
             "images": [image["shape"] for image in images],
-        },
-    }
-    return Result(json=facts, tensors=tensors)
+        }
+
+    for place, index in enumerate(fetch):
+        yield Example(f"item{place}", partial(item, place, index), f"item{place}", (f"item{place}/*",))
+    yield from examples(lambda n: abs(lengths.words(n, WORDS_PER_IMAGE)), range(len(records)), "lengths")
+    yield from examples(lengths.words, range(len(records)), "modality_lengths")
+    yield Example("batch", batch, "batch")
 
 
 # Optimiser groups
 
 
+class _WithEncoder(Classic):
+    """The published layout with the encoder's configuration given instead of named."""
+
+    def __init__(self, encoder: Mapping[str, Any]) -> None:
+        self.encoder = dict(encoder)
+
+    def encoder_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
+        return self.encoder
+
+
 def param_groups(case: Case) -> dict[str, Any]:
     """Which parameters train, at which rates, by their original names."""
-    from llavakit.systems.llava_onevision.parity import tiny_config
-
-    config = tiny_config(case.config["model_config"], case.config["vision"])
+    settings = {"model_type": "llava_qwen", **case.config["model_config"]}
+    encoder = {"model_type": "siglip_vision_model", **case.config["vision"]}
+    config = _WithEncoder(encoder).read_config(settings, {})
     rename = rename_with(Classic().renames_out(config))
     found = {}
     for name, run in case.inputs.items():
