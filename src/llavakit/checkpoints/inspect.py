@@ -41,12 +41,11 @@ def inspect_model(model: str | Path, **sources: Any) -> dict[str, Any]:
     if not config.tie_word_embeddings:
         parts["lm_head"] = sum(p.numel() for p in net.lm_head.parameters())
     types = {
-        "vision_tower": config.vision_config.model_type,
         "multi_modal_projector": config.connector["type"],
         "language_model": config.text_config.model_type,
         "language_adapter": (config.language_adapter or {}).get("type"),
     }
-    types |= {name: config.encoder_config(name)[0].model_type for name in config.extra_encoders}
+    types |= {name: config.encoder_config(name)[0].model_type for name in config.encoder_names()}
     types |= {name: options["type"] for name, options in config.extra_connectors.items()}
     spec = MediaSpec(config)
     tokens = []

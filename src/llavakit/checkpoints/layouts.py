@@ -110,12 +110,14 @@ def detect(folder: Path, raw: Mapping[str, Any]) -> Layout:
     Raises:
         CheckpointError: If none fits.
     """
-    layout = published(folder, raw)
-    if layout is not None:
-        return layout
+    from llavakit.checkpoints.causal import CausalLayout
+
+    for layout in (published(folder, raw), CausalLayout()):
+        if layout is not None and layout.matches(raw, folder):
+            return layout
     raise CheckpointError(
         f"{folder}: model_type {raw.get('model_type')!r} is not a layout that llavakit reads; "
-        f"known layouts: {', '.join(LAYOUTS)}"
+        f"known layouts: {', '.join(LAYOUTS)}, and language models of transformers"
     )
 
 
@@ -125,7 +127,10 @@ def layout_for(config: LlavakitConfig, form: str) -> Layout:
     Raises:
         UserError: If it cannot.
     """
-    for layout in layouts().values():
+    from llavakit.checkpoints.causal import CausalLayout
+
+    known = layouts().values() if config.media else [CausalLayout()]
+    for layout in known:
         if layout.form == form and layout.expresses(config):
             return layout
     raise UserError(f"a model of system {config.system!r} with these parts cannot be written as {form!r}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from llavakit.conversation.labels import LabelPolicy, Tokens, label_policy
 from llavakit.conversation.messages import Message, Part, is_media, normalise
-from llavakit.conversation.template import PLACEHOLDER, Template, get_template
+from llavakit.conversation.template import PLACEHOLDER, Template, template_for
 from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, tokenize
 from llavakit.errors import UserError
 from llavakit.media.regions import read_regions
@@ -59,7 +59,7 @@ def encode(
 
     Args:
         messages: Messages in any form that `normalise` takes.
-        template: Template or its registered name.
+        template: Template or its registered name; "tokenizer" is the tokenizer's own chat template.
         tokenizer: A transformers tokenizer with offsets (every "fast" one).
         add_generation_prompt: Whether the prompt ends where the assistant is to answer.
         continue_final_message: Whether the prompt ends inside the last message, for the assistant to go on with it.
@@ -72,7 +72,7 @@ def encode(
     Raises:
         UserError: If the messages or the template do not fit.
     """
-    template = get_template(template)
+    template = template_for(template, tokenizer)
     training = not (add_generation_prompt or continue_final_message)
     policy = label_policy("spans" if labels is None and not training else labels, template)
     messages, notes = normalise(messages), ()
@@ -108,8 +108,11 @@ def chat_template_for(template: str | Template, tokenizer: Any) -> str:
 
     They tokenise the rendered text as a whole, placeholders included, and add no special tokens.
     """
+    template = template_for(template, tokenizer)
+    if template.jinja is not None:
+        return template.jinja
     begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] != [None]
-    return get_template(template).whole(begins=begins, restarts=marks_first_word(tokenizer))
+    return template.whole(begins=begins, restarts=marks_first_word(tokenizer))
 
 
 def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[Message]:

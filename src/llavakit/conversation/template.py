@@ -20,6 +20,7 @@ from llavakit.conversation.messages import Message, Part
 from llavakit.errors import UserError
 from llavakit.registry import TEMPLATES
 
+OWN = "tokenizer"  # name of the chat template that a tokenizer brings
 PLACEHOLDER = "<image>"
 TYPED = "[image]"  # what becomes of a placeholder that stands in a text: text must never call for a media item
 
@@ -93,6 +94,8 @@ class Template:
             drops one, "once_in_training" drops it from training samples only; "before_text" drops the tokenizer's
             own in front of a prompt that opens with a media item.
         training: File that writes training samples, if it is another one.
+        jinja: The Jinja text itself, instead of `file`; see `own_template`.
+        specials: Values of the special tokens that `jinja` may name (`bos_token`, `eos_token`).
     """
 
     name: str
@@ -107,11 +110,13 @@ class Template:
     keeps_first_answer: bool = False
     bos: str = "double"
     training: str | None = None
+    jinja: str | None = None
+    specials: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def source(self) -> str:
         """The whole Jinja text, complete in itself; `llavakit.conversation.encode` tokenises what it renders."""
-        return self._source(self.file)
+        return self._source(self.file) if self.jinja is None else self.jinja
 
     def whole(self, *, begins: bool, restarts: bool) -> str:
         """`source` for whoever tokenises the rendered text in one go and adds no special tokens to it.
@@ -155,26 +160,59 @@ class Template:
         Raises:
             UserError: If the template cannot express the conversation.
         """
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         source = self._source(self.training) if training and self.training else self.source
         bare = [{"role": m["role"], "content": [_bare(part) for part in m["content"]]} for m in messages]
         options = {} if placement is None else {"placement": placement}
+        ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        if self.jinja is None:
+            return self._rendered(source, bare, **ends, **options)
+        bare = [message | {"content": _as_text(message["content"])} for message in bare]
+        text, spans = self._rendered(source, bare, **ends)
+        if training and not spans:
+            spans = self._answers(text, bare)
+        return text, spans
+
+    def _rendered(self, source: str, messages: list[Message], **options: Any) -> tuple[str, list[Span]]:
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marked = "generation" in source  # transformers warns about texts without marks
         try:
             with _RENDERING:
-                (text,), (spans,) = render_jinja_template(
-                    [bare],
+                texts, spans = render_jinja_template(
+                    [messages],
                     chat_template=source,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    return_assistant_tokens_mask=True,
-                    bos_token="",
+                    return_assistant_tokens_mask=marked,
+                    **{"bos_token": "", **self.specials},
                     **options,
                 )
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, ValueError, TypeError) as error:
             raise UserError(f"template {self.name!r}: {error}") from error
-        return text, [(start, min(end, len(text))) for start, end in spans if start < min(end, len(text))]
+        text, answers = texts[0], spans[0] if marked else []
+        return text, [(start, min(end, len(text))) for start, end in answers if start < min(end, len(text))]
+
+    def _answers(self, text: str, messages: list[Message]) -> list[Span]:
+        """Answers of a template without `{% generation %}` marks: what each assistant turn adds to the text."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._rendered(self.source, messages[:number], add_generation_prompt=True)[0]
+            after = self._rendered(self.source, messages[: number + 1], add_generation_prompt=False)[0]
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UserError(
+                    f"template {self.name!r}: earlier turns change when the conversation goes on, so the answers to "
+                    "learn cannot be told apart; put {% generation %} marks into it, or name another template"
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+
+def _as_text(parts: list[Part]) -> str | list[Part]:
+    """Parts as one string where all of them are text: templates of language models take strings alone."""
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
 
 
 def _bare(part: Part) -> Part:
@@ -196,3 +234,23 @@ def get_template(template: str | Template) -> Template:
         UserError: If there is none; the message names the nearest known name.
     """
     return template if isinstance(template, Template) else TEMPLATES.get(template)
+
+
+def own_template(tokenizer: Any) -> Template:
+    """The chat template that a tokenizer brings.
+
+    Raises:
+        UserError: If it brings none.
+    """
+    jinja = tokenizer.chat_template
+    if isinstance(jinja, dict):
+        jinja = jinja.get("default")
+    if not jinja:
+        raise UserError("template 'tokenizer': the tokenizer has no chat template; name one of llavakit's (--template)")
+    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return Template(OWN, "", placement="keep", keeps_first_answer=True, bos="once", jinja=jinja, specials=specials)
+
+
+def template_for(template: str | Template, tokenizer: Any) -> Template:
+    """`get_template`, where the name "tokenizer" stands for the tokenizer's own chat template."""
+    return own_template(tokenizer) if template == OWN else get_template(template)

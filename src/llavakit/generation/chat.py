@@ -19,7 +19,7 @@ import torch
 from llavakit.checkpoints.identity import model_identity
 from llavakit.conversation.codecs import Codec, Parser, get_codec
 from llavakit.conversation.encode import encode, escape_special_tokens, tokenize
-from llavakit.conversation.template import get_template
+from llavakit.conversation.template import template_for
 from llavakit.conversation.turns import Event
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
@@ -136,7 +136,7 @@ class Chat(Responder):
             continue_final_message=continue_final_message,
         )
         params = SamplingParams(**sampling)
-        stop = (*params.stop, *get_template(self.processor.template).stop)
+        stop = (*params.stop, *template_for(self.processor.template, self.tokenizer).stop)
         eos = self.eos_token_ids if params.eos_token_ids is None else params.eos_token_ids
         views = sample["pixel_values"]
         return Request(
@@ -155,7 +155,7 @@ class Chat(Responder):
         tokenizer = self.processor.tokenizer
         configured = self.model.generation_config.eos_token_id
         configured = configured if isinstance(configured, (list, tuple)) else [configured]
-        ends = stop_token_ids(get_template(self.processor.template).stop, tokenizer)
+        ends = stop_token_ids(template_for(self.processor.template, self.tokenizer).stop, tokenizer)
         return tuple(sorted({i for i in [tokenizer.eos_token_id, *configured, *ends] if i is not None}))
 
     def _open(self, call: Call, stream: bool, listener: Listener | None) -> Response:

@@ -28,6 +28,7 @@ _KINDS: dict[str, type] = {
     "template": str,
 }
 MAIN_ENCODER, MAIN_CONNECTOR = "vision_tower", "multi_modal_projector"
+NO_PLACEHOLDER = -1  # `image_token_id` of a model without a vision side
 ROUTE_KEYS = ("encoder", "connector", "views", "arrange")
 ENCODER_KEYS = ("config", "layer", "strategy")
 DEFAULT_MEDIA = {"image": {"views": {"type": "pad", "size": 336}, "arrange": {"type": "flat"}}}
@@ -89,7 +90,7 @@ class LlavakitConfig(PreTrainedConfig):
         language_adapter: `{"type": name, **options}` of an adapter that runs the decoder, or None.
         vision_feature_layer: Hidden state(s) of the main encoder that the connector reads.
         vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps them.
-        image_token_id: Placeholder id; one per visual token in expanded prompts.
+        image_token_id: Placeholder id; one per visual token in expanded prompts. -1 for a model that takes no media.
         template: Name of the chat template the weights were trained with.
         codec: Name of the codec of reasoning and tool calls, or None for that of the system.
         system: Slug of the published system, or None for a free combination.

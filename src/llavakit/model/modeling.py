@@ -449,7 +449,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         table = names[id(self.get_input_embeddings())]
         self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"} if config.tie_word_embeddings else {}
         self.post_init()
-        if config.image_token_id < text.vocab_size:  # a placeholder in a reply would ask for visual tokens
+        if 0 <= config.image_token_id < text.vocab_size:  # a placeholder in a reply would ask for visual tokens
             self.generation_config.suppress_tokens = [config.image_token_id]
 
     def get_input_embeddings(self) -> nn.Module:

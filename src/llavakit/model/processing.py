@@ -20,9 +20,10 @@ from transformers.processing_utils import MultiModalData
 
 from llavakit import media as readers
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
+from llavakit.conversation.messages import media_of, normalise
 from llavakit.errors import MediaError, UserError
 from llavakit.media.regions import Region
-from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.configuration import NO_PLACEHOLDER, LlavakitConfig
 from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.registry import nearest
 from llavakit.splice.scatter import expand
@@ -64,6 +65,11 @@ class LlavakitImageProcessorPil(BaseImageProcessor):
         if self._spec is None:
             self._spec = MediaSpec(LlavakitConfig(**self.architecture))
         return self._spec
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether the model has a vision side."""
+        return self.architecture.get("media") != {}
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_dict().items() if not key.startswith("_spec")}
@@ -169,13 +175,20 @@ class LlavakitProcessor(ProcessorMixin):
         self.sampling = sampling
         self.reading = check_reading(reading)
         self.image_token = IMAGE_TOKEN
+        self.image_token_id = self._placeholder(image_processor, tokenizer)
+        chat_template = chat_template or chat_template_for(template, tokenizer)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @staticmethod
+    def _placeholder(image_processor: LlavakitImageProcessorPil, tokenizer: Any) -> int:
+        """Id of `<image>`, which is added to the vocabulary if need be; a model without media has none."""
+        if not image_processor.takes_media:
+            return NO_PLACEHOLDER
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_special_tokens(
                 {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
             )
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        chat_template = chat_template or chat_template_for(template, tokenizer)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     @classmethod
     def from_config(cls, config: LlavakitConfig, tokenizer: Any, **options: Any) -> LlavakitProcessor:
@@ -251,6 +264,11 @@ class LlavakitProcessor(ProcessorMixin):
         plan = self.spec.plan(modality, size, tuple(regions))
         return [torch.from_numpy(view) for view in self.spec.route(modality).planner.cut(item, plan)]
 
+    def _check_modalities(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse what the model does not take before anything is rendered or read."""
+        for part in media_of(messages):
+            self.spec.route(part["type"])
+
     def encode(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -277,6 +295,8 @@ class LlavakitProcessor(ProcessorMixin):
         Raises:
             UserError: If messages, media or regions do not fit the model.
         """
+        messages = normalise(messages)
+        self._check_modalities(messages)
         encoded = encode(
             messages, self.template, self.tokenizer, add_generation_prompt=add_generation_prompt, **options
         )
@@ -285,7 +305,6 @@ class LlavakitProcessor(ProcessorMixin):
         text_length = len(encoded.ids) - len(encoded.media)
         for part in encoded.media:
             modality = "multi_image" if several and part["type"] == "image" else part["type"]
-            self.spec.route(modality)  # a kind that the model does not take is refused before anything is read
             item, size = self.read_media(part) if pixels else (None, self.size_of(part))
             sizes.append(size)
             modalities.append(MODALITIES.index(modality))

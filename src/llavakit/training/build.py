@@ -87,7 +87,7 @@ def config_of(recipe: Recipe) -> LlavakitConfig:
             fields[name] = _config_in(local_folder(source), name)
         elif given is not None:
             fields[name] = checked_config(given, default, f"parts.{name}")
-        else:
+        elif name == "text_config" or parts.media != {}:
             raise RecipeError(f"parts.{name}: is missing; give it, or a checkpoint under parts.init")
     text = fields["text_config"]
     fields.setdefault("image_token_id", text.vocab_size)
