@@ -46,6 +46,7 @@ def folder(request, tmp_path_factory):
 def test_logits_and_greedy_tokens_equal_transformers(folder):
     chat = llavakit.load(folder)
     assert not hasattr(chat.model.model, "vision_tower")
+    assert chat.model.dtype == torch.float32  # the default on a CPU
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ class Template:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        marked = "generation" in source  # transformers warns about texts without marks
+        marked = re.search(r"\{%-?\s*generation\b", source) is not None  # transformers warns where there are none
         try:
             with _RENDERING:
                 texts, spans = render_jinja_template(

@@ -57,7 +57,8 @@ def load(
         UserError: One clear line if the folder is not a model or its tensors do not fit.
     """
     wanted = None if responder is None else wanted_system(responder)
-    device, dtype = check_device(device), check_dtype(dtype, device)
+    device = check_device(device)
+    dtype = check_dtype(dtype, device)
     checkpoint = open_checkpoint(model, base=base, vision_tower=vision_tower)
     card = systems().get(checkpoint.config.system)
     make = factory(responder, wanted or card, responder_options)
