@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llavakit.checkpoints.adapters import strip_trainable_prefix
+from llavakit.checkpoints.fields import Fields, check_known
 from llavakit.checkpoints.files import LazyState, read_file, read_folder, read_json
 from llavakit.checkpoints.layouts import Layout, Renames, rename_with
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
+from llavakit.vision.geometry import geometry_of
 from llavakit.vision.known import KNOWN_ENCODERS
 
 OWN_TOWER = "vision_tower"  # name of an encoder that was not published on its own
@@ -28,6 +30,17 @@ class ClassicLayout(Layout):
     """
 
     form = "original"
+    inert = dict.fromkeys(
+        (
+            *("freeze_mm_mlp_adapter", "tune_mm_mlp_adapter", "freeze_mm_vision_resampler", "mm_projector_lr"),
+            *("tune_mm_vision_resampler", "unfreeze_mm_vision_tower", "mm_vision_tower_lr", "mm_tunable_parts"),
+        ),
+        "says how the weights were trained",
+    ) | {
+        "mm_use_im_patch_token": "adds a row to the vocabulary that no prompt uses",
+        "image_crop_resolution": "belongs to image_aspect_ratio crop_split, which is refused",
+        "image_split_resolution": "belongs to image_aspect_ratio crop_split, which is refused",
+    }
     model_types: ClassVar[tuple[str, ...]] = ()
     text_types: ClassVar[dict[str, str]] = {"mistral": "mistral", "qwen": "qwen2"}
     own_renames: ClassVar[Renames] = ()
@@ -38,15 +51,20 @@ class ClassicLayout(Layout):
 
     # configuration
 
-    def text_config(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The language model's part of a flat config.json."""
+    def text_config(self, raw: Mapping[str, Any], *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+        """The language model's part of a flat config.json.
+
+        Args:
+            without: Keys that the authors' code overrules.
+        """
         from transformers import CONFIG_MAPPING
 
         hint = f"{raw.get('model_type', '')} {' '.join(raw.get('architectures') or [])}".lower()
         model_type = next((kind for word, kind in self.text_types.items() if word in hint), "llama")
-        known = set(CONFIG_MAPPING[model_type]().to_dict()) | {"rope_theta", "rope_scaling"}
-        skip = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
-        return {"model_type": model_type} | {k: v for k, v in raw.items() if k in known - skip and v is not None}
+        known = set(CONFIG_MAPPING[model_type].__dataclass_fields__) | {"rope_theta", "rope_scaling"}
+        skip = {"model_type", "architectures", "transformers_version", "dtype"}
+        given = {key: raw[key] for key in raw if key in known - skip - without}
+        return {"model_type": model_type} | {key: value for key, value in given.items() if value is not None}
 
     def encoder_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
         """The encoder's configuration: from a given or named local folder, else from the table of known encoders."""
@@ -72,16 +90,18 @@ class ClassicLayout(Layout):
 
     def read_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LlavakitConfig:
         """llavakit's configuration from a classic config.json."""
+        raw = raw if isinstance(raw, Fields) else Fields(raw)
         encoder = self.encoder_config(raw, sources)
         text = self.text_config(raw)
+        raw.one_of("use_mm_proj", True)
+        raw.one_of("mm_use_im_start_end", False)
+        feature = raw.one_of("mm_vision_select_feature", "patch", "cls_patch")
         fields: dict[str, Any] = {
             "text_config": text,
             "vision_config": encoder,
             "connector": self.connector(raw),
             "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
-            "vision_feature_select_strategy": "full"
-            if raw.get("mm_vision_select_feature") == "cls_patch"
-            else "default",
+            "vision_feature_select_strategy": "full" if feature == "cls_patch" else "default",
             "image_token_id": text.get("vocab_size", 32000),
             "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
             "system": self.system,
@@ -89,7 +109,21 @@ class ClassicLayout(Layout):
             "eos_token_id": raw.get("eos_token_id"),
             "pad_token_id": raw.get("pad_token_id"),
         }
-        return LlavakitConfig(**(fields | self.extend_config(raw, encoder)))
+        config = LlavakitConfig(**(fields | self.extend_config(raw, encoder)))
+        check_known(config.vision_config, encoder, f"configuration of the encoder {quoted(raw.get('mm_vision_tower'))}")
+        self._check_width(config, raw.get("mm_hidden_size"))
+        return config
+
+    @staticmethod
+    def _check_width(config: LlavakitConfig, announced: Any) -> None:
+        """Refuse a file that announces features of another width than its encoder has."""
+        layers = config.vision_feature_layer
+        count = len(layers) if isinstance(layers, (list, tuple)) else 1
+        width = geometry_of(config.vision_config).width * count
+        if announced is not None and announced != width:
+            raise CheckpointError(
+                f"config.json: mm_hidden_size is {quoted(announced)}, the encoder's features have {width}"
+            )
 
     # tensors
 
@@ -114,7 +148,9 @@ class ClassicLayout(Layout):
             (r"^model\.language_model\.", "model."),
         )
 
-    def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
+    def read(
+        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> tuple[LlavakitConfig, LazyState]:
         if raw.get("mm_vision_tower") == OWN_TOWER and (folder / OWN_TOWER / "config.json").is_file():
             sources = {"encoder": folder / OWN_TOWER, **sources}
         config = self.read_config(raw, sources)
@@ -130,7 +166,7 @@ class ClassicLayout(Layout):
             state = state.joined(self._read_tower(raw, sources))
         return config, self.drop_unused(config, state)
 
-    def read_own(self, folder: Path, raw: dict[str, Any]) -> LazyState:
+    def read_own(self, folder: Path, raw: Mapping[str, Any]) -> LazyState:
         if (folder / "adapter_config.json").is_file():
             state = self._trained(folder)
         elif any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from llavakit.checkpoints import adapters, layouts
 from llavakit.checkpoints.adapter_base import TRAINED, find_base
 from llavakit.checkpoints.classic import ClassicLayout
+from llavakit.checkpoints.fields import Fields, check_known
 from llavakit.checkpoints.files import (
     LazyState,
     assign_state,
@@ -28,14 +28,13 @@ from llavakit.checkpoints.files import (
     read_json,
     write_state,
 )
-from llavakit.errors import CheckpointError, UserError
+from llavakit.errors import CheckpointError, UserError, quoted
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MediaSpec
 
 FORMS = ("llavakit", "hf", "original")
-_MISFITS = (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError)  # of a configuration's values
 
 
 @dataclass
@@ -82,24 +81,47 @@ def local_folder(model: str | Path) -> Path:
 
 
 @contextmanager
-def _naming(path: Path, *foreign: type[Exception]) -> Iterator[None]:
-    """What is wrong with a file's content becomes one line that names the file.
+def _naming(path: Path) -> Iterator[None]:
+    """One guard for all that reads a file: whatever transformers, tokenizers or a layout raise becomes one line.
 
     Args:
         path: The file.
-        foreign: Exceptions that mean the same as `UserError` here.
 
     Raises:
-        CheckpointError: In their place.
+        CheckpointError: In place of any exception; it names the file.
     """
     try:
         yield
-    except CheckpointError:
-        raise
-    except (UserError, *foreign) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        said = lines[0] if isinstance(error, OSError) else lines[-1]
-        raise CheckpointError(f"{path}: {said.strip()}") from error
+    except CheckpointError as error:
+        if not str(error).startswith(f"{path.name}: "):
+            raise
+        raise CheckpointError(f"{path.parent}/{error}") from error
+    except Exception as error:  # foreign readers raise anything at all on broken values
+        raise CheckpointError(f"{path}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What an exception says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UserError) and lines:
+        return lines[0]
+    if isinstance(error, KeyError):
+        return f"{quoted(error.args[0] if error.args else None)} is missing or unknown"
+    if not lines:
+        return type(error).__name__
+    line = lines[0] if isinstance(error, OSError) else lines[-1]  # strict configurations say the reason last
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The object in config.json; the keys by which layouts are told apart have their types."""
+    raw = read_json(folder / "config.json")
+    if not isinstance(raw.get("model_type", ""), str):
+        raise CheckpointError(f"{folder / 'config.json'}: model_type is {quoted(raw['model_type'])}, not a string")
+    names = raw.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{folder / 'config.json'}: architectures is {quoted(names)}, not a list of strings")
+    return raw
 
 
 def open_checkpoint(
@@ -120,22 +142,23 @@ def open_checkpoint(
     if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
         below = open_checkpoint(find_base(folder, base), vision_tower=vision_tower)
         return _with_adapter(below, folder)
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") == LlavakitConfig.model_type:
-        with _naming(folder / "config.json", *_MISFITS):
-            config = LlavakitConfig.from_dict(raw)
-            config.check()
-            MediaSpec(config)
-        return Checkpoint(folder, "llavakit", config, _native_names(read_folder(folder)))
-    layout = layouts.detect(folder, raw)
+    raw = _read_config(folder)
     given = {"base": base, "encoder": vision_tower}
     sources = {name: local_folder(place) for name, place in given.items() if place is not None}
-    with _naming(folder / "config.json", *_MISFITS):
-        config, state = layout.read(folder, raw, sources)
+    with _naming(folder / "config.json"):
+        if raw.get("model_type") == LlavakitConfig.model_type:
+            config, state = _read_own(folder, raw)
+            layout, name = None, "llavakit"
+        else:
+            layout, fields = layouts.detect(folder, raw), Fields(raw)
+            config, state = layout.read(folder, fields, sources)
+            fields.finish(layout.inert)
+            name = f"{layout.system} ({layout.form})"
         config.check()
         MediaSpec(config)
-    checkpoint = Checkpoint(folder, f"{layout.system} ({layout.form})", config, state)
-    return _with_adapter(checkpoint, folder, layout) if (folder / adapters.CONFIG).is_file() else checkpoint
+    checkpoint = Checkpoint(folder, name, config, state)
+    adapted = layout is not None and (folder / adapters.CONFIG).is_file()
+    return _with_adapter(checkpoint, folder, layout) if adapted else checkpoint
 
 
 def _with_adapter(below: Checkpoint, folder: Path, layout: layouts.Layout | None = None) -> Checkpoint:
@@ -164,6 +187,15 @@ def _with_adapter(below: Checkpoint, folder: Path, layout: layouts.Layout | None
     return Checkpoint(folder, below.layout, config, state, base=below)
 
 
+def _read_own(folder: Path, raw: dict[str, Any]) -> tuple[LlavakitConfig, LazyState]:
+    """Configuration and tensors of llavakit's own layout."""
+    config = LlavakitConfig.from_dict(raw)
+    check_known(config, raw, "config.json")
+    for part in ("text_config", "vision_config"):
+        check_known(getattr(config, part), raw.get(part) or {}, f"config.json: {part}")
+    return config, _native_names(read_folder(folder))
+
+
 def _native_names(state: LazyState) -> LazyState:
     """Some transformers releases wrap CLIP and SigLIP encoders in one more level; names on disk never have it."""
     return state.renamed(lambda name: name.replace("_tower.vision_model.", "_tower."))
@@ -184,6 +216,7 @@ def build(
         CheckpointError: If a tensor is missing, superfluous or misshaped.
     """
     model = _skeleton(checkpoint)
+    _check_tied(model, checkpoint)
     state = names_in_memory(model, checkpoint.state)
     assign_state(model, state, where=str(checkpoint.folder), dtype=dtype, device=device)
     _materialise_buffers(model, device)
@@ -193,8 +226,19 @@ def build(
 
 def _skeleton(checkpoint: Checkpoint) -> LlavakitForConditionalGeneration:
     """The model on meta tensors: every name and shape."""
-    with torch.device("meta"), _naming(checkpoint.folder / "config.json", *_MISFITS):
+    with torch.device("meta"), _naming(checkpoint.folder / "config.json"):
         return LlavakitForConditionalGeneration(checkpoint.config)
+
+
+def _check_tied(model: LlavakitForConditionalGeneration, checkpoint: Checkpoint) -> None:
+    """A head that the configuration ties to the embedding, and the files hold all the same, must equal it."""
+    state = checkpoint.state
+    for head, table in model._tied_weights_keys.items():
+        if head in state and table in state and not torch.equal(state[head], state[table]):
+            raise CheckpointError(
+                f"{checkpoint.folder}: config.json ties {head} to {table}, and the files hold two different tensors; "
+                "set tie_word_embeddings to false, or take the wrong tensor out"
+            )
 
 
 def _materialise_buffers(model: torch.nn.Module, device: str | torch.device) -> None:
@@ -223,7 +267,7 @@ def load_tokenizer(folder: Path, base: Path | None = None, config: LlavakitConfi
         if place is not None and any(
             (place / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
         ):
-            with _naming(place / "tokenizer.json", Exception):  # the tokenizers library raises that very class
+            with _naming(place / "tokenizer.json"):
                 return AutoTokenizer.from_pretrained(place, config=config and config.text_config)
     raise CheckpointError(f"{folder}: no tokenizer; it should hold tokenizer.json, tokenizer.model or vocab.json")
 
@@ -235,7 +279,7 @@ def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> Llavakit
     if (checkpoint.folder / "processor_config.json").is_file() and checkpoint.layout == "llavakit":
         read_json(checkpoint.folder / "processor_config.json")
         load_tokenizer(checkpoint.folder, config=checkpoint.config)  # says clearly what is wrong with its files
-        with _naming(checkpoint.folder / "processor_config.json", OSError, *_MISFITS):
+        with _naming(checkpoint.folder / "processor_config.json"):
             return LlavakitProcessor.from_pretrained(checkpoint.folder)
     tokenizer = load_tokenizer(checkpoint.folder, base, checkpoint.config)
     extras = checkpoint.config.extras or {}
@@ -326,3 +370,4 @@ def _check_names(checkpoint: Checkpoint) -> None:
     if extra:
         file = checkpoint.state.origin.get(extra[0], "")
         raise CheckpointError(f"{checkpoint.folder}/{file}: tensor {extra[0]!r} is unknown to the configuration")
+    _check_tied(model, checkpoint)

@@ -6,7 +6,9 @@ loading; only safetensors are written.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llavakit.data import strict_json
-from llavakit.errors import CheckpointError, WriteError
+from llavakit.errors import CheckpointError, WriteError, quoted
 
 SHARD_BYTES = 5 * 1024**3
 
@@ -62,12 +64,13 @@ class LazyState(Mapping[str, Tensor]):
         return LazyState(readers, origin)
 
     def checked(self, shapes: Mapping[str, Sequence[int]], folder: Path) -> LazyState:
-        """The same tensors; one whose shape is not the wanted one raises `CheckpointError` when it is read."""
+        """The same tensors; one of another shape, or that holds NaN, raises `CheckpointError` when it is read."""
 
         def reader(name: str) -> Callable[[], Tensor]:
             def read() -> Tensor:
                 tensor = self[name]
-                check_shape(f"{folder}/{self.origin.get(name, '')}", name, tensor, shapes.get(name, tensor.shape))
+                where = f"{folder}/{self.origin.get(name, '')}"
+                check_tensor(where, name, tensor, shapes.get(name, tensor.shape))
                 return tensor
 
             return read
@@ -100,7 +103,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a readable state dict ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, it should hold a state dict")
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {quoted(name)} is a {type(tensor).__name__}, it should be a tensor")
+    return dict(state)
 
 
 def read_file(path: Path) -> LazyState:
@@ -147,15 +153,27 @@ def read_folder(folder: Path, stem: str | None = None) -> LazyState:
 
 
 def _read_shards(folder: Path, index: Path) -> LazyState:
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is {quoted(weight_map)}, it should map names of tensors to files")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: {quoted(name)} is in {quoted(shard)}, it should be a file of this folder")
     state = LazyState({}, {})
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: missing; {index.name} names it")
-        state = state.joined(read_file(folder / shard))
-    missing = sorted(set(weight_map) - set(state))
-    if missing:
-        raise CheckpointError(f"{index}: names {missing[0]!r}, but {weight_map[missing[0]]} does not hold it")
+        held = read_file(folder / shard)
+        twice = next((name for name in held if name in state), None)
+        if twice is not None:
+            raise CheckpointError(f"{index}: {state.origin[twice]} and {shard} both hold {quoted(twice)}")
+        state = state.joined(held)
+    for name, shard in weight_map.items():
+        if name not in state or state.origin[name] != shard:
+            raise CheckpointError(f"{index}: names {quoted(name)}, but {shard} does not hold it")
+    unnamed = next((name for name in state if name not in weight_map), None)
+    if unnamed is not None:
+        raise CheckpointError(f"{index}: does not name {quoted(unnamed)}, which {state.origin[unnamed]} holds")
     return state
 
 
@@ -193,7 +211,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that replaces it only if everything in it was written.
 
     If writing fails (a full disk, an interrupt) the previous content of `target` stays whole and the half-written
-    folder is removed.
+    folder is removed. Everything is on the disk before the new folder takes the old one's place, so a power cut leaves
+    one or the other.
 
     Raises:
         WriteError: If the file system refuses, with its reason.
@@ -203,18 +222,41 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         previous = target.parent / f".{target.name}.previous"
+        if previous.exists() and not target.exists():  # an earlier process was killed between the two renames
+            previous.rename(target)
         try:
             yield scratch
             scratch.chmod(0o755)
+            sync_folder(scratch)
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 target.rename(previous)
             scratch.rename(target)
+            _sync(target.parent)
             shutil.rmtree(previous, ignore_errors=True)
         finally:
             if not target.exists() and previous.exists():
                 previous.rename(target)
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the system write a folder's files, and the names of the files, to the disk."""
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            _sync(Path(parent, file))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # not every file system can
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_state(folder: Path, state: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
@@ -253,16 +295,21 @@ def write_state(folder: Path, state: Iterable[tuple[str, Tensor]], shard_bytes: 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def check_shape(where: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    """Refuse a tensor of another shape.
+def check_tensor(where: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a tensor of another shape, or with values that are no numbers.
 
     Raises:
-        CheckpointError: It names the file and both shapes.
+        CheckpointError: It names the file and what is wrong.
     """
     if tuple(tensor.shape) != tuple(shape):
         raise CheckpointError(
-            f"{where}: tensor {name!r} has shape {list(tensor.shape)}, the configuration calls for {list(shape)}"
+            f"{where}: tensor {quoted(name)} has shape {list(tensor.shape)}, the configuration calls for {list(shape)}"
         )
+    if tensor.is_floating_point() and tensor.numel():
+        # one pass, far cheaper than isfinite: NaN spreads to both ends
+        low, high = torch.aminmax(tensor.float() if tensor.element_size() < 2 else tensor)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CheckpointError(f"{where}: tensor {quoted(name)} holds values that are not finite (NaN or infinity)")
 
 
 def assign_state(
@@ -282,7 +329,7 @@ def assign_state(
         optional: Names that may be absent from the file; they are returned, still without weights.
 
     Raises:
-        CheckpointError: If a tensor is missing, superfluous or has the wrong shape; the model is not changed.
+        CheckpointError: If a tensor is missing, superfluous, has the wrong shape or holds NaN.
     """
     own = dict(model.state_dict(keep_vars=True))
     tied = {name for name in getattr(model, "_tied_weights_keys", None) or {} if name not in state}
@@ -302,7 +349,7 @@ def assign_state(
                 absent.append(name)
             continue
         tensor = state[name]
-        check_shape(f"{where}/{state.origin.get(name, '')}", name, tensor, slot.shape)
+        check_tensor(f"{where}/{state.origin.get(name, '')}", name, tensor, slot.shape)
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         _assign(model, name, tensor.to(device), slot)

@@ -49,24 +49,30 @@ class Layout:
     Attributes:
         system: Slug of the system whose files these are.
         form: "original" (the authors' files) or "hf" (transformers' own class for it).
+        inert: Keys of its config.json that carry no meaning for inference, each with the reason; see `INERT`. Every
+            other key must be read by `read`, or the folder is refused.
     """
 
     system: ClassVar[str]
     form: ClassVar[str]
+    inert: ClassVar[Mapping[str, str]] = {}
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         """Whether a folder with this config.json is in this layout."""
         raise NotImplementedError(f"{type(self).__name__} must define matches")
 
-    def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
+    def read(
+        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> tuple[LlavakitConfig, LazyState]:
         """Configuration and tensors under llavakit's names.
 
         Args:
+            raw: The object in config.json; it notices which keys are read, see `llavakit.checkpoints.fields`.
             sources: Local folders of what the files need but do not hold: "base" (language model), "encoder".
         """
         raise NotImplementedError(f"{type(self).__name__} must define read")
 
-    def read_own(self, folder: Path, raw: dict[str, Any]) -> LazyState:
+    def read_own(self, folder: Path, raw: Mapping[str, Any]) -> LazyState:
         """Tensors that the folder itself holds, under llavakit's names: for whoever takes one part out of it."""
         return self.read(folder, raw, {})[1]
 

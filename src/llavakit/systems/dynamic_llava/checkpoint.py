@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.checkpoints.classic import ClassicLayout
+from llavakit.checkpoints.fields import Fields
 from llavakit.checkpoints.files import LazyState
 from llavakit.checkpoints.layouts import Renames
 from llavakit.model.configuration import LlavakitConfig
@@ -42,7 +43,9 @@ SPARSE_DEFAULTS: dict[str, Any] = {
 
 def adapter_options(sparse_config: Mapping[str, Any]) -> dict[str, Any]:
     """`config.language_adapter` from a published `sparse_config`."""
-    known = {key: sparse_config.get(key, default) for key, default in SPARSE_DEFAULTS.items()}
+    fields = sparse_config if isinstance(sparse_config, Fields) else Fields(sparse_config, "sparse_config")
+    known = {key: fields.get(key, default) for key, default in SPARSE_DEFAULTS.items()}
+    fields.finish()
     return {"type": ADAPTER, **known}
 
 
@@ -79,12 +82,13 @@ class Classic(ClassicLayout):
         return flat and adapter.get("type") == ADAPTER and config.connector["type"] == "mlp"
 
     def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
-        planner = "pad" if raw.get("image_aspect_ratio", "pad") == "pad" else "square"
+        planner = raw.one_of("image_aspect_ratio", "pad", "square") or "pad"
+        raw.one_of("mm_patch_merge_type", "flat")
         views = {"type": planner, "size": encoder["image_size"], "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
         return {
             "media": {"image": {"views": views, "arrange": {"type": "flat"}}},
             "template": "v1",
-            "language_adapter": adapter_options(raw["sparse_config"]),
+            "language_adapter": adapter_options(raw.section("sparse_config")),
         }
 
     def drop_unused(self, config: LlavakitConfig, state: LazyState) -> LazyState:

@@ -13,6 +13,7 @@ from torch import Tensor
 from llavakit.checkpoints.classic import ClassicLayout
 from llavakit.checkpoints.files import LazyState, read_folder
 from llavakit.checkpoints.layouts import Layout, rename_with
+from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -27,13 +28,16 @@ def pinpoints_of(value: Any) -> list[list[int]]:
 
 def views_of(raw: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Planner options from `image_aspect_ratio` and its companions."""
-    ratio = raw.get("image_aspect_ratio")
+    ratio = raw.get("image_aspect_ratio") or "square"
+    pinpoints = raw.get("image_grid_pinpoints")
     common = {"size": size, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-    if ratio == "pad":
-        return {"type": "pad", **common}
     if ratio == "anyres":
-        return {"type": "anyres", "pinpoints": pinpoints_of(raw["image_grid_pinpoints"]), **common}
-    return {"type": "square", **common}
+        if not pinpoints:
+            raise CheckpointError("config.json: image_aspect_ratio is anyres, and image_grid_pinpoints is missing")
+        return {"type": "anyres", "pinpoints": pinpoints_of(pinpoints), **common}
+    if ratio not in ("pad", "square"):
+        raise CheckpointError(f"config.json: image_aspect_ratio is {quoted(ratio)}; known: pad, square, anyres")
+    return {"type": ratio, **common}
 
 
 class Classic(ClassicLayout):
@@ -98,7 +102,9 @@ class Hf(Layout):
             and set(config.media) <= {"image", "multi_image"}
         )
 
-    def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
+    def read(
+        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> tuple[LlavakitConfig, LazyState]:
         from transformers import LlavaConfig, LlavaImageProcessor
 
         config = LlavaConfig.from_dict(raw)

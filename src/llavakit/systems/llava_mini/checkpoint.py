@@ -48,9 +48,9 @@ class Classic(ClassicLayout):
         return {**super().connector(raw), "type": CONNECTOR, **options}
 
     def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
-        media = media_of(
-            encoder["image_size"], raw.get("resolution_ratio") or 1, pad=raw.get("image_aspect_ratio") == "pad"
-        )
+        raw.one_of("mm_patch_merge_type", "flat")
+        pad = raw.one_of("image_aspect_ratio", "pad", "square") == "pad"
+        media = media_of(encoder["image_size"], raw.get("resolution_ratio") or 1, pad=pad)
         llama_3 = raw.get("vocab_size", 0) >= LLAMA_3_VOCABULARY
         return {
             "media": media,

@@ -160,6 +160,15 @@ class Classic(ClassicLayout):
 
     system = "llava-onevision"
     model_types = ("llava_qwen", "llava", "qwen2")
+    inert = ClassicLayout.inert | {
+        "rope_scaling": "the published model class overrules any scaling of positions",
+        "mm_spatial_pool_stride": "the published code never passes it on",
+        "faster_token_stride": "belongs to add_faster_video, which is refused",
+        "pos_skipping_range": "says how the weights were trained",
+        "add_time_instruction": "changes the text of training data, not the model",
+        "force_sample": "changes which frames of training data are taken, not the model",
+        "image_grid_pinpoints": "read where image_aspect_ratio is anyres",
+    }
     own_renames = ((r"^model\.mm_projector\.(\d+)\.(pre_norm|proj)\.", r"model.multi_modal_projector.blocks.\1.\2."),)
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
@@ -169,9 +178,8 @@ class Classic(ClassicLayout):
         plain = projector in ("linear", "identity") or projector.startswith("mlp")
         return super().matches(raw, folder) and qwen and known_merge and plain and _is_siglip(raw["mm_vision_tower"])
 
-    def text_config(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        # the published model class overrules any scaling of positions
-        return super().text_config({key: value for key, value in raw.items() if key != "rope_scaling"})
+    def text_config(self, raw: Mapping[str, Any], *, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+        return super().text_config(raw, without=without | {"rope_scaling"})
 
     def connector(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         return connector_options(str(raw.get("mm_projector_type", "linear")))
@@ -179,6 +187,7 @@ class Classic(ClassicLayout):
     def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
         if raw.get("add_faster_video"):
             raise CheckpointError("config.json: add_faster_video is on; no checkpoint was released with it")
+        raw.one_of("use_pos_skipping", False)
         return {
             "vision_config": kept_tower(encoder),
             "vision_feature_layer": -1,
@@ -188,7 +197,9 @@ class Classic(ClassicLayout):
             "extras": {"processor": {"sampling": dict(SAMPLING)}},
         }
 
-    def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
+    def read(
+        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> tuple[LlavakitConfig, LazyState]:
         config, state = super().read(folder, raw, sources)
         if config.media["image"]["arrange"]["type"] == "spatial_unpad" and "model.image_newline" not in state:
             # files of the first stage hold the connector alone: the vector starts as it does in training
@@ -298,7 +309,9 @@ class Hf(Layout):
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         return raw.get("model_type") == "llava_onevision"
 
-    def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
+    def read(
+        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> tuple[LlavakitConfig, LazyState]:
         from transformers import LlavaOnevisionConfig
 
         config = LlavaOnevisionConfig.from_dict(raw)

@@ -24,6 +24,7 @@ class Released(ClassicLayout):
 
     system = "llava-uhd"
     model_types = ("llava_llama", "llava")
+    inert = ClassicLayout.inert | {"image_aspect_ratio": "the released code cuts slices whatever it says"}
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         return super().matches(raw, folder) and raw.get("mm_projector_type") in TYPES
@@ -38,6 +39,7 @@ class Released(ClassicLayout):
         }
 
     def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
+        raw.one_of("mm_patch_merge_type", "flat")
         views = {
             "type": "native_slices",
             "size": encoder["image_size"],

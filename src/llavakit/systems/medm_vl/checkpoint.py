@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from llavakit.checkpoints.classic import mlp_options
+from llavakit.checkpoints.fields import Fields, check_known
 from llavakit.checkpoints.files import LazyState, read_folder, read_json
 from llavakit.checkpoints.layouts import Layout, rename_with
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.vision.known import KNOWN_ENCODERS
 
@@ -52,9 +53,10 @@ PUBLISHED_QUERIES = 256
 VOLUME_SIZE = (32, 256, 256)  # of both published 3D encoders
 
 
-def unprefixed(raw: Mapping[str, Any]) -> dict[str, Any]:
+def unprefixed(raw: Mapping[str, Any]) -> Fields:
     """The fields of either generation under the names of the first."""
-    return {key.removeprefix("lvlm_"): value for key, value in raw.items()}
+    raw = raw if isinstance(raw, Fields) else Fields(raw)
+    return raw.renamed(lambda key: key.removeprefix("lvlm_"))
 
 
 class Published(Layout):
@@ -62,17 +64,30 @@ class Published(Layout):
 
     system = "medm-vl"
     form = "original"
+    inert = {
+        key: "says how the weights were trained or where the authors' code looked for files"
+        for name in (
+            *("llm_attn_implementation", "llm_max_length", "llm_padding_side", "llm_initializer_range"),
+            *("connector_image_path", "connector_image3d_path", "cache_dir_hf", "tokenizer_use_fast"),
+            *("llm_name_or_path", "encoder_image_name_or_path", "encoder_image3d_name_or_path"),
+        )
+        for key in (name, f"lvlm_{name}")
+    }
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         return raw.get("model_type") == "lvlm" or "encoder_image_type" in raw or "lvlm_encoder_image_type" in raw
 
-    def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
+    def read(
+        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> tuple[LlavakitConfig, LazyState]:
         config = self.read_config(raw, sources)
         return config, read_folder(folder).renamed(rename_with(self.renames_in(config)))
 
     def read_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LlavakitConfig:
         """llavakit's configuration of either generation of config.json."""
         fields = unprefixed(raw)
+        for slot in ("image", "image3d"):
+            fields.one_of(f"connector_{slot}_config", {})
         text = self._part(fields, "llm", KNOWN_LLMS, sources.get("base"))
         text["model_type"] = LLM_TYPES.get(fields.get("llm_type", ""), text.get("model_type", "qwen2"))
         flat = fields.get("encoder_image_type")
@@ -105,7 +120,7 @@ class Published(Layout):
                 "extra_encoders": {VOLUME_TOWER: {"config": tower3, "layer": layer3, "strategy": strategy3}},
                 "extra_connectors": {VOLUME_CONNECTOR: {**connector3, "encoder": VOLUME_TOWER}},
             }
-        return LlavakitConfig(
+        config = LlavakitConfig(
             text_config=text,
             vision_config=encoder,
             connector=connector,
@@ -118,6 +133,14 @@ class Published(Layout):
             system=self.system,
             **extra,
         )
+        check_known(config.text_config, text, "config.json: llm_config")
+        check_known(config.vision_config, encoder, "config.json: encoder_config")
+        if fields.get("hidden_size") not in (None, config.hidden_size):
+            raise CheckpointError(
+                f"config.json: hidden_size is {quoted(fields['hidden_size'])}, "
+                f"that of the language model is {config.hidden_size}"
+            )
+        return config
 
     @staticmethod
     def _stored(raw: Mapping[str, Any]) -> str:
@@ -148,7 +171,7 @@ class Published(Layout):
         kind = fields[f"encoder_{slot}_type"]
         if kind in ("m3dclip", "medmclip"):
             nested = fields.get(f"encoder_{slot}_config") or {}
-            encoder = {**(nested if isinstance(nested, Mapping) else {})}
+            encoder = dict(nested) if isinstance(nested, Mapping) else {}
             encoder["model_type"] = "m3d_clip_vision" if kind == "m3dclip" else "medm_clip_vision"
         else:
             encoder = self._part(fields, f"encoder_{slot}", KNOWN_ENCODERS, folder)
