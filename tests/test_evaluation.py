@@ -6,18 +6,18 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fake_api import FakeAPI
 from PIL import Image
 
 from llavakit.conversation.turns import ReasoningDelta, TextDelta
 from llavakit.errors import MediaError, RecordError, UserError
 from llavakit.evaluation import metrics, processors, text_metrics
 from llavakit.evaluation.benchmarks.base import Question
-from llavakit.evaluation.judges import Judge, parse_pair
+from llavakit.evaluation.judges import Judge
+from llavakit.evaluation.reviews import parse_pair
 from llavakit.evaluation.run import evaluate
 from llavakit.evaluation.score import benchmark, print_result, score
 from llavakit.generation.responder import Responder
@@ -514,56 +514,16 @@ def test_every_benchmark_loads_and_has_a_title():
 # Judges
 
 
-class FakeJudge:
-    """An OpenAI-compatible server on the loopback interface that replies by a script."""
-
-    def __init__(self, reply):
-        self.bodies, self.failures, self.lock = [], [], threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    failure = outer.failures.pop(0) if outer.failures else None
-                    if failure is None:
-                        outer.bodies.append((self.path, dict(self.headers), body))
-                if failure is not None:
-                    status, data = failure, {"error": {"message": "no"}}
-                else:
-                    status, data = 200, {"choices": [{"message": {"content": reply(body)}}]}
-                payload = json.dumps(data).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        self.server.shutdown()
-        self.server.server_close()
-
-
 def ask(text):
     return [{"role": "user", "content": text}]
 
 
-def test_judge_retries_caches_and_resumes(tmp_path, monkeypatch):
+def test_judge_caches_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     cache = tmp_path / "judge.jsonl"
     questions = [ask(f"q{n}") for n in range(12)]
-    with FakeJudge(lambda body: body["messages"][0]["content"].upper()) as server:
-        server.failures = [429, 500, 503]
-        options = {"api_key_env": "JUDGE_KEY", "backoff": 0.01, "cache": cache}
+    with FakeAPI(lambda body: body["messages"][0]["content"].upper()) as server:
+        options = {"api_key_env": "JUDGE_KEY", "cache": cache}
         with Judge("m", server.url, **options) as judge:
             assert judge.ask_all(questions) == [f"Q{n}" for n in range(12)]
         path, headers, body = server.bodies[0]
@@ -575,29 +535,19 @@ def test_judge_retries_caches_and_resumes(tmp_path, monkeypatch):
         cache.write_text(text[: len(text) - 5])
         with Judge("m", server.url, **options) as judge:
             assert judge.ask_all(questions) == [f"Q{n}" for n in range(12)]
+            assert judge.report() == {
+                "asked": 1,
+                "kept": 11,
+                "failed_calls": 0,
+                "prompt_tokens": 10,
+                "completion_tokens": 5,
+            }
         assert len(server.bodies) == 13
-        with Judge("m", server.url, **options) as judge:
+        with Judge(f"{server.url}#m", **options) as judge:  # the same judge by its address
             judge.ask_all(questions)
             assert len(server.bodies) == 13
             judge.ask(ask("q0"), temperature=1.0)  # another question as far as the cache is concerned
         assert len(server.bodies) == 14
-
-
-def test_judge_errors_are_clear(tmp_path):
-    with FakeJudge(lambda body: "x") as server:
-        with Judge("m", server.url, backoff=0.01, retries=1) as judge:
-            server.failures = [401]
-            with pytest.raises(UserError, match=r"HTTP 401.*OPENAI_API_KEY"):
-                judge.ask(ask("q"))
-            server.failures = [400]
-            with pytest.raises(UserError, match="HTTP 400"):
-                judge.ask(ask("q"))
-            server.failures = [503, 503]
-            with pytest.raises(UserError, match="still failing after 2 tries"):
-                judge.ask(ask("q"))
-        url = server.url
-    with Judge("m", url, backoff=0.01, retries=1) as judge, pytest.raises(UserError, match="still failing"):
-        judge.ask(ask("q"))
 
 
 @pytest.fixture
@@ -622,7 +572,7 @@ def test_llava_bench_reviews_answers(bench):
         assert "A lamp.\nIt is red." in body["messages"][1]["content"]
         return next(text for name, text in replies.items() if name in body["messages"][1]["content"])
 
-    with FakeJudge(reply) as server:
+    with FakeAPI(reply) as server:
         options = {"context": bench / "context.jsonl", "reference": bench / "ref.jsonl", "base_url": server.url}
         result = score("llava-bench", bench / "p.jsonl", bench / "questions.jsonl", judge="m", **options)
         asked = len(server.bodies)
@@ -636,10 +586,34 @@ def test_llava_bench_reviews_answers(bench):
     reviews = [json.loads(line) for line in (bench / "p.reviews.jsonl").read_text().splitlines()]
     assert reviews[1]["tuple"] == [10.0, 5.0]
     assert (reviews[1]["answer1_id"], reviews[1]["answer2_id"]) == ("r1", "c")
+    assert (found["failed_calls"], found["judge"]["asked"]) == (0, 3)
     again = score("llava-bench", bench / "p.reviews.jsonl", ignore=[2])["metrics"]
     assert (again["count"], again["failed"]) == (2, 0)
     with pytest.raises(UserError, match="holds answers, not reviews; give judge"):
         score("llava-bench", bench / "p.jsonl", bench / "questions.jsonl")
+
+
+def test_a_failed_judge_call_is_no_verdict(bench, monkeypatch):
+    def reply(body):
+        content = body["messages"][1]["content"]
+        if "cand 1" in content and broken:
+            raise ConnectionError
+        return "8 4" if "cand 0" in content else "8 6"
+
+    broken = True
+    with FakeAPI(reply) as server:
+        options = {"context": bench / "context.jsonl", "reference": bench / "ref.jsonl", "base_url": server.url}
+        monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+        found = score("llava-bench", bench / "p.jsonl", bench / "questions.jsonl", judge="m", **options)["metrics"]
+        assert (found["count"], found["failed_calls"], found["relative_score"]) == (2, 1, 62.5)
+        broken = False
+        asked = len(server.bodies)
+        found = score("llava-bench", bench / "p.jsonl", bench / "questions.jsonl", judge="m", **options)["metrics"]
+        assert (found["count"], found["failed_calls"], found["candidate"]) == (3, 0, 53.3)
+        assert len(server.bodies) == asked + 1
+    options["cache"] = bench / "other.jsonl"
+    with pytest.raises(UserError, match="so did all 3 calls"):  # nobody is there any more
+        score("llava-bench", bench / "p.jsonl", bench / "questions.jsonl", judge="m", **options)
 
 
 def test_reviews_without_category_take_it_from_the_questions(tmp_path):
@@ -667,10 +641,18 @@ def test_mmvet_grades_with_rising_temperature(tmp_path):
             return "0.5"
         return "score: 1" if body["temperature"] < 1 else "1.0 right"
 
-    with FakeJudge(reply) as server:
+    with FakeAPI(reply) as server:
         found = score("mmvet", predictions, gold, judge="m", base_url=server.url)["metrics"]
         assert sorted(body["temperature"] for _, _, body in server.bodies) == [0.0, 0.0, 0.5, 1.0]
-    assert found == {"score": 75.0, "count": 2, "by_capability": {"ocr": 75.0, "math": 50.0}}
+    report = {"asked": 4, "kept": 0, "failed_calls": 0, "prompt_tokens": 40, "completion_tokens": 20}
+    assert found == {
+        "score": 75.0,
+        "count": 2,
+        "by_capability": {"ocr": 75.0, "math": 50.0},
+        "unparsed": 0,
+        "failed_calls": 0,
+        "judge": report,
+    }
     graded = lines(tmp_path / "g.jsonl", [{"question_id": n, "score": value} for n, value in ((0, 1), (1, 0.2))])
     assert score("mmvet", graded, gold)["metrics"]["score"] == 60.0
     upload = benchmark("mmvet").submission(predictions, tmp_path / "up.json")

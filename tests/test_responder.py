@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from llavakit.errors import UserError
 from llavakit.evaluation.run import evaluate
 from llavakit.generation import RequestFailed, SamplingParams
 from llavakit.generation.chat import Chat
-from llavakit.generation.responder import FinishEvent, Responder, Usage
+from llavakit.generation.responder import Responder
+from llavakit.generation.response import FinishEvent, Usage
 from llavakit.system import System, systems
 
 QUESTION = [{"role": "user", "content": "What is this?"}]
@@ -336,3 +339,20 @@ def test_chat_and_evaluation_reach_it(checkpoint, tmp_path, capsys):
     stored = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert result["asked"] == 3
     assert {(row["reasoning"], row["text"]) for row in stored} == {("vote of 3", captured.out.strip())}
+
+
+def test_the_examples_of_the_documentation_run(chat, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.setitem(llavakit.__dict__, "load", lambda *arguments, **options: chat)
+    names = {"messages": QUESTION, "conversations": [QUESTION, OTHER], "model": chat}
+    wanted = ("llavakit.load", "class Vote", "stage_beam_search")
+    found = [block for block in blocks if any(word in block for word in wanted)]
+    assert len(found) == 3
+    for block in found:
+        exec(block, names)
+    assert len(names["answers"]) == 2
+    assert all(answer.content for answers in names["answers"] for answer in answers)
+    assert names["ensemble"].chat(QUESTION) == chat.chat(QUESTION, max_new_tokens=4)
+    assert names["branch"].text
+    assert "FinishEvent" in capsys.readouterr().out

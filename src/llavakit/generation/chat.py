@@ -24,16 +24,8 @@ from llavakit.conversation.turns import Event
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk
-from llavakit.generation.responder import (
-    Answer,
-    Call,
-    Listener,
-    LogprobsEvent,
-    Messages,
-    Responder,
-    Response,
-    Usage,
-)
+from llavakit.generation.responder import Call, Messages, Responder
+from llavakit.generation.response import Answer, Listener, LogprobsEvent, Response, Usage
 from llavakit.generation.scoring import Score, check_replies, one_begin, shared_length, text_ids
 from llavakit.generation.search import Branch, expand_branches
 from llavakit.generation.stopping import before_stop, generate_options, stop_token_ids

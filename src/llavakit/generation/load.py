@@ -17,6 +17,7 @@ from llavakit.checkpoints.convert import build, load_processor, local_folder, op
 from llavakit.conversation.codecs import get_codec
 from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
+from llavakit.generation.remote import APIClient, RemoteResponder
 from llavakit.generation.responder import Responder
 from llavakit.registry import nearest, resolve
 from llavakit.system import System, get_system, systems
@@ -36,11 +37,13 @@ def load(
     max_batch: int = 16,
     responder: str | None = None,
     responder_options: Mapping[str, Any] | None = None,
+    api: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a checkpoint: llavakit's own, the authors' layout of a known system, or transformers'.
 
     Args:
-        model: Local folder or hub id.
+        model: Local folder or hub id; or the address of an OpenAI-compatible API, `http://host:8000/v1#NAME` (without
+            `#NAME` the first model that it lists).
         base: The language model, for LoRA and connector-only files.
         vision_tower: The encoder, for files that do not contain it.
         dtype: "float32", "bfloat16" or "float16"; default float32 on a CPU, bfloat16 on a GPU.
@@ -49,6 +52,7 @@ def load(
         responder: Slug of the system in whose way to answer, or "module:factory" of a responder, or "plain" for the
             model alone. Default: that of the system that the checkpoint belongs to, if it has one.
         responder_options: Options of that responder.
+        api: Options of the `APIClient` of an address.
 
     Returns:
         A `Responder`; for a model alone a `Chat`.
@@ -57,6 +61,11 @@ def load(
         UserError: One clear line if the folder is not a model or its tensors do not fit.
     """
     wanted = None if responder is None else wanted_system(responder)
+    if str(model).startswith(("http://", "https://")):
+        local = {"base": base, "vision_tower": vision_tower, "dtype": dtype, "device": device}
+        return _remote(str(model), factory(responder, wanted, responder_options), api or {}, local, max_batch)
+    if api:
+        raise UserError(f"api option {next(iter(api))!r}: belongs to the address of an API, {model} is none")
     device = check_device(device)
     dtype = check_dtype(dtype, device)
     checkpoint = open_checkpoint(model, base=base, vision_tower=vision_tower)
@@ -67,6 +76,22 @@ def load(
     net = build(checkpoint, dtype=dtype, device=device)
     sources = [checkpoint.folder, *(local_folder(place) for place in (base, vision_tower) if place is not None)]
     return make(Chat(net, processor, name=str(model), max_batch=max_batch, codec=codec, folders=sources))
+
+
+def _remote(
+    address: str, make: Callable[[Responder], Responder], api: Mapping[str, Any], local: Mapping[str, Any], batch: int
+) -> Responder:
+    for name, value in local.items():
+        if value is not None:
+            raise UserError(f"{name}: belongs to a model that runs here; {address} runs elsewhere")
+    base_url, _, name = address.partition("#")
+    try:
+        client = APIClient(base_url, **{"concurrency": batch, **api})
+    except TypeError:
+        names = [one for one in inspect.signature(APIClient).parameters if one != "base_url"]
+        wrong = next(one for one in api if one not in names)
+        raise UserError(f"api option {wrong!r} is unknown{nearest(wrong, names)}") from None
+    return make(RemoteResponder(client, name or None))
 
 
 def check_device(device: str | None) -> str:

@@ -19,226 +19,22 @@ A system's card names the factory of its responder (`System.responder`).
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
-from llavakit.conversation.turns import Event, TextDelta, Tool, Turn
+from llavakit.conversation.turns import Event, TextDelta, Tool
 from llavakit.errors import UserError, quoted
-from llavakit.generation.request import RequestFailed, SamplingParams, TokenLogprob
+from llavakit.generation.request import SamplingParams
+from llavakit.generation.response import Answer, Cancelled, FinishEvent, Listener, Response, Usage
 from llavakit.generation.sampling import call_seed, choice_seed
 from llavakit.generation.scoring import Score
 from llavakit.registry import nearest
 
 Messages = Sequence[Mapping[str, Any]]
-Listener = Callable[[Event], None]
 SAMPLING = frozenset(entry.name for entry in fields(SamplingParams))
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a response, hidden calls included.
-
-    Attributes:
-        prompt_tokens: Positions of all prompts.
-        completion_tokens: Generated tokens.
-        cached_tokens: Prompt positions whose states were reused.
-        details: Generated tokens by purpose ("judged"), where hidden calls name one.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    details: Mapping[str, int] = field(default_factory=dict)
-
-    def __add__(self, other: Usage) -> Usage:
-        details = dict(self.details)
-        for name, count in other.details.items():
-            details[name] = details.get(name, 0) + count
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.cached_tokens + other.cached_tokens,
-            details,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogprobsEvent(Event):
-    """Log probabilities of the newest tokens, if they were asked for."""
-
-    entries: tuple[TokenLogprob, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinishEvent(Event):
-    """The last event of a reply.
-
-    Args:
-        reason: "stop", "length", "tool_calls", "cancelled" or "error".
-        stop: The stop string that ended the reply, if one did.
-        usage: Of the whole response up to here.
-    """
-
-    reason: str = "stop"
-    stop: str | None = None
-    usage: Usage = Usage()
-
-
-@dataclass
-class Answer(Turn):
-    """One finished reply.
-
-    Attributes:
-        index: Number of the reply, below `n`.
-        text: The raw text, before the codec, if the responder has it.
-        finish_reason: See `FinishEvent`; None while it is being generated.
-        stop: The stop string that ended it.
-        token_ids: All new ids, if the responder has them.
-        logprobs: One entry per token, if asked for.
-    """
-
-    index: int = 0
-    text: str = ""
-    finish_reason: str | None = None
-    stop: str | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    def add(self, event: Event) -> None:
-        match event:
-            case LogprobsEvent(entries=entries):
-                self.logprobs += entries
-            case FinishEvent(reason=reason, stop=stop):
-                self.finish_reason, self.stop = reason, stop
-            case _:
-                super().add(event)
-
-
-class Cancelled(Exception):
-    """The request that a call belongs to was cancelled; leaves `Responder.run` on its own."""
-
-
-class Response:
-    """A submitted request: iterate for its events, or ask for the result.
-
-    Attributes:
-        answers: The replies as far as they have come.
-        error: What went wrong, if it failed.
-        usage: Tokens so far.
-    """
-
-    def __init__(self, n: int = 1, listener: Listener | None = None) -> None:
-        self.answers = [Answer(index=index) for index in range(n)]
-        self.error: Exception | None = None
-        self.usage = Usage()
-        self.cancelled = False
-        self._listener = listener
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._unread = n
-        self._lock = threading.Lock()
-        self._children: set[Response] = set()
-
-    @property
-    def done(self) -> bool:
-        """Whether every reply is finished."""
-        return all(answer.finish_reason is not None for answer in self.answers)
-
-    def cancel(self) -> None:
-        """Stop, with everything that was asked for this response. May be called from any thread."""
-        with self._lock:
-            self.cancelled = True
-            children = list(self._children)
-        for child in children:
-            child.cancel()
-
-    def __iter__(self) -> Iterator[Event]:
-        """Events of all replies as they come.
-
-        Raises:
-            UserError: If the request cannot be answered.
-            RequestFailed: If answering it failed.
-        """
-        while self._unread:
-            event = self._next()
-            self._unread -= isinstance(event, FinishEvent)
-            self._raise()
-            yield event
-
-    def result(self) -> Any:
-        """The finished answer (with n above 1: a list of them).
-
-        Raises:
-            UserError: If the request cannot be answered.
-            RequestFailed: If answering it failed.
-        """
-        for _ in self:
-            pass
-        self._raise()
-        return self.answers[0] if len(self.answers) == 1 else self.answers
-
-    def _raise(self) -> None:
-        if isinstance(self.error, UserError):
-            raise self.error
-        if self.error is not None:
-            raise RequestFailed(str(self.error)) from self.error
-
-    def _next(self) -> Event:
-        return self._events.get()
-
-    # ------------------------------------------------------------------ the responder's side
-
-    def deliver(self, event: Event) -> None:
-        """Record an event and hand it on; a listener that raises cancels the response."""
-        self.answers[event.index].add(event)
-        self._events.put(event)
-        if self._listener is not None:
-            try:
-                self._listener(event)
-            except Exception:  # a listener that breaks is a client that went away
-                self._listener = None
-                self.cancel()
-
-    def finish(self, index: int, reason: str = "stop", stop: str | None = None) -> None:
-        """End a reply that is not finished yet."""
-        with self._lock:
-            if self.answers[index].finish_reason is not None:
-                return
-            self.answers[index].finish_reason = reason
-        self.deliver(FinishEvent(index=index, reason=reason, stop=stop, usage=self.usage))
-
-    def fail(self, error: Exception) -> None:
-        """End all replies with an error."""
-        with self._lock:
-            self.error = self.error or error
-        for answer in self.answers:
-            self.finish(answer.index, "error")
-        self.cancel()
-
-    def count(self, usage: Usage) -> None:
-        """Add tokens."""
-        with self._lock:
-            self.usage += usage
-
-    @contextlib.contextmanager
-    def holding(self, *children: Response) -> Iterator[None]:
-        """Responses that are cancelled with this one, and when the block is left."""
-        with self._lock:
-            self._children.update(children)
-            cancelled = self.cancelled
-        try:
-            for child in children if cancelled else ():
-                child.cancel()
-            yield
-        finally:
-            with self._lock:
-                self._children.difference_update(children)
-            for child in children:
-                if not child.done:
-                    child.cancel()
 
 
 class Call:
@@ -249,7 +45,8 @@ class Call:
         sampling: How to decode; `n` is 1 and the seed is this reply's own.
         tools, tool_choice, parallel_calls: See `Responder.submit`.
         options: The responder's own options (an instance of `Responder.options`), or None.
-        index: Number of the reply.
+        streamed: Whether somebody wants the text as it comes.
+        indices: Numbers of the replies that `run` is to generate: one, unless the responder takes them together.
         finish_reason, stop: How the reply ended; `stream` sets them, `run` may.
     """
 
@@ -262,11 +59,12 @@ class Call:
         tool_choice: str = "auto",
         parallel_calls: bool = True,
         options: Any = None,
+        streamed: bool = True,
     ) -> None:
         self.messages, self.sampling = messages, sampling
         self.tools, self.tool_choice, self.parallel_calls = tuple(tools), tool_choice, parallel_calls
-        self.options = options
-        self.index = 0
+        self.options, self.streamed = options, streamed
+        self.indices: tuple[int, ...] = (0,)
         self.finish_reason, self.stop = "stop", None
         self._response = Response()
         self._asked = 0
@@ -275,6 +73,13 @@ class Call:
         """The call of one of `n` replies."""
         seed = self.sampling.seed
         sampling = replace(self.sampling, n=1, seed=None if seed is None else choice_seed(seed, index))
+        return self._part(response, sampling, (index,))
+
+    def together(self, response: Response) -> Call:
+        """The call of all replies at once; `sampling.n` says how many, and events have their index."""
+        return self._part(response, self.sampling, tuple(range(self.sampling.n)))
+
+    def _part(self, response: Response, sampling: SamplingParams, indices: tuple[int, ...]) -> Call:
         one = Call(
             self.messages,
             sampling,
@@ -282,9 +87,14 @@ class Call:
             tool_choice=self.tool_choice,
             parallel_calls=self.parallel_calls,
             options=self.options,
+            streamed=self.streamed,
         )
-        one.index, one._response = index, response
+        one.indices, one._response = indices, response
         return one
+
+    def count(self, usage: Usage) -> None:
+        """Add tokens that were not counted by `ask` or `stream`."""
+        self._response.count(usage)
 
     def ask(
         self, responder: Responder, messages: Messages | None = None, *, purpose: str | None = None, **fields: Any
@@ -459,6 +269,7 @@ class Responder:
             tool_choice=tool_choice,
             parallel_calls=parallel_calls,
             options=self._options(own),
+            streamed=stream,
         )
         return self._open(call, stream, listener)
 
@@ -633,10 +444,14 @@ class Responder:
                 self._threads = ThreadPoolExecutor(self.capacity, thread_name_prefix=f"respond-{self.name}")
                 self._running: set[Response] = set()
             self._running.add(response)
-            for index in range(call.sampling.n):
+            for one in self._calls(call, response):
                 self._waiting += 1
-                self._threads.submit(self._work, call.choice(index, response), response)
+                self._threads.submit(self._work, one, response)
         return response
+
+    def _calls(self, call: Call, response: Response) -> list[Call]:
+        """The calls that generate the replies of a request: one each."""
+        return [call.choice(index, response) for index in range(call.sampling.n)]
 
     def _work(self, call: Call, response: Response) -> None:
         with self._guard:
@@ -646,7 +461,8 @@ class Responder:
             call.check()
             with contextlib.closing(self._events(call)) as events:
                 for event in events:
-                    response.deliver(replace(event, index=call.index))
+                    index = call.indices[0] if len(call.indices) == 1 else event.index
+                    response.deliver(replace(event, index=index))
                     call.check()
         except Cancelled:
             call.finish_reason = "cancelled"
@@ -655,7 +471,8 @@ class Responder:
         finally:
             with self._guard:
                 self._active -= 1
-            response.finish(call.index, call.finish_reason, call.stop)
+            for index in call.indices:
+                response.finish(index, call.finish_reason, call.stop)
             if response.done:
                 with self._guard:
                     self._running.discard(response)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.benchmarks.base import (
@@ -25,7 +25,6 @@ from llavakit.evaluation.benchmarks.base import (
     write_json,
     write_lines,
 )
-from llavakit.evaluation.judges import Judge, parse_pair, review_content, review_record
 from llavakit.evaluation.metrics import mean, relative_score
 from llavakit.evaluation.records import (
     Record,
@@ -37,6 +36,10 @@ from llavakit.evaluation.records import (
     read_records,
     read_text,
 )
+from llavakit.evaluation.reviews import parse_pair, review_content, review_record
+
+if TYPE_CHECKING:
+    from llavakit.evaluation.judges import Judge
 
 SYSTEM_MESSAGE = "You check the quality of answers. Be helpful and precise."
 RULE = (
@@ -66,12 +69,25 @@ GRADE_TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 def make_judge(options: dict[str, Any], predictions: str | Path) -> Judge:
     """A judge from the options of a score; its cache lies beside the predictions unless they say otherwise."""
+    from llavakit.evaluation.judges import Judge
+
     options = dict(options)
     model = options.pop("judge")
     if isinstance(model, Judge):
         return model
     options.setdefault("cache", Path(predictions).with_suffix(".judge.jsonl"))
-    return Judge(model, **{name: value for name, value in options.items() if value is not None})
+    return Judge(model, **options)
+
+
+def judged(judge: Judge, failures: Sequence[Exception], count: int) -> dict[str, Any]:
+    """What a result says of its judge: what was asked and used, and how many calls failed and count for nothing.
+
+    Raises:
+        UserError: If no call brought an answer.
+    """
+    if failures and len(failures) == count:
+        raise UserError(f"{failures[0]} (so did all {count} calls)")
+    return {"failed_calls": len(failures), "judge": judge.report()}
 
 
 def summarise(reviews: Iterable[tuple[str | None, Sequence[float]]]) -> dict[str, Any]:
@@ -144,6 +160,9 @@ class LLaVABench(Benchmark):
         temperature: float | None = None,
         concurrency: int | None = None,
         cache: str | Path | None = None,
+        price_in: float | None = None,
+        price_out: float | None = None,
+        max_cost: float | None = None,
         missing: str = "error",
         extra: str = "error",
     ) -> dict[str, Any]:
@@ -158,8 +177,10 @@ class LLaVABench(Benchmark):
             reference: The reference answers, `answers_gpt4.jsonl`.
             rules: Published `rule.json` (category -> prompt and role); default: llavakit's own instruction.
             reviews: Where to write the reviews; default: beside the predictions.
-            judge: Model that reviews; `base_url`, `temperature`, `concurrency` and `cache` as in `Judge`.
+            judge: Model that reviews; the further options are those of `Judge` and `APIClient`. A call that fails is
+                no review: it is counted in `failed_calls`, and the next call asks it again.
         """
+        metrics: dict[str, Any] = {}
         records = read_records(predictions)
         if records and not any(name in records[0].data for name in ("tuple", "score", "content")):
             if judge is None or context is None or reference is None:
@@ -173,21 +194,27 @@ class LLaVABench(Benchmark):
                 "temperature": temperature,
                 "concurrency": concurrency,
                 "cache": cache,
+                "price_in": price_in,
+                "price_out": price_out,
+                "max_cost": max_cost,
             }
             questions = read_records(need_gold(gold, self.title, "questions.jsonl"))
             pairs = list(pair(questions, records, missing=missing, extra=extra))
-            rows = review(pairs, context, reference, rules, make_judge(_given(options), predictions))
+            asked = make_judge(_given(options), predictions)
+            rows, failures = review(pairs, context, reference, rules, asked)
+            metrics = judged(asked, failures, len(pairs))
             output = write_lines(reviews or Path(predictions).with_suffix(".reviews.jsonl"), rows)
             records = read_records(output)
         categories = {}
         if gold is not None:
             categories = {record.id: record.data.get("category") for record in read_records(gold)}
         left_out = {str(name) for name in ([ignore] if isinstance(ignore, (str, int)) else ignore)}
-        return summarise(
+        summary = summarise(
             (record.data.get("category", categories.get(record.id)), _scores(record, reparse))
             for record in records
             if record.id not in left_out
         )
+        return summary | metrics
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -200,14 +227,14 @@ def review(
     reference: str | Path,
     rules: str | Path | None,
     judge: Judge,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[Exception]]:
     """Have a judge compare every answer with the reference answer, which is shown first.
 
     Args:
         pairs: Question and answer; a question without an answer is reviewed with an empty one.
 
     Returns:
-        Review records in the published format, in order of the questions.
+        Review records in the published format, in order of the questions, and the calls that failed.
 
     Raises:
         RecordError: If a question has no context or reference.
@@ -240,7 +267,8 @@ def review(
         [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": content}]
         for *_, content in prepared
     )
-    return [
+    failures = [reply for reply in replies if isinstance(reply, Exception)]
+    rows = [
         review_record(
             number,
             question.data,
@@ -250,7 +278,9 @@ def review(
             reply,
         )
         for number, ((question, first, answer, category, _), reply) in enumerate(zip(prepared, replies, strict=True), 1)
+        if not isinstance(reply, Exception)
     ]
+    return rows, failures
 
 
 # MM-Vet
@@ -308,6 +338,9 @@ class MMVet(Benchmark):
         base_url: str | None = None,
         concurrency: int | None = None,
         cache: str | Path | None = None,
+        price_in: float | None = None,
+        price_out: float | None = None,
+        max_cost: float | None = None,
         missing: str = "error",
         extra: str = "error",
     ) -> dict[str, Any]:
@@ -317,9 +350,11 @@ class MMVet(Benchmark):
             predictions: Graded records (with `score` between 0 and 1), or answers that `judge` grades first.
             gold: `mm-vet.json`.
             rules: Text file with the official instruction and examples; default: llavakit's own.
-            judge: Model that grades; `base_url`, `concurrency` and `cache` as in `Judge`. A reply that is no number
-                is asked for again at temperatures up to 2, then counts 0.
+            judge: Model that grades; the further options are those of `Judge` and `APIClient`. A reply that is no
+                number is asked for again at temperatures up to 2, then counts 0 (`unparsed`). A call that fails is no
+                grade: it is counted in `failed_calls`, and the next call asks it again.
         """
+        metrics: dict[str, Any] = {}
         questions = _mmvet_gold(need_gold(gold, self.title, "mm-vet.json"))
         records = read_records(predictions)
         pairs = list(pair(questions, records, key=_mmvet_id, gold_key=lambda row: row.id, missing=missing, extra=extra))
@@ -329,10 +364,20 @@ class MMVet(Benchmark):
             raise UserError(f"{predictions}: holds answers without grades; give judge to have them graded")
         else:
             rule = read_text(rules).rstrip() if rules is not None else GRADE_RULE
-            options = {"judge": judge, "base_url": base_url, "concurrency": concurrency, "cache": cache}
+            options = {
+                "judge": judge,
+                "base_url": base_url,
+                "concurrency": concurrency,
+                "cache": cache,
+                "price_in": price_in,
+                "price_out": price_out,
+                "max_cost": max_cost,
+            }
             asker = make_judge(_given(options), predictions)
+            unparsed = 0
 
             def grade(item: tuple[Record, Record | None]) -> float:
+                nonlocal unparsed
                 question, answer = item
                 if answer is None:
                     return 0.0
@@ -340,17 +385,22 @@ class MMVet(Benchmark):
                     question.get("question", str), question.get("answer", str), answer.get("text", str), rule
                 )
                 found = asker.ask_parsed([{"role": "user", "content": asked}], parse_grade, GRADE_TEMPERATURES)
+                unparsed += found is None
                 return found or 0.0
 
-            grades = asker.map(grade, pairs)
+            found = asker.map(grade, pairs)
+            failures = [one for one in found if isinstance(one, Exception)]
+            metrics = {"unparsed": unparsed, **judged(asker, failures, len(pairs))}
+            graded = [(one, pair_) for one, pair_ in zip(found, pairs, strict=True) if not isinstance(one, Exception)]
+            grades, pairs = [one for one, _ in graded], [pair_ for _, pair_ in graded]
         by_capability: dict[str, list[float]] = defaultdict(list)
         for (question, _), grade_ in zip(pairs, grades, strict=True):
             for name in question.get("capability", list, []):
                 by_capability[str(name)].append(grade_)
-        metrics: dict[str, Any] = {"score": percent(mean(grades)), "count": len(grades)}
+        summary: dict[str, Any] = {"score": percent(mean(grades)), "count": len(grades)}
         if by_capability:
-            metrics["by_capability"] = {name: percent(mean(values)) for name, values in by_capability.items()}
-        return metrics
+            summary["by_capability"] = {name: percent(mean(values)) for name, values in by_capability.items()}
+        return summary | metrics
 
     def submission(
         self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any

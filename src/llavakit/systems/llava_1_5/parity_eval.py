@@ -15,8 +15,8 @@ from typing import Any
 from llavakit.errors import UserError
 from llavakit.evaluation import metrics, processors
 from llavakit.evaluation.benchmarks import gqa, judged, mmbench, scienceqa, seed, vqa
-from llavakit.evaluation.judges import parse_pair, review_content, review_record
 from llavakit.evaluation.records import Record, as_records
+from llavakit.evaluation.reviews import parse_pair, review_content, review_record
 from llavakit.proof.golden import Case, Result, component
 
 
