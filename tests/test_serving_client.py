@@ -34,7 +34,7 @@ CALL = '<tool_call>{"name": "weather", "arguments": {"town": "Ghent"}}</tool_cal
 class Scripted:
     """Stands for the engine: says what it was told, letter by letter, and keeps the prompts."""
 
-    max_batch, waiting, active, busy = 8, 0, 0, False
+    max_batch, max_length, waiting, active, busy = 8, 512, 0, 0, False
 
     def __init__(self, tokenizer, says: str) -> None:
         self.tokenizer, self.says, self.prompts = tokenizer, says, []
@@ -160,9 +160,11 @@ def test_a_stop_string_ends_a_stream_and_is_not_part_of_it(client):
 
 
 def test_an_error_in_a_stream_is_raised_by_the_client(client):
-    with pytest.raises(openai.BadRequestError, match="positions") as caught:
-        client.chat.completions.create(model="tiny", messages=ask("word " * 2000), stream=True)
-    assert caught.value.param == "messages"
+    """A prompt that is too long is refused by its characters, and if need be by its positions."""
+    for text, said in (("word " * 2000, "10000 characters"), ("w o r d " * 300, "positions")):
+        with pytest.raises(openai.BadRequestError, match=said) as caught:
+            client.chat.completions.create(model="tiny", messages=ask(text), stream=True)
+        assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
 
 
 @pytest.fixture(scope="module")

@@ -311,7 +311,10 @@ def test_a_client_that_sends_slowly_is_answered_408():
     running = Running(small_chat(), Settings(names=("tiny",), body_seconds=0.5))
     try:
         with socket.create_connection(("127.0.0.1", running.port), timeout=10) as line:
-            line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+            line.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 1000\r\n\r\n{"
+            )
             began = time.time()
             answer = b"".join(iter(lambda: line.recv(4096), b""))
         assert answer.startswith(b"HTTP/1.1 408")
@@ -340,3 +343,12 @@ def test_policy_on_addresses():
 def test_data_urls():
     assert decode_data_url("data:,hello%20there", 100) == b"hello there"
     assert decode_data_url("data:image/png;base64,aGk=", 100) == b"hi"
+    assert decode_data_url(b"data:image/png;base64,aG\r\nkg\n aGk=", 100) == b"hi hi"
+    content = bytes(range(256)) * 20_000  # longer than what is decoded at once
+    assert decode_data_url(data_url(content), len(content)) == content
+    for most, url in [(1, "data:,%41%42"), (4, "data:;base64,aGVsbG8="), (len(content) - 1, data_url(content))]:
+        with pytest.raises(Refused, match="larger than"):
+            decode_data_url(url, most)
+    for url in ("data:;base64,aGk=aGk=", "data:;base64,aGk", "data:;base64,a_-=", "data:;base64", "data:text"):
+        with pytest.raises(Refused):
+            decode_data_url(url, 100)

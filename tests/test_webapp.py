@@ -23,6 +23,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="the web app's en
 from tiny_server import Running, png, small_chat  # noqa: E402
 
 from llavakit.errors import UserError  # noqa: E402
+from llavakit.media.policy import MediaPolicy  # noqa: E402
+from llavakit.media.source import Limits  # noqa: E402
 from llavakit.serving.app import Settings  # noqa: E402
 from llavakit.serving.webapp import export, mount, slice_of  # noqa: E402
 
@@ -201,16 +203,73 @@ def test_an_attached_volume_is_shown_slice_by_slice(page, tmp_path):
     assert [part["type"] for part in exported(page)[0]["content"]] == ["volume_url", "text"]
 
 
+def test_a_browser_enters_with_a_key_and_asks(browser, picture):
+    chat = small_chat(positions=2048)
+    running = Running(chat, Settings(names=("tiny",), api_keys=("right",)), lambda app: mount(app, chat))
+    page = browser.new_page()
+    try:
+        page.goto(running.url)
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_text("Open").click()
+        page.get_by_text("This API key is not valid").wait_for()
+        page.get_by_label("API key").fill("right")
+        page.get_by_text("Open").click()
+        page.wait_for_function("document.activeElement.tagName == 'TEXTAREA'")
+        ask(page, QUESTION, picture)
+        answered(page)
+    finally:
+        page.close()
+        running.stop()
+
+
+def test_the_page_is_under_the_servers_policy(served, tmp_path):
+    """Sizes, counts, origins and hosts are those of the API."""
+    import httpx
+
+    chat = served[1]
+    media = MediaPolicy(fetch=False, file_bytes=300_000, images=1)
+    settings = Settings(names=("tiny",), media=media, json_bytes=20_000, origins=("https://app.example",))
+    running = Running(chat, settings, lambda app: mount(app, chat))
+    try:
+        with httpx.Client(base_url=running.url, timeout=20) as client:
+            config = client.get("/config").json()
+            answer = next(event for event in config["dependencies"] if event["api_name"] == "answer")
+
+            def post(path, **options):
+                return client.post(f"/gradio_api/{path}", **options)
+
+            upload = {"files": ("a.png", png())}
+            assert post("upload", files={"files": ("a.npy", bytes(300_001))}).status_code == 413
+            (path,) = post("upload", files=upload).json()
+            body = {"data": [{"text": "x" * 20_000}], "fn_index": answer["id"], "session_hash": "a"}
+            assert post("queue/join", json=body).status_code == 413
+            body["data"] = [{"text": "x", "files": [as_file(path)] * 2}, [], 0, 1, 4]
+            assert post("queue/join", json=body).status_code == 200
+            said = client.get("/gradio_api/queue/data", params={"session_hash": "a"}).text
+            assert "at most 1 images" in said
+            body["data"][0]["files"] = [as_file("http://127.0.0.1:9/a.png")]
+            assert post("queue/join", json=body).status_code == 403
+            for headers in ({"Origin": "https://attacker.example"}, {"Origin": "null"}):
+                refused = post("queue/join", json=body, headers=headers)
+                assert refused.status_code == 403
+                assert not [name for name in refused.headers if name.startswith("access-control-")]
+            assert client.get("/config", headers={"Host": "attacker.example"}).status_code == 421
+            allowed = client.get("/config", headers={"Origin": "https://app.example"})
+            assert "access-control-allow-credentials" not in allowed.headers
+    finally:
+        running.stop()
+
+
 def test_keys_close_the_page():
     chat = small_chat()
-    running = Running(chat, Settings(api_keys=("right",)), lambda app: mount(app, chat, ("right",)))
+    running = Running(chat, Settings(api_keys=("right",)), lambda app: mount(app, chat))
     try:
         import httpx
 
         with httpx.Client(base_url=running.url) as client:
             assert client.get("/config").status_code == 401
-            assert client.post("/login", data={"username": "x", "password": "wrong"}).status_code == 400
-            assert client.post("/login", data={"username": "x", "password": "right"}).status_code == 200
+            assert client.post("/login", data={"password": "wrong"}).status_code == 401
+            assert client.post("/login", data={"password": "right"}).status_code == 303
             assert client.get("/config").status_code == 200
     finally:
         running.stop()
@@ -229,13 +288,19 @@ def reachable(request, served):
 
     chat = served[1]
     keys = request.param
-    running = Running(chat, Settings(names=("tiny",), api_keys=keys), lambda app: mount(app, chat, keys))
+    running = Running(chat, Settings(names=("tiny",), api_keys=keys), lambda app: mount(app, chat))
     with httpx.Client(base_url=running.url, timeout=20) as client:
-        if keys:
-            assert client.post("/login", data={"username": "x", "password": keys[0]}).status_code == 200
+        enter(client, keys)
         config = client.get("/config").json()
         yield client, config
     running.stop()
+
+
+def enter(client, keys):
+    """Begin a session of the page."""
+    if keys:
+        assert client.post("/login", data={"password": keys[0]}).status_code == 303
+    assert client.get("/config").status_code == 200
 
 
 def as_file(path):
@@ -326,7 +391,7 @@ def test_reading_operations_that_the_page_does_not_use_are_closed(reachable, pat
     assert reachable[0].get(f"/gradio_api/{path}").status_code == 404
 
 
-def test_an_upload_is_its_sessions_own(reachable):
+def test_an_upload_is_its_sessions_own(reachable, request):
     import httpx
 
     client, config = reachable
@@ -335,13 +400,13 @@ def test_an_upload_is_its_sessions_own(reachable):
     export = next(event for event in config["dependencies"] if event["api_name"] == "save")
     turn = {"role": "user", "content": [{"type": "file", "file": as_file(path)}]}
     body = {"data": [[turn]], "fn_index": export["id"], "session_hash": "a"}
-    said = client.post("/gradio_api/run/predict", json=body)
-    assert said.status_code in (200, 404), "events that are queued are not run directly"
-    with httpx.Client(base_url=client.base_url, cookies=dict(client.cookies)) as other:
-        other.cookies.delete("llavakit_page")
-        assert other.post("/gradio_api/run/predict", json=body).status_code == 401
-        other.get("/config")
-        assert other.post("/gradio_api/run/predict", json=body).status_code == 403
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    saved = client.get("/gradio_api/queue/data", params={"session_hash": "a"}).text
+    assert base64.b64encode(png()).decode() in saved
+    with httpx.Client(base_url=client.base_url) as other:
+        assert other.post("/gradio_api/queue/join", json=body).status_code == 401
+        enter(other, ("right",) if "a key" in request.node.name else ())
+        assert other.post("/gradio_api/queue/join", json=body).status_code == 403
         assert other.get(f"/gradio_api/file={path}").status_code == 403
         assert other.post("/gradio_api/upload", files={"files": ("b.html", b"<script>")}).status_code == 200
 
@@ -356,12 +421,12 @@ def test_a_page_that_was_uploaded_is_not_shown_as_one(reachable):
 
 def test_slices(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(60, dtype=np.float32).reshape(5, 3, 4))
-    picture, slider = slice_of((tmp_path / "a.npy").read_bytes(), None)
+    picture, slider = slice_of((tmp_path / "a.npy").read_bytes(), None, Limits())
     assert 'alt="Slice 2"' in picture
     assert (slider["value"], slider["maximum"]) == (2, 4)
-    assert slice_of(None, 3)[0] == ""
+    assert slice_of(None, 3, Limits())[0] == ""
     with pytest.raises(UserError):
-        slice_of(b"no volume", 3)
+        slice_of(b"no volume", 3, Limits())
 
 
 def test_export_of_nothing():

@@ -13,7 +13,6 @@ from typing import Any
 
 import tiny
 import torch
-import uvicorn
 from PIL import Image
 
 from llavakit.generation.chat import Chat
@@ -21,6 +20,7 @@ from llavakit.media.policy import MediaPolicy
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.serving.app import Settings, create_app
+from llavakit.serving.process import http_server
 
 LOOPBACK = ip_network("127.0.0.0/8")
 
@@ -48,7 +48,7 @@ class Running:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.app = create_app(chat, settings)
-        self.server = uvicorn.Server(uvicorn.Config(mount(self.app), port=self.port, log_level="error"))
+        self.server = http_server(mount(self.app), settings.connections, port=self.port, log_level="error")
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:

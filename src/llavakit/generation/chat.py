@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -115,17 +115,26 @@ class Chat(Responder):
 
     # ------------------------------------------------------------------ requests
 
-    def request(self, messages: Messages, *, continue_final_message: bool = False, **sampling: Any) -> Request:
+    def request(
+        self,
+        messages: Messages,
+        *,
+        continue_final_message: bool = False,
+        before_media: Callable[[Mapping[str, Any]], None] | None = None,
+        **sampling: Any,
+    ) -> Request:
         """Messages as a request for the engine.
 
         Args:
             continue_final_message: Whether the reply goes on with the last message.
+            before_media: See `LlavakitProcessor.encode`.
             sampling: Fields of `SamplingParams` (`max_new_tokens`, `temperature`, `top_p`, `stop`, `seed`, ...).
         """
         sample = self.processor.encode(
             messages,
             add_generation_prompt=not continue_final_message,
             continue_final_message=continue_final_message,
+            before_media=before_media,
         )
         params = SamplingParams(**sampling)
         stop = (*params.stop, *template_for(self.processor.template, self.tokenizer).stop)

@@ -8,7 +8,7 @@ saved with the checkpoint. Two doors lead in: `encode` takes messages and is wha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -275,6 +275,7 @@ class LlavakitProcessor(ProcessorMixin):
         *,
         add_generation_prompt: bool = False,
         pixels: bool = True,
+        before_media: Callable[[Mapping[str, Any]], None] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """One sample: expanded ids, labels and views.
@@ -283,6 +284,7 @@ class LlavakitProcessor(ProcessorMixin):
             messages: OpenAI-style messages with media parts.
             add_generation_prompt: End with the opening of an assistant turn.
             pixels: Cut and normalise the views; False gives ids and sizes alone, and decodes no image.
+            before_media: Called with every media part before it is read; what it raises ends the work.
             options: Passed on to `llavakit.conversation.encode.encode`.
 
         Returns:
@@ -305,6 +307,8 @@ class LlavakitProcessor(ProcessorMixin):
         text_length = len(encoded.ids) - len(encoded.media)
         for part in encoded.media:
             modality = "multi_image" if several and part["type"] == "image" else part["type"]
+            if before_media is not None:
+                before_media(part)
             item, size = self.read_media(part) if pixels else (None, self.size_of(part))
             sizes.append(size)
             modalities.append(MODALITIES.index(modality))

@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from llavakit.errors import UserError
 from llavakit.generation.request import RequestHandle, StreamChunk
 from llavakit.serving import toolcalls
-from llavakit.serving.protocol import ChatRequest, chunk, completion, logprobs_body, new_id, usage
-from llavakit.serving.service import APIError, Service
+from llavakit.serving.presence import Presence
+from llavakit.serving.protocol import APIError, chunk, completion, logprobs_body, new_id, usage
+from llavakit.serving.service import Incoming, Service
 
 log = logging.getLogger("llavakit.serving")
 
@@ -42,18 +42,22 @@ class Trimmer:
 class Answer:
     """One request from its first byte to its last piece."""
 
-    def __init__(self, service: Service, body: ChatRequest) -> None:
-        self.service, self.body = service, body
+    def __init__(self, service: Service, incoming: Incoming) -> None:
+        self.service, self.body, self._incoming = service, incoming.body, incoming
         self.identity, self.created = new_id("chatcmpl"), int(time.time())
-        self.tools = [tool.function.name for tool in body.tools or ()] if body.tool_choice != "none" else []
+        self.tools = [tool.function.name for tool in self.body.tools or ()] if self.body.tool_choice != "none" else []
         self.handle: RequestHandle | None = None
         self._pieces: deque[StreamChunk] = deque()
         self._news, self._told = asyncio.Event(), False
         self._began, self._begun = time.perf_counter(), False
-        self._closed = False
+        self._closed = self._answered = self._failed = False
 
     async def start(self) -> None:
-        """Queue the request."""
+        """Queue the request.
+
+        Raises:
+            APIError: If it cannot be answered, or its client went away meanwhile.
+        """
         loop = asyncio.get_running_loop()
         each = bool(self.body.stream)
 
@@ -68,7 +72,8 @@ class Answer:
                 with contextlib.suppress(RuntimeError):  # the loop is closed when the server has gone
                     loop.call_soon_threadsafe(self._news.set)
 
-        self.handle = await self.service.submit(self.body, listen)
+        incoming, self._incoming = self._incoming, None  # the media are held no longer than needed
+        self.handle = await self.service.submit(incoming, listen)
 
     def close(self) -> None:
         """Give back what the request holds; may be called twice."""
@@ -79,7 +84,11 @@ class Answer:
             if not self.handle.done:
                 self.handle.cancel()
             tokens = sum(len(reply.token_ids) for reply in self.handle.replies)
-            self.service.metrics.finished(time.perf_counter() - self._began, self.handle.prompt_tokens, tokens)
+            self.service.metrics.worked(self.handle.prompt_tokens, tokens)
+        if self._answered:
+            self.service.metrics.answered(time.perf_counter() - self._began)
+        elif self.body.stream and self.handle is not None and not self._failed:
+            self.service.metrics.failed(499)
         self.service.release()
 
     async def _each(self) -> AsyncIterator[StreamChunk | None]:
@@ -110,18 +119,13 @@ class Answer:
         tokens = sum(len(reply.token_ids) for reply in self.handle.replies)
         return usage(self.handle.prompt_tokens, self.handle.reused_tokens, tokens)
 
-    async def whole(self, request: Request) -> dict[str, Any]:
-        """The whole answer; ends early if the client goes away."""
-        gone = asyncio.ensure_future(_disconnected(request))
-        collect = asyncio.ensure_future(self._collect())
-        try:
-            await asyncio.wait({gone, collect}, return_when=asyncio.FIRST_COMPLETED)
-            if not collect.done():
-                raise APIError(499, "the client closed the request")
-            await collect
-        finally:
-            for task in (gone, collect):
-                task.cancel()
+    async def whole(self, presence: Presence) -> dict[str, Any]:
+        """The whole answer.
+
+        Raises:
+            APIError: If the request failed, or its client went away meanwhile.
+        """
+        await presence.unless_gone(self._collect())
         tokenizer = self.service.chat.processor.tokenizer
         choices = []
         for reply in self.handle.replies:
@@ -138,6 +142,7 @@ class Answer:
                 "logprobs": logprobs_body(reply.logprobs, tokenizer) if self.body.logprobs else None,
             }
             choices.append(choice)
+        self._answered = True
         return completion(self.identity, self.body.model, choices, self._usage)
 
     async def _collect(self) -> None:
@@ -157,11 +162,13 @@ class Answer:
                 for choice in self._choices(piece, trimmers[piece.index]):
                     yield self._event([choice])
         except APIError as error:
+            self._failed = True
             self.service.metrics.failed(error.status)
             yield f"data: {json.dumps(error.body)}\n\n"
             return
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield self._event([], self._usage)
+        self._answered = True
         yield "data: [DONE]\n\n"
 
     def _choices(self, piece: StreamChunk, trim: Trimmer) -> Sequence[dict[str, Any]]:
@@ -203,8 +210,3 @@ class Events(StreamingResponse):
 
 def _delta(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -1,6 +1,7 @@
 """The HTTP server: OpenAI's chat API over the generation engine.
 
-One process, one engine thread, one event loop. Media are fetched and decoded before a request is queued; a full
+One process, one engine thread, one event loop. Whoever may not ask is refused from the headers (`access`), bodies are
+limited and kept off the loop (`bodies`), media are fetched and decoded before a request is queued (`service`); a full
 queue answers 429; a client that goes away frees its row before the next step; a request that fails, fails alone.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hmac
 import logging
 import re
 import time
@@ -21,13 +21,21 @@ from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from llavakit.data.strict_json import JsonError
+from llavakit.errors import UserError, quoted, shorten
 from llavakit.generation.chat import Chat
+from llavakit.media.policy import Refused
+from llavakit.serving.access import Access, Sessions
 from llavakit.serving.answer import Answer, Events
-from llavakit.serving.protocol import ChatRequest, Completion, ErrorAnswer, error_body, new_id
-from llavakit.serving.service import APIError, Service, Settings
+from llavakit.serving.bodies import BodiesInFlight, BodyLimit, ChatBody
+from llavakit.serving.presence import Presence
+from llavakit.serving.protocol import APIError, ChatRequest, Completion, ErrorAnswer, error_body, new_id
+from llavakit.serving.service import Incoming, Service, Settings
 
 log = logging.getLogger("llavakit.serving")
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -41,91 +49,66 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"properties": {"data": {"type": "string"}}}}},
     }
 }
+_CHAT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
+    }
+}
 _UPLOAD_ID = re.compile(r"^file-[0-9a-f]{32}$")
-
-
-class BodyLimit:
-    """ASGI middleware: a request body that is too large or too slow is read no further.
-
-    Args:
-        most: Bytes; more are answered with 413.
-        seconds: Time for the whole body; more is answered with 408.
-    """
-
-    def __init__(self, app: Any, most: int, seconds: float) -> None:
-        self.app, self.most, self.seconds = app, most, seconds
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        loop = asyncio.get_running_loop()
-        deadline, seen, unfinished, started = loop.time() + self.seconds, 0, True, False
-        refused: JSONResponse | None = None
-
-        async def limited() -> Any:
-            nonlocal seen, unfinished, refused
-            if not unfinished:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                refused = _refusal(408, f"the request took longer than {self.seconds:g} s to arrive")
-                raise _Aborted from None
-            seen += len(message.get("body", b""))
-            if seen > self.most:
-                refused = _refusal(413, f"the request is larger than {self.most} bytes")
-                raise _Aborted
-            unfinished = message.get("more_body", False)
-            return message
-
-        async def watched(message: Any) -> None:
-            nonlocal started
-            if refused is None:  # what the application makes of an aborted body is replaced below
-                started = True
-                await send(message)
-
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.most:
-            refused = _refusal(413, f"the request is larger than {self.most} bytes")
-        else:
-            with contextlib.suppress(_Aborted):
-                await self.app(scope, limited, watched)
-        if refused is not None and not started:
-            await refused(scope, receive, send)
-
-
-class _Aborted(Exception):
-    pass
-
-
-def _refusal(status: int, message: str) -> JSONResponse:
-    return JSONResponse(error_body(message, "invalid_request_error"), status, headers={"Connection": "close"})
 
 
 def create_app(chat: Chat, settings: Settings | None = None) -> FastAPI:
     """The application; the engine's thread lives as long as it."""
     settings = settings or Settings()
-    service = Service(chat, settings)
+    service, sessions = Service(chat, settings), Sessions()
+    failed = service.metrics.failed
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chat.engine.start()
+        housekeeping = asyncio.create_task(_forget_old_uploads(service))
         yield
+        housekeeping.cancel()
         service.closing = True
         await to_thread.run_sync(functools.partial(chat.engine.stop, drain=True))
 
     app = FastAPI(title="llavakit", version="1", lifespan=lifespan, redoc_url=None)
-    app.state.service = service
-    app.add_middleware(BodyLimit, most=settings.body_bytes, seconds=settings.body_seconds)
-    if settings.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
+    app.state.service, app.state.sessions = service, sessions
+    flight = BodiesInFlight(settings.flight_bytes)
+    # The last one is the outermost: CORS only adds headers and answers what browsers ask in advance.
+    app.add_middleware(
+        BodyLimit, most=settings.body_bytes, seconds=settings.body_seconds, flight=flight, refused=failed
+    )
+    app.add_middleware(Access, policy=settings.access, sessions=sessions, refused=failed)
+    app.add_middleware(
+        CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+    )
     _handle_errors(app, service)
     _add_routes(app, service)
+    _describe_chat_request(app)
     return app
+
+
+async def _forget_old_uploads(service: Service) -> None:
+    while True:
+        await asyncio.sleep(60)
+        service.uploads.expire()
+
+
+def _describe_chat_request(app: FastAPI) -> None:
+    """The schema of chat requests in the OpenAPI document; their bodies are read by `ChatBody`, not by FastAPI."""
+    describe = app.openapi
+
+    def document() -> dict[str, Any]:
+        described = describe()
+        schemas = described["components"]["schemas"]
+        if "ChatRequest" not in schemas:
+            schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= {**schema.pop("$defs"), "ChatRequest": schema}
+        return described
+
+    app.openapi = document  # FastAPI's way to extend the document
 
 
 def _handle_errors(app: FastAPI, service: Service) -> None:
@@ -138,12 +121,7 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         service.metrics.failed(400)
         first = error.errors()[0]
-        place = _place(first, error.body)
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "json_invalid":
-            message = f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"
-        text = f"{place}: {message}" if place else message
-        return JSONResponse(error_body(text, "invalid_request_error", place or None), 400)
+        return JSONResponse(_invalid(first, first["loc"][1:], error.body), 400)
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
@@ -157,36 +135,31 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
         return JSONResponse(error_body("the server failed; its log says why", "server_error"), 500)
 
 
-def _place(error: dict[str, Any], body: Any) -> str:
+def _invalid(error: dict[str, Any], steps: Sequence[Any], body: Any) -> dict[str, Any]:
+    """The answer to a request with a wrong field."""
+    place = _place(error, steps, body)
+    message = error["msg"].removeprefix("Value error, ")
+    text = str(UserError(f"{place}: {message}" if place else message))
+    return error_body(text, "invalid_request_error", place or None)
+
+
+def _place(error: dict[str, Any], steps: Sequence[Any], body: Any) -> str:
     """Dotted path of the field that an error is about, without the names of types that pydantic puts in between."""
-    steps, node = [], body
-    for step in error["loc"][1:]:
+    found, node = [], body
+    for step in steps:
         known = step in node if isinstance(node, dict) else isinstance(node, list) and step in range(len(node))
         if known:
             node = node[step]
-        if known or (step is error["loc"][-1] and error["type"] == "missing"):
-            steps.append(str(step))
-    return ".".join(steps)
-
-
-def _guard(keys: Sequence[str]) -> list[Any]:
-    """What every operation of the API depends on: a key, if there are keys."""
-    known = [key.encode() for key in keys]
-    bearer = HTTPBearer(auto_error=False)
-
-    # asynchronous, since plain functions would go through a thread each time
-    async def check(sent: HTTPAuthorizationCredentials | None = Depends(bearer)) -> None:
-        given = sent.credentials.encode() if sent is not None else b""
-        matches = [hmac.compare_digest(given, key) for key in known]  # every key, so that time tells nothing
-        if not any(matches):
-            raise APIError(401, "a valid API key is needed in the Authorization header", code="invalid_api_key")
-
-    return [Depends(check)] if known else []
+        if known or (step is steps[-1] and error["type"] == "missing"):
+            found.append(shorten(str(step)))
+    return shorten(".".join(found))
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
     settings = service.settings
-    guarded: dict[str, Any] = {"dependencies": _guard(settings.api_keys), "responses": _ERRORS}
+    # `Access` asks for keys; this says so in the document
+    documented = [Depends(HTTPBearer(auto_error=False))] if settings.api_keys else []
+    guarded: dict[str, Any] = {"dependencies": documented, "responses": _ERRORS}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -209,11 +182,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def model(name: str) -> dict[str, Any]:
         """Facts about one model."""
         if name not in settings.names:
-            raise APIError(404, f"model {name!r} is not served here", "model", "model_not_found")
+            raise APIError(404, f"model {quoted(name)} is not served here", "model", "model_not_found")
         return _model(name)
 
     @app.post("/v1/files", **guarded)
-    async def upload(file: UploadFile = File(), purpose: str = Form("vision", max_length=64)) -> dict[str, Any]:
+    async def upload(
+        request: Request, file: UploadFile = File(), purpose: str = Form("vision", max_length=64)
+    ) -> dict[str, Any]:
         """Keep a media item in memory for later requests, which name it `upload:ID`."""
         content = bytearray()
         while block := await file.read(2**20):
@@ -223,35 +198,64 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         if not content:
             raise APIError(400, "the file is empty", "file")
         identity = new_id("file")
-        service.uploads.add(identity, bytes(content))
+        try:
+            service.uploads.add(request.state.owner, identity, bytes(content), len(content))
+        except Refused as refused:
+            raise APIError(refused.status, str(refused), "file") from None
         return _file(identity, len(content), purpose)
 
     @app.delete("/v1/files/{identity}", **guarded)
-    async def forget(identity: str) -> dict[str, Any]:
+    async def forget(identity: str, request: Request) -> dict[str, Any]:
         """Forget an upload."""
-        if not _UPLOAD_ID.match(identity) or not service.uploads.remove(identity):
+        if not _UPLOAD_ID.match(identity) or not service.uploads.remove(request.state.owner, identity):
             raise APIError(404, "no such upload", "identity")
         return {"id": identity, "object": "file", "deleted": True}
 
-    @app.post("/v1/chat/completions", response_model=None, **(guarded | {"responses": _ERRORS | _ANSWERS}))
-    async def chat_completions(body: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
+    chat_options = {"response_model": None, "openapi_extra": _CHAT_BODY, "responses": _ERRORS | _ANSWERS}
+
+    @app.post("/v1/chat/completions", **(guarded | chat_options))
+    async def chat_completions(request: Request) -> JSONResponse | StreamingResponse:
         """Answer a conversation."""
-        if body.model not in settings.names:
-            known = ", ".join(settings.names)
-            raise APIError(404, f"model {body.model!r} is not served here; served: {known}", "model", "model_not_found")
+        content, body = await _read_chat(request, service)
         service.admit()
-        answer = Answer(service, body)
-        try:
-            await answer.start()
-        except BaseException:
-            answer.close()
-            raise
-        if body.stream:
-            return Events(answer)
-        try:
-            return JSONResponse(await answer.whole(request))
-        finally:
-            answer.close()
+        async with Presence(request) as presence:
+            incoming = Incoming(body, content, request.state.owner, request.state.body.release, presence)
+            answer = Answer(service, incoming)
+            try:
+                await answer.start()
+                if not body.stream:
+                    return JSONResponse(await answer.whole(presence))
+            except BaseException:
+                answer.close()
+                raise
+            finally:
+                if not body.stream:
+                    answer.close()
+        return Events(answer)
+
+
+async def _read_chat(request: Request, service: Service) -> tuple[ChatBody, ChatRequest]:
+    """The body of a chat request, as it came and as it was understood."""
+    settings = service.settings
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise APIError(415, f"send Content-Type: application/json, not {quoted(kind)}")
+    content = ChatBody(settings.json_bytes)
+    try:
+        async for chunk in request.stream():
+            content.feed(chunk)
+        body = await to_thread.run_sync(content.read)
+    except ClientDisconnect:
+        raise APIError(499, "the client closed the request") from None
+    except JsonError as error:
+        raise APIError(400, f"the body is not valid JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise RequestValidationError([first | {"loc": ("body", *first["loc"])}], body=content.value) from None
+    if body.model not in settings.names:
+        said = f"model {quoted(body.model)} is not served here; served: {', '.join(settings.names)}"
+        raise APIError(404, said, "model", "model_not_found")
+    return content, body
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+HUNG_UP = 499
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -31,16 +32,19 @@ class Metrics:
         """A request got its first token."""
         self._first.observe(seconds)
 
-    def finished(self, seconds: float, prompt_tokens: int, reply_tokens: int) -> None:
-        """A request was answered, or its client went away."""
-        self._requests.labels("answered").inc()
+    def worked(self, prompt_tokens: int, reply_tokens: int) -> None:
+        """A request was computed, whether its answer arrived or not."""
         self._prompt.inc(prompt_tokens)
         self._reply.inc(reply_tokens)
+
+    def answered(self, seconds: float) -> None:
+        """A request was answered to its end."""
+        self._requests.labels("answered").inc()
         self._whole.observe(seconds)
 
     def failed(self, status: int) -> None:
-        """A request was answered with an error."""
-        self._requests.labels(str(status)).inc()
+        """A request was answered with an error, or (499) its client went away."""
+        self._requests.labels("hung_up" if status == HUNG_UP else str(status)).inc()
 
     def render(self) -> str:
         """The text that Prometheus reads."""

@@ -9,37 +9,36 @@ the page uses.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import contextlib
 import json
 import os
 import re
-import secrets
 import stat
-import threading
+import time
 from collections.abc import Iterator
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from anyio import to_thread
 from starlette.responses import FileResponse, JSONResponse
 
+from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.media.policy import Refused
+from llavakit.serving.access import Sessions
+from llavakit.serving.uploads import UploadPolicy, Uploads
 
-COOKIE = "llavakit_page"
 FILES = "/gradio_api/file="
 UPLOAD = "/gradio_api/upload"
 EVENTS = frozenset(f"/gradio_api/{name}" for name in ("run/predict", "queue/join", "cancel", "reset"))
 # What the page needs besides its files; everything else that the framework offers stays closed.
 _PLAIN = re.compile(
-    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/login|/logout|/assets/.+|/static/.+"
-    r"|/gradio_api/(login_check|upload_progress|queue/data|heartbeat/\w+)"
+    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/assets/.+|/static/.+"
+    r"|/gradio_api/(upload_progress|queue/data|heartbeat/\w+)"
 )
 _SHOWN = re.compile(r"^(image/(png|jpeg|gif|webp|bmp|avif)|video/(mp4|webm|ogg|quicktime))$")
 _NAMED = frozenset({"path", "url", "file", "files"})  # keys under which the framework looks for files
 _MOST_DEPTH = 64
-_MOST_EVENT = 4 * 2**20
 
 
 class PageFiles:
@@ -48,52 +47,52 @@ class PageFiles:
     Args:
         folder: Where the page's framework puts uploads; nothing else should write there.
         file_bytes: Largest file.
+        policy: How many uploads are kept, and for how long.
     """
 
-    def __init__(self, folder: Path, file_bytes: int) -> None:
+    def __init__(self, folder: Path, file_bytes: int, policy: UploadPolicy | None = None) -> None:
         self.folder, self.file_bytes = folder.resolve(), file_bytes
-        self._secret = secrets.token_bytes(32)
+        self.uploads: Uploads[Path] = Uploads(policy or UploadPolicy(), self._delete)
         self._shared: set[Path] = set()
-        self._owned: dict[str, set[Path]] = {}
-        self._lock = threading.Lock()
-
-    # ------------------------------------------------------------------ sessions
-
-    def begin(self) -> str:
-        """The cookie of a new session."""
-        session = secrets.token_hex(16)
-        return f"{session}.{self._signature(session)}"
-
-    def session(self, cookies: str) -> str | None:
-        """The session that a Cookie header belongs to, None if it belongs to none."""
-        try:
-            morsel = SimpleCookie(cookies).get(COOKIE)
-        except CookieError:
-            return None
-        session, _, signature = (morsel.value if morsel is not None else "").partition(".")
-        known = hmac.compare_digest(signature.encode(), self._signature(session).encode())
-        return session if known else None
-
-    def _signature(self, session: str) -> str:
-        return hmac.new(self._secret, session.encode(), hashlib.sha256).hexdigest()
-
-    # ------------------------------------------------------------------ files
 
     def share(self, path: Path) -> None:
         """Let every session use a file of the page's own."""
         self._shared.add(path.resolve(strict=True))
 
-    def add(self, session: str, path: str) -> None:
-        """Note that a session uploaded a file.
+    def add(self, session: str, path: str, account: str | None = None) -> None:
+        """Note that a session uploaded a file; one for which there is no room is deleted.
+
+        Args:
+            account: Whose quota it counts for, if not the session's.
 
         Raises:
-            Refused: If it lies outside the folder of uploads.
+            Refused: If there is no room, or the file lies outside the folder of uploads.
         """
         found = Path(path).resolve()
-        if not found.is_relative_to(self.folder):
+        if not found.is_relative_to(self.folder) or not found.is_file():
             raise Refused("the upload was kept outside the folder of uploads", 500)
-        with self._lock:
-            self._owned.setdefault(session, set()).add(found)
+        try:
+            self.uploads.add(session, str(found), found, found.stat().st_size, account)
+        except Refused:
+            self._delete(found)
+            raise
+
+    def _delete(self, path: Path) -> None:
+        """Remove a file that nobody holds any more, and the folder that the framework made for it."""
+        if path not in self._shared and not self.uploads.known(str(path)):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not empty
+                if path.parent != self.folder:
+                    path.parent.rmdir()
+
+    def tidy(self, seconds: float = 600.0) -> None:
+        """Forget uploads that are too old, and remove what the framework left behind."""
+        self.uploads.expire()
+        oldest = time.time() - seconds
+        for path in list(self.folder.rglob("*")):
+            with contextlib.suppress(OSError):
+                if path.is_file() and path.stat().st_mtime < oldest:
+                    self._delete(path)
 
     def locate(self, session: str | None, path: Any) -> Path:
         """The file that a browser means, resolved.
@@ -105,12 +104,12 @@ class PageFiles:
         if not isinstance(path, str):
             raise refused
         named = Path(os.path.normpath(path))  # the file system is not asked about paths that nobody uploaded
-        with self._lock:
-            known = named in self._shared or (session is not None and named in self._owned.get(session, ()))
         try:
-            if not known or named.resolve(strict=True) != named:
+            if named not in self._shared:
+                self.uploads.get(session or "", str(named))
+            if named.resolve(strict=True) != named:
                 raise refused
-        except (OSError, RuntimeError):
+        except (Refused, OSError, RuntimeError):
             raise refused from None
         return named
 
@@ -178,15 +177,19 @@ def _path_of(url: Any) -> Any:
 
 
 class PageGuard:
-    """ASGI middleware in front of the page's framework.
+    """ASGI middleware in front of the page's framework; `Access` has told it the session.
 
     Args:
-        files: The page's files and sessions.
+        files: The page's files.
+        sessions: Makes the cookies.
         others: Matches the paths that do not belong to the page.
+        event_bytes: Largest body of an event.
     """
 
-    def __init__(self, app: Any, files: PageFiles, others: re.Pattern[str]) -> None:
-        self.app, self.files, self.others = app, files, others
+    def __init__(
+        self, app: Any, files: PageFiles, sessions: Sessions, others: re.Pattern[str], event_bytes: int = 2**20
+    ) -> None:
+        self.app, self.files, self.sessions, self.others, self.event_bytes = app, files, sessions, others, event_bytes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or self.others.match(scope["path"]):
@@ -199,21 +202,45 @@ class PageGuard:
 
     async def _page(self, scope: Any, receive: Any, send: Any) -> None:
         path, method = scope["path"], scope["method"]
-        sent = b"; ".join(value for name, value in scope["headers"] if name == b"cookie")
-        session = self.files.session(sent.decode("latin-1"))
+        session, owner = scope["state"]["session"], scope["state"]["owner"]
         if path.startswith(FILES) and method in ("GET", "HEAD"):
             await self._download(session, path.removeprefix(FILES))(scope, receive, send)
         elif path == UPLOAD and method == "POST":
-            await self._upload(_needed(session), scope, receive, send)
+            await self._upload(_needed(session), owner, scope, receive, send)
         elif path in EVENTS and method == "POST":
-            body = await _body(receive)
-            self.files.check(_needed(session), _parsed(body))
+            body = await self._body(receive)
+            value = await to_thread.run_sync(_parsed, body)
+            self.files.check(_needed(session), value)
             await self.app(scope, _again(body, receive), send)
-        elif _PLAIN.fullmatch(path) and (method in ("GET", "HEAD") or (path == "/login" and method == "POST")):
-            begins = session is None and path in ("/", "/config")
-            await self.app(scope, receive, _with_cookie(send, self.files.begin()) if begins else send)
+        elif _PLAIN.fullmatch(path) and method in ("GET", "HEAD"):
+            if session is None and path in ("/", "/config"):
+                send = self._beginning(send, owner, scope["scheme"])
+            await self.app(scope, receive, send)
         else:
             raise Refused("the page has no such address", 404)
+
+    async def _body(self, receive: Any) -> bytes:
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Refused("the client closed the request", 499)
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.event_bytes:
+                raise Refused(f"an event of the page holds at most {self.event_bytes} bytes", 413)
+        return bytes(body)
+
+    def _beginning(self, send: Any, owner: str, scheme: str) -> Any:
+        """A `send` that gives the browser the cookie of a new session."""
+
+        async def begin(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                cookie = self.sessions.begin(owner)
+                message = message | {"headers": self.sessions.set_cookie(list(message["headers"]), cookie, scheme)}
+            await send(message)
+
+        return begin
 
     def _download(self, session: str | None, path: str) -> FileResponse:
         found = self.files.locate(session, path)
@@ -223,22 +250,20 @@ class PageGuard:
             response.headers["Content-Disposition"] = "attachment"
         return response
 
-    async def _upload(self, session: str, scope: Any, receive: Any, send: Any) -> None:
+    async def _upload(self, session: str, owner: str, scope: Any, receive: Any, send: Any) -> None:
         """Hand an upload on, and note whose it is when the framework says where it put it."""
         held: list[Any] = []
 
-        async def note(message: Any) -> None:
+        async def keep(message: Any) -> None:
             held.append(message)
-            if message["type"] != "http.response.body" or message.get("more_body", False):
-                return
-            if held[0]["status"] == 200:
-                answer = b"".join(part.get("body", b"") for part in held)
-                for path in json.loads(answer):
-                    self.files.add(session, path)
-            for part in held:
-                await send(part)
 
-        await self.app(scope, receive, note)
+        await self.app(scope, receive, keep)
+        if held and held[0]["status"] == 200:
+            answer = b"".join(part.get("body", b"") for part in held)
+            for path in json.loads(answer):
+                self.files.add(session, path, owner or None)
+        for part in held:
+            await send(part)
 
 
 def _needed(session: str | None) -> str:
@@ -247,24 +272,11 @@ def _needed(session: str | None) -> str:
     return session
 
 
-async def _body(receive: Any) -> bytes:
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refused("the client closed the request", 499)
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > _MOST_EVENT:
-            raise Refused(f"an event of the page holds at most {_MOST_EVENT} bytes", 413)
-    return bytes(body)
-
-
 def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused("the event is not valid JSON") from None
+        return parse_json(body)
+    except JsonError as error:
+        raise Refused(f"the event is not valid JSON: {error}") from None
 
 
 def _again(body: bytes, receive: Any) -> Any:
@@ -275,13 +287,3 @@ def _again(body: bytes, receive: Any) -> Any:
         return waiting.pop() if waiting else await receive()
 
     return replay
-
-
-def _with_cookie(send: Any, cookie: str) -> Any:
-    async def begin(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            field = (b"set-cookie", f"{COOKIE}={cookie}; Path=/; HttpOnly; SameSite=Strict".encode())
-            message = message | {"headers": [*message["headers"], field]}
-        await send(message)
-
-    return begin

@@ -1,34 +1,40 @@
 """Requests and answers in OpenAI's form, validated.
 
-Fields that llavakit does not have are refused by name rather than ignored in silence; those that cannot change an
-answer (`user`, `metadata`, `store`) are accepted.
+Fields that llavakit does not have are refused by name rather than ignored in silence; those of OpenAI's that cannot
+change an answer (`user`, `metadata`, `service_tier`) are accepted. `null` means absent, everywhere. Types are taken as
+they are: `true` is no number, and `"1"` neither.
 """
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from llavakit.errors import Portable, UserError
 from llavakit.registry import nearest
 
 MOST_TOKENS = 1_000_000
 Text = Annotated[str, Field(max_length=4_000_000)]
+Empty = Annotated[list[Any], Field(max_length=0)]
+NoPenalty = Annotated[float, Field(ge=0, le=0)]
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors that name the nearest known one."""
+    """Unknown fields are errors that name the nearest known one; `null` is as good as nothing."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
+            data = {key: value for key, value in data.items() if value is not None}
             names = [field.alias or name for name, field in cls.model_fields.items()]
             for key in data:
                 if key not in names:
@@ -50,25 +56,41 @@ class TextPart(Strict):
 class Url(Strict):
     """Where a media item is: a data URL, an http(s) URL, or `upload:ID`."""
 
-    url: str = Field(max_length=200_000_000)
+    url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(Strict):
+class MediaPart(Strict):
+    """A media item."""
+
+    type: str
+
+    @property
+    def modality(self) -> str:
+        """`image`, `video` or `volume`."""
+        return self.type.removesuffix("_url")
+
+    @property
+    def source(self) -> Url:
+        """Where it is."""
+        return getattr(self, self.type)
+
+
+class ImagePart(MediaPart):
     """An image."""
 
     type: Literal["image_url"]
     image_url: Url
 
 
-class VideoPart(Strict):
+class VideoPart(MediaPart):
     """A video."""
 
     type: Literal["video_url"]
     video_url: Url
 
 
-class VolumePart(Strict):
+class VolumePart(MediaPart):
     """A volume (.npy in Hounsfield units or NIfTI); an extension of OpenAI's form."""
 
     type: Literal["volume_url"]
@@ -112,6 +134,7 @@ class ChatMessage(Strict):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    annotations: Empty | None = None
 
 
 class Function(Strict):
@@ -183,11 +206,19 @@ class ChatRequest(Strict):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: NoPenalty | None = None
+    frequency_penalty: NoPenalty | None = None
+    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
+    modalities: list[Literal["text"]] | None = None
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=16
+    )
     store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -198,6 +229,26 @@ class ChatRequest(Strict):
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise PydanticCustomError("contradiction", "tool_choice needs tools")
         return self
+
+    def media_parts(self) -> Iterator[tuple[str, MediaPart]]:
+        """Media of all messages, each with the path of its field."""
+        for number, message in enumerate(self.messages):
+            for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                if isinstance(part, MediaPart):
+                    yield f"messages.{number}.content.{place}.{part.type}", part
+
+    def characters(self) -> int:
+        """Characters that may become part of the prompt: texts, calls, results and tools."""
+        count = 0
+        for message in self.messages:
+            content = message.content or ""
+            texts = [content] if isinstance(content, str) else [p.text for p in content if isinstance(p, TextPart)]
+            texts += [call.function.name + call.function.arguments for call in message.tool_calls or ()]
+            texts += [message.name or "", message.tool_call_id or ""]
+            count += sum(map(len, texts))
+        for tool in self.tools or ():
+            count += len(json.dumps(tool.function.model_dump(exclude_none=True), ensure_ascii=False))
+        return count
 
     @property
     def budget(self) -> int | None:
@@ -256,6 +307,19 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+
+
+class APIError(Portable):
+    """An answer with an error in OpenAI's form."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
+    ) -> None:
+        message = str(UserError(message))  # one line, in which long values are cut
+        super().__init__(message)
+        modality = "invalid_request_error" if status < 500 and status not in (401, 429) else "server_error"
+        modality = {401: "authentication_error", 429: "rate_limit_error"}.get(status, modality)
+        self.status, self.body, self.headers = status, error_body(message, modality, param, code), headers
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

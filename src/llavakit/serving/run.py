@@ -37,6 +37,7 @@ def serve(
     name: str | None = None,
     web: bool = True,
     api_keys: tuple[str, ...] = (),
+    allowed_hosts: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
     media_folders: tuple[Path, ...] = (),
     media_networks: tuple[str, ...] = (),
@@ -56,6 +57,8 @@ def serve(
         name: What clients call the model; default: the folder's name.
         web: Whether the web app is served at `/`.
         api_keys: Keys of which clients must send one; also read from LLAVAKIT_API_KEYS, separated by commas.
+        allowed_hosts: Names by which clients call the server, besides localhost, `host`, this machine's name and
+            addresses.
         media_networks: Networks that may be fetched from although they are not public, as `10.1.0.0/16`.
         extra: Further arguments for `vllm serve`.
         sources: `base` and `vision_tower`, see `llavakit.load`.
@@ -68,7 +71,8 @@ def serve(
         raise UserError(f"--engine {engine}: unknown; known: {', '.join(ENGINES)}")
     keys = (*api_keys, *filter(None, os.environ.get("LLAVAKIT_API_KEYS", "").split(",")))
     if engine == "vllm":
-        given = {"--device": device, "--media-network": media_networks, **{f"--{k}": v for k, v in sources.items()}}
+        given = {"--device": device, "--media-network": media_networks, "--allowed-host": allowed_hosts}
+        given |= {f"--{k}": v for k, v in sources.items()}
         for option, value in given.items():
             if value:
                 raise UserError(f"{option.replace('_', '-')}: belongs to --engine native; vLLM has no such option")
@@ -76,16 +80,19 @@ def serve(
         arguments += vllm_arguments(keys, origins, media_folders, fetch, dtype)
         _serve_vllm(model, [*arguments, *extra], console)
         return
-    uvicorn = _need("uvicorn", "serve")
+    _need("uvicorn", "serve")
     _need("fastapi", "serve")
     from llavakit.generation.load import load
     from llavakit.media.policy import MediaPolicy
+    from llavakit.serving.access import hosts_of
     from llavakit.serving.app import Settings, create_app
+    from llavakit.serving.process import http_server, run_until_stopped
 
     _check_port(host, port)
     names = tuple(dict.fromkeys([name or Path(model).name or "llavakit"]))
     policy = MediaPolicy(fetch=fetch, folders=media_folders, networks=tuple(map(_network, media_networks)))
-    settings = Settings(names=names, api_keys=keys, origins=origins, max_queue=max_queue, media=policy)
+    hosts = hosts_of(socket.gethostname(), host, allowed_hosts)
+    settings = Settings(names=names, api_keys=keys, hosts=hosts, origins=origins, max_queue=max_queue, media=policy)
     with console.status(f"loading {model}"):
         chat = load(model, dtype=dtype, device=device, max_batch=max_batch, **sources)
     app = create_app(chat, settings)
@@ -95,10 +102,10 @@ def serve(
     elif web:
         from llavakit.serving.webapp import mount
 
-        app = mount(app, chat, keys)
+        app = mount(app, chat)
         console.print(f"web app  {address}/")
     console.print(f"API      {address}/v1   (model {names[0]!r}, documentation at {address}/docs)")
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
+    run_until_stopped(http_server(app, settings.connections, host=host, port=port, log_level="warning"))
 
 
 def _network(text: str) -> Any:

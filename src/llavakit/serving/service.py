@@ -5,6 +5,7 @@ Media are fetched and decoded before a request is queued. This module knows noth
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -15,17 +16,21 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 
 from llavakit.conversation.encode import escape_special_tokens
-from llavakit.errors import Portable, UserError
+from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestHandle, StreamChunk
 from llavakit.media.fetch import MediaFetcher
-from llavakit.media.policy import MediaPolicy, Refused
+from llavakit.media.policy import MediaPolicy, Refused, decode_data_url
 from llavakit.media.source import Attached
 from llavakit.serving import toolcalls
+from llavakit.serving.access import AccessPolicy
+from llavakit.serving.bodies import ChatBody
 from llavakit.serving.metrics import Metrics
-from llavakit.serving.protocol import ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart, error_body
-from llavakit.serving.uploads import Uploads
+from llavakit.serving.presence import Presence
+from llavakit.serving.protocol import APIError, ChatMessage, ChatRequest, MediaPart, TextPart
+from llavakit.serving.uploads import UploadPolicy, Uploads
 
+CONTEXT_EXCEEDED = "context_length_exceeded"
 _KINDS = ("image", "video", "volume")
 
 
@@ -35,43 +40,61 @@ class Settings:
 
     Attributes:
         names: Model names that clients may ask for; the first is listed.
-        api_keys: Keys of which a client must send one; none asks for none.
-        origins: Origins of web pages that may call the API; none closes it to other pages.
+        api_keys, hosts, origins: Who may ask, see `AccessPolicy`.
         max_queue: Requests that may wait beside those being decoded; one more is answered with 429.
         max_tokens: Longest reply; requests for more are cut to it.
         default_tokens: Longest reply of a request that names none.
         temperature: Of requests that name none; 0 is greedy.
         body_bytes: Largest request.
+        json_bytes: Largest request without its media.
+        flight_bytes: Bodies of all requests that are arriving.
         body_seconds: Longest time for a request to arrive.
-        upload_bytes: Memory for uploads.
+        connections: Most connections at once; one more is answered with 503.
+        uploads: What clients may send ahead of their requests.
         keep_alive: Seconds between comments on a stream that is silent.
         media: The media policy.
     """
 
     names: tuple[str, ...] = ("llavakit",)
     api_keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     max_queue: int = 64
     max_tokens: int = 4096
     default_tokens: int = 512
     temperature: float = 0.0
     body_bytes: int = 64 * 2**20
+    json_bytes: int = 2**20
+    flight_bytes: int = 256 * 2**20
     body_seconds: float = 120.0
-    upload_bytes: int = 512 * 2**20
+    connections: int = 512
+    uploads: UploadPolicy = field(default_factory=UploadPolicy)
     keep_alive: float = 15.0
     media: MediaPolicy = field(default_factory=MediaPolicy)
 
+    @property
+    def access(self) -> AccessPolicy:
+        """Who may ask."""
+        return AccessPolicy(self.api_keys, self.hosts, self.origins)
 
-class APIError(Portable):
-    """An answer with an error in OpenAI's form."""
 
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
-    ) -> None:
-        super().__init__(message)
-        modality = "invalid_request_error" if status < 500 and status not in (401, 429) else "server_error"
-        modality = {401: "authentication_error", 429: "rate_limit_error"}.get(status, modality)
-        self.status, self.body, self.headers = status, error_body(message, modality, param, code), headers
+@dataclass
+class Incoming:
+    """A chat request that has arrived.
+
+    Attributes:
+        body: The validated request.
+        content: Its media.
+        owner: Whose key it came with; "" where none are asked for.
+        arrived: To be called when the bytes of the body are held no longer.
+        presence: Of the client.
+    """
+
+    body: ChatRequest
+    content: ChatBody
+    owner: str
+    arrived: Callable[[], None]
+    presence: Presence
 
 
 class Service:
@@ -84,8 +107,8 @@ class Service:
 
     def __init__(self, chat: Chat, settings: Settings) -> None:
         self.chat, self.settings = chat, settings
-        self.uploads = Uploads(settings.upload_bytes)
-        self.fetcher = MediaFetcher(settings.media, self.uploads)
+        self.uploads: Uploads[bytes] = Uploads(self._upload_policy(settings))
+        self.characters = prompt_characters(chat.processor.tokenizer, chat.engine.max_length)
         self.metrics = Metrics(chat.engine)
         self.active = 0
         self.closing = False
@@ -93,6 +116,12 @@ class Service:
         reading = chat.processor.reading or {}
         limits = {"limits": settings.media.limits}
         chat.processor.reading = {modality: {**reading.get(modality, {}), **limits} for modality in _KINDS}
+
+    @staticmethod
+    def _upload_policy(settings: Settings) -> UploadPolicy:
+        """Without keys all clients are one owner, who may use all there is."""
+        policy = settings.uploads
+        return policy if settings.api_keys else dataclasses.replace(policy, owner_bytes=policy.total_bytes)
 
     def admit(self) -> None:
         """Count a request in.
@@ -110,24 +139,58 @@ class Service:
         """Count a request out."""
         self.active -= 1
 
-    async def submit(self, request: ChatRequest, listener: Callable[[StreamChunk], None]) -> RequestHandle:
+    def check_messages(self, messages: list[dict[str, Any]]) -> None:
+        """Whether messages whose media are at hand may be asked at all; for the web app.
+
+        Raises:
+            APIError: If not.
+        """
+        tally = Tally(self.settings.media)
+        count = 0
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] == "text":
+                    count += len(part["text"])
+                else:
+                    tally.add(part["type"], "messages")
+                    tally.add_bytes(len(part[part["type"]]), "messages")
+        self._check_characters(count)
+
+    def _check_characters(self, count: int) -> None:
+        if count > self.characters:
+            said = f"the texts hold {count} characters; more than {self.characters} never fit the model's context"
+            raise APIError(400, said, "messages", CONTEXT_EXCEEDED)
+
+    async def submit(self, incoming: Incoming, listener: Callable[[StreamChunk], None]) -> RequestHandle:
         """Fetch, decode and queue a request.
 
         Raises:
             APIError: If it cannot be run, naming the field.
         """
-        messages = await self._messages(request)
+        request = incoming.body
+        self._check_characters(request.characters())
         sampling = self._sampling(request)
-        prepare = functools.partial(self._prepare, messages, sampling)
+        messages = await self._messages(incoming)
+        incoming.arrived()
+        incoming.presence.check()
+        prepare = functools.partial(self._prepare, messages, sampling, incoming)
         try:
             prepared = await to_thread.run_sync(prepare, limiter=self._decoders)
+            incoming.presence.check()
+            length, most = len(prepared.input_ids), self.chat.engine.max_length - 1
+            if length > most:
+                said = f"the prompt has {length} positions with its media; the model's context takes {most}"
+                raise APIError(400, said, "messages", CONTEXT_EXCEEDED)
             return self.chat.engine.submit(prepared, stream=bool(request.stream), listener=listener)
         except UserError as error:
             named = re.match(r"(messages\.[\w.]+)(?=: )|sampling: (\w+)", str(error))
             raise APIError(400, str(error), named[1] or named[2] if named else "messages") from None
 
-    def _prepare(self, messages: list[dict[str, Any]], sampling: dict[str, Any]) -> Any:
-        return self.chat.request(escape_special_tokens(messages, self.chat.processor.tokenizer), **sampling)
+    def _prepare(self, messages: list[dict[str, Any]], sampling: dict[str, Any], incoming: Incoming) -> Any:
+        present = incoming.presence.check
+        present()  # it may have waited for a thread
+        escaped = escape_special_tokens(messages, self.chat.processor.tokenizer)
+        return self.chat.request(escaped, before_media=lambda part: present(), **sampling)
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
         settings = self.settings
@@ -148,13 +211,17 @@ class Service:
         }
         return {name: value for name, value in given.items() if value is not None}
 
-    async def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
-        held: Counter[str] = Counter()
+    async def _messages(self, incoming: Incoming) -> list[dict[str, Any]]:
+        request = incoming.body
+        tally = Tally(self.settings.media)
         messages: list[dict[str, Any]] = []
         for number, message in enumerate(request.messages):
             role = "system" if message.role == "developer" else message.role
-            content = await self._content(message, f"messages.{number}", held)
-            messages.append({"role": role, "content": content})
+            content = await self._content(message, f"messages.{number}", tally, incoming)
+            if role == "system" and number and all(each["role"] == "system" for each in messages):
+                messages[0]["content"] += [{"type": "text", "text": "\n"}, *content]  # templates take one
+            else:
+                messages.append({"role": role, "content": content})
         tools = toolcalls.describe(request)
         if tools is not None:
             part = {"type": "text", "text": tools}
@@ -164,7 +231,9 @@ class Service:
                 messages.insert(0, {"role": "system", "content": [part]})
         return messages
 
-    async def _content(self, message: ChatMessage, where: str, held: Counter[str]) -> list[dict[str, Any]]:
+    async def _content(
+        self, message: ChatMessage, where: str, tally: Tally, incoming: Incoming
+    ) -> list[dict[str, Any]]:
         calls = [{"type": "text", "text": toolcalls.as_text(message)}] if message.tool_calls else []
         if message.content is None:
             if message.role != "assistant":
@@ -177,22 +246,59 @@ class Service:
             if isinstance(part, TextPart):
                 parts.append({"type": "text", "text": part.text})
                 continue
-            modality = "image" if isinstance(part, ImagePart) else "video" if isinstance(part, VideoPart) else "volume"
-            field_name = f"{where}.content.{number}.{part.type}.url"
+            name = f"{where}.content.{number}.{part.type}"
             if message.role not in ("user", "tool"):
-                raise APIError(400, f"a {message.role} message holds no media", field_name)
-            policy = self.settings.media
-            held[modality] += 1
-            if held[modality] > getattr(policy, f"{modality}s"):
-                raise APIError(
-                    400, f"a request holds at most {getattr(policy, f'{modality}s')} {modality}s", field_name
-                )
-            try:
-                content = await self.fetcher.read(getattr(part, part.type).url)
-            except Refused as refused:
-                raise APIError(refused.status, str(refused), field_name) from None
-            held["bytes"] += len(content)
-            if held["bytes"] > policy.request_bytes:
-                raise APIError(413, f"the media of a request hold at most {policy.request_bytes} bytes", field_name)
-            parts.append({"type": modality, modality: Attached(content, f"{where}.content.{number}.{part.type}")})
+                raise APIError(400, f"a {message.role} message holds no media", f"{name}.url")
+            incoming.presence.check()
+            content = await self._media(part, f"{name}.url", tally, incoming)
+            parts.append({"type": part.modality, part.modality: Attached(content, name)})
         return [*parts, *calls]
+
+    async def _media(self, part: MediaPart, name: str, tally: Tally, incoming: Incoming) -> bytes:
+        """The content of a media item."""
+        policy = self.settings.media
+        tally.add(part.modality, name)
+        url, number = part.source.url, incoming.content.number(part.source.url)
+        try:
+            if number is None:
+                fetcher = MediaFetcher(policy, self.uploads.of(incoming.owner))
+                content = await incoming.presence.unless_gone(fetcher.read(url))
+            else:
+                content = await to_thread.run_sync(decode_data_url, incoming.content.take(number), policy.file_bytes)
+        except Refused as refused:
+            raise APIError(refused.status, str(refused), name) from None
+        tally.add_bytes(len(content), name)
+        return content
+
+
+class Tally:
+    """Counts the media of one request."""
+
+    def __init__(self, policy: MediaPolicy) -> None:
+        self._policy, self._counts, self._bytes = policy, Counter(), 0
+
+    def add(self, modality: str, name: str) -> None:
+        """One more item.
+
+        Raises:
+            APIError: If it is one too many; `name` is its field.
+        """
+        most = getattr(self._policy, f"{modality}s")
+        self._counts[modality] += 1
+        if self._counts[modality] > most:
+            raise APIError(400, f"a request holds at most {most} {modality}s", name)
+
+    def add_bytes(self, size: int, name: str) -> None:
+        """The size of an item's file.
+
+        Raises:
+            APIError: If the files are too large together.
+        """
+        self._bytes += size
+        if self._bytes > self._policy.request_bytes:
+            raise APIError(413, f"the media of a request hold at most {self._policy.request_bytes} bytes", name)
+
+
+def prompt_characters(tokenizer: Any, positions: int) -> int:
+    """The most characters that a prompt of so many positions can come from: each is at most the longest token."""
+    return positions * max(map(len, tokenizer.get_vocab()), default=1)

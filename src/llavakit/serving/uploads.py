@@ -1,40 +1,149 @@
-"""Media that clients upload ahead of their requests."""
+"""Files that clients send ahead of the requests that name them: whose they are, how many, and for how long.
+
+The API keeps their content in memory, the web app the paths of files; both under the rules of this module.
+"""
 
 from __future__ import annotations
 
-from llavakit.generation.cache import ByteBounded
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from llavakit.errors import quoted
 from llavakit.media.policy import Refused
 
+T = TypeVar("T")
 
-class Uploads:
-    """Media that clients sent ahead of their requests, in memory under names of the server's own.
 
-    Those that were not used for longest are forgotten when the store is full.
+@dataclass(frozen=True)
+class UploadPolicy:
+    """How much may be sent ahead.
 
-    Args:
-        total_bytes: Memory for all of them.
+    Attributes:
+        total_bytes: All uploads together; more are refused with 507.
+        owner_bytes: Uploads of one owner; more make the server forget those that he has not used for longest.
+        seconds: An upload that was not used for so long is forgotten.
     """
 
-    def __init__(self, total_bytes: int) -> None:
-        self._files = ByteBounded(total_bytes)
+    total_bytes: int = 512 * 2**20
+    owner_bytes: int = 128 * 2**20
+    seconds: float = 3600.0
 
-    def add(self, name: str, content: bytes) -> None:
-        """Keep an upload, forgetting old ones if need be."""
-        self._files.put(name, content, len(content))
 
-    def get(self, name: str) -> bytes:
-        """An upload's content.
+@dataclass
+class _Upload(Generic[T]):
+    content: T
+    size: int
+    account: str
+    used: float
+
+
+class Uploads(Generic[T]):
+    """Uploads by holder and name.
+
+    Args:
+        policy: How many.
+        dropped: Told the content of every upload that is forgotten, whatever the reason.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        policy: UploadPolicy,
+        dropped: Callable[[T], None] = lambda content: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.policy, self._dropped, self._clock = policy, dropped, clock
+        self._files: OrderedDict[tuple[str, str], _Upload[T]] = OrderedDict()  # those used last come last
+        self._lock = threading.RLock()
+
+    @property
+    def bytes(self) -> int:
+        """Size of all uploads."""
+        with self._lock:
+            return sum(upload.size for upload in self._files.values())
+
+    def add(self, holder: str, name: str, content: T, size: int, account: str | None = None) -> None:
+        """Keep an upload.
+
+        Args:
+            holder: Who alone may use it.
+            account: Whose quota it counts for, if that is somebody else.
 
         Raises:
-            Refused: If it is unknown or forgotten.
+            Refused: If there is no room for it.
         """
-        content = self._files.get(name)
-        if content is None:
-            raise Refused(f"upload {name[:64]!r} is unknown or has been forgotten; upload it again", 404)
-        return content
+        account = holder if account is None else account
+        with self._lock:
+            self.expire()
+            known = self._files.pop((holder, name), None)
+            if known is not None and known.content != content:
+                self._dropped(known.content)
+            if size > self.policy.owner_bytes:
+                raise Refused(f"uploads of one client hold at most {self.policy.owner_bytes} bytes", 413)
+            self._make_room(account, size)
+            if self.bytes + size > self.policy.total_bytes:
+                raise Refused("the server keeps as many uploads as it can; try again later", 507)
+            self._files[holder, name] = _Upload(content, size, account, self._clock())
 
-    def remove(self, name: str) -> bool:
-        """Forget an upload; whether there was one."""
-        known = self._files.get(name) is not None
-        self._files.drop(name)
-        return known
+    def _make_room(self, account: str, size: int) -> None:
+        own = [(key, upload.size) for key, upload in self._files.items() if upload.account == account]
+        surplus = sum(each for _, each in own) + size - self.policy.owner_bytes
+        for key, each in own:
+            if surplus <= 0:
+                return
+            self.remove(*key)
+            surplus -= each
+
+    def get(self, holder: str, name: str) -> T:
+        """An upload of this holder.
+
+        Raises:
+            Refused: If it is unknown, somebody else's, or forgotten.
+        """
+        with self._lock:
+            self.expire()
+            upload = self._files.get((holder, name))
+            if upload is None:
+                raise Refused(f"upload {quoted(name)} is unknown or has been forgotten; upload it again", 404)
+            upload.used = self._clock()
+            self._files.move_to_end((holder, name))
+            return upload.content
+
+    def remove(self, holder: str, name: str) -> bool:
+        """Forget an upload of this holder; whether there was one."""
+        with self._lock:
+            upload = self._files.pop((holder, name), None)
+        if upload is not None:
+            self._dropped(upload.content)
+        return upload is not None
+
+    def expire(self) -> None:
+        """Forget what was not used for too long."""
+        with self._lock:
+            oldest = self._clock() - self.policy.seconds
+            for key in [key for key, upload in self._files.items() if upload.used < oldest]:
+                self.remove(*key)
+
+    def known(self, name: str) -> bool:
+        """Whether anybody holds an upload of this name."""
+        with self._lock:
+            return any(key[1] == name for key in self._files)
+
+    def of(self, holder: str) -> UploadsOf[T]:
+        """The uploads of one holder."""
+        return UploadsOf(self, holder)
+
+
+class UploadsOf(Generic[T]):
+    """What one holder may use."""
+
+    def __init__(self, uploads: Uploads[T], holder: str) -> None:
+        self._uploads, self._holder = uploads, holder
+
+    def get(self, name: str) -> T:
+        """An upload's content; see `Uploads.get`."""
+        return self._uploads.get(self._holder, name)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
-import hmac
 import io
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
+from anyio import to_thread
 from fastapi import FastAPI
 from PIL import Image
 from starlette.middleware import Middleware
@@ -27,10 +28,11 @@ from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestFailed
 from llavakit.media import load_volume
-from llavakit.media.policy import MediaPolicy
+from llavakit.media.source import Attached, Limits
 from llavakit.phantom.write import build_world
 from llavakit.serving.pagefiles import PageFiles, PageGuard
-from llavakit.serving.service import Attached
+from llavakit.serving.protocol import APIError
+from llavakit.serving.service import Service
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 VOLUMES = (".npy", ".nii", ".nii.gz")
@@ -111,11 +113,11 @@ def export(history: list[dict[str, Any]], read: Opener) -> str:
     return json.dumps({"messages": messages}, indent=1, ensure_ascii=False)
 
 
-def slice_of(content: bytes | None, number: int | None) -> tuple[str, Any]:
+def slice_of(content: bytes | None, number: int | None, limits: Limits) -> tuple[str, Any]:
     """One slice of a volume (None: the middle one) as a grey picture in HTML, and the slider for its depth."""
     if content is None:
         return "", gr.update(visible=False)
-    values = load_volume(content, limits=MediaPolicy().limits, fill=0.0).values
+    values = load_volume(content, limits=limits, fill=0.0).values
     last = len(values) - 1
     number = last // 2 if number is None else int(min(max(number, 0), last))
     low, high = np.percentile(values, (1, 99))
@@ -147,11 +149,12 @@ def examples(files: PageFiles) -> list[dict[str, Any]]:
     return found
 
 
-def build(chat: Chat, files: PageFiles) -> gr.Blocks:
+def build(service: Service, files: PageFiles) -> gr.Blocks:
     """The page; its files are opened through `files`, and only there."""
+    chat, limits = service.chat, service.settings.media.limits
 
     def opener(request: gr.Request) -> Opener:
-        session = files.session(request.request.headers.get("cookie", ""))
+        session = request.request.state.session
         return lambda path: files.open(session, path)
 
     def answer(
@@ -164,8 +167,12 @@ def build(chat: Chat, files: PageFiles) -> gr.Blocks:
     ) -> Iterator[str | gr.ChatMessage]:
         attached = [{"type": "file", "file": {"path": path}} for path in message.get("files", [])]
         turn = {"role": "user", "content": [*attached, {"type": "text", "text": message.get("text", "")}]}
+        admitted = False
         try:
+            service.admit()
+            admitted = True
             messages = messages_of([*history, turn], opener(request))
+            service.check_messages(messages)
             messages = escape_special_tokens(messages, chat.processor.tokenizer)
             text = ""
             response = chat.submit(messages, temperature=temperature, top_p=top_p, max_new_tokens=int(length))
@@ -176,12 +183,15 @@ def build(chat: Chat, files: PageFiles) -> gr.Blocks:
                     yield text
             finally:
                 response.cancel()  # of a reply that was stopped
-        except (UserError, RequestFailed) as error:  # raised, it would leave the page without a text box
+        except (UserError, APIError, RequestFailed) as error:  # raised, it would leave the page without a text box
             yield gr.ChatMessage(role="assistant", content=str(error), metadata={"title": NOT_ANSWERED})
+        finally:
+            if admitted:
+                service.release()
 
     def view_slice(path: Any, number: int | None, request: gr.Request) -> tuple[str, Any]:
         with _told():
-            return slice_of(None if path is None else opener(request)(path), number)
+            return slice_of(None if path is None else opener(request)(path), number, limits)
 
     def view_middle(path: Any, request: gr.Request) -> tuple[str, Any]:
         return view_slice(path, None, request)
@@ -256,34 +266,38 @@ def _told() -> Iterator[None]:
 _API = re.compile(r"^/(v1/.*|health|metrics|docs(/.*)?|openapi\.json)$")
 
 
-def mount(app: FastAPI, chat: Chat, api_keys: Sequence[str] = ()) -> FastAPI:
-    """The page at `/` of an application; with keys it asks for one as a password.
+def mount(app: FastAPI, chat: Chat) -> FastAPI:
+    """The page at `/` of an application that `create_app` made, under the same settings.
 
     Uploads lie in a folder of this process alone, which goes when the application ends.
     """
-
-    def known(user: str, password: str) -> bool:
-        matches = [hmac.compare_digest(password.encode(), key.encode()) for key in api_keys]
-        return any(matches)
-
-    asking = {"auth": known, "auth_message": "Any name, and an API key as password"} if api_keys else {}
-    limit = MediaPolicy().file_bytes
+    service, sessions = app.state.service, app.state.sessions
+    settings = service.settings
     folder = Path(tempfile.mkdtemp(prefix="llavakit-page-"))  # only this user may enter it
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio keeps uploads; it reads no other setting
-    files = PageFiles(folder, limit)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio keeps uploads; it has no other setting for it
+    files = PageFiles(folder, settings.media.file_bytes, settings.uploads)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"])
-    options = {"theme": theme, "css": _CSS, "max_file_size": limit, "footer_links": [], "run_history": False}
-    page = build(chat, files)
-    app.user_middleware.append(Middleware(PageGuard, files=files, others=_API))  # the one nearest to the page
-    app = gr.mount_gradio_app(app, page, path="/", **options, **asking)
+    page = build(service, files)
+    guard = {"files": files, "sessions": sessions, "others": _API, "event_bytes": settings.json_bytes}
+    app.user_middleware.append(Middleware(PageGuard, **guard))  # the one nearest to the page
+    options = {"theme": theme, "css": _CSS, "footer_links": [], "run_history": False}
+    app = gr.mount_gradio_app(app, page, path="/", max_file_size=settings.media.file_bytes, **options)
+    sessions.page = True
     inner = app.router.lifespan_context
+
+    async def tidy() -> None:
+        while True:
+            await asyncio.sleep(60)
+            await to_thread.run_sync(files.tidy)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        tidying = asyncio.create_task(tidy())
         try:
             async with inner(app) as state:
                 yield state
         finally:
+            tidying.cancel()
             shutil.rmtree(folder, ignore_errors=True)
 
     app.router.lifespan_context = lifespan
