@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llavakit.checkpoints.fields import check_known
 from llavakit.checkpoints.files import LazyState, read_folder
 from llavakit.checkpoints.layouts import Layout
 from llavakit.conversation.template import OWN
@@ -32,10 +33,18 @@ class CausalLayout(Layout):
     form = "hf"
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
-        return raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" not in raw
+        kind = raw.get("model_type")
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "vision_config" in raw:
+            return False
+        # BERT and its like are encoders unless they say otherwise
+        return "is_decoder" not in CONFIG_MAPPING[kind].__dataclass_fields__ or bool(raw.get("is_decoder"))
 
-    def read(self, folder: Path, raw: dict[str, Any], sources: Mapping[str, Path]) -> tuple[LlavakitConfig, LazyState]:
-        config = LlavakitConfig(text_config=raw, media={}, template=OWN, image_token_id=NO_PLACEHOLDER, system=None)
+    def read(
+        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> tuple[LlavakitConfig, LazyState]:
+        options = dict(raw)
+        config = LlavakitConfig(text_config=options, media={}, template=OWN, image_token_id=NO_PLACEHOLDER, system=None)
+        check_known(config.text_config, options, "config.json")
         return config, read_folder(folder).renamed(self._inward(config))
 
     def part_config(self, folder: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from llavakit.checkpoints.files import (
     read_json,
     write_state,
 )
+from llavakit.checkpoints.text import GENERATION, eos_ids, read_generation, read_tokenizer, tokenizer_folder
 from llavakit.errors import CheckpointError, UserError, quoted
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -47,6 +48,7 @@ class Checkpoint:
         config: llavakit's configuration.
         state: Tensors under llavakit's names, read when asked for.
         base: What an adapter folder's adapter was put on.
+        generation: The object in generation_config.json, empty if there is none.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Checkpoint:
     config: LlavakitConfig
     state: LazyState
     base: Checkpoint | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
 
 
 def local_folder(model: str | Path) -> Path:
@@ -156,7 +159,10 @@ def open_checkpoint(
             name = f"{layout.system} ({layout.form})"
         config.check()
         MediaSpec(config)
-    checkpoint = Checkpoint(folder, name, config, state)
+    generation = read_generation(folder, sources.get("base"))
+    if ends := eos_ids(generation):
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    checkpoint = Checkpoint(folder, name, config, state, generation=generation)
     adapted = layout is not None and (folder / adapters.CONFIG).is_file()
     return _with_adapter(checkpoint, folder, layout) if adapted else checkpoint
 
@@ -182,9 +188,8 @@ def _with_adapter(below: Checkpoint, folder: Path, layout: layouts.Layout | None
     if (folder / TRAINED).is_file():
         state = state.joined(_native_names(read_file(folder / TRAINED)))
     config = adapters.untied(below.config, state)
-    if layout is not None:
-        return Checkpoint(folder, below.layout, config, state)
-    return Checkpoint(folder, below.layout, config, state, base=below)
+    base = below if layout is None else None
+    return Checkpoint(folder, below.layout, config, state, base=base, generation=below.generation)
 
 
 def _read_own(folder: Path, raw: dict[str, Any]) -> tuple[LlavakitConfig, LazyState]:
@@ -192,7 +197,8 @@ def _read_own(folder: Path, raw: dict[str, Any]) -> tuple[LlavakitConfig, LazySt
     config = LlavakitConfig.from_dict(raw)
     check_known(config, raw, "config.json")
     for part in ("text_config", "vision_config"):
-        check_known(getattr(config, part), raw.get(part) or {}, f"config.json: {part}")
+        if raw.get(part):
+            check_known(getattr(config, part), raw[part], f"config.json: {part}")
     return config, _native_names(read_folder(folder))
 
 
@@ -261,15 +267,11 @@ def load_tokenizer(folder: Path, base: Path | None = None, config: LlavakitConfi
     Raises:
         CheckpointError: If there is none.
     """
-    from transformers import AutoTokenizer
-
-    for place in (folder, base):
-        if place is not None and any(
-            (place / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
-        ):
-            with _naming(place / "tokenizer.json"):
-                return AutoTokenizer.from_pretrained(place, config=config and config.text_config)
-    raise CheckpointError(f"{folder}: no tokenizer; it should hold tokenizer.json, tokenizer.model or vocab.json")
+    place = tokenizer_folder(folder, base)
+    if place is None:
+        raise CheckpointError(f"{folder}: no tokenizer; it should hold tokenizer.json, tokenizer.model or vocab.json")
+    with _naming(place / "tokenizer.json"):
+        return read_tokenizer(place, config and config.text_config)
 
 
 def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> LlavakitProcessor:
@@ -289,8 +291,18 @@ def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> Llavakit
     return processor
 
 
-def save(model_state: Mapping[str, torch.Tensor], config: LlavakitConfig, processor: Any, folder: str | Path) -> None:
-    """Write a llavakit checkpoint; if anything fails, what was there before stays whole."""
+def save(
+    model_state: Mapping[str, torch.Tensor],
+    config: LlavakitConfig,
+    processor: Any,
+    folder: str | Path,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a llavakit checkpoint; if anything fails, what was there before stays whole.
+
+    Args:
+        generation: Content of generation_config.json; without it no such file is written.
+    """
     with atomic_folder(Path(folder)) as scratch:
         raw = config.to_dict() | {"architectures": [LlavakitForConditionalGeneration.__name__]}
         (scratch / "config.json").write_text(json.dumps(raw, indent=2, default=str) + "\n", encoding="utf-8")
@@ -302,6 +314,12 @@ def save(model_state: Mapping[str, torch.Tensor], config: LlavakitConfig, proces
         write_state(scratch, names)
         if processor is not None:
             processor.save_pretrained(scratch)
+        _write_generation(scratch, generation)
+
+
+def _write_generation(folder: Path, generation: Mapping[str, Any] | None) -> None:
+    if generation:
+        (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def convert(
@@ -339,7 +357,7 @@ def convert(
     except CheckpointError:
         processor = None  # weights alone can be converted; the result says so
     if to == "llavakit":
-        save(checkpoint.state, checkpoint.config, processor, dst)
+        save(checkpoint.state, checkpoint.config, processor, dst, checkpoint.generation)
     else:
         layout = layouts.layout_for(checkpoint.config, to)
         with atomic_folder(dst) as scratch:
@@ -349,6 +367,7 @@ def convert(
             write_state(scratch, layout.write_state(checkpoint.config, checkpoint.state))
             if processor is not None:
                 layout.write_processor(processor, checkpoint.config, scratch)
+            _write_generation(scratch, checkpoint.generation)
     return {
         "from": checkpoint.layout,
         "to": to,

@@ -1,0 +1,78 @@
+"""What a model folder says about text: its tokenizer, and the ids at which replies end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llavakit.checkpoints.files import read_json
+from llavakit.errors import CheckpointError, quoted
+
+GENERATION = "generation_config.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PROBES = ("A tabby cat's <x> 12,345\n\n  naïve, 猫 と\t- end.", " leading", "ÉCOLE (x)")
+
+
+def tokenizer_folder(*folders: Path | None) -> Path | None:
+    """The first of these folders that holds a tokenizer."""
+    return next((f for f in folders if f is not None and any((f / name).is_file() for name in _TOKENIZERS)), None)
+
+
+def read_tokenizer(folder: Path, config: Any = None) -> Any:
+    """The tokenizer in a folder; its ids are those of tokenizer.json.
+
+    transformers picks a class by the decoder's type, and several classes build a tokenizer of their own kind around
+    the vocabulary of tokenizer.json, whatever its other sections say. The general class takes the file as it is. Where
+    a SentencePiece model lies beside it, transformers' class stands: the authors' code read that model.
+
+    Args:
+        folder: Holds tokenizer.json, tokenizer.model or vocab.json.
+        config: The decoder's configuration, for folders that do not name a class.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    exact = (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file()
+    if exact and (folder / "tokenizer_config.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    if exact and not _agrees(tokenizer, folder / "tokenizer.json"):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
+
+
+def _agrees(tokenizer: Any, file: Path) -> bool:
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_file(str(file))
+    return all(
+        tokenizer(text, add_special_tokens=False).input_ids == plain.encode(text, add_special_tokens=False).ids
+        for text in _PROBES
+    )
+
+
+def read_generation(*folders: Path | None) -> dict[str, Any]:
+    """The first generation_config.json of these folders; empty if there is none.
+
+    Raises:
+        CheckpointError: If its `eos_token_id` is neither an id nor a list of ids.
+    """
+    for folder in folders:
+        if folder is not None and (folder / GENERATION).is_file():
+            found = read_json(folder / GENERATION)
+            eos_ids(found, folder / GENERATION)
+            return found
+    return {}
+
+
+def eos_ids(generation: Mapping[str, Any], where: Path | str = GENERATION) -> list[int]:
+    """The ids at which a reply ends.
+
+    Raises:
+        CheckpointError: If they are no ids.
+    """
+    value = generation.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
+        raise CheckpointError(f"{where}: eos_token_id is {quoted(value)}, it should be an id or a list of ids")
+    return list(ids)
