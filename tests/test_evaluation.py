@@ -14,15 +14,17 @@ from PIL import Image
 
 from llavakit.conversation.turns import ReasoningDelta, TextDelta
 from llavakit.errors import MediaError, RecordError, UserError
-from llavakit.evaluation import metrics, processors, text_metrics
+from llavakit.evaluation import processors
 from llavakit.evaluation.benchmarks.base import Question
 from llavakit.evaluation.judges import Judge
+from llavakit.evaluation.metrics import answers as metrics
+from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.evaluation.reviews import parse_pair
 from llavakit.evaluation.run import evaluate
 from llavakit.evaluation.score import benchmark, print_result, score
 from llavakit.generation.responder import Responder
 from llavakit.proof.golden import Case, run_case
-from llavakit.registry import BENCHMARKS
+from llavakit.registry import BENCHMARKS, TEXT_METRICS
 from llavakit.systems.llava_1_5.parity_eval import ADAPTERS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -151,15 +153,20 @@ def test_caption_and_report_metrics():
     assert corpus == pytest.approx(outputs["bleu"], abs=1e-12)
     for ours, theirs in zip(single, outputs["bleu_per_sample"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-12)
-    rouge = [text_metrics.coco_rouge_l(a, b) for a, b in zip(hypotheses, references, strict=True)]
+    rouge = [text_metrics.rouge_l_of_sentence(a, b) for a, b in zip(hypotheses, references, strict=True)]
     assert rouge == pytest.approx(outputs["rouge_l_per_sample"])
     mean, each = text_metrics.cider(hypotheses, references)
     assert [mean, *each] == pytest.approx([outputs["cider"], *outputs["cider_per_sample"]])
 
     inputs, outputs = golden("llava-rad/eval-rouge-bleu")
-    for a, b, wanted in zip(inputs["predictions"], inputs["references"], outputs["per_item"], strict=True):
-        found = {f"rouge{n}": text_metrics.rouge(a, b, n) for n in ("L", 1, 2)}
-        assert found == {name: pytest.approx(tuple(values)) for name, values in wanted.items()}
+    texts, references = inputs["predictions"], [[text] for text in inputs["references"]]
+    for name in ("rougeL", "rouge1", "rouge2"):
+        wanted = [values[name][2] for values in outputs["per_item"]]
+        found = TEXT_METRICS.get(f"google_rouge_{name[5:].lower()}")(texts, references)
+        assert found.each == pytest.approx(wanted)
+    for order in (1, 4):
+        found = TEXT_METRICS.get(f"sacrebleu_{order}")(texts, references).value
+        assert 100 * found == pytest.approx(outputs[f"BLEU-{order}"]["median"], abs=1e-6)
 
 
 def test_medical_overlap_of_llava_med():
@@ -191,7 +198,7 @@ def test_letters():
     assert processors.scienceqa_letter("AB", "ABCDE") is None
     assert processors.scienceqa_letter("", "ABCDE") is None
     assert processors.scienceqa_letter("The answer is A. The answer is B.") is None
-    reads = {"B": "B", "b": None, "(C)": "C", "D. dog": "D", "The answer is A": "A", "Answer: (B)": "B", "Apple": None}
+    reads = {"B": "B", "b": "B", "(C)": "C", "D. dog": "D", "The answer is A": "A", "Answer: (B)": "B", "Apple": None}
     assert {text: processors.option_letter(text) for text in reads} == reads
 
 
@@ -454,7 +461,7 @@ def test_mmbench(tmp_path):
     )
     asked = benchmark("mmbench").questions(table, all_rounds=True)
     assert len(asked) == 2 + 4
-    assert asked[0].media[0]["image"].size == (32, 32)
+    assert Image.open(io.BytesIO(asked[0].media[0]["image"])).size == (32, 32)
     content = asked[0].messages()[0]["content"]
     assert [part["type"] for part in content] == ["image", "text"]
     assert content[1]["text"].startswith("\nWhat?\nA. cat\nB. dog\nAnswer with")

@@ -88,6 +88,7 @@ _REGISTRIES = {
     "adapters": registry.ADAPTERS,
     "templates": registry.TEMPLATES,
     "label_policies": registry.LABEL_POLICIES,
+    "text_metrics": registry.TEXT_METRICS,
     "benchmarks": registry.BENCHMARKS,
     "worlds": registry.WORLDS,
     "codecs": registry.CODECS,

@@ -13,6 +13,7 @@ A policy is a class in `llavakit.registry.LABEL_POLICIES`; a recipe names it wit
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 from llavakit.conversation.template import Marks, Rounds, Span, Template
 from llavakit.conversation.tokens import marks_first_word, tokenize
-from llavakit.errors import UserError
+from llavakit.errors import UserError, quoted
 from llavakit.registry import LABEL_POLICIES
 
 IGNORE = -100
@@ -83,7 +84,9 @@ def label_policy(labels: str | Mapping[str, Any] | LabelPolicy | None, template:
     labels = template.labels if labels is None else labels
     if isinstance(labels, str):
         labels = {"type": labels}
-    policy = LABEL_POLICIES.build(dict(labels)) if isinstance(labels, Mapping) else labels
+    policy = LABEL_POLICIES.build(labels) if isinstance(labels, Mapping) else labels
+    if not callable(policy):
+        raise UserError(f"labels: must be a policy's name or a mapping with its type, not {quoted(policy)}")
     policy.check(template)
     return policy
 
@@ -121,12 +124,17 @@ class SpanLabels:
     """
 
     def __init__(self, *, ignore: Sequence[Sequence[str]] = (), weights: Mapping[str, float] | None = None) -> None:
+        if isinstance(ignore, str) or not isinstance(ignore, Sequence) or not isinstance(weights or {}, Mapping):
+            raise UserError("labels: ignore must be a list of pairs of strings, weights numbers by string")
         for pair in ignore:
-            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(mark, str) and mark for mark in pair):
-                raise UserError(f"labels.ignore: must hold pairs of strings [begin, end], not {pair!r}")
+            listed = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+            if not listed or not all(isinstance(mark, str) and mark for mark in pair):
+                raise UserError(f"labels.ignore: must hold pairs of strings [begin, end], not {quoted(pair)}")
         for text, weight in (weights or {}).items():
-            if not text or isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
-                raise UserError(f"labels.weights: must be numbers of at least 0 by string, not {text!r}: {weight!r}")
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf
+            if not isinstance(text, str) or not text or not number:
+                entry = f"{quoted(text)}: {quoted(weight)}"
+                raise UserError(f"labels.weights: must be numbers of at least 0 by string, not {entry}")
         self.ignore = [(str(begin), str(end)) for begin, end in ignore]
         self.weights = dict(weights or {})
 

@@ -85,10 +85,10 @@ def _message(message: Any, where: str) -> Message:
         raise FieldError(where, f"must be an object with role and content, not {type(message).__name__}")
     role = message.get("role")
     if role not in ROLES:
-        raise FieldError(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {role!r}")
+        raise FieldError(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {quoted(role)}")
     content = message.get("content")
     if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
+        content = [{"type": "text", "text": _text(content, f"{where}.content")}]
     elif content is None and role == "assistant":
         content = []
     if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
@@ -103,9 +103,7 @@ def _part(part: Any, where: str) -> Part:
     if not isinstance(modality, str):
         raise FieldError(f"{where}.type", f"must be a string, not {type(modality).__name__}")
     if modality in ("text", "input_text"):
-        if not isinstance(part.get("text"), str):
-            raise FieldError(f"{where}.text", f"must be a string, not {type(part.get('text')).__name__}")
-        return {"type": "text", "text": part["text"]}
+        return {"type": "text", "text": _text(part.get("text"), f"{where}.text")}
     if modality == "boxes":
         return boxes_part(part, where)
     if modality in _OPENAI:
@@ -122,7 +120,17 @@ def _part(part: Any, where: str) -> Part:
                 inner.setdefault(modality, inner.pop(alias))
         return inner
     known = ("text", *MEDIA, "boxes", "image_url", "video_url")
-    raise FieldError(f"{where}.type", f"must be one of {', '.join(known)}, not {modality!r}")
+    raise FieldError(f"{where}.type", f"must be one of {', '.join(known)}, not {quoted(modality)}")
+
+
+def _text(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise FieldError(where, f"must be a string, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise FieldError(where, "holds half a surrogate pair, which is no character") from None
+    return text
 
 
 def boxes_part(value: Mapping[str, Any], where: str) -> Part:
@@ -202,9 +210,7 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
         role = _FROM.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise FieldError(f"{field}.from", f"must be human or gpt, not {quoted(speaker)}")
-        value = turn.get("value")
-        if not isinstance(value, str):
-            raise FieldError(f"{field}.value", f"must be a string, not {type(value).__name__}")
+        value = _text(turn.get("value"), f"{field}.value")
         if not total and value.strip() in LITERALS:
             raise FieldError(f"{field}.value", f"is {value.strip()} alone, but the record has no media")
         parts: list[Part] = []

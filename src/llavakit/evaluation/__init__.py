@@ -1,12 +1,11 @@
 """Evaluation: answer processors, metrics, benchmarks in their published file formats, judges, runs and scores.
 
     processors      text of an answer -> what is compared
-    metrics         answers and references -> numbers
-    text_metrics    BLEU, ROUGE, CIDEr
-    benchmarks/     one module per benchmark: questions, prompts, submissions, scores
+    metrics/        answers and references -> numbers
+    benchmarks/     questions, prompts, submissions and scores of each benchmark
     score           `score(task, predictions, gold)`: a finished predictions file -> metrics
     run             `evaluate(model, task, questions)`: a model -> predictions file -> metrics
-    judge           a language model as judge, over an OpenAI-compatible API
+    judges          a language model as judge, over an OpenAI-compatible API
 
 Importing this package registers the benchmarks by name and loads nothing heavy.
 """
@@ -24,12 +23,19 @@ _BENCHMARKS = {
     "mmbench-cn": "mmbench:MMBenchChinese",
     "seed": "seed:SEEDBench",
     "mme": "mme:MME",
-    "mmvet": "judged:MMVet",
+    "mmvet": "mmvet:MMVet",
     "llava-bench": "judged:LLaVABench",
+    "video_qa": "video_qa:VideoQA",
+    "mvbench": "choices:MVBench",
+    "mlvu": "choices:MLVU",
+    "egoschema": "choices:EgoSchema",
+    "referring": "referring:Referring",
     "exact_match": "generic:ExactMatch",
     "phantom": "generic:Phantom",
     "anls": "generic:ANLS",
     "relaxed_accuracy": "generic:RelaxedAccuracy",
+    "text_overlap": "overlap:TextOverlap",
+    "agreement": "agreement:Agreement",
 }
 
 for _name, _target in _BENCHMARKS.items():

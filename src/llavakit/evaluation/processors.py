@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -110,22 +111,66 @@ def scienceqa_letter(text: str, options: Sequence[str] = tuple(LETTERS[:5])) -> 
     return stated[0] if len(stated) == 1 else None
 
 
-def option_letter(text: str, options: Sequence[str] = LETTERS[:4]) -> str | None:
-    """A letter that a person would read as the choice: "B", "B.", "(B)", "B: dog", "The answer is B".
+_MARKUP = re.compile(r"\\boxed\{([^{}]*)\}|[*_`$\"\u201c\u201d]")
+_STATED = re.compile(
+    r"(?:(?i:\b(?:answer|option|choice)(?:\s+(?:is|would be|should be))?)|答案|选项|选择|选)"
+    r"\s*[:：]?\s*(?:是选项|是|为)?\s*(?:(?i:option|choice)\s+)?([(\[]?)([A-Za-z])(?![A-Za-z0-9'])"
+)
 
-    Not a published rule; for benchmarks whose own extraction asks a language model (MMBench).
+
+def option_letter(text: str, letters: Sequence[str] = LETTERS[:4], options: Sequence[str] = ()) -> str | None:
+    """The letter that a person would read as the choice.
+
+    "B", "**B**", "(b)", "Ｂ.", "B: dog", "The answer is B" and, if "dog" is an option's text, "dog". An article is no
+    letter: "A dog" is option A only if "dog" is that option's text. Not a published rule; for benchmarks whose own
+    extraction asks a language model (MMBench).
+
+    Args:
+        letters: The printed letters, in order, in upper case.
+        options: Texts of the options in the order of the letters, for replies that give a text.
     """
-    text = text.strip()
-    letters = "".join(options)
-    for pattern in (
-        rf"^\(?([{letters}])(?:[).:,]|\s|$)",
-        rf"(?i:answer|option|choice)\s*(?:(?i:is|:))?\s*:?\s*\(?([{letters}])(?![A-Za-z])",
-        rf"\(([{letters}])\)",
-    ):
-        found = re.search(pattern, text)
-        if found:
-            return found.group(1)
-    return None
+    text = _MARKUP.sub(r"\1", unicodedata.normalize("NFKC", text)).strip()
+    texts = dict(zip(letters, map(_plain_words, options), strict=False))
+    same = [letter for letter, option in texts.items() if option and option == _plain_words(text)]
+    if len(same) == 1 and not (len(text) == 1 and text.upper() in letters):
+        return same[0]
+    leading = re.match(r"[(\[]?([A-Za-z])(?=[)\].:,、]|\s|$)", text)
+    bracketed = leading and text[0] in "(["
+    if leading and _is_choice(text, leading.start(1), letters, texts, lower=bool(bracketed)):
+        return leading[1].upper()
+    for stated in _STATED.finditer(text):
+        if _is_choice(text, stated.start(2), letters, texts, lower=bool(stated[1])):
+            return stated[2].upper()
+    found = {letter.upper() for letter in re.findall(r"[(\[]([A-Za-z])[)\]]", text)} & set(letters)
+    if len(found) == 1:
+        return found.pop()
+    return _mentioned(_plain_words(text), texts)
+
+
+def _is_choice(text: str, place: int, letters: Sequence[str], texts: Mapping[str, str], *, lower: bool) -> bool:
+    """Whether the letter at a place is a choice rather than an article, a pronoun or the beginning of a sentence."""
+    letter, rest = text[place], text[place + 1 :]
+    if letter.upper() not in letters:
+        return False
+    closed = not rest.strip() or rest[0] == "\n" or not (rest[0].isspace() or rest[0] in "-'")
+    if letter.islower():
+        return lower or (closed and place == 0)
+    if closed or letter not in ("A", "I"):
+        return True
+    return texts.get(letter) not in (None, "") and _plain_words(rest).startswith(texts[letter])
+
+
+def _mentioned(text: str, texts: Mapping[str, str]) -> str | None:
+    """The option whose text is the only one in a reply; an option inside a longer one that is there does not count."""
+    there = [letter for letter, option in texts.items() if option and f" {option} " in f" {text} "]
+    whole = [a for a in there if not any(a != b and f" {texts[a]} " in f" {texts[b]} " for b in there)]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _plain_words(text: str) -> str:
+    """Lower-cased words and numbers of a text without articles, single spaces between them."""
+    words = re.findall(r"[^\W_]+(?:[.,'][^\W_]+)*", unicodedata.normalize("NFKC", text).lower())
+    return " ".join(word for word in words if word not in ARTICLES)
 
 
 def first_letter(text: str, options: Sequence[str], default: str | None = None) -> str | None:

@@ -7,13 +7,13 @@ A record is one JSON object of a JSONL file or of a JSON list. Whatever is wrong
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.errors import RecordError, UserError
 
 T = TypeVar("T")
@@ -95,22 +95,24 @@ def read_json(path: str | Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        RecordError: If it is not JSON; the message has the line.
+        RecordError: If it is not JSON.
     """
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise RecordError(str(path), error.lineno, "(json)", error.msg) from error
-    except RecursionError as error:
-        raise UserError(f"{path}: JSON is nested too deeply") from error
+        return parse_json(read_text(path))
+    except JsonError as error:
+        raise RecordError(str(path), 1, "(json)", str(error)) from None
+
+
+def _reason(error: JsonError) -> str:
+    return str(error).removeprefix("not valid JSON (").removesuffix(")")
 
 
 def _parse_line(file: str, number: int, line: str) -> Record:
     try:
-        data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise RecordError(file, number, "(line)", f"is not JSON: {what}; one object per line is needed") from error
+        data = parse_json(line)
+    except JsonError as error:
+        problem = f"is not JSON: {_reason(error)}; one object per line is needed"
+        raise RecordError(file, number, "(line)", problem) from None
     if not isinstance(data, dict):
         raise RecordError(file, number, "(line)", f"must be an object, is {_kind(data)}")
     return Record(file, number, data)
@@ -128,11 +130,7 @@ def read_records(path: str | Path, on_broken: Callable[[RecordError], None] | No
     """
     file, text = str(path), read_text(path)
     if text.lstrip()[:1] == "[":
-        items = read_json(path)
-        for index, item in enumerate(items, 1):
-            if not isinstance(item, dict):
-                raise RecordError(file, index, "(item)", f"must be an object, is {_kind(item)}")
-        return [Record(file, index, item) for index, item in enumerate(items, 1)]
+        return as_records(path, read_json(path))
     records = []
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 inside strings
         if not line.strip():
@@ -181,9 +179,18 @@ def read_table(path: str | Path, columns: Iterable[str] = ()) -> list[Record]:
     return records
 
 
-def as_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> list[Record]:
-    """Rows of a file that were read otherwise, numbered from 1."""
-    return [Record(str(path), number, row) for number, row in enumerate(rows, 1)]
+def as_records(path: str | Path, rows: Iterable[Any]) -> list[Record]:
+    """Rows of a file that were read otherwise, numbered from 1.
+
+    Raises:
+        RecordError: If a row is not an object.
+    """
+    found = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise RecordError(str(path), number, "(item)", f"must be an object, is {_kind(row)}")
+        found.append(Record(str(path), number, row))
+    return found
 
 
 def index(records: Iterable[Record], key: Callable[[Record], T]) -> dict[T, Record]:

@@ -126,7 +126,7 @@ def evaluate(
         output: Predictions file; an interrupted one is continued.
         images: Folder that image names are relative to; by default that of the question file.
         gold: Gold file; without it, only predictions are made, unless the question file is the gold file too
-            (`pope`, `exact_match`, `phantom`, `anls`, `relaxed_accuracy`).
+            (`Benchmark.questions_are_gold`).
         batch_size: Questions per model call.
         max_new_tokens: Longest answer; by default as published for the benchmark.
         limit: Ask only the first so many questions; there is no score then.
@@ -159,7 +159,7 @@ def evaluate(
             f"the others are in {output}, the same call asks only what is missing)"
         )
     result: dict[str, Any] = {"task": task, "predictions": str(output), "asked": len(todo), "metrics": None}
-    if gold is None and task in ("pope", "exact_match", "phantom", "anls", "relaxed_accuracy"):
+    if gold is None and chosen.questions_are_gold:
         gold = questions
     if gold is not None and limit is None:
         result["metrics"] = score(task, output, gold, **(score_options or {}))["metrics"]

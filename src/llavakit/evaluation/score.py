@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llavakit.errors import UserError
+from llavakit.errors import UserError, quoted
 from llavakit.evaluation.benchmarks.base import Benchmark
 from llavakit.registry import BENCHMARKS, nearest
 
@@ -31,16 +32,26 @@ def benchmark(task: str) -> Benchmark:
 
 
 def checked(function: Any, options: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """`options` if `function` takes them all as keywords.
+    """The options as `function` takes them, which are its keyword arguments of the annotated types.
 
     Raises:
-        UserError: If it does not know one.
+        UserError: If it does not know one, or a value is of another type.
     """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
     known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for name in options:
+    hints = typing.get_type_hints(function)
+    found = {}
+    for name, value in options.items():
         if name not in known:
             raise UserError(f"{task}: unknown option {name!r}{nearest(name, known)}")
-    return dict(options)
+        adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+        try:
+            found[name] = adapter.validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise UserError(f"{task}: option {name}={quoted(value)}: {problem}") from None
+    return found
 
 
 def score(

@@ -6,14 +6,15 @@ Options of `score`, `questions` and `submission` are keyword arguments; a benchm
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llavakit.conversation.messages import is_media, split_literals
+from llavakit.conversation.messages import MEDIA, is_media, split_literals
 from llavakit.errors import RecordError, UserError
-from llavakit.evaluation.records import Record, read_records
+from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.records import Record, pair, read_answers, read_records
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -40,7 +41,7 @@ class Question:
     def messages(self) -> list[dict[str, Any]]:
         """The question as one user message.
 
-        Media stand where the text has their literals (`<image>`), if it has as many; otherwise before the text.
+        Media go where the text has their marks (`<image>`), if it has as many; otherwise before the text.
         """
         parts = split_literals(self.text)
         places = [part for part in parts if is_media(part)]
@@ -59,12 +60,12 @@ class Benchmark:
     Attributes:
         title: Name in the literature.
         max_new_tokens: Longest answer in the published evaluation.
-        columns: Metrics of the headline, in order, for the printed table; the rest follows.
+        questions_are_gold: Whether the question file holds the gold answers too.
     """
 
     title: ClassVar[str]
     max_new_tokens: ClassVar[int] = 128
-    columns: ClassVar[tuple[str, ...]] = ()
+    questions_are_gold: ClassVar[bool] = False
 
     def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
         """The questions of a published question file.
@@ -122,12 +123,12 @@ def need_gold(gold: str | Path | None, title: str, what: str) -> Path:
 def media_parts(record: Record, folder: Path) -> tuple[dict[str, Any], ...]:
     """The content parts for a record's fields `image`, `video` and `volume`: a file name or a list of them each."""
     parts = []
-    for kind in ("image", "video", "volume"):
-        value = record.get(kind, (str, list), None)
+    for modality in MEDIA:
+        value = record.get(modality, (str, list), None)
         names = [] if value is None else [value] if isinstance(value, str) else value
-        if not all(isinstance(name, str) for name in names):
-            raise record.error(kind, "must be a file name or a list of file names")
-        parts += [{"type": kind, kind: str(folder / name)} for name in names]
+        if not all(isinstance(name, str) and name for name in names):
+            raise record.error(modality, "must be a file name or a list of file names")
+        parts += [{"type": modality, modality: str(folder / name)} for name in names]
     return tuple(parts)
 
 
@@ -184,3 +185,110 @@ def is_lines(path: str | Path) -> bool:
         return all(isinstance(record.data.get("text"), str) for record in read_records(path)[:1])
     except RecordError:
         return False
+
+
+# Benchmarks that pair, read and score
+
+
+Pair = tuple[Record, Record | None]
+Scored = Sequence[tuple[Record, float]]
+
+
+class PairedBenchmark(Benchmark):
+    """A benchmark that pairs every gold record with its prediction and takes the mean of a value per question.
+
+    A subclass says how its question file becomes prompts (`question`), how gold is read (`read_gold`), and what one
+    answer is worth (`value`, between 0 and 1).
+
+    Attributes:
+        gold_file: What the gold file should be, for messages.
+        suffix: Response-format sentence, appended to questions of LLaVA's JSONL that do not have it.
+        keep: Fields of a question that are stored with its prediction.
+        metric: Name of the mean, in percent.
+        tables: Name of a table -> field of the gold record whose values are its rows.
+    """
+
+    gold_file: ClassVar[str] = "JSONL of question_id and answer"
+    suffix: ClassVar[str] = ""
+    keep: ClassVar[tuple[str, ...]] = ()
+    metric: ClassVar[str] = "accuracy"
+    tables: ClassVar[Mapping[str, str]] = {}
+
+    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
+        """Questions of LLaVA's JSONL, or of the benchmark's own file."""
+        if is_lines(path):
+            return stored_questions(path, images, self.suffix, self.keep)
+        folder = folder_of(path, images)
+        return [self.question(record, folder, **options) for record in self.read_questions(path)]
+
+    def read_questions(self, path: str | Path) -> list[Record]:
+        """The records of the benchmark's own question file; by default it is the gold file."""
+        return self.read_gold(path)
+
+    def question(self, record: Record, folder: Path, **options: Any) -> Question:
+        """The question that a record of the benchmark's own file asks; its media are in `folder`."""
+        raise record.error("text", f"is missing; {self.title} is asked from LLaVA's JSONL (question_id, image, text)")
+
+    def read_gold(self, path: str | Path) -> list[Record]:
+        """The records of a gold file."""
+        return read_records(path)
+
+    def prediction_key(self, prediction: Record) -> Any:
+        """What identifies a prediction's question."""
+        return prediction.id
+
+    def gold_key(self, question: Record) -> Any:
+        """What identifies a gold record's question."""
+        return question.id
+
+    def pairs(self, predictions: str | Path, gold: str | Path | None, missing: str, extra: str) -> list[Pair]:
+        """Every gold record with its prediction, see `llavakit.evaluation.records.pair`."""
+        questions = self.read_gold(need_gold(gold, self.title, self.gold_file))
+        keys = {"key": self.prediction_key, "gold_key": self.gold_key}
+        return list(pair(questions, read_answers(predictions), **keys, missing=missing, extra=extra))
+
+    def value(self, question: Record, text: str) -> float:
+        """What an answer is worth, between 0 and 1."""
+        raise NotImplementedError(f"{type(self).__name__} must define value")
+
+    def score(
+        self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
+    ) -> dict[str, Any]:
+        """Mean value in percent, in total and by the groups of `tables`.
+
+        Args:
+            missing: What a question without a prediction is: an "error", or "wrong" (worth 0).
+            extra: What a prediction without a question is: an "error", or left out ("ignore").
+        """
+        return self.score_pairs(self.pairs(predictions, gold, missing, extra), self.value)
+
+    def score_pairs(self, pairs: Sequence[Pair], value: Callable[[Record, str], float]) -> dict[str, Any]:
+        """The summary of pairs by the value of every answer; a question without prediction is worth 0."""
+        scored = []
+        for question, prediction in pairs:
+            text = text_of(prediction)
+            scored.append((question, 0.0 if text is None else float(value(question, text))))
+        return self.summary(scored)
+
+    def summary(self, scored: Scored) -> dict[str, Any]:
+        """Metrics from all questions and their values."""
+        metrics: dict[str, Any] = {self.metric: percent(mean(value for _, value in scored)), "count": len(scored)}
+        for table, name in self.tables.items():
+            rows = by_field(scored, name)
+            if rows:
+                metrics[table] = {row: percent(mean(values)) for row, values in rows.items()}
+        return metrics
+
+
+def by_field(scored: Scored, name: str) -> dict[str, list[float]]:
+    """Values by the content of a field, as text; questions without it are left out."""
+    rows: dict[str, list[float]] = {}
+    for question, value in scored:
+        if question.data.get(name) is not None:
+            rows.setdefault(str(question.data[name]), []).append(value)
+    return rows
+
+
+def image_of(path: Path) -> dict[str, str]:
+    """The content part of an image file."""
+    return {"type": "image", "image": str(path)}

@@ -1,4 +1,4 @@
-"""Benchmarks without a name of their own: a JSONL of questions with answers, and one rule.
+"""Benchmarks for data of one's own: a JSONL of questions with answers, and one rule.
 
 Record: `question_id`, `text`, `answer` (or a list `answers`), optionally `image`, `video` or `volume`, and `type` for
 a table by question type. One file serves as questions and as gold. The phantom worlds write this format.
@@ -11,16 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.evaluation import processors
-from llavakit.evaluation.benchmarks.base import (
-    Benchmark,
-    Question,
-    need_gold,
-    percent,
-    stored_questions,
-    text_of,
-)
-from llavakit.evaluation.metrics import anls, any_match, mean, relaxed_match
-from llavakit.evaluation.records import Record, choose, pair, read_answers, read_records
+from llavakit.evaluation.benchmarks.base import PairedBenchmark, Scored, by_field, percent
+from llavakit.evaluation.metrics.answers import anls, any_match, mean, number_in, relaxed_match
+from llavakit.evaluation.records import Record, choose
 
 PROCESSORS: dict[str, Callable[[str], str]] = {
     "plain": processors.plain_answer,
@@ -30,47 +23,41 @@ PROCESSORS: dict[str, Callable[[str], str]] = {
 }
 
 
-def _answers(question: Record) -> Sequence[str]:
-    if "answers" in question.data:
-        answers = question.get("answers", list)
-        if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
-            raise question.error("answers", "must be a non-empty list of texts")
-        return [str(answer) for answer in answers]
-    return [str(question.get("answer", (str, int, float)))]
+def answers_of(question: Record) -> list[str | int | float]:
+    """The gold answers of a record: `answers`, or the one `answer`; texts or numbers.
+
+    Raises:
+        RecordError: If there is none, or one is neither.
+    """
+    if "answers" not in question.data:
+        return [question.get("answer", (str, int, float))]
+    answers = question.get("answers", list)
+    if not answers or not all(isinstance(a, (str, int, float)) and not isinstance(a, bool) for a in answers):
+        raise question.error("answers", "must be a non-empty list of texts or numbers")
+    return answers
 
 
-class _Listed(Benchmark):
-    """Mean of a per-question score, in total and by `type`."""
-
-    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
-        """Questions of the JSONL, as they stand there."""
-        return stored_questions(path, images, keep=("type",))
-
-    def _score(
-        self,
-        predictions: str | Path,
-        gold: str | Path | None,
-        value: Callable[[str, Sequence[str]], float],
-        missing: str,
-        extra: str,
-    ) -> tuple[list[float], dict[str, list[float]]]:
-        gold = need_gold(gold, self.title, "JSONL of question_id and answer")
-        values: list[float] = []
-        by_type: dict[str, list[float]] = {}
-        for question, prediction in pair(read_records(gold), read_answers(predictions), missing=missing, extra=extra):
-            answers, text = _answers(question), text_of(prediction)
-            values.append(0.0 if text is None else value(text, answers))
-            kind = question.data.get("type")
-            if kind is not None:
-                by_type.setdefault(str(kind), []).append(values[-1])
-        return values, by_type
+def texts_of(question: Record) -> list[str]:
+    """The gold answers as texts; a whole number has no decimal point, however JSON writes it."""
+    return [_as_text(answer) for answer in answers_of(question)]
 
 
-class ExactMatch(_Listed):
-    """Share of answers that equal the gold answer after normalisation."""
+def _as_text(answer: str | int | float) -> str:
+    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+
+
+class ListedBenchmark(PairedBenchmark):
+    """A JSONL of questions with their answers, scored by one rule, in total and by `type`."""
+
+    questions_are_gold = True
+    keep = ("type",)
+    tables = {"by_type": "type"}
+
+
+class ExactMatch(ListedBenchmark):
+    """Share of answers that equal a gold answer after normalisation; a gold number is compared as a number."""
 
     title = "Exact match"
-    columns = ("accuracy", "correct", "count")
 
     def score(
         self,
@@ -88,13 +75,21 @@ class ExactMatch(_Listed):
             process: Normalisation of both sides: "plain" (case, spaces, final full stop), "vqa", "medical" or "none".
         """
         normalise = PROCESSORS[choose(process, "process", tuple(PROCESSORS))]
-        values, by_type = self._score(
-            predictions, gold, lambda text, answers: float(any_match(text, answers, normalise)), missing, extra
-        )
-        metrics: dict[str, Any] = _row(values)
-        if by_type:
-            metrics["by_type"] = {kind: _row(found) for kind, found in by_type.items()}
-        return metrics
+
+        def value(question: Record, text: str) -> float:
+            if any_match(text, texts_of(question), normalise):
+                return True
+            number = number_in(text.strip().rstrip("."))
+            numbers = [answer for answer in answers_of(question) if not isinstance(answer, str)]
+            return number is not None and number in numbers
+
+        return self.score_pairs(self.pairs(predictions, gold, missing, extra), value)
+
+    def summary(self, scored: Scored) -> dict[str, Any]:
+        """Accuracy, right answers and questions, in total and by `type`."""
+        metrics = _row([value for _, value in scored])
+        by_type = {name: _row(values) for name, values in by_field(scored, "type").items()}
+        return metrics | ({"by_type": by_type} if by_type else {})
 
 
 class Phantom(ExactMatch):
@@ -103,11 +98,11 @@ class Phantom(ExactMatch):
     title = "Phantom questions"
 
 
-class ANLS(_Listed):
-    """Average normalised Levenshtein similarity (DocVQA, InfoVQA, ST-VQA)."""
+class ANLS(ListedBenchmark):
+    """Average normalised Levenshtein similarity (DocVQA, InfographicVQA, ST-VQA)."""
 
     title = "ANLS"
-    columns = ("anls", "count")
+    metric = "anls"
 
     def score(
         self,
@@ -115,21 +110,25 @@ class ANLS(_Listed):
         gold: str | Path | None,
         *,
         threshold: float = 0.5,
+        collapse: bool = True,
         missing: str = "error",
         extra: str = "error",
     ) -> dict[str, Any]:
-        """Mean over questions of the best similarity over answers, 0 below `threshold`; in percent."""
-        values, by_type = self._score(
-            predictions, gold, lambda text, answers: anls(text, answers, float(threshold)), missing, extra
-        )
-        return _means("anls", values, by_type)
+        """Mean over questions of the best similarity over answers, 0 below `threshold`; in percent.
+
+        Args:
+            collapse: Take runs of white space for one space, as DocVQA's evaluation does; false for ST-VQA as LLaVA
+                evaluates it.
+        """
+        pairs = self.pairs(predictions, gold, missing, extra)
+        return self.score_pairs(pairs, lambda q, text: anls(text, texts_of(q), threshold, collapse=collapse))
 
 
-class RelaxedAccuracy(_Listed):
+class RelaxedAccuracy(ListedBenchmark):
     """Numbers may be off by five percent (ChartQA)."""
 
     title = "Relaxed accuracy"
-    columns = ("relaxed_accuracy", "count")
+    metric = "relaxed_accuracy"
 
     def score(
         self,
@@ -142,18 +141,11 @@ class RelaxedAccuracy(_Listed):
     ) -> dict[str, Any]:
         """Share of answers within `tolerance` of a gold number, or equal to a gold text; in percent."""
 
-        def value(text: str, answers: Sequence[str]) -> float:
-            return float(any(relaxed_match(text, answer, float(tolerance)) for answer in answers))
+        def value(question: Record, text: str) -> float:
+            return any(relaxed_match(text, answer, tolerance) for answer in texts_of(question))
 
-        return _means("relaxed_accuracy", *self._score(predictions, gold, value, missing, extra))
+        return self.score_pairs(self.pairs(predictions, gold, missing, extra), value)
 
 
 def _row(values: Sequence[float]) -> dict[str, Any]:
     return {"accuracy": percent(mean(values)), "correct": int(sum(values)), "count": len(values)}
-
-
-def _means(name: str, values: Sequence[float], by_type: dict[str, list[float]]) -> dict[str, Any]:
-    metrics: dict[str, Any] = {name: percent(mean(values)), "count": len(values)}
-    if by_type:
-        metrics["by_type"] = {kind: percent(mean(found)) for kind, found in by_type.items()}
-    return metrics

@@ -2,7 +2,8 @@
 
 Published file: a TSV with `index`, `question`, `hint`, `A` to `D`, `answer`, `category` and the image in base64. The
 official server extracts choices with a language model and computes circular accuracy; `score` does it locally with
-plain rules, on the splits whose answers are public (dev). Source: spec of LLaVA-1.5, section 7.
+the rules of `processors.option_letter`, on the splits whose answers are public (dev). Source: spec of LLaVA-1.5,
+section 7.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-import io
+import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
-
-from PIL import Image, UnidentifiedImageError
 
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import (
@@ -29,7 +28,7 @@ from llavakit.evaluation.benchmarks.base import (
     need_gold,
     percent,
 )
-from llavakit.evaluation.metrics import grouped_mean, mean
+from llavakit.evaluation.metrics.answers import grouped_mean, mean
 from llavakit.evaluation.processors import option_letter
 from llavakit.evaluation.records import Record, pair, read_answers, read_table
 
@@ -54,7 +53,7 @@ def rounds(
     order; `option_char` are the original letters in the order shown.
 
     Returns:
-        Per round: round_id, prompt (stored), message (with placeholder and letter sentence), options, option_char.
+        For each round: round_id, prompt (stored), message (with placeholder and letter sentence), options, option_char.
     """
     options = []
     for letter in letters:
@@ -82,16 +81,16 @@ def rounds(
 
 
 def _image(row: Record, folder: Path) -> Any:
-    """The row's image: decoded from base64, or a file of the folder."""
+    """The row's image: the bytes of base64 data, or a file of the folder."""
     data = row.get("image", str, None)
     if data is None:
         raise row.error("image", "is missing; give base64 data or a file name")
     if len(data) < 256:
         return str(folder / data)
     try:
-        return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-    except (binascii.Error, UnidentifiedImageError, OSError) as error:
-        raise row.error("image", f"is not a base64 image: {error}") from error
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise row.error("image", f"is not base64 data: {error}") from error
 
 
 class MMBench(Benchmark):
@@ -99,7 +98,6 @@ class MMBench(Benchmark):
 
     title = "MMBench"
     max_new_tokens = 1024
-    columns = ("accuracy", "circular_accuracy", "count")
     chinese: ClassVar[bool] = False
 
     def questions(
@@ -116,7 +114,7 @@ class MMBench(Benchmark):
             media = ({"type": "image", "image": _image(row, folder)},)
             for turn in rounds(row.data, all_rounds, self.chinese):
                 stored = {key: turn[key] for key in ("round_id", "prompt", "options", "option_char")}
-                found.append(Question(int(name) if name.isdigit() else name, turn["message"], media, stored))
+                found.append(Question(int(name) if _is_number(name) else name, turn["message"], media, stored))
         return found
 
     def score(
@@ -127,22 +125,31 @@ class MMBench(Benchmark):
         Args:
             gold: The TSV with `index` and `answer`. Rotated copies that it holds (index + k * 1,000,000) count as
                 rounds of one question, as do the rounds of the predictions file.
+            missing: "wrong" also counts a round that was not asked of a question whose other rounds were, or the
+                question as a whole, as wrong.
         """
         gold = need_gold(gold, self.title, "the TSV with index and answer")
-        asked: dict[str, list[Record]] = defaultdict(list)
-        for record in read_answers(predictions):
-            asked[record.id].append(record)
-        first = [records[0] for records in asked.values()]
+        asked = _rounds_by_id(read_answers(predictions))
         rows = read_table(gold, ("index", "answer"))
+        first = [next(iter(records.values())) for records in asked.values()]
+        pairs = list(pair(rows, first, gold_key=lambda row: row.get("index", str), missing=missing, extra=extra))
+        circular = any(len(records) > 1 for records in asked.values())
+        copies = Counter(_base(row.data["index"]) for row in rows)
         hits: list[tuple[str, bool]] = []  # (base question, round right)
         categories: list[tuple[str, bool]] = []
-        for row, prediction in pair(
-            rows, first, gold_key=lambda row: row.get("index", str), missing=missing, extra=extra
-        ):
-            answer = row.get("answer", str)
-            records = asked[prediction.id] if prediction is not None else [None]
-            for record in records:
-                hit = record is not None and _chosen(record) == answer
+        for row, prediction in pairs:
+            answer = row.get("answer", str).strip().upper()
+            records = asked[prediction.id] if prediction is not None else {}
+            count = _options(row, records) if circular and copies[_base(row.data["index"])] == 1 else 1
+            if len(records) < count and missing == "error":
+                raise row.error(
+                    "index",
+                    f"{row.data['index']!r} has predictions of {len(records)} of its {count} rounds; finish the run, "
+                    "or score with missing=wrong to count the others as wrong",
+                )
+            for number in range(max(count, len(records))):
+                record = list(records.values())[number] if number < len(records) else None
+                hit = record is not None and _chosen(record, row) == answer
                 hits.append((_base(row.data["index"]), hit))
                 if row.data.get("category"):
                     categories.append((row.data["category"], hit))
@@ -187,15 +194,43 @@ class MMBenchChinese(MMBench):
 
 
 def _base(index: str) -> str:
-    return str(int(index) % _CIRCULAR_STRIDE) if index.isdigit() else index
+    return str(int(index) % _CIRCULAR_STRIDE) if _is_number(index) else index
 
 
-def _chosen(record: Record) -> str | None:
+def _is_number(index: str) -> bool:
+    return index.isascii() and index.isdigit() and len(index) < 19
+
+
+def _rounds_by_id(answers: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    """Predictions by question and round.
+
+    Raises:
+        RecordError: If a round was answered twice.
+    """
+    found: dict[str, dict[int, Record]] = defaultdict(dict)
+    for record in answers:
+        number = record.get("round_id", int, 0)
+        if number in found[record.id]:
+            before = found[record.id][number].line
+            raise record.error("question_id", f"{record.id!r}, round {number}, was used in line {before} already")
+        found[record.id][number] = record
+    return found
+
+
+def _options(row: Record, rounds_: Mapping[int, Record]) -> int:
+    """Number of options of a question, which is that of its rounds."""
+    shown = list(itertools.takewhile(lambda letter: not is_missing(row.data.get(letter)), LETTERS))
+    stored = [len(record.get("option_char", list, [])) for record in rounds_.values()]
+    return len(shown) or max(stored, default=0) or len(LETTERS)
+
+
+def _chosen(record: Record, row: Record) -> str | None:
     """The original letter of the option that a prediction chose."""
-    letter = option_letter(record.get("text", str), LETTERS)
     order = record.get("option_char", list, list(LETTERS))
-    place = LETTERS.index(letter) if letter else len(order)
-    return order[place] if place < len(order) else None
+    shown = record.get("options", list, [row.data.get(letter) for letter in LETTERS])
+    texts = ["" if is_missing(text) else str(text) for text in shown]
+    letter = option_letter(record.get("text", str), LETTERS[: len(order)], texts)
+    return order[LETTERS.index(letter)] if letter else None
 
 
 def _write_table(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> Path:

@@ -10,15 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llavakit.errors import UserError
-from llavakit.evaluation.benchmarks.base import (
-    SHORT_ANSWER,
-    Benchmark,
-    Question,
-    need_gold,
-    stored_questions,
-    text_of,
-)
-from llavakit.evaluation.metrics import mme_scores
+from llavakit.evaluation.benchmarks.base import SHORT_ANSWER, Pair, PairedBenchmark, need_gold, text_of
+from llavakit.evaluation.metrics.answers import mme_scores
 from llavakit.evaluation.records import Record, pair, read_answers, read_records, read_text
 
 _YES_OR_NO = "Please answer yes or no."
@@ -61,15 +54,29 @@ def _place(record: Record) -> tuple[str, str]:
     return category, PurePosixPath(image).stem
 
 
-class MME(Benchmark):
+class MME(PairedBenchmark):
     """Perception (at most 2000), cognition (at most 800), and every sub-task."""
 
     title = "MME"
-    columns = ("perception", "cognition", "count")
+    gold_file = "the official folder, or JSONL of question_id, category, image, answer"
+    suffix = SHORT_ANSWER
+    keep = ("category",)
 
-    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
-        """Questions of LLaVA's JSONL."""
-        return stored_questions(path, images, SHORT_ANSWER, keep=("category",))
+    def read_gold(self, path: str | Path) -> list[Record]:
+        """The official folder, or a JSONL."""
+        return _read_folder(Path(path)) if Path(path).is_dir() else read_records(path)
+
+    def pairs(self, predictions: str | Path, gold: str | Path | None, missing: str, extra: str) -> list[Pair]:
+        """Pairs by id; where ids repeat (both questions of an image), by image and question text."""
+        gold = need_gold(gold, self.title, self.gold_file)
+        rows, answers = self.read_gold(gold), read_answers(predictions)
+        keys = {}
+        if gold.is_dir() or len({row.id for row in rows}) < len(rows):
+            keys = {
+                "key": lambda record: (*_place(record), _question(record.get("prompt", str))),
+                "gold_key": lambda record: (*_place(record), _question(record.get("text", str))),
+            }
+        return list(pair(rows, answers, **keys, missing=missing, extra=extra))
 
     def score(
         self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
@@ -82,23 +89,8 @@ class MME(Benchmark):
             gold: The official folder, or a JSONL of `question_id`, `answer` (yes or no), `category`, `image`, and
                 `text` where ids repeat.
         """
-        gold = need_gold(gold, self.title, "the official folder, or JSONL of question_id, category, image, answer")
-        answers = read_answers(predictions)
-        rows = _read_folder(gold) if gold.is_dir() else read_records(gold)
-        by_text = gold.is_dir() or len({row.id for row in rows}) < len(rows)
-        if by_text:
-            pairs = pair(
-                rows,
-                answers,
-                key=lambda record: (*_place(record), _question(record.get("prompt", str))),
-                gold_key=lambda record: (*_place(record), _question(record.get("text", str))),
-                missing=missing,
-                extra=extra,
-            )
-        else:
-            pairs = pair(rows, answers, missing=missing, extra=extra)
         items = []
-        for question, prediction in pairs:
+        for question, prediction in self.pairs(predictions, gold, missing, extra):
             answer = str(question.data.get("answer", question.data.get("label", ""))).strip().lower()
             if answer not in ("yes", "no"):
                 raise question.error("answer", f"must be yes or no, is {answer!r}")

@@ -10,30 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llavakit.evaluation.benchmarks.base import (
-    SHORT_ANSWER,
-    Benchmark,
-    Question,
-    need_gold,
-    stored_questions,
-    text_of,
-)
-from llavakit.evaluation.metrics import binary_metrics, mean
+from llavakit.evaluation.benchmarks.base import SHORT_ANSWER, PairedBenchmark, text_of
+from llavakit.evaluation.metrics.answers import binary_metrics, mean
 from llavakit.evaluation.processors import pope_answer
-from llavakit.evaluation.records import pair, read_answers, read_records
 
 _RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
-class POPE(Benchmark):
+class POPE(PairedBenchmark):
     """Accuracy, precision, recall, F1 and share of yes; "yes" is the positive class."""
 
     title = "POPE"
-    columns = ("f1", "accuracy", "precision", "recall", "yes_ratio")
-
-    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
-        """Questions of the published JSONL, or of LLaVA's."""
-        return stored_questions(path, images, SHORT_ANSWER, keep=("category",))
+    questions_are_gold = True
+    gold_file = "JSONL of question_id and label, such as coco_pope_random.json"
+    suffix = SHORT_ANSWER
+    keep = ("category",)
 
     def score(
         self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
@@ -45,9 +36,8 @@ class POPE(Benchmark):
                 `mean_f1` over them.
             missing: "wrong" counts a question without a prediction as answered with the other label.
         """
-        gold = need_gold(gold, self.title, "JSONL of question_id and label, such as coco_pope_random.json")
         answers, labels, categories = [], [], []
-        for question, prediction in pair(read_records(gold), read_answers(predictions), missing=missing, extra=extra):
+        for question, prediction in self.pairs(predictions, gold, missing, extra):
             label = question.get("label", str).strip().lower()
             if label not in ("yes", "no"):
                 raise question.error("label", f"must be yes or no, is {label!r}")
@@ -55,7 +45,7 @@ class POPE(Benchmark):
             wrong = "no" if label == "yes" else "yes"
             answers.append(wrong if text is None else pope_answer(text))
             labels.append(label)
-            categories.append(question.data.get("category"))
+            categories.append(question.get("category", str, None))
         metrics: dict[str, Any] = {"count": len(labels), **_percent(binary_metrics(answers, labels))}
         names = [name for name in dict.fromkeys(categories) if name is not None]
         if names:

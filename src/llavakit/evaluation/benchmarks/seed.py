@@ -13,18 +13,17 @@ from typing import Any
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import (
     LETTER,
-    Benchmark,
+    Pair,
+    PairedBenchmark,
     Question,
-    folder_of,
-    is_lines,
+    image_of,
     need_gold,
     percent,
-    stored_questions,
     text_of,
     write_lines,
 )
-from llavakit.evaluation.metrics import grouped_mean, mean
-from llavakit.evaluation.records import Record, as_records, pair, read_answers, read_json
+from llavakit.evaluation.metrics.answers import grouped_mean, mean
+from llavakit.evaluation.records import Record, as_records, read_answers, read_json
 
 
 def _annotation(path: str | Path) -> tuple[list[Record], dict[Any, str]]:
@@ -32,7 +31,10 @@ def _annotation(path: str | Path) -> tuple[list[Record], dict[Any, str]]:
     whole = read_json(path)
     if not isinstance(whole, dict) or not isinstance(whole.get("questions"), list):
         raise UserError(f"{path}: field questions is missing; give SEED-Bench.json")
-    names = {number: name for name, number in whole.get("question_type", {}).items()}
+    types = whole.get("question_type", {})
+    if not isinstance(types, dict) or not all(isinstance(number, int) for number in types.values()):
+        raise UserError(f"{path}: field question_type must be an object of names and numbers")
+    names = {number: name for name, number in types.items()}
     return as_records(path, whole["questions"]), names
 
 
@@ -69,46 +71,38 @@ def seed_submission(answers: Iterable[Record], questions: Iterable[Record]) -> l
     return rows
 
 
-class SEEDBench(Benchmark):
-    """Accuracy in total, of image questions, of video questions, and by question type."""
+class SEEDBench(PairedBenchmark):
+    """Accuracy in total, of image questions, of video questions, and by question type.
+
+    Images are in `SEED-Bench-image`, the middle frames of videos in `SEED-Bench-video-image`.
+    """
 
     title = "SEED-Bench"
-    columns = ("accuracy", "image", "video", "count")
+    gold_file = "SEED-Bench.json"
+    suffix = LETTER
 
-    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
-        """Questions of LLaVA's JSONL, or of `SEED-Bench.json`.
+    def read_gold(self, path: str | Path) -> list[Record]:
+        """The questions of `SEED-Bench.json`."""
+        return _annotation(path)[0]
 
-        Images lie in `SEED-Bench-image`, the middle frames of videos in `SEED-Bench-video-image`.
-        """
-        if is_lines(path):
-            return stored_questions(path, images, LETTER)
-        folder, found = folder_of(path, images), []
-        for record in _annotation(path)[0]:
-            lines = [record.get("question", str)]
-            lines += [f"{letter.upper()}. {record.get(f'choice_{letter}', (str, int, float))}" for letter in "abcd"]
-            text = "\n".join([*lines, LETTER])
-            if record.get("data_type", str) == "image":
-                image = folder / "SEED-Bench-image" / record.get("data_id", str)
-            else:
-                image = folder / "SEED-Bench-video-image" / f"{record.id}.png"
-            name = record.get("question_id", (str, int))
-            found.append(Question(name, text, ({"type": "image", "image": str(image)},), {"prompt": text}))
-        return found
+    def question(self, record: Record, folder: Path, **options: Any) -> Question:
+        """A question of `SEED-Bench.json`."""
+        lines = [record.get("question", str)]
+        lines += [f"{letter.upper()}. {record.get(f'choice_{letter}', (str, int, float))}" for letter in "abcd"]
+        text = "\n".join([*lines, LETTER])
+        if record.get("data_type", str) == "image":
+            image = folder / "SEED-Bench-image" / record.get("data_id", str)
+        else:
+            image = folder / "SEED-Bench-video-image" / f"{record.id}.png"
+        return Question(record.get("question_id", (str, int)), text, (image_of(image),), {"prompt": text})
 
     def score(
         self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
     ) -> dict[str, Any]:
-        """Exact match of the letter.
-
-        Args:
-            gold: `SEED-Bench.json`.
-        """
-        questions, names = _annotation(need_gold(gold, self.title, "SEED-Bench.json"))
-        pairs = [
-            (question, text_of(prediction))
-            for question, prediction in pair(questions, read_answers(predictions), missing=missing, extra=extra)
-        ]
-        by_type, by_data, total = accuracies(pairs, names)
+        """Exact match of the letter."""
+        _, names = _annotation(need_gold(gold, self.title, self.gold_file))
+        pairs: list[Pair] = self.pairs(predictions, gold, missing, extra)
+        by_type, by_data, total = accuracies([(question, text_of(answer)) for question, answer in pairs], names)
         return {
             "accuracy": percent(total),
             **{name: percent(value) for name, value in by_data.items()},

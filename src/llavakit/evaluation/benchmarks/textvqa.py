@@ -10,19 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import (
     SHORT_ANSWER,
-    Benchmark,
+    Pair,
+    PairedBenchmark,
     Question,
-    folder_of,
+    image_of,
     is_lines,
     need_gold,
-    percent,
-    stored_questions,
-    text_of,
 )
 from llavakit.evaluation.benchmarks.vqa import annotated, annotations
-from llavakit.evaluation.metrics import mean, vqa_accuracy
+from llavakit.evaluation.metrics.answers import vqa_accuracy
 from llavakit.evaluation.processors import stored_question
 from llavakit.evaluation.records import Record, pair, read_answers
 
@@ -33,11 +32,12 @@ def prompt(question: str, tokens: Sequence[str] = ()) -> str:
     return "\n".join([question, *hint, SHORT_ANSWER])
 
 
-class TextVQA(Benchmark):
+class TextVQA(PairedBenchmark):
     """Soft accuracy by the answer processor of the EvalAI server."""
 
     title = "TextVQA"
-    columns = ("accuracy", "count")
+    gold_file = "TextVQA_0.5.1_val.json, or JSONL of question_id and answers"
+    suffix = SHORT_ANSWER
 
     def questions(
         self, path: str | Path, images: str | Path | None = None, *, ocr: bool = True, **options: Any
@@ -46,48 +46,38 @@ class TextVQA(Benchmark):
 
         Args:
             ocr: Put a record's `ocr_tokens` into the prompt, where it has any.
+
+        Raises:
+            UserError: If `ocr` is false and the questions hold their hints already.
         """
-        if is_lines(path):
-            return stored_questions(path, images, SHORT_ANSWER)
-        folder, found = folder_of(path, images), []
-        for record in annotations(path, "data"):
-            tokens = record.get("ocr_tokens", list, []) if ocr else []
-            text = prompt(record.get("question", str), tokens)
-            name = record.get("image_id", str)
-            image = {"type": "image", "image": str(folder / f"{name}.jpg")}
-            found.append(Question(name, text, (image,), {"prompt": text}))
-        return found
+        if not ocr and is_lines(path):
+            raise UserError(f"ocr=false: the texts in {path} hold their hints already; give the official JSON")
+        return super().questions(path, images, ocr=ocr)
 
-    def score(
-        self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
-    ) -> dict[str, Any]:
-        """Soft accuracy.
+    def read_gold(self, path: str | Path) -> list[Record]:
+        """The records of the official JSON (`data`), or a JSONL with `answers`."""
+        return annotations(path, "data")
 
-        A prediction with a `prompt` is looked up by its image id and the question in the prompt, as published;
-        one without by `question_id`.
+    def question(self, record: Record, folder: Path, *, ocr: bool = True) -> Question:
+        """A question of the official JSON."""
+        tokens = record.get("ocr_tokens", list, []) if ocr else []
+        if not all(isinstance(token, str) for token in tokens):
+            raise record.error("ocr_tokens", "must be a list of strings")
+        text = prompt(record.get("question", str), tokens)
+        name = record.get("image_id", str)
+        return Question(name, text, (image_of(folder / f"{name}.jpg"),), {"prompt": text})
 
-        Args:
-            gold: The official JSON (`data`), or a JSONL with `answers`.
-        """
-        gold = need_gold(gold, self.title, "TextVQA_0.5.1_val.json, or JSONL of question_id and answers")
+    def pairs(self, predictions: str | Path, gold: str | Path | None, missing: str, extra: str) -> list[Pair]:
+        """Pairs by image id and the question in the stored prompt, as published; without prompts by `question_id`."""
+        questions = self.read_gold(need_gold(gold, self.title, self.gold_file))
         answers = read_answers(predictions)
-        questions = annotations(gold, "data")
-        by_prompt = all("prompt" in record.data for record in answers) and all(
-            "image_id" in record.data for record in questions
-        )
-        pairs = pair(
-            questions,
-            answers,
-            key=_prompt_key if by_prompt else lambda record: record.id,
-            gold_key=_annotation_key if by_prompt else None,
-            missing=missing,
-            extra=extra,
-        )
-        scores = [
-            0.0 if prediction is None else vqa_accuracy(text_of(prediction) or "", annotated(question))
-            for question, prediction in pairs
-        ]
-        return {"accuracy": percent(mean(scores)), "count": len(scores)}
+        by_prompt = all("prompt" in r.data for r in answers) and all("image_id" in r.data for r in questions)
+        keys = {"key": _prompt_key, "gold_key": _annotation_key} if by_prompt else {}
+        return list(pair(questions, answers, **keys, missing=missing, extra=extra))
+
+    def value(self, question: Record, text: str) -> float:
+        """How many annotators agree with the answer."""
+        return vqa_accuracy(text, annotated(question))
 
 
 def _prompt_key(prediction: Record) -> tuple[str, str]:

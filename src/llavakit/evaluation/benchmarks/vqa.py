@@ -7,6 +7,7 @@ Published figures of LLaVA-1.5 are test-dev results of the evaluation server; `s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,14 @@ from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.benchmarks.base import (
     SHORT_ANSWER,
     UNANSWERABLE,
-    Benchmark,
+    PairedBenchmark,
     Question,
-    folder_of,
-    is_lines,
-    need_gold,
-    percent,
-    stored_questions,
-    text_of,
+    image_of,
     write_json,
 )
-from llavakit.evaluation.metrics import grouped_mean, mean, vqa_accuracy
+from llavakit.evaluation.metrics.answers import vqa_accuracy
 from llavakit.evaluation.processors import vqa_answer, vqa_official_answer
-from llavakit.evaluation.records import Record, as_records, choose, index, pair, read_answers, read_json, read_records
+from llavakit.evaluation.records import Record, as_records, choose, index, read_json, read_records
 
 
 def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -81,48 +77,41 @@ def vizwiz_submission(answers: Iterable[Record], split: Iterable[Record]) -> lis
     return entries
 
 
-class VQAv2(Benchmark):
+class _Annotated(PairedBenchmark):
+    """Soft accuracy of processed answers over (usually ten) annotators."""
+
+    tables = {"by_answer_type": "answer_type"}
+
+    def read_gold(self, path: str | Path) -> list[Record]:
+        """The official annotations, or a JSONL with `answers`."""
+        return annotations(path, "annotations")
+
+    def value(self, question: Record, text: str) -> float:
+        """How many annotators agree with the answer."""
+        return official_accuracy(vqa_answer(text), annotated(question))
+
+
+class VQAv2(_Annotated):
     """Soft accuracy over ten annotators, also by answer type."""
 
     title = "VQAv2"
-    columns = ("accuracy", "count")
+    gold_file = "the annotations JSON, or JSONL of question_id and answers"
+    suffix = SHORT_ANSWER
 
-    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
-        """Questions of LLaVA's JSONL, or of the official questions JSON."""
-        if is_lines(path):
-            return stored_questions(path, images, SHORT_ANSWER)
-        whole, folder = read_json(path), folder_of(path, images)
+    def read_questions(self, path: str | Path) -> list[Record]:
+        """The official questions JSON; every record knows the images that the file belongs to."""
+        whole = read_json(path)
+        if not isinstance(whole, dict) or not isinstance(whole.get("questions"), list):
+            raise UserError(f"{path}: must be LLaVA's JSONL, or the official JSON with a list `questions`")
         # The test-dev file belongs to the test2015 images.
         subset = str(whole.get("data_subtype", "")).replace("test-dev", "test")
-        found = []
-        for record in as_records(path, whole["questions"]):
-            text = f"{record.get('question', str)}\n{SHORT_ANSWER}"
-            image = folder / f"COCO_{subset}_{record.get('image_id', int):012d}.jpg"
-            name = record.get("question_id", int)
-            found.append(Question(name, text, ({"type": "image", "image": str(image)},), {"prompt": text}))
-        return found
+        return [replace(r, data=r.data | {"subset": subset}) for r in as_records(path, whole["questions"])]
 
-    def score(
-        self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
-    ) -> dict[str, Any]:
-        """Soft accuracy of the processed answers.
-
-        Args:
-            gold: The official annotations JSON, or a JSONL of `question_id` and `answers`.
-        """
-        gold = need_gold(gold, self.title, "the annotations JSON, or JSONL of question_id and answers")
-        scores, types = [], []
-        for question, prediction in pair(
-            annotations(gold, "annotations"), read_answers(predictions), missing=missing, extra=extra
-        ):
-            text = text_of(prediction)
-            scores.append(0.0 if text is None else official_accuracy(vqa_answer(text), annotated(question)))
-            types.append(question.data.get("answer_type"))
-        metrics: dict[str, Any] = {"accuracy": percent(mean(scores)), "count": len(scores)}
-        if any(types):
-            by_type = grouped_mean(zip(types, scores, strict=True))
-            metrics["by_answer_type"] = {name: percent(value) for name, value in by_type.items()}
-        return metrics
+    def question(self, record: Record, folder: Path, **options: Any) -> Question:
+        """A question of the official JSON."""
+        text = f"{record.get('question', str)}\n{SHORT_ANSWER}"
+        image = image_of(folder / f"COCO_{record.data['subset']}_{record.get('image_id', int):012d}.jpg")
+        return Question(record.get("question_id", int), text, (image,), {"prompt": text})
 
     def submission(
         self,
@@ -139,44 +128,22 @@ class VQAv2(Benchmark):
         return write_json(output, vqav2_submission(answers, annotations(questions, "questions")))
 
 
-class VizWiz(Benchmark):
-    """Soft accuracy over ten annotators; many questions are unanswerable."""
+class VizWiz(_Annotated):
+    """Soft accuracy over ten annotators; many questions are unanswerable. In the official list the image is the id."""
 
     title = "VizWiz"
-    columns = ("accuracy", "count")
+    gold_file = "val.json, or JSONL of question_id and answers"
+    suffix = f"{UNANSWERABLE}\n{SHORT_ANSWER}"
 
-    def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
-        """Questions of LLaVA's JSONL, or of the official JSON list (there the image is the id)."""
-        if is_lines(path):
-            return stored_questions(path, images, f"{UNANSWERABLE}\n{SHORT_ANSWER}")
-        folder, found = folder_of(path, images), []
-        for record in read_records(path):
-            text = f"{record.get('question', str)}\n{UNANSWERABLE}\n{SHORT_ANSWER}"
-            name = record.get("image", str)
-            found.append(Question(name, text, ({"type": "image", "image": str(folder / name)},), {"prompt": text}))
-        return found
+    def question(self, record: Record, folder: Path, **options: Any) -> Question:
+        """A question of the official JSON list."""
+        text = f"{record.get('question', str)}\n{self.suffix}"
+        name = record.get("image", str)
+        return Question(name, text, (image_of(folder / name),), {"prompt": text})
 
-    def score(
-        self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
-    ) -> dict[str, Any]:
-        """Soft accuracy of the processed answers.
-
-        Args:
-            gold: The official JSON list with `image` and `answers`, or a JSONL with `question_id` and `answers`.
-        """
-        gold = need_gold(gold, self.title, "val.json, or JSONL of question_id and answers")
-        pairs = pair(
-            annotations(gold, "annotations"),
-            read_answers(predictions),
-            gold_key=lambda record: record.id if "question_id" in record.data else record.get("image", str),
-            missing=missing,
-            extra=extra,
-        )
-        scores = [
-            0.0 if prediction is None else official_accuracy(vqa_answer(text_of(prediction) or ""), annotated(question))
-            for question, prediction in pairs
-        ]
-        return {"accuracy": percent(mean(scores)), "count": len(scores)}
+    def gold_key(self, question: Record) -> str:
+        """The id, or the image's name in the official list."""
+        return question.id if "question_id" in question.data else question.get("image", str)
 
     def submission(
         self,

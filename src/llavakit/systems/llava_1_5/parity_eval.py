@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import UserError
-from llavakit.evaluation import metrics, processors
-from llavakit.evaluation.benchmarks import gqa, judged, mmbench, scienceqa, seed, vqa
+from llavakit.evaluation import processors
+from llavakit.evaluation.benchmarks import gqa, judged, mmbench, mmvet, scienceqa, seed, vqa
+from llavakit.evaluation.metrics import answers as metrics
 from llavakit.evaluation.records import Record, as_records
 from llavakit.evaluation.reviews import parse_pair, review_content, review_record
 from llavakit.proof.golden import Case, Result, component
@@ -135,7 +136,7 @@ def _textvqa(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         outputs["textvqa_unique_scores"] = [metrics.consensus_scores(item["gt_answers"]) for item in items]
     if "stvqa" in inputs:
         items = inputs["stvqa"]
-        values = [metrics.anls(item["pred_answer"], item["gt_answers"]) for item in items]
+        values = [metrics.anls(item["pred_answer"], item["gt_answers"], collapse=False) for item in items]
         outputs["anls_items"] = values
         outputs["stvqa_anls"] = metrics.mean(values)
         outputs["stvqa_accuracy"] = metrics.mean(
@@ -211,7 +212,7 @@ def submission_files(case: Case) -> Result:
             "vqav2": vqa.vqav2_submission(answers, split),
             "vqav2_printed": f"total results: {len(answers)}, total split: {len(split)}, error_line: {broken}",
             "vizwiz": vqa.vizwiz_submission(answers, complete),
-            "mmvet": judged.mmvet_submission(answers),
+            "mmvet": mmvet.mmvet_submission(answers),
         }
     )
 

@@ -19,7 +19,8 @@ from llavakit.connectors.general import sincos_table
 from llavakit.conversation.encode import encode, tokenize
 from llavakit.conversation.messages import from_llava, media_first, split_literals, to_llava
 from llavakit.conversation.template import get_template
-from llavakit.evaluation import metrics, processors
+from llavakit.evaluation import processors
+from llavakit.evaluation.metrics import answers as metrics
 from llavakit.media import frame_sampling as sampling
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration

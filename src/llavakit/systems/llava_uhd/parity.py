@@ -13,7 +13,8 @@ from torch import Tensor
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.general import Resampler
 from llavakit.conversation.template import get_template
-from llavakit.evaluation import metrics, processors
+from llavakit.evaluation import processors
+from llavakit.evaluation.metrics import answers as metrics
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.golden import Case, Result

@@ -21,6 +21,7 @@ SYSTEM = System(
         },
         "planners": {"volume_box": f"{_PACKAGE}.volumes:Box", "volume_slices": f"{_PACKAGE}.volumes:Slices"},
         "connectors": {"attention_pooling": f"{_PACKAGE}.connector:AttentionPooling"},
+        "benchmarks": {"ct_rate": f"{_PACKAGE}.benchmarks:CTRateChoice"},
         "layouts": {"medm-vl": f"{_PACKAGE}.checkpoint:Published"},
     },
     parity=f"{_PACKAGE}.parity:ADAPTERS",

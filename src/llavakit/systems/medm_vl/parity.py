@@ -13,7 +13,9 @@ from llavakit.checkpoints.classic import mlp_options
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP, Pooling
-from llavakit.evaluation import metrics, processors, text_metrics
+from llavakit.evaluation import processors
+from llavakit.evaluation.metrics import answers as metrics
+from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES

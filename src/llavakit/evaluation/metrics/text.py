@@ -1,18 +1,48 @@
-"""Metrics of running text against reference texts: BLEU, ROUGE, CIDEr, in the definitions that papers used.
+"""Running text against reference texts: BLEU, ROUGE, CIDEr and word overlap.
 
-The same name means different numbers in different toolkits, so each function says whose definition it is. Tokenised
-text is a list of words; who splits it, and how, is the caller's decision.
+The same word means different numbers in different toolkits, so the toolkit is part of every registered name:
+
+    coco_*       the COCO caption evaluation, on texts split at white space
+    nltk_*       NLTK's sentence BLEU, mean over sentences
+    sacrebleu_*  corpus BLEU of the package sacrebleu, its own tokenisation (13a)
+    google_*     F1 of the package rouge-score, without stemming
+    medical_*    word overlap of medical VQA (LLaVA-Med)
+
+A metric takes texts and gives a `TextScore`. The COCO and NLTK definitions are written out here, since the packages
+that hold them want Java or download data. METEOR and BERTScore are missing: they need WordNet and a language model.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llavakit.evaluation.metrics.answers import mean, token_scores
+from llavakit.evaluation.packages import need
+from llavakit.evaluation.processors import medical_answer
 
 Words = Sequence[str]
+References = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A metric over a corpus.
+
+    Attributes:
+        value: Of the whole corpus; between 0 and 1, CIDEr between 0 and 10.
+        each: Of every text; None if the metric has no value for a single text.
+    """
+
+    value: float
+    each: Sequence[float] | None = None
+
+
+# N-grams
 
 
 def ngrams(words: Words, n: int) -> Counter[tuple[str, ...]]:
@@ -30,6 +60,9 @@ def _clipped(candidate: Words, references: Sequence[Words], n: int) -> int:
 
 def _closest_length(candidate: int, references: Sequence[Words]) -> int:
     return min((abs(len(reference) - candidate), len(reference)) for reference in references)[1]
+
+
+# The definitions of NLTK and of the COCO caption evaluation
 
 
 def sentence_bleu(
@@ -98,40 +131,18 @@ def common_length(a: Words, b: Words) -> int:
     return row[-1]
 
 
-def coco_rouge_l(candidate: Words, references: Sequence[Words], beta: float = 1.2) -> float:
+def rouge_l_of_sentence(candidate: Words, references: Sequence[Words], beta: float = 1.2) -> float:
     """ROUGE-L of one sentence as the COCO caption evaluation defines it.
 
     Precision and recall are each the best over the references, then combined with `beta`.
     """
     lengths = [common_length(candidate, reference) for reference in references]
     precision = max((length / len(candidate) for length in lengths if candidate), default=0.0)
-    recall = max((length / len(reference) for length, reference in zip(lengths, references, strict=True) if reference))
+    pairs = zip(lengths, references, strict=True)
+    recall = max((length / len(reference) for length, reference in pairs if reference), default=0.0)
     if not precision or not recall:
         return 0.0
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
-
-
-def rouge_words(text: str) -> list[str]:
-    """The words of Google's rouge_score without stemming: lower-cased runs of ASCII letters and digits."""
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def rouge(candidate: str, reference: str, n: int | str = "L") -> tuple[float, float, float]:
-    """ROUGE-n or ROUGE-L of one text as Google's rouge_score defines it.
-
-    Returns:
-        precision, recall, F1.
-    """
-    a, b = rouge_words(candidate), rouge_words(reference)
-    if n == "L":
-        hits, found, wanted = common_length(a, b), len(a), len(b)
-    else:
-        left, right = ngrams(a, int(n)), ngrams(b, int(n))
-        hits, found, wanted = (left & right).total(), left.total(), right.total()
-    if not hits:
-        return 0.0, 0.0, 0.0
-    precision, recall = hits / found, hits / wanted
-    return precision, recall, 2 * precision * recall / (precision + recall)
 
 
 def cider(
@@ -174,3 +185,79 @@ def cider(
                 total += (dot / norm if norm else dot) * damping
         scores.append(10 * total / order / len(answers))
     return sum(scores) / len(scores), scores
+
+
+# Metrics by registered name
+
+
+def _split(texts: Sequence[str]) -> list[list[str]]:
+    return [text.split() for text in texts]
+
+
+def _coco_bleu(order: int, candidates: Sequence[str], references: References) -> TextScore:
+    corpus, single = coco_bleu(_split(candidates), [_split(texts) for texts in references])
+    return TextScore(corpus[order - 1], single[order - 1])
+
+
+def coco_rouge_l(candidates: Sequence[str], references: References) -> TextScore:
+    """ROUGE-L of the COCO caption evaluation, mean over texts."""
+    each = [
+        rouge_l_of_sentence(candidate.split(), _split(texts))
+        for candidate, texts in zip(candidates, references, strict=True)
+    ]
+    return TextScore(mean(each) or 0.0, each)
+
+
+def coco_cider(candidates: Sequence[str], references: References) -> TextScore:
+    """CIDEr-D of the COCO caption evaluation, between 0 and 10."""
+    return TextScore(*cider(_split(candidates), [_split(texts) for texts in references]))
+
+
+def _nltk_bleu(order: int, epsilon: float | None, candidates: Sequence[str], references: References) -> TextScore:
+    weights = (1 / order,) * order
+    each = [
+        sentence_bleu(candidate.split(), _split(texts), weights, epsilon)
+        for candidate, texts in zip(candidates, references, strict=True)
+    ]
+    return TextScore(mean(each) or 0.0, each)
+
+
+def _sacrebleu(order: int, candidates: Sequence[str], references: References) -> TextScore:
+    bleu = need("sacrebleu.metrics").BLEU(max_ngram_order=order)
+    most = max(map(len, references))
+    # The package wants streams: the first reference of every text, then the second, and None where a text has no more.
+    streams = [[texts[n] if n < len(texts) else None for texts in references] for n in range(most)]
+    return TextScore(bleu.corpus_score(list(candidates), streams).score / 100)
+
+
+def _google_rouge(kind: str, candidates: Sequence[str], references: References) -> TextScore:
+    """F1 of rouge-score without stemming; of several references the best."""
+    scorer = need("rouge_score.rouge_scorer").RougeScorer([kind])
+    each = [
+        max(scorer.score(text, candidate)[kind].fmeasure for text in texts)
+        for candidate, texts in zip(candidates, references, strict=True)
+    ]
+    return TextScore(mean(each) or 0.0, each)
+
+
+def _medical(name: str, candidates: Sequence[str], references: References) -> TextScore:
+    """Word overlap after the normalisation of medical VQA; of several references the best."""
+    each = [
+        max(token_scores(medical_answer(candidate), medical_answer(text))[name] for text in texts)
+        for candidate, texts in zip(candidates, references, strict=True)
+    ]
+    return TextScore(mean(each) or 0.0, each)
+
+
+TextMetric = Callable[[Sequence[str], References], TextScore]
+
+coco_bleu_1, coco_bleu_2, coco_bleu_3, coco_bleu_4 = (functools.partial(_coco_bleu, order) for order in (1, 2, 3, 4))
+nltk_bleu_1, nltk_bleu_4 = (functools.partial(_nltk_bleu, order, None) for order in (1, 4))
+nltk_bleu_1_smoothed, nltk_bleu_4_smoothed = (functools.partial(_nltk_bleu, order, 0.1) for order in (1, 4))
+sacrebleu_1, sacrebleu_4 = (functools.partial(_sacrebleu, order) for order in (1, 4))
+google_rouge_1, google_rouge_2, google_rouge_l = (
+    functools.partial(_google_rouge, kind) for kind in ("rouge1", "rouge2", "rougeL")
+)
+medical_precision, medical_recall, medical_f1 = (
+    functools.partial(_medical, name) for name in ("precision", "recall", "f1")
+)

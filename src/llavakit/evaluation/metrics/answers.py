@@ -1,11 +1,8 @@
-"""Metrics over lists of answers: fractions in [0, 1] unless a docstring says otherwise.
-
-Pure functions of predictions and references; files, prompts and percent signs are the benchmarks' business. Metrics
-over running text (BLEU, ROUGE, CIDEr) are in `text_metrics`.
-"""
+"""Metrics over answers: fractions in [0, 1] unless a docstring says otherwise."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -69,34 +66,48 @@ def edit_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     return row[-1]
 
 
-def anls(prediction: str, answers: Iterable[str], threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one answer (ST-VQA, DocVQA): the best over the answers.
+def anls(prediction: str, answers: Iterable[str], threshold: float = 0.5, *, collapse: bool = True) -> float:
+    """Average normalised Levenshtein similarity of one answer: the best over the answers.
 
     1 - distance / length of the longer string, on lower-cased and stripped text; below `threshold` it is 0.
+
+    Args:
+        collapse: Take any run of white space for one space, as the evaluation of DocVQA and InfographicVQA does; that
+            of ST-VQA in LLaVA's code does not.
     """
+
+    def clean(text: str) -> str:
+        text = text.lower().strip()
+        return " ".join(text.split()) if collapse else text
+
     best = 0.0
-    a = prediction.lower().strip()
+    a = clean(prediction)
     for answer in answers:
-        b = answer.lower().strip()
+        b = clean(answer)
         longer = max(len(a), len(b))
         similarity = 1 - edit_distance(a, b) / longer if longer else 1.0
         best = max(best, similarity if similarity >= threshold else 0.0)
     return best
 
 
-def _number(text: str) -> float | None:
-    text = text.strip()
-    percent = text.endswith("%")
+def number_in(text: str) -> float | None:
+    """The finite number that a whole text is ("3", "3.0", " 3."), None if it is none."""
     try:
-        value = float(text.rstrip("%"))
+        value = float(text.strip())
     except ValueError:
         return None
-    return value / 100 if percent else value
+    return value if math.isfinite(value) else None
+
+
+def _percentage(text: str) -> float | None:
+    text = text.strip()
+    value = number_in(text.removesuffix("%"))
+    return value / 100 if value is not None and text.endswith("%") else value
 
 
 def relaxed_match(prediction: str, answer: str, tolerance: float = 0.05) -> bool:
     """ChartQA: numbers within 5 % of a non-zero target ("12%" is 0.12), other text equal ignoring case."""
-    value, target = _number(prediction), _number(answer)
+    value, target = _percentage(prediction), _percentage(answer)
     if value is not None and target:
         return abs(value - target) <= tolerance * abs(target)
     return prediction.strip().lower() == answer.strip().lower()
@@ -183,10 +194,10 @@ def scienceqa_index(text: str, choices: int, options: Sequence[str]) -> int:
 
 
 def choice_in_reply(prediction: str, reference: str) -> tuple[str, bool] | None:
-    """CT-RATE multiple choice: whether the reference's first bracketed group stands anywhere in the prediction.
+    """Whether the reference's first bracketed group occurs anywhere in the prediction (CT-RATE multiple choice).
 
     Returns:
-        (the group with its brackets, hit), or None if the reference has no bracketed group.
+        The group with its brackets and whether it occurs; None if the reference has no bracketed group.
     """
     found = re.search(r"\((.*?)\)", reference.strip())
     return (found.group(), found.group() in prediction.strip()) if found else None
@@ -194,7 +205,8 @@ def choice_in_reply(prediction: str, reference: str) -> tuple[str, bool] | None:
 
 def bracket_choice_match(prediction: str, answer: str) -> bool:
     """MVBench and MLVU: the answer's text between its first "(" and ")" against `bracket_letter` of the prediction."""
-    return bracket_letter(prediction) == answer[answer.index("(") + 1 : answer.index(")")]
+    begin, end = answer.find("("), answer.find(")")
+    return 0 <= begin < end and bracket_letter(prediction) == answer[begin + 1 : end]
 
 
 # Boxes
@@ -232,7 +244,7 @@ def judged_answers(judgements: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         try:
             points += int(judgement["score"])
             verdict = judgement["pred"].lower()
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             continue
         yes += "yes" in verdict
         no += "yes" not in verdict and "no" in verdict
