@@ -55,7 +55,7 @@ def test_messages_and_records(faults: Faults) -> None:
 
 
 def _read(messages: Any, tokenizer: Any, rng: random.Random) -> None:
-    messages = escape_special_tokens(messages, tokenizer)
+    messages = normalise(escape_special_tokens(messages, tokenizer))
     assert normalise(messages) == messages
     encode(messages, rng.choice(TEMPLATES), tokenizer, **rng.choice(({}, {"add_generation_prompt": True})))
 
