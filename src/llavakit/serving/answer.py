@@ -14,10 +14,11 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 
 from llavakit.errors import UserError
-from llavakit.generation.request import RequestHandle, StreamChunk
+from llavakit.generation.request import Reply, RequestHandle, StreamChunk
 from llavakit.serving import toolcalls
+from llavakit.serving.logprobs import TokenLog, logprobs_body
 from llavakit.serving.presence import Presence
-from llavakit.serving.protocol import APIError, chunk, completion, logprobs_body, new_id, usage
+from llavakit.serving.protocol import APIError, chunk, completion, new_id, usage
 from llavakit.serving.service import Incoming, Service
 
 log = logging.getLogger("llavakit.serving")
@@ -126,7 +127,6 @@ class Answer:
             APIError: If the request failed, or its client went away meanwhile.
         """
         await presence.unless_gone(self._collect())
-        tokenizer = self.service.chat.processor.tokenizer
         choices = []
         for reply in self.handle.replies:
             text, calls = reply.text.strip(), []
@@ -139,11 +139,17 @@ class Answer:
                 "index": reply.index,
                 "message": message,
                 "finish_reason": "tool_calls" if calls else reply.finish_reason,
-                "logprobs": logprobs_body(reply.logprobs, tokenizer) if self.body.logprobs else None,
+                "logprobs": self._logprobs(reply) if self.body.logprobs else None,
             }
             choices.append(choice)
         self._answered = True
         return completion(self.identity, self.body.model, choices, self._usage)
+
+    def _logprobs(self, reply: Reply) -> dict[str, Any]:
+        """Of a whole reply; its text is that before calls are taken out."""
+        log = TokenLog(self.service.spelling)
+        log.push(reply.logprobs)
+        return logprobs_body(log.release(reply.text.strip(), last=True))
 
     async def _collect(self) -> None:
         async for _ in self._each():
@@ -154,12 +160,14 @@ class Answer:
         for index in range(self.body.n or 1):
             yield self._event([_delta(index, {"role": "assistant", "content": ""})])
         trimmers = [Trimmer() for _ in range(self.body.n or 1)]
+        logs = [TokenLog(self.service.spelling) for _ in range(self.body.n or 1 if self.body.logprobs else 0)]
         try:
             async for piece in self._each():
                 if piece is None:
                     yield ": still here\n\n"
                     continue
-                for choice in self._choices(piece, trimmers[piece.index]):
+                log = logs[piece.index] if logs else None
+                for choice in self._choices(piece, trimmers[piece.index], log):
                     yield self._event([choice])
         except APIError as error:
             self._failed = True
@@ -171,19 +179,23 @@ class Answer:
         self._answered = True
         yield "data: [DONE]\n\n"
 
-    def _choices(self, piece: StreamChunk, trim: Trimmer) -> Sequence[dict[str, Any]]:
-        tokenizer = self.service.chat.processor.tokenizer
-        logs = logprobs_body(piece.logprobs, tokenizer) if self.body.logprobs and piece.logprobs else None
+    def _choices(self, piece: StreamChunk, trim: Trimmer, log: TokenLog | None) -> Sequence[dict[str, Any]]:
         reason = piece.finish_reason
         if self.tools:  # calls are known when the reply is whole
             if reason is None:
                 return []
-            text, calls = toolcalls.read(self.handle.replies[piece.index].text.strip(), self.tools)
+            reply = self.handle.replies[piece.index]
+            text, calls = toolcalls.read(reply.text.strip(), self.tools)
             delta: dict[str, Any] = {"content": text} if text else {}
             if calls:
                 delta["tool_calls"] = [{**call, "index": number} for number, call in enumerate(calls)]
+            logs = self._logprobs(reply) if log is not None else None
             return [_delta(piece.index, delta, logs), _delta(piece.index, {}, None, "tool_calls" if calls else reason)]
-        text = trim(piece.text)
+        text, ready = trim(piece.text), []
+        if log is not None:
+            log.push(piece.logprobs)
+            ready = log.release(text, last=reason is not None)
+        logs = logprobs_body(ready) if ready else None
         choices = [_delta(piece.index, {"content": text}, logs)] if text or logs else []
         if reason is not None:
             choices.append(_delta(piece.index, {}, None, reason))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -340,20 +340,6 @@ def usage(prompt: int, reused: int, completion: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": reused},
     }
-
-
-def logprobs_body(entries: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
-    """Log probabilities of tokens."""
-
-    def token(number: int, value: float) -> dict[str, Any]:
-        text = tokenizer.decode([number])
-        return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode())}
-
-    content = [
-        token(entry.token_id, entry.logprob) | {"top_logprobs": [token(number, value) for number, value in entry.top]}
-        for entry in entries
-    ]
-    return {"content": content, "refusal": None}
 
 
 def chunk(identity: str, model: str, created: int, choices: list[dict[str, Any]], counts: Any = None) -> dict[str, Any]:

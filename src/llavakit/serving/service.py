@@ -25,6 +25,7 @@ from llavakit.media.source import Attached
 from llavakit.serving import toolcalls
 from llavakit.serving.access import AccessPolicy
 from llavakit.serving.bodies import ChatBody
+from llavakit.serving.logprobs import Spelling
 from llavakit.serving.metrics import Metrics
 from llavakit.serving.presence import Presence
 from llavakit.serving.protocol import APIError, ChatMessage, ChatRequest, MediaPart, TextPart
@@ -110,6 +111,7 @@ class Service:
         self.uploads: Uploads[bytes] = Uploads(self._upload_policy(settings))
         self.characters = prompt_characters(chat.processor.tokenizer, chat.engine.max_length)
         self.metrics = Metrics(chat.engine)
+        self.spelling = Spelling(chat.processor.tokenizer)
         self.active = 0
         self.closing = False
         self._decoders = CapacityLimiter(2)
