@@ -29,6 +29,7 @@ from transformers import DynamicCache
 
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.prompt import PromptInfo
 
 PROMPT, IMAGE, BEFORE, NEW = 1200, 576, 40, 200
 ARMS = ("dense", "all kept", "dynamic")
@@ -129,7 +130,7 @@ class Arm:
         whole, mask = torch.cat([embeds, later], dim=1), torch.nn.functional.pad(visual, (0, NEW))
         extra["visual_mask"] = mask
         if self.sparse:
-            extra["prompt_length"] = PROMPT
+            extra["prompt_info"] = PromptInfo(length=PROMPT)
         self.measured.last.append(clocked(lambda: self.model(inputs_embeds=whole, use_cache=False, **extra))[1])
         inner.language_adapter = kept_adapter
 

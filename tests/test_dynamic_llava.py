@@ -637,6 +637,34 @@ def test_the_engine_answers_like_generate():
         assert reply.token_ids == expected[0, -8:].tolist()
 
 
+@pytest.mark.parametrize("sparse_layer", [0, 1, 4])
+def test_rows_of_unequal_caches_decode_together(sparse_layer):
+    from llavakit.generation import Engine, Request, SamplingParams
+
+    net, _ = build(seed=3, sparse_layer=sparse_layer)
+    samples = [tiny.prompt(net, layout, seed=number) for number, layout in enumerate(("ttItt", "tttt", "tI", "tIttIt"))]
+
+    def request(number, new):
+        media = {name: value for name, value in samples[number].items() if name.startswith(("pixel", "visual"))}
+        sampling = SamplingParams(max_new_tokens=new, eos_token_ids=(), n=2, temperature=0.7, seed=number)
+        return Request(samples[number]["input_ids"][0], **media, sampling=sampling)
+
+    lengths = (9, 6, 12, 5)
+    alone = [Engine(net).generate([request(number, new)])[0] for number, new in enumerate(lengths)]
+    calls = []
+    hook = net.model.language_model.layers[2].register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    engine = Engine(net)
+    handles = [engine.submit(request(number, new)) for number, new in enumerate(lengths[:3])]
+    for _ in range(2):
+        engine.step()
+    handles.append(engine.submit(request(3, lengths[3])))  # joins while the others decode
+    engine.run()
+    hook.remove()
+    assert max(calls) == 8  # two replies to each of four requests in one forward pass
+    for one, handle in zip(alone, handles, strict=True):
+        assert [reply.token_ids for reply in one] == [reply.token_ids for reply in handle.result()]
+
+
 def test_a_recipe_continues_a_plain_model_in_packed_rows(tmp_path):
     import tiny_training
     from rich.console import Console

@@ -161,16 +161,17 @@ class RowCache(Cache):
         length = states.shape[3]
         self._grow(row + 1, length + 1)
         self.store[:, :, row, :, :length] = states
-        self._set_length(row, length)
+        self.set_length(row, length)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row's states over another row's."""
         length = self.lengths[source]
         self._grow(target + 1, length + 1)
         self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
-        self._set_length(target, length)
+        self.set_length(target, length)
 
-    def _set_length(self, row: int, length: int) -> None:
+    def set_length(self, row: int, length: int) -> None:
+        """Say how many positions of a row are filled."""
         self.lengths[row] = length
         self.positions[row] = length
         self._open_mask(row, length)
@@ -182,7 +183,7 @@ class RowCache(Cache):
     def clear(self, row: int) -> None:
         """Overwrite a row with zeros: numbers that are not finite would reach its next owner through the mask."""
         self.store[:, :, row].zero_()
-        self._set_length(row, 0)
+        self.set_length(row, 0)
 
     def begin_step(self, active: int) -> None:
         """Prepare one step of the first `active` rows (of all, if fixed): where they write and what they see."""
@@ -219,11 +220,19 @@ class RowCache(Cache):
         """Additive mask [rows, 1, 1, width] of sliding layers."""
         return self._seen[-1]
 
-    def end_step(self, active: int) -> None:
-        """The first `active` rows have become one position longer."""
-        self.positions[:active] += 1
-        for row in range(active):
-            self.lengths[row] += 1
+    def end_step(self, active: int, kept: Sequence[bool] | None = None) -> None:
+        """The first `active` rows have become one position longer.
+
+        Args:
+            kept: For every row whether its new position stays; one that does not is overwritten by the next step.
+        """
+        if kept is None:
+            self.positions[:active] += 1
+            kept = [True] * active
+        else:
+            self.positions[:active] += torch.tensor(kept, device=self.positions.device)
+        for row, stays in enumerate(kept):
+            self.lengths[row] += stays
 
 
 def _round_up(length: int) -> int:

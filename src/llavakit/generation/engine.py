@@ -23,13 +23,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llavakit.errors import UserError
-from llavakit.generation.cache import PrefixStore, RowCache, one_row_cache, shared_prefix, stack_layers
-from llavakit.generation.compiled import compiled_step
+from llavakit.generation.cache import PrefixStore, one_row_cache, shared_prefix, stack_layers
 from llavakit.generation.prompt import Prompt, PromptReader
 from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk, TokenLogprob
+from llavakit.generation.rows import PlainRows, sliding_window
 from llavakit.generation.sampling import RowRng, TokenSampler
 from llavakit.generation.stopping import StopStrings, check_stops, stop_token_ids
 from llavakit.generation.streaming import TextStream
+from llavakit.language.rows import DecodingRows
 
 _LEAST_REUSE = 16  # copying a shorter prefix costs more than computing it
 
@@ -39,8 +40,7 @@ class _Row:
 
     Attributes:
         last: The newest token, which the next step feeds.
-        written: Positions whose states the cache holds.
-        solo: The cache of a row that cannot share one, else None.
+        written: Positions whose states the rows hold.
         stop_ids: Stop strings that are one special token, by id.
         stopped_by: The stop string among `stop_ids` that ended the reply.
     """
@@ -52,7 +52,6 @@ class _Row:
         self.new: list[int] = []
         self.last = 0
         self.written = prompt.length
-        self.solo: Any = None
         self.text: TextStream | None = None
         self.stop: StopStrings | None = None
         self.stop_ids: dict[int, str] = {}
@@ -99,15 +98,16 @@ class Engine:
         self.tokenizer = tokenizer
         self.device = self.core.device
         self.max_batch, self.max_prefill_tokens = max_batch, max_prefill_tokens
-        limit = position_limit(self.core.config.text_config)
+        self._adapter = self.core.language_adapter
+        limits = [position_limit(self.core.config.text_config), getattr(self._adapter, "max_positions", None)]
+        limit = min((limit for limit in limits if limit is not None), default=None)
         if max_length is not None and limit is not None and max_length > limit:
             raise UserError(f"max_length {max_length} is more than the decoder's {limit} positions")
         self.max_length = max_length or limit or 4096
         self.prompts = PromptReader(self.core, feature_bytes)
         self.prefixes = PrefixStore(prefix_bytes)
-        self._alone = self.core.language_adapter is not None
-        self._window = None if self._alone else _sliding_window(self.core.config.text_config)
-        if not self._alone:
+        if self._adapter is None:
+            sliding_window(self.core.config.text_config)  # refuses what rows cannot hold
             _check_attention(self.core.language_model)
         generation = getattr(self.model, "generation_config", None)
         self.eos_token_ids = _id_set(getattr(generation, "eos_token_id", None))
@@ -115,10 +115,8 @@ class Engine:
         self._suppressed = torch.tensor(suppressed, device=self.device) if suppressed else None
         self._waiting: deque[RequestHandle] = deque()
         self._rows: list[_Row] = []
-        self._solo: list[_Row] = []
-        self._cache: RowCache | None = None
+        self._states: DecodingRows | None = None
         self._compile = compile
-        self._compiled: Callable[[Tensor, Any, Tensor], Tensor] | None = None
         self._sampler: TokenSampler | None = None
         self._stepping = threading.RLock()
         self._wake = threading.Condition()
@@ -159,8 +157,6 @@ class Engine:
             self._admit()
             if self._rows:
                 self._decode()
-            for row in list(self._solo):
-                self._decode_alone(row)
             return self.busy
 
     def run(self) -> None:
@@ -171,7 +167,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is waiting or active."""
-        return bool(self._waiting or self._rows or self._solo)
+        return bool(self._waiting or self._rows)
 
     @property
     def waiting(self) -> int:
@@ -181,7 +177,7 @@ class Engine:
     @property
     def active(self) -> int:
         """Replies being decoded."""
-        return len(self._rows) + len(self._solo)
+        return len(self._rows)
 
     def generate(self, requests: Sequence[Request]) -> list[Any]:
         """Results of many requests, in order.
@@ -204,8 +200,8 @@ class Engine:
         with self._stepping, torch.inference_mode():
             handle = RequestHandle(self, request)
             prompt = self.prompts.read(request)
-            cache, first = self._prefill_alone(prompt) if self._alone else self._prefill_states(handle, prompt)
-            if not self._alone and prompt.keys is not None and self.prefixes.enabled:
+            cache, first = self._run_prompt(handle, prompt)
+            if self._adapter is None and prompt.keys is not None and self.prefixes.enabled:
                 self.prefixes.put(prompt.keys, cache)
             scores = []
             for reply in continuations:
@@ -233,7 +229,7 @@ class Engine:
             return
         if not drain:
             with self._wake:
-                handles = [*self._waiting, *(row.handle for row in self._rows + self._solo)]
+                handles = [*self._waiting, *(row.handle for row in self._rows)]
             for handle in handles:
                 handle.cancel()
         with self._wake:
@@ -268,8 +264,8 @@ class Engine:
 
     def _abort(self, error: Exception) -> None:
         """Fail everything that was submitted."""
-        handles = {id(row.handle): row.handle for row in self._rows + self._solo}
-        self._rows, self._solo, self._cache, self._sampler = [], [], None, None
+        handles = {id(row.handle): row.handle for row in self._rows}
+        self._rows, self._states, self._sampler = [], None, None
         while self._waiting:
             handle = self._waiting.popleft()
             handles[id(handle)] = handle
@@ -285,7 +281,7 @@ class Engine:
         for handle in gone:
             for reply in handle.replies:
                 _deliver(handle, StreamChunk(reply.index, (), finish_reason="cancelled"))
-        for row in [row for row in self._rows + self._solo if row.handle.cancelled]:
+        for row in [row for row in self._rows if row.handle.cancelled]:
             self._finish(row, "cancelled")
 
     def _admit(self) -> None:
@@ -309,11 +305,7 @@ class Engine:
         budget = min(params.max_new_tokens, self.max_length - prompt.length)
         eos = self.eos_token_ids if params.eos_token_ids is None else frozenset(params.eos_token_ids)
         rows = [_Row(handle, index, prompt, budget, eos) for index in range(params.n)]
-        if self._alone:
-            cache, logits = self._prefill_alone(prompt)
-            states = None
-        else:
-            states, logits = self._prefill_states(handle, prompt)
+        states, logits = self._run_prompt(handle, prompt)
         if not bool(torch.isfinite(logits.max())):
             raise FloatingPointError("the model gave logits that are not finite for this prompt")
         for row in rows:
@@ -325,12 +317,12 @@ class Engine:
                 row.text = TextStream(self.tokenizer, params.skip_special_tokens)
                 row.stop = StopStrings(params.stop)
                 row.stop_ids = stop_token_ids(params.stop, self.tokenizer)
-            if states is None:
-                row.solo = cache if row.index == 0 else copy.deepcopy(cache)
-                self._solo.append(row)
-            else:
-                self._place(row, states)
+            self._place(row, states)
         return rows, logits
+
+    def _run_prompt(self, handle: RequestHandle, prompt: Prompt) -> tuple[Any, Tensor]:
+        """States of a prompt as its rows take them, and logits of its last position [1, vocabulary]."""
+        return self._prefill_states(handle, prompt) if self._adapter is None else self._prefill_adapter(prompt)
 
     def _prefill_states(self, handle: RequestHandle, prompt: Prompt) -> tuple[Tensor, Tensor]:
         shared, states = self._find_prefix(prompt)
@@ -346,7 +338,7 @@ class Engine:
     def _continue(self, cache: Any, prompt: Prompt, ids: Tensor) -> Tensor:
         """Logits [tokens, vocabulary] behind a prompt with given ids; the prompt's states stay as they are."""
         length = prompt.length + ids.shape[1]
-        if self._alone:
+        if self._adapter is not None:
             output = self.model(
                 input_ids=ids,
                 attention_mask=torch.ones(1, length, dtype=torch.long, device=self.device),
@@ -372,38 +364,32 @@ class Engine:
             if row.prompt.keys is not None and len(row.prompt.keys) > best:
                 shared = shared_prefix(row.prompt.keys, keys)
                 if shared > best:
-                    best, states = shared, self._cache.read(number, shared)
+                    best, states = shared, self._states.read(number, shared)
         return (best, states) if best >= _LEAST_REUSE else (0, None)
 
-    def _place(self, row: _Row, states: Tensor) -> None:
-        if self._cache is None:
+    def _place(self, row: _Row, states: Any) -> None:
+        if self._states is None:
             expected = 1 + sum(handle.request.sampling.n for handle in list(self._waiting))
-            self._cache = RowCache(
-                states,
-                rows=min(expected, self.max_batch),
-                max_rows=self.max_batch,
-                max_length=self.max_length,
-                window=self._window,
-                fixed=self._compile,
-            )
-            self._compiled = (
-                compiled_step(self.core.language_model, self.model.lm_head, self._cache) if self._compile else None
-            )
-        self._cache.insert(len(self._rows), states)
+            size = {"rows": min(expected, self.max_batch), "max_rows": self.max_batch, "max_length": self.max_length}
+            if self._adapter is None:
+                self._states = PlainRows(self.model, states, **size, compile=self._compile)
+            else:
+                self._states = self._adapter.rows(self.model, states, **size)
+        self._states.insert(len(self._rows), states, row.prompt.length)
         self._rows.append(row)
         self._sampler = None
 
     # ------------------------------------------------------------------ decoding
 
     def _decode(self) -> None:
-        """One token for every row of the shared cache."""
+        """One token for every row."""
         rows = list(self._rows)
         try:
-            logits = self._forward([row.last for row in rows])
-        except Exception as error:  # no row can be blamed, and the cache may be half written
+            logits = self._states.step([row.last for row in rows])
+        except Exception as error:  # no row can be blamed, and the states may be half written
             for row in rows:
                 self._fail(row.handle, error)
-            self._cache = None
+            self._states = None
             return
         for row in rows:
             row.written += 1
@@ -411,36 +397,9 @@ class Engine:
             self._sampler = TokenSampler([row.params for row in rows], self.device)
         self._advance(rows, logits, self._sampler)
 
-    def _forward(self, tokens: list[int]) -> Tensor:
-        """Logits [rows, vocabulary] after one more token per row."""
-        cache = self._cache
-        cache.begin_step(len(tokens))
-        padded = tokens + [0] * (cache.rows - len(tokens))  # fixed rows are computed whether they are in use or not
-        embeds = self.core.embed_ids(torch.tensor(padded, device=self.device).unsqueeze(-1))
-        masks, positions = self._masks(cache), cache.position_ids
-        if self._compiled is not None:
-            logits = self._compiled(embeds, masks, positions)[: len(tokens)]
-        else:
-            hidden = self.core.language_model(
-                inputs_embeds=embeds,
-                attention_mask=masks,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            logits = self.model.lm_head(hidden[:, -1])
-        cache.end_step(len(tokens))
-        return logits
-
-    def _masks(self, cache: RowCache) -> Any:
-        kinds = set(getattr(self.core.config.text_config, "layer_types", None) or ())
-        if len(kinds) > 1:
-            return {"full_attention": cache.mask, "sliding_attention": cache.window_mask}
-        return cache.window_mask if self._window is not None else cache.mask
-
-    def _prefill_alone(self, prompt: Prompt) -> tuple[Any, Tensor]:
+    def _prefill_adapter(self, prompt: Prompt) -> tuple[Any, Tensor]:
         """Prefill of a model whose adapter keeps states of its own: the cache and logits [1, vocabulary]."""
-        cache = self.core.language_adapter.make_cache() or one_row_cache()
+        cache = self._adapter.make_cache() or one_row_cache()
         inputs: dict[str, Any] = {"attention_mask": torch.ones(1, prompt.length, dtype=torch.long, device=self.device)}
         if prompt.embeds is not None:
             inputs |= {"inputs_embeds": prompt.embeds, "visual_mask": prompt.visual}
@@ -451,22 +410,6 @@ class Engine:
                 inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=vectors)}
         output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.past_key_values, output.logits[:, -1]
-
-    def _decode_alone(self, row: _Row) -> None:
-        """One token for a row with a cache of its own."""
-        try:
-            output = self.model(
-                input_ids=torch.tensor([[row.last]], device=self.device),
-                attention_mask=torch.ones(1, row.written + 1, dtype=torch.long, device=self.device),
-                past_key_values=row.solo,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        except Exception as error:
-            self._fail(row.handle, error)
-            return
-        row.written += 1
-        self._advance([row], output.logits[:, -1])
 
     def _advance(self, rows: list[_Row], logits: Tensor, sampler: TokenSampler | None = None) -> None:
         """Choose every row's next token and hand it on; retire rows that are finished."""
@@ -524,28 +467,26 @@ class Engine:
 
     def _retire(self, row: _Row, *, keep: bool) -> None:
         """Free a row; the last row takes its place. `keep` its states for prompts that begin in the same way."""
-        if row.solo is not None:
-            self._solo.remove(row)
-            return
         number, last = self._rows.index(row), len(self._rows) - 1
         if not keep:
-            self._cache.clear(number)
+            self._states.clear(number)
         elif row.prompt.keys is not None and self.prefixes.enabled:
-            new = np.array(row.new, dtype=np.int64)
-            keys = np.concatenate([row.prompt.keys, new])[: row.written]
-            self.prefixes.put(keys, self._cache.read(number))
+            states = self._states.read(number)
+            if states is not None:
+                new = np.array(row.new, dtype=np.int64)
+                self.prefixes.put(np.concatenate([row.prompt.keys, new])[: row.written], states)
         if number != last:
-            self._cache.move(last, number)
+            self._states.move(last, number)
             self._rows[number] = self._rows[last]
             if not keep:  # the row that moved may be unsound too
-                self._cache.clear(last)
+                self._states.clear(last)
         self._rows.pop()
         self._sampler = None
 
     def _fail(self, handle: RequestHandle, error: Exception) -> None:
         """End all replies of a request with an error."""
         handle.error = error
-        for row in [row for row in self._rows + self._solo if row.handle is handle]:
+        for row in [row for row in self._rows if row.handle is handle]:
             self._retire(row, keep=False)
         for reply in handle.replies:
             if reply.finish_reason is None:
@@ -567,15 +508,6 @@ def position_limit(text_config: Any) -> int | None:
     if rope.get("rope_type") in ("dynamic", "longrope"):  # these rescale by the longest row of the batch
         limit = rope.get("original_max_position_embeddings") or limit
     return limit
-
-
-def _sliding_window(text_config: Any) -> int | None:
-    kinds = set(getattr(text_config, "layer_types", None) or ())
-    unknown = kinds - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UserError(f"the engine cannot run decoder layers of type {', '.join(sorted(unknown))}; use generate")
-    window = getattr(text_config, "sliding_window", None)
-    return window if not kinds or "sliding_attention" in kinds else None
 
 
 def _check_attention(decoder: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llavakit.language.rows import DecodingRows, SeparateRows
 from llavakit.model.prompt import PromptInfo
 
 
@@ -27,6 +28,22 @@ class LanguageAdapter(nn.Module):
     def make_cache(self) -> Any:
         """A new, empty transformers `Cache` for generation, or None for the decoder's usual one."""
         return None
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most positions of prompt and reply that the adapter can run; None leaves the limit to the decoder."""
+        return None
+
+    def rows(self, model: Any, states: Any, *, rows: int, max_rows: int, max_length: int) -> DecodingRows:
+        """Where the engine keeps requests that are decoded together. The default runs them one after the other.
+
+        Args:
+            model: The whole model.
+            states: Cache of the first request after prefill.
+            rows: Rows to begin with.
+            max_rows, max_length: Most rows, and most positions of one.
+        """
+        return SeparateRows(model)
 
     def forward(
         self,

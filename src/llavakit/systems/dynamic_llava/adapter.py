@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llavakit.errors import UserError
 from llavakit.language.adapter import LanguageAdapter
+from llavakit.language.layers import check_decoder, run_layers
 from llavakit.model.prompt import PromptInfo
 from llavakit.splice.scatter import IGNORE
 from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, as_layer_mask
@@ -33,6 +34,7 @@ from llavakit.systems.dynamic_llava.decisions import (
 )
 from llavakit.systems.dynamic_llava.predictors import ImagePredictor, TextPredictor
 from llavakit.systems.dynamic_llava.roles import USER_MARKER, token_roles, trim_unsupervised
+from llavakit.systems.dynamic_llava.rows import SparseRows
 
 Places = tuple[int, Tensor]  # row of the batch, columns [tokens]
 
@@ -178,6 +180,17 @@ class DynamicSparsification(LanguageAdapter):
         """A new, empty cache whose upper layers store selectively."""
         return SelectiveCache(self.text_config.num_hidden_layers, self.sparse_layer)
 
+    @property
+    def max_positions(self) -> int | None:
+        """The sliding window of the decoder, if it has one: inside it all positions are visible."""
+        config = self.text_config
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+        return getattr(config, "sliding_window", None) if sliding else None
+
+    def rows(self, model: Any, states: SelectiveCache, **size: int) -> SparseRows:
+        """Rows in which every request keeps its own number of tokens; see `LanguageAdapter.rows`."""
+        return SparseRows(model, states, **size)
+
     def set_progress(self, fraction: float) -> None:
         """Set the Gumbel temperature for an optimiser step, of which `fraction` (0 to 1) of all are done."""
         self.tau = temperature(self.tau_start, self.tau_end, fraction, 1)
@@ -271,11 +284,7 @@ class DynamicSparsification(LanguageAdapter):
         kwargs: dict[str, Any],
     ) -> None:
         config = decoder.config
-        lacking = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
-        if lacking:
-            raise UserError(
-                f"dynamic_sparsification needs a Llama-shaped decoder; {config.model_type} has no {lacking[0]}"
-            )
+        check_decoder(decoder, "dynamic_sparsification")
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
                 raise UserError(f"dynamic_sparsification has no {name}: its layers see different tokens")
@@ -285,12 +294,11 @@ class DynamicSparsification(LanguageAdapter):
             )
         if attention_mask is not None and attention_mask.dim() != 2:
             raise UserError("dynamic_sparsification takes a 2-D attention_mask [batch, positions]")
-        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-        window = getattr(config, "sliding_window", None) if sliding else None
         total = inputs_embeds.shape[1] + (0 if cache is None else cache.rows.seen)
-        if window is not None and total > window:
+        if self.max_positions is not None and total > self.max_positions:
             raise UserError(
-                f"dynamic_sparsification has no sliding windows: {total} positions do not fit into one of {window}"
+                f"dynamic_sparsification has no sliding windows: {total} positions do not fit into one of "
+                f"{self.max_positions}"
             )
 
     def _upper(self, decoder: nn.Module) -> list[nn.Module]:
@@ -305,17 +313,7 @@ class DynamicSparsification(LanguageAdapter):
         position_ids: Tensor,
         cache: SelectiveCache | None,
     ) -> Tensor:
-        rotary = decoder.rotary_emb(hidden, position_ids=position_ids)
-        for layer in layers:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_embeddings=rotary,
-            )
-        return hidden
+        return run_layers(layers, hidden, decoder.rotary_emb, position_ids, attention_mask=mask, cache=cache)
 
     def _mask(self, decoder: nn.Module, allowed: Tensor | None, hidden: Tensor) -> Tensor | None:
         return as_layer_mask(allowed, decoder.config._attn_implementation, hidden.dtype)

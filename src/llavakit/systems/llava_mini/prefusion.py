@@ -16,6 +16,7 @@ from transformers import AutoModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llavakit.errors import UserError
+from llavakit.language.layers import run_layers
 
 States = list[tuple[Tensor, Tensor]]  # per block keys and values, [images, kv heads, tokens, head size] each
 
@@ -97,17 +98,7 @@ class Prefusion(nn.Module):
         return self._run(text, compacted(seen)[:, -length:], causal_mask(seen, length, text.dtype), cache)
 
     def _run(self, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None = None) -> Tensor:
-        places = self.rotary_emb(hidden, positions)
-        for layer in self.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_embeddings=places,
-            )
-        return hidden
+        return run_layers(self.layers, hidden, self.rotary_emb, positions, attention_mask=mask, cache=cache)
 
     def state_bytes(self, tokens: int, itemsize: int) -> int:
         """Size of the keys and values of so many vision tokens."""
