@@ -26,11 +26,13 @@ from llavakit.conversation.messages import is_media, normalise, split_literals
 from llavakit.conversation.template import get_template
 from llavakit.data.records import Record
 from llavakit.errors import UserError
+from llavakit.evaluation.score import score
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
+from llavakit.splice.scatter import IGNORE
 from llavakit.training.dataset import Samples
 
 # Keys of a classic config.json that concern the original's training, tokenizer or bookkeeping and say nothing about
@@ -139,10 +141,16 @@ def with_blank_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 def training_sample(
     processor: LlavakitProcessor, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> dict[str, Any]:
-    """Ids and labels of a training sample in the original's form, with -200 at media; see `Samples`."""
-    record = Record(with_blank_media(messages), "case", 1, {})
-    sample = Samples([record], processor, options=options)[0]
-    return sample | {"input_ids": original_ids(processor, sample["input_ids"]), "labels": sample["labels"].tolist()}
+    """Ids and labels of a training sample in the original's form, with -200 at media; see `Samples`.
+
+    Training refuses a record of which nothing is left to learn; the original makes a sample of it all the same.
+    """
+    messages = with_blank_media(messages)
+    sample = processor.encode(messages, **options)
+    if any(label != IGNORE for label in sample["labels"]):
+        sample = Samples([Record(messages, "case", 1, {})], processor, options=options)[0]
+    labels = [int(label) for label in sample["labels"]]
+    return sample | {"input_ids": original_ids(processor, sample["input_ids"]), "labels": labels}
 
 
 def prompt_ids(processor: LlavakitProcessor, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -246,3 +254,31 @@ def greedy(
             )
         )
     return [reply.token_ids for reply in engine.generate(requests)]
+
+
+# Scores
+
+
+def scored(task: str, texts: Sequence[str], gold: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
+    """The metrics of a benchmark, from a predictions file and a gold file as `llavakit score` reads them.
+
+    Args:
+        texts: A prediction per question.
+        gold: What the benchmark's JSONL holds of every question, without its number.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "predictions.jsonl", Path(folder) / "gold.jsonl"
+        rows = [{"text": text} for text in texts], gold
+        for file, own in zip(files, rows, strict=True):
+            lines = [json.dumps({"question_id": number, **row}) for number, row in enumerate(own)]
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return score(task, *files, **options)["metrics"]
+
+
+def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """POPE under the names that its script prints; the original counts every label but "no" as yes."""
+    found = scored("pope", answers, [{"label": "no" if label == "no" else "yes"} for label in labels])
+    counts = {name: found[name.lower()] for name in ("TP", "FP", "TN", "FN")}
+    rates = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "f1"}
+    rates["Yes ratio"] = "yes_ratio"
+    return counts | {name: found[key] / 100 for name, key in rates.items()}

@@ -18,6 +18,7 @@ from llavakit.evaluation.benchmarks import gqa, judged, mmbench, mmvet, scienceq
 from llavakit.evaluation.metrics import answers as metrics
 from llavakit.evaluation.records import Record, as_records
 from llavakit.evaluation.reviews import parse_pair, review_content, review_record
+from llavakit.proof.entries import pope, scored
 from llavakit.proof.golden import Case, Result, component
 
 
@@ -40,21 +41,11 @@ def metric(case: Case) -> Result:
 
 
 def _pope(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    parsed = [processors.pope_answer(text) for text in inputs["answers"]]
-    labels = ["no" if label == "no" else "yes" for label in inputs["labels"]]
-    found = metrics.binary_metrics(parsed, labels)
-    summary = [found[name] for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")]
+    found = pope(inputs["answers"], inputs["labels"])
+    summary = [found[name] for name in ("F1 score", "Accuracy", "Precision", "Recall", "Yes ratio")]
     return {
-        "parsed": parsed,
-        "TP": found["tp"],
-        "FP": found["fp"],
-        "TN": found["tn"],
-        "FN": found["fn"],
-        "Accuracy": found["accuracy"],
-        "Precision": found["precision"],
-        "Recall": found["recall"],
-        "F1 score": found["f1"],
-        "Yes ratio": found["yes_ratio"],
+        "parsed": [processors.pope_answer(text) for text in inputs["answers"]],
+        **found,
         "summary_line": ", ".join(f"{value:.3f}" for value in summary),
     }
 
@@ -132,7 +123,9 @@ def _textvqa(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         items = inputs["textvqa"]
         values = [metrics.vqa_accuracy(item["pred_answer"], item["gt_answers"]) for item in items]
         outputs["textvqa_per_item"] = values
-        outputs["textvqa_accuracy"] = metrics.mean(values)
+        texts = [item["pred_answer"] for item in items]
+        found = scored("textvqa", texts, [{"answers": item["gt_answers"]} for item in items])
+        outputs["textvqa_accuracy"] = found["accuracy"] / 100
         outputs["textvqa_unique_scores"] = [metrics.consensus_scores(item["gt_answers"]) for item in items]
     if "stvqa" in inputs:
         items = inputs["stvqa"]

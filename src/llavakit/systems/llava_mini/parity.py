@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
-from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.general import sincos_table
-from llavakit.conversation.encode import encode, tokenize
-from llavakit.conversation.messages import from_llava, media_first, split_literals, to_llava
-from llavakit.conversation.template import get_template
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER as PLACEHOLDER
+from llavakit.conversation.encode import tokenize
+from llavakit.conversation.messages import from_llava, media_first, to_llava
+from llavakit.errors import UserError
 from llavakit.evaluation import processors
 from llavakit.evaluation.metrics import answers as metrics
 from llavakit.media import frame_sampling as sampling
@@ -26,9 +26,22 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES
 from llavakit.model.visuals import Visuals
-from llavakit.proof.golden import Case, Result, component
-from llavakit.splice.layout import Run
-from llavakit.splice.scatter import IGNORE, expand, scatter
+from llavakit.proof.classic_batch import ClassicBatch, Entry
+from llavakit.proof.entries import (
+    check_keys,
+    greedy,
+    pope,
+    prompt_ids,
+    prompt_text,
+    published_model,
+    text_processor,
+    training_sample,
+    turns_to_messages,
+    view_processor,
+    views_of,
+)
+from llavakit.proof.golden import Case, Example, Result, component, examples, take
+from llavakit.splice.scatter import IGNORE
 from llavakit.systems.llava_mini.checkpoint import Classic, media_of
 from llavakit.systems.llava_mini.compressor import Compressor, resized_table
 from llavakit.systems.llava_mini.connector import CompressorPrefusion, units_of
@@ -36,7 +49,6 @@ from llavakit.systems.llava_mini.views import GridAndWhole, blocks
 from llavakit.views.frames import squash_nearest
 from llavakit.views.plan import MediaSize
 
-PLACEHOLDER = -200
 FRAMES_IN_TRAINING = 8
 
 
@@ -101,10 +113,10 @@ def pixel_values(case: Case) -> Result:
         "image_mean": config["mean"],
         "image_std": config["std"],
     }
-    planner = GridAndWhole(grid=config["n"], view=view)
-    image = Image.fromarray(case.tensors["image"].numpy())
-    views = planner.cut(image, planner.plan(MediaSize(1, image.height, image.width)))
-    return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views))})
+    image = Image.fromarray(case.tensors["image"].numpy()).convert("RGB")
+    views = {"type": "grid_and_whole", "grid": config["n"], "view": view} if config["n"] > 1 else view
+    processor = view_processor({"image": {"views": views}}, {"image_size": view["crop"], "patch_size": view["crop"]})
+    return Result(tensors={"pixel_values": torch.stack(views_of(processor, "image", image))})
 
 
 def frame_sampling(case: Case) -> Result:
@@ -143,54 +155,56 @@ def frame_resize(case: Case) -> Result:
 
 
 def _tokenizer(inputs: Mapping[str, Any]) -> Any:
-    special = inputs.get("special_tokens", {})
+    special = take(inputs.get("special_tokens") or {})
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(inputs["tokenizer_json"])),
+        tokenizer_object=Tokenizer.from_str(json.dumps(take(inputs["tokenizer_json"]))),
         bos_token=special.get("bos", "<|begin_of_text|>"),
         eos_token=special.get("eos", "<|eot_id|>"),
     )
 
 
-def prompt_strings(case: Case) -> Result:
+def prompt_strings(case: Case) -> Iterator[Example]:
     """Prompts and their ids."""
-    case.informational("config.*", "inputs.chat_template", "inputs.special_tokens.*")
-    inputs = case.inputs
-    tokenizer = _tokenizer(inputs)
-    prompts = []
-    for dialogue in inputs["conversations"]:
-        texts = dialogue["messages"]
-        messages = [
-            {"role": ("user", "assistant")[number % 2], "content": split_literals(text)}
-            for number, text in enumerate(texts)
-            if text is not None
-        ]
-        is_open = texts[-1] is None
-        template = get_template(dialogue["template"])
-        text, _ = template.render(messages, add_generation_prompt=is_open, placement="keep")
-        prompts.append({**dialogue, "prompt": text, "input_ids": tokenize(text, tokenizer)[0]})
-    return Result(json={"prompts": prompts})
-
-
-def supervision_labels(case: Case) -> Result:
-    """Ids and labels of training samples, and the turns as the loader rewrites them."""
     case.informational("config.chat_template", "inputs.chat_template")
     inputs = case.inputs
     tokenizer = _tokenizer(inputs)
-    samples = []
-    for turns in inputs["samples"]:
+    token = case.config.get("image_token_index", PLACEHOLDER)
+
+    def prompt(dialogue: Mapping[str, Any]) -> dict[str, Any]:
+        texts = dialogue["messages"]
+        opened = texts[-1] is None
+        messages = turns_to_messages((n % 2, text or "") for n, text in enumerate(texts[:-1] if opened else texts))
+        options = {"placement": "keep", "add_generation_prompt": opened}
+        text = prompt_text(dialogue["template"], messages, **options)
+        if opened:
+            ids = prompt_ids(text_processor(tokenizer, dialogue["template"]), messages, **options)
+        else:  # the whole of a conversation is no prompt; training drops a begin token that the original's string keeps
+            ids = tokenize(text, tokenizer)[0]
+        ids = [token if number == PLACEHOLDER else number for number in ids]
+        return {**take(dialogue), "prompt": text, "input_ids": ids}
+
+    yield from examples(prompt, inputs["conversations"], "prompts")
+
+
+def supervision_labels(case: Case) -> Iterator[Example]:
+    """Ids and labels of training samples, and the turns as the loader rewrites them."""
+    case.informational("config.chat_template", "inputs.chat_template")
+    inputs, ignore = case.inputs, case.config.get("ignore_index", IGNORE)
+    tokenizer = _tokenizer(inputs)
+
+    def sample(turns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         turns = [turn | {"value": turn["value"].replace("<video>", "<image>")} for turn in turns]
         images = sum(turn["value"].count("<image>") for turn in turns)
         messages = from_llava({"conversations": turns} | ({"image": ["-"] * images} if images else {}))
-        encoded = encode(messages, case.config["version"], tokenizer)
-        samples.append(
-            {
-                "normalised": to_llava(media_first(messages, collapse=True))["conversations"],
-                "input_ids": encoded.ids,
-                "labels": [label if label >= 0 else case.config["ignore_index"] for label in encoded.labels],
-                "warning": "",  # what the original prints when its two ways of counting tokens disagree
-            }
-        )
-    return Result(json={"samples": samples})
+        encoded = training_sample(text_processor(tokenizer, case.config["version"]), messages)
+        return {
+            "normalised": to_llava(media_first(messages, collapse=True))["conversations"],
+            "input_ids": encoded["input_ids"],
+            "labels": [ignore if label == IGNORE else label for label in encoded["labels"]],
+            "warning": "",  # what the original prints when its two ways of counting tokens disagree
+        }
+
+    yield from examples(sample, inputs["samples"], "samples")
 
 
 # Evaluation
@@ -237,27 +251,18 @@ def video_judge(case: Case) -> Result:
     return Result(json={name: float(found[key]) for name, key in names.items()})
 
 
-def pope(case: Case) -> Result:
+def pope_metrics(case: Case) -> Result:
     """POPE's counts and rates."""
-    inputs = case.inputs
-    answers = [processors.pope_answer(text) for text in inputs["texts"]]
-    found = metrics.binary_metrics(answers, inputs["labels"])
-    names = {
-        **{name: name.lower() for name in ("TP", "FP", "TN", "FN")},
-        "Accuracy": "accuracy",
-        "Precision": "precision",
-        "Recall": "recall",
-        "F1 score": "f1",
-        "Yes ratio": "yes_ratio",
-    }
-    return Result(json={"answers": answers} | {name: found[key] for name, key in names.items()})
+    texts = case.inputs["texts"]
+    answers = [processors.pope_answer(text) for text in texts]
+    return Result(json={"answers": answers, **pope(texts, case.inputs["labels"])})
 
 
 # The network
 
 
 class Batch:
-    """A case's batch in llavakit's form: one image or video per row.
+    """A case's batch: one image or video per row.
 
     Args:
         images: [rows, views, 3, height, width] or [rows, frames, views, 3, height, width].
@@ -269,59 +274,39 @@ class Batch:
         self.is_video = images.dim() == 6
         frames = images if self.is_video else images.unsqueeze(1)
         rows, self.frames, self.views = frames.shape[:3]
-        self.model = build(case, self.views)
         side = images.shape[-1] * max(math.isqrt(self.views - 1), 1)
-        self.media = {
+        size = MediaSize(self.frames, side, side)
+        self.original_ids, self.original_labels = inputs["input_ids"], inputs.get("labels")
+        token = case.config.get("image_token_index", PLACEHOLDER)
+        blank = [row for row, ids in enumerate(self.original_ids) if token not in ids.tolist()]
+        if any(images[row].any() for row in blank):
+            raise UserError("inputs.images: the picture of a prompt without a placeholder must be all zeros")
+        self.model = model_of(case, self.views, blank=bool(blank))
+        llm = case.config["llm"]
+        self.batch = ClassicBatch(
+            self.model,
+            self.original_ids,
+            {token: [Entry("video" if self.is_video else "image", size, list(own.flatten(0, 1))) for own in frames]},
+            attention_mask=inputs.get("attention_mask"),
+            labels=self.original_labels,
+            max_length=llm.get("tokenizer_model_max_length"),
+            padding_side=llm.get("tokenizer_padding_side") or "right",
+        )
+        self.all_media = {
             "pixel_values": frames.flatten(0, 2),
-            "visual_sizes": torch.tensor([MediaSize(self.frames, side, side)] * rows),
+            "visual_sizes": torch.tensor([size] * rows),
             "visual_modalities": torch.full((rows,), MODALITIES.index("video" if self.is_video else "image")),
         }
-        self.original_ids = inputs["input_ids"]
-        self.original_labels = inputs.get("labels")
-        keep = inputs.get("attention_mask", torch.ones_like(self.original_ids)).bool()
-        token, count = self.model.config.image_token_id, self.frames * self.connector.compressed
-        ids, labels = [], []
-        for row in range(rows):
-            own = self.original_ids[row][keep[row]].tolist()
-            spliced = expand(
-                own,
-                None if self.original_labels is None else self.original_labels[row][keep[row]].tolist(),
-                [[Run(visual=count)]] * own.count(PLACEHOLDER),
-                placeholder=PLACEHOLDER,
-                image_token_id=token,
-            )
-            ids.append(torch.tensor(spliced.ids))
-            labels.append(torch.tensor(spliced.labels))
-        pad = torch.nn.utils.rnn.pad_sequence
-        self.input_ids = pad(ids, batch_first=True)
-        self.labels = pad(labels, batch_first=True, padding_value=IGNORE)
-        self.attention_mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
-        self.has_place = [bool((row == token).any()) for row in ids]
 
     @property
     def connector(self) -> CompressorPrefusion:
         return self.model.model.multi_modal_projector
 
-    @property
-    def supervised(self) -> Tensor | None:
-        """Labels, if the case has any."""
-        return None if self.original_labels is None else self.labels
-
-    def embeds(self, visuals: Visuals) -> Tensor:
-        """The spliced prompt; a row without a placeholder is fused with its image all the same."""
-        core = self.model.model
-        prompt = core.read_prompt(self.input_ids, attention_mask=self.attention_mask, labels=self.supervised)
-        prompt.media_segments = [(row, 0) for row in range(len(self.input_ids))]
-        vectors, embeds = core.connect(visuals, prompt)
-        placed = [vector for vector, has_place in zip(vectors, self.has_place, strict=True) if has_place]
-        flat = torch.cat([embeds[0, :0], *placed])
-        return scatter(embeds, prompt.visual, flat) * self.attention_mask.unsqueeze(-1)
-
     def calls(self, visuals: Visuals) -> dict[str, Tensor]:
         """What the original's fusion routine gave in every call: one per batch of images, or per frame."""
         features = visuals.features["multi_modal_projector"][0]
         shape = units_of(features, visuals.plans)[0].shape
-        values = features.values.unflatten(0, (len(self.input_ids), self.frames, self.views, -1))
+        values = features.values.unflatten(0, (len(self.original_ids), self.frames, self.views, -1))
         text = self.model.get_input_embeddings()(self.original_ids.clamp(min=0))
         visible = self.original_ids > 0
         if self.original_labels is not None:
@@ -340,83 +325,87 @@ class Batch:
         return found
 
 
-def build(case: Case, views: int) -> LlavakitForConditionalGeneration:
-    """The case's tiny model with the original's weights.
+SETTINGS = ("compressor_size", "prefusion_layer_num", "resolution_ratio")
+
+
+def model_of(case: Case, views: int, *, blank: bool) -> LlavakitForConditionalGeneration:
+    """The case's model, opened as a published checkpoint.
 
     Args:
         views: Views of an image or frame: 1, or r x r + 1.
+        blank: Whether prompts without a picture are fused with a blank one, as in the published training.
     """
+    case.informational("config.compressor.embed_dim")
     llm, vision = case.config["llm"], case.config["vision"]
-    layout = Classic()
-    media = media_of(vision["image_size"], math.isqrt(max(views - 1, 1)))
-    if views == 2:  # a block and the whole, the same pixels twice
-        view = {"type": "grid_and_whole", "grid": 1, "always_whole": True, "view": media["image"]["views"]}
-        media = {"image": {"views": view}, "video": {"views": {"type": "frames", "frame": view}}}
-    heads = case.config.get("compressor", {}).get("num_heads", 8)
-    select = llm.get("mm_vision_select_feature", "patch")
-    config = LlavakitConfig(
-        text_config=layout.text_config({**llm, "model_type": layout.model_types[0]}),
-        vision_config={"model_type": "clip_vision_model", **vision},
-        connector={**layout.connector(llm), "compressor_heads": heads},
-        media=media,
-        vision_feature_layer=llm.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="full" if select == "cls_patch" else "default",
-        image_token_id=llm["vocab_size"],
+    heads = (case.config.get("compressor") or {}).get("num_heads", 8)
+
+    def sized(config: LlavakitConfig) -> None:
+        media = media_of(vision["image_size"], math.isqrt(max(views - 1, 1)))
+        if views == 2:  # a block and the whole, the same pixels twice
+            view = {"type": "grid_and_whole", "grid": 1, "always_whole": True, "view": media["image"]["views"]}
+            media = {"image": {"views": view}, "video": {"views": {"type": "frames", "frame": view}}}
+        config.media = media
+        config.connector |= {"compressor_heads": heads, "text_only": "blank" if blank else "raw"}
+
+    return published_model(
+        {"model_type": Classic.model_types[0], "mm_projector_type": "mlp2x_gelu", **llm},
+        case.weights(),
+        {"model_type": "clip_vision_model", **check_keys(vision, CLIPVisionConfig().to_dict(), "config.vision")},
+        known=SETTINGS,
+        change=sized,
     )
-    model = LlavakitForConditionalGeneration(config).eval()
-    rename = rename_with(layout.renames_in())
-    missing, extra = model.load_state_dict({rename(name): t for name, t in case.weights().items()}, strict=False)
-    if missing or extra:
-        raise ValueError(f"weights do not fit: missing {missing[:3]}, unknown {extra[:3]}")
-    return model
 
 
 @torch.no_grad()
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example]:
     """Logits and loss of a tiny model, the spliced prompt and the results of every part."""
-    case.informational("config.compressor.embed_dim")
-    batch = Batch(case)
-    visuals = batch.model.model.encode_media(**batch.media)
-    # rows are cut after media were laid out, perhaps in the middle of one
-    limit = case.config["llm"].get("tokenizer_model_max_length")
-    embeds, mask, labels = (x[:, :limit] for x in (batch.embeds(visuals), batch.attention_mask, batch.labels))
-    supervised = None if batch.supervised is None else labels
-    out = batch.model(inputs_embeds=embeds, attention_mask=mask, labels=supervised)
-    tensors = {
-        "inputs_embeds": embeds,
-        "logits": out.logits,
-        "attention_mask_after_splice": mask,
-        "labels_after_splice": labels,
-        **batch.calls(visuals),
-    }
-    if out.loss is not None:
-        tensors["loss"] = out.loss.reshape(1)
-    return Result(tensors=tensors, mask={"logits": mask.bool().unsqueeze(-1)})
+    own = Batch(case)
+    batch = own.batch
 
-
-@torch.no_grad()
-def greedy_generation(case: Case) -> Result:
-    """Greedy tokens and the logits of every step, without stopping."""
-    case.informational("config.compressor.embed_dim")
-    batch = Batch(case)
-    batch.model.generation_config.eos_token_id = None
-    prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.media}
-    out = batch.model.generate(
-        **prompt,
-        max_new_tokens=case.config["max_new_tokens"],
-        do_sample=False,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    embeds, _, _ = batch.model.model.embed(batch.input_ids, attention_mask=batch.attention_mask, **batch.media)
-    return Result(
-        tensors={
-            "sequences": out.sequences[:, batch.input_ids.shape[1] :],
-            "scores": torch.stack(out.logits, dim=1),
-            "prefill_embeds": embeds,
+    @torch.no_grad()
+    def outputs() -> Result:
+        out = batch.forward()
+        tensors = {
+            "inputs_embeds": batch.embeds() * batch.meaningful(),
+            "logits": out.logits,
+            "attention_mask_after_splice": batch.attention,
+            "labels_after_splice": batch.targets,
         }
-    )
+        if out.loss is not None:
+            tensors["loss"] = out.loss.reshape(1)
+        return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    @torch.no_grad()
+    def parts() -> dict[str, Tensor]:
+        return own.calls(own.model.model.encode_media(**own.all_media))
+
+    names = ("inputs_embeds", "logits", "loss", "attention_mask_after_splice", "labels_after_splice")
+    yield Example("outputs", outputs, tensors=names)
+    yield Example("calls of the fusion", parts, tensors=("call*",))
+
+
+def greedy_generation(case: Case) -> Iterator[Example]:
+    """Greedy tokens and the logits of every step, without stopping."""
+    own = Batch(case)
+    new, batch = case.config["max_new_tokens"], own.batch.collated()
+
+    @torch.no_grad()
+    def scores() -> dict[str, Tensor]:
+        own.model.generation_config.eos_token_id = None
+        options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+        given = {name: batch[name] for name in ("input_ids", "attention_mask", *own.all_media) if name in batch}
+        return {"scores": torch.stack(own.model.generate(**given, max_new_tokens=new, **options).logits, dim=1)}
+
+    @torch.no_grad()
+    def prefill() -> dict[str, Tensor]:
+        return {"prefill_embeds": own.batch.embeds()}
+
+    def sequences() -> dict[str, Tensor]:
+        return {"sequences": torch.tensor(greedy(own.model, own.batch.samples, new))}
+
+    yield Example("sequences", sequences, tensors=("sequences",))
+    yield Example("scores", scores, tensors=("scores",))
+    yield Example("prefill", prefill, tensors=("prefill_embeds",))
 
 
 ADAPTERS = {
@@ -431,7 +420,7 @@ ADAPTERS = {
     "supervision_labels": supervision_labels,
     "multiple_choice_metrics": multiple_choice,
     "video_judge_aggregation": video_judge,
-    "pope_metrics": pope,
+    "pope_metrics": pope_metrics,
     "end_to_end": end_to_end,
     "greedy_generation": greedy_generation,
 }

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPVisionConfig
 
+from llavakit.checkpoints.files import LazyState
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.connectors.general import Resampler
-from llavakit.conversation.template import get_template
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.evaluation import processors
-from llavakit.evaluation.metrics import answers as metrics
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.proof.golden import Case, Result
-from llavakit.splice.layout import Run
-from llavakit.splice.scatter import IGNORE, expand
+from llavakit.model.processing import LlavakitProcessor
+from llavakit.proof.classic_batch import ClassicBatch, Entry
+from llavakit.proof.entries import (
+    check_keys,
+    picture,
+    pope,
+    prompt_text,
+    published_model,
+    scored,
+    turns_to_messages,
+    view_processor,
+    views_of,
+)
+from llavakit.proof.golden import Case, Example, Result, examples
+from llavakit.registry import PLANNERS
 from llavakit.systems.llava_uhd.checkpoint import Released
 from llavakit.systems.llava_uhd.cost import golden_flops
 from llavakit.systems.llava_uhd.partition import NativeSlices, preview_partition
@@ -29,21 +43,32 @@ from llavakit.views.plan import MediaSize, Plan, Planner, View
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
-PLACEHOLDER = -200
 MARKS = SpatialSchema(column_separator=0, row_separator=1)
+
+
+def slicer_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the planner of a case."""
+    normal = {k: config[k] for k in ("image_mean", "image_std") if k in config}
+    return {
+        "type": "native_slices",
+        "size": config["scale_resolution"],
+        "patch": config["patch_size"],
+        "max_slices": config["max_slice_nums"],
+        "split": not config.get("never_split", False),
+        "long_side": config.get("pre_resize"),
+        **normal,
+    }
 
 
 def slicer(config: Mapping[str, Any]) -> NativeSlices:
     """The planner of a case."""
-    normal = {k: config[k] for k in ("image_mean", "image_std") if k in config}
-    return NativeSlices(
-        size=config["scale_resolution"],
-        patch=config["patch_size"],
-        max_slices=config["max_slice_nums"],
-        split=not config.get("never_split", False),
-        long_side=config.get("pre_resize"),
-        **normal,
-    )
+    return PLANNERS.build(slicer_options(config))
+
+
+def slicing_processor(config: Mapping[str, Any]) -> LlavakitProcessor:
+    """A processor that slices as the case does."""
+    media = {"image": {"views": slicer_options(config), "arrange": {"type": "spatial_schema"}}}
+    return view_processor(media, {"image_size": config["scale_resolution"], "patch_size": config["patch_size"]})
 
 
 def separators(plan: Plan) -> str:
@@ -52,21 +77,20 @@ def separators(plan: Plan) -> str:
     return "".join(",\n"[run.ids[0]] for run in runs if run.ids)
 
 
-def planner(case: Case) -> Result:
+def planner(case: Case) -> Iterator[Example | Result]:
     """Grid, views and separators of many sizes."""
     own = slicer(case.config)
-    plans = []
-    for (width, height), expected in zip(case.inputs["sizes"], case.wanted.json["plans"], strict=True):
-        size = MediaSize(1, height, width)
+    lost = {}
+
+    def plan(size: Sequence[int]) -> dict[str, Any]:
+        width, height = size
+        media = MediaSize(1, height, width)
         facts: dict[str, Any] = {"size": [width, height]}
-        if "error" in expected and own.long_side and int(own.long_side / max(width, height) * min(width, height)) < 1:
-            plans.append(expected)  # the original loses a side there; llavakit keeps one pixel
-            continue
         if own.long_side:
-            facts["after_pre_resize"] = list(own.resized(size))
-        plan = own.plan(size)
+            facts["after_pre_resize"] = list(own.resized(media))
+        plan = own.plan(media)
         overview, slices = plan.views[-1], plan.views[:-1]
-        facts |= {
+        return facts | {
             "overview": [overview.width, overview.height],
             "overview_patches_hw": [overview.height // own.patch, overview.width // own.patch],
             "grid_cols_rows": [plan.cols, plan.rows] if slices else None,
@@ -75,8 +99,14 @@ def planner(case: Case) -> Result:
             "slice_patches_hw": [slices[0].height // own.patch, slices[0].width // own.patch] if slices else None,
             "separators": separators(plan),
         }
-        plans.append(facts)
-    return Result(json={"plans": plans})
+
+    for number, size in enumerate(case.inputs["sizes"]):
+        if "error" in case.wanted.json["plans"][number]:
+            lost[f"plans.{number}*"] = "the original loses a side of the picture there; llavakit keeps one pixel"
+        else:
+            yield Example(f"plans.{number}", partial(plan, size), f"plans.{number}")
+    if lost:
+        yield Result(json={"plans": {name.split(".")[1][:-1]: {} for name in lost}}, ignored=lost)
 
 
 def planner_preview(case: Case) -> Result:
@@ -97,10 +127,9 @@ def planner_preview(case: Case) -> Result:
 
 def preprocess(case: Case) -> Result:
     """Pixels of overview and slices."""
-    image = Image.fromarray(case.tensors["image"].numpy())
-    own = slicer(case.config)
-    plan = own.plan(MediaSize(1, image.height, image.width))
-    views = [torch.from_numpy(view) for view in own.cut(image, plan)]
+    image = picture(case.tensors["image"]).convert("RGB")
+    plan = slicer(case.config).plan(MediaSize(1, image.height, image.width))
+    views = views_of(slicing_processor(case.config), "image", image)
     tensors = {"overview": views[-1]}
     if len(views) > 1:
         tensors["slices"] = torch.stack(views[:-1])
@@ -110,12 +139,12 @@ def preprocess(case: Case) -> Result:
 
 def preprocess_fullscale(case: Case) -> Result:
     """Sums and corners of the views of formula images."""
-    own, images = slicer(case.config), []
+    own, images, processor = slicer(case.config), [], slicing_processor(case.config)
     for width, height in case.inputs["sizes"]:
         y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
         image = Image.fromarray(((7 * x + 13 * y + 29 * c + (x * y) % 97) % 256).astype(np.uint8))
         plan = own.plan(MediaSize(1, height, width))
-        views = own.cut(image, plan)
+        views = [view.numpy() for view in views_of(processor, "image", image)]
         images.append(
             {
                 "size": [width, height],
@@ -166,9 +195,11 @@ def build_resampler(cls: type[Resampler], config: Mapping[str, Any], weights: Ma
         queries=config["grid_size"] ** 2,
         heads=config["num_heads"],
     ).eval()
-    state = {name: tensor for name, tensor in weights.items() if name != "pos_embed"}
-    state["proj.weight"] = state.pop("proj").T
-    net.load_state_dict(state)
+    published = {f"model.mm_projector.{name}": tensor for name, tensor in weights.items()}
+    state = LazyState({name: partial(published.get, name) for name in published}, {})
+    layout = Released()
+    state = layout.drop_unused(None, state.renamed(rename_with(layout.renames_in())))
+    net.load_state_dict({name.removeprefix("model.multi_modal_projector."): state[name] for name in state})
     return net
 
 
@@ -200,144 +231,123 @@ def pooling_size(case: Case) -> Result:
     return Result(json={"pool_hw": [list(pool_shape(rows, cols)) for rows, cols in case.inputs["grids_hw"]]})
 
 
-class _Given(Planner):
-    """Plans of views that a case hands over ready-made, looked up by a number that stands for the size."""
+class GivenSlices(Planner):
+    """Plans of views that a case hands over ready-made, looked up by a number that stands for the size.
 
-    def __init__(self, plans: Mapping[MediaSize, Plan]) -> None:
+    Args:
+        plans: Per number, (height, width) of the overview and of a slice, and the row and column of every slice.
+    """
+
+    def __init__(self, plans: Sequence[Any]) -> None:
         self.plans = plans
 
     def plan(self, size: MediaSize) -> Plan:
-        return self.plans[size]
+        overview, tile, places = self.plans[size.height - 1]
+        views = [View(*tile, role="tile", row=row, col=col) for row, col in places]
+        rows, cols = (max(column) + 1 for column in zip(*places, strict=True)) if places else (0, 0)
+        return Plan("image", size, (*views, View(*overview)), rows=rows, cols=cols)
 
     def cut(self, item: Any, plan: Plan) -> list[np.ndarray]:
         raise TypeError("the views of a golden case are given")
 
 
-def _case_plan(overview: Tensor, slices: Tensor, marks: list[int], row_mark: int, size: MediaSize) -> Plan:
-    """The plan that the given views and separators imply; rows end where the row separator stands."""
-    views, row, col, cols = [], 0, 0, 0
+PLANNERS.add("llava_uhd_given_slices", GivenSlices)
+
+
+def _places(marks: Sequence[int], row_mark: int) -> list[list[int]]:
+    """Row and column of every slice; rows end where the row separator is."""
+    places, row, col = [], 0, 0
     for mark in marks:
-        views.append(View(slices.shape[-2], slices.shape[-1], role="tile", row=row, col=col))
-        cols = max(cols, col + 1)
+        places.append([row, col])
         row, col = (row + 1, 0) if mark == row_mark else (row, col + 1)
-    views.append(View(overview.shape[-2], overview.shape[-1]))
-    return Plan("image", size, tuple(views), rows=row, cols=cols)
+    return places
+
+
+def model_of(case: Case, plans: Sequence[Any]) -> LlavakitForConditionalGeneration:
+    """The case's model, opened as a released checkpoint."""
+    config, resampler = case.config, case.config["resampler"]
+    case.informational("config.resampler.embed_dim", "config.resampler.kv_dim")
+
+    def given(own: LlavakitConfig) -> None:
+        marks = {"column_separator": config["comma_id"], "row_separator": config["newline_id"]}
+        arrange = own.media["image"]["arrange"] | marks
+        own.media["image"] = {"views": {"type": "llava_uhd_given_slices", "plans": list(plans)}, "arrange": arrange}
+
+    heads = {"mm_num_queries": resampler["grid_size"] ** 2, "mm_num_heads": resampler["num_heads"]}
+    clip = check_keys(config["clip"], CLIPVisionConfig().to_dict(), "config.clip")
+    raw = {"model_type": "llava_llama", "mm_projector_type": "adapt_spatial_resampler", **heads, **config["llama"]}
+    encoder = {"model_type": "clip_vision_model", **clip}
+    return published_model(raw, case.weights(), encoder, known=heads, change=given)
 
 
 def end_to_end(case: Case) -> Result:
     """Spliced embeddings, labels, mask, logits and loss of a mixed batch."""
-    case.informational("config.resampler.embed_dim", "config.resampler.kv_dim", "config.n_images")
+    case.informational("config.n_images", "inputs.patches*")  # patches of an image that is not sliced are a dummy
     inputs, config = case.tensors, case.config
-    token = config["llama"]["vocab_size"]
-    schema = {"column_separator": config["comma_id"], "row_separator": config["newline_id"]}
-    queries = config["resampler"]["grid_size"] ** 2
-    model = LlavakitForConditionalGeneration(
-        LlavakitConfig(
-            text_config={"model_type": "llama", **config["llama"]},
-            vision_config={"model_type": "clip_vision_model", **config["clip"]},
-            connector={
-                "type": "spatial_resampler",
-                "queries": queries,
-                "heads": config["resampler"]["num_heads"],
-            },
-            media={"image": {"views": {"type": "native_slices"}, "arrange": {"type": "spatial_schema", **schema}}},
-            image_token_id=token,
-            system="llava-uhd",
-        )
-    ).eval()
-    rename = rename_with(Released().renames_in())
-    state = {rename(n): t for n, t in case.weights().items() if not n.endswith("mm_projector.pos_embed")}
-    state["model.multi_modal_projector.proj.weight"] = state.pop("model.multi_modal_projector.proj").T
-    model.load_state_dict(state)
-
     marks = case.inputs["ind_tokens"]
-    sizes = [MediaSize(1, number + 1, 1) for number in range(len(marks))]
-    plans = {
-        size: _case_plan(inputs[f"image{n}"], inputs[f"patches{n}"], marks[n], config["newline_id"], size)
-        for n, size in enumerate(sizes)
-    }
-    route = model.model.media.routes["image"]
-    object.__setattr__(route, "planner", _Given(plans))
-
-    rows, labels, used = [], [], []
-    remaining = iter(range(len(marks)))
-    for ids, mask, targets in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True):
-        keep = mask.bool()
-        own = ids[keep].tolist()
-        media = [next(remaining) for _ in range(own.count(PLACEHOLDER))]
-        if not media:
-            next(remaining, None)  # a text-only sample comes with one unused image
-        layouts: list[list[Run]] = [route.layout(plans[sizes[n]]) for n in media]
-        spliced = expand(own, targets[keep].tolist(), layouts, placeholder=PLACEHOLDER, image_token_id=token)
-        rows.append(torch.tensor(spliced.ids))
-        labels.append(torch.tensor(spliced.labels))
-        used += media
-    views = [view for n in used for view in (*inputs[f"patches{n}"][: len(marks[n])], inputs[f"image{n}"])]
-    media = {"pixel_values": views, "visual_sizes": torch.tensor([sizes[n] for n in used])} if used else {}
-    limit, side = config.get("tokenizer_model_max_length"), config.get("padding_side", "right")
+    plans, entries = [], []
+    for number, own in enumerate(marks):
+        overview, slices = inputs[f"image{number}"], inputs.get(f"patches{number}")
+        overview = overview[0] if overview.dim() == 4 else overview
+        slices = list(slices[: len(own)]) if own else []
+        tile = list(slices[0].shape[-2:]) if slices else []
+        plans.append([list(overview.shape[-2:]), tile, _places(own, config["newline_id"])])
+        entries.append(Entry("image", MediaSize(1, number + 1, 1), [*slices, overview]))
+    batch = ClassicBatch(
+        model_of(case, plans),
+        inputs["input_ids"],
+        {IMAGE_PLACEHOLDER: entries},
+        attention_mask=inputs.get("attention_mask"),
+        labels=inputs.get("labels"),
+        max_length=config.get("tokenizer_model_max_length"),
+        padding_side=config.get("padding_side") or "right",
+    )
     with torch.no_grad():
-        spliced_rows, _, _ = model.model.embed(padded(rows, 0), **media)
-        # rows are cut after media were laid out, perhaps in the middle of one
-        cut = [row[: len(ids)][:limit] for row, ids in zip(spliced_rows, rows, strict=True)]
-        embeds, targets = padded(cut, 0, side), padded([row[:limit] for row in labels], IGNORE, side)
-        mask = padded([torch.ones(len(row), dtype=torch.long) for row in cut], 0, side)
-        out = model(inputs_embeds=embeds, attention_mask=mask, labels=targets)
+        out, embeds = batch.forward(), batch.embeds()
     tensors = {
-        "inputs_embeds": embeds,
-        "new_labels": targets,
-        "new_attention_mask": mask,
+        "inputs_embeds": embeds * batch.meaningful(),
+        "new_labels": batch.targets,
+        "new_attention_mask": batch.attention,
         "logits": out.logits,
-        "loss": out.loss.reshape(1),
     }
-    return Result(tensors=tensors, mask={"logits": mask.bool().unsqueeze(-1)})
+    if out.loss is not None:
+        tensors["loss"] = out.loss.reshape(1)
+    return Result(tensors=tensors, mask={"logits": batch.meaningful()})
 
 
-def padded(rows: Sequence[Tensor], fill: float, side: str = "right") -> Tensor:
-    """Rows of one length."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill, padding_side=side)
-
-
-def prompts(case: Case) -> Result:
+def prompts(case: Case) -> Iterator[Example]:
     """Conversation strings."""
-    dialogs = []
-    for dialog in case.inputs["dialogs"]:
-        template = get_template(dialog["template"])
-        roles = ("user", "assistant")
-        messages = [{"role": roles[who], "content": text} for who, text in dialog["messages"] if text is not None]
-        opened = dialog["messages"][-1][1] is None
-        prompt, _ = template.render(_placed(messages), add_generation_prompt=opened)
-        dialogs.append({"prompt": prompt})
-    shape = ("roles", "sep", "sep2", "system")
-    ignored = {f"dialogs.*.{key}": "a field of the original's template object; the prompt shows it" for key in shape}
-    return Result(json={"dialogs": dialogs}, ignored=ignored)
 
+    def written(dialog: Mapping[str, Any]) -> Result:
+        turns = [(who, text or "") for who, text in dialog["messages"]]
+        opened = turns[-1] == (1, "")
+        messages = turns_to_messages(turns[:-1] if opened else turns)
+        prompt = prompt_text(dialog["template"], messages, placement="keep", add_generation_prompt=opened)
+        shape = ("roles", "sep", "sep2", "system")
+        reason = "a field of the original's template object; the prompt shows it"
+        return Result(json={"prompt": prompt}, ignored={f"dialogs.*.{key}": reason for key in shape})
 
-def _placed(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
-    from llavakit.conversation.messages import normalise, split_literals
-
-    return normalise([{**m, "content": split_literals(m["content"])} for m in messages])
+    yield from examples(written, case.inputs["dialogs"], "dialogs")
 
 
 def metric_pope(case: Case) -> Result:
     """POPE's counts and rates."""
-    inputs = case.inputs
-    found = metrics.binary_metrics([processors.pope_answer(a) for a in inputs["answers"]], inputs["labels"])
-    names = {"TP": "tp", "FP": "fp", "TN": "tn", "FN": "fn", "Accuracy": "accuracy", "Precision": "precision"}
-    names |= {"Recall": "recall", "F1 score": "f1", "Yes ratio": "yes_ratio"}
-    summary = [round(found[key], 3) for key in ("f1", "accuracy", "precision", "recall", "yes_ratio")]
-    return Result(json={**{name: found[key] for name, key in names.items()}, "summary": summary})
+    found = pope(case.inputs["answers"], case.inputs["labels"])
+    rates = ("F1 score", "Accuracy", "Precision", "Recall", "Yes ratio")
+    return Result(json={**found, "summary": [round(found[name], 3) for name in rates]})
 
 
-def metric_textvqa(case: Case) -> Result:
+def metric_textvqa(case: Case) -> Iterator[Example]:
     """TextVQA's soft accuracy and normaliser."""
     inputs = case.inputs
-    scores = [metrics.vqa_accuracy(row["pred_answer"], row["gt_answers"]) for row in inputs["pred_list"]]
-    return Result(
-        json={
-            "accuracy": sum(scores) / len(scores),
-            "normalised": [processors.vqa_answer(text) for text in inputs["strings"]],
-        }
-    )
+
+    def accuracy() -> float:
+        rows = inputs["pred_list"]
+        texts = [row["pred_answer"] for row in rows]
+        return scored("textvqa", texts, [{"answers": row["gt_answers"]} for row in rows])["accuracy"] / 100
+
+    yield Example("accuracy", accuracy, "accuracy")
+    yield from examples(processors.vqa_answer, inputs["strings"], "normalised")
 
 
 def flops(case: Case) -> Result:
