@@ -31,17 +31,20 @@ def attachment(modality: str, place: str) -> dict[str, Any]:
 
     Args:
         modality: "image", "video" or "volume".
-        place: File, folder (of a volume's slices), or URL.
+        place: File, folder (of a volume's slices), or http(s) or data URL.
 
     Raises:
-        UserError: If there is nothing at `place`.
+        UserError: If there is nothing at `place`, or it may not be fetched.
     """
+    from llavakit.media.source import fetched
+
+    content = fetched(place)  # once, though every turn of a conversation reads it again
+    if content is not place:
+        return {"type": modality, modality: content}
     local = Path(place).expanduser()
-    if not place.startswith(("http://", "https://", "data:")):
-        if not local.exists():
-            raise UserError(f"{place}: no such {modality} file")
-        place = str(local)
-    return {"type": modality, modality: place}
+    if not local.exists():
+        raise UserError(f"{place}: no such {modality} file")
+    return {"type": modality, modality: str(local)}
 
 
 class Session:

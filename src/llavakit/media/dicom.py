@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from llavakit.errors import MediaError, UserError
-from llavakit.media.source import Limits, Source, check_pixels, head_of, looks_like
+from llavakit.media.source import Limits, Source, check_pixels, head_of, is_dicom, looks_like
 from llavakit.media.volume import extra
 
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
@@ -49,11 +49,6 @@ def discreet(name: str, problem: str, advice: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise MediaError(f"{name}: {problem} ({type(error).__name__}){'; ' * bool(advice)}{advice}") from None
-
-
-def is_dicom(file: Source) -> bool:
-    """Whether a file begins as DICOM files do: 128 bytes of anything, then DICM."""
-    return head_of(file, 132)[128:] == b"DICM"
 
 
 def read_dataset(file: Source, name: str, *, pixels: bool = True) -> Any:
@@ -160,22 +155,25 @@ def stored_pixels(dataset: Any, name: str, limits: Limits, frame: int | None = N
     if not any(field in dataset for field in _PIXELS):
         raise MediaError(f"{name}: holds no pixels; it is a DICOM file of another kind than a picture")
     if frames > 1 and frame is None:
-        raise MediaError(f"{name}: holds {frames} frames; name one, from 0 to {frames - 1} (reading.image.frame)")
+        raise MediaError(
+            f"{name}: holds {frames} frames; name one, from 0 to {frames - 1} (frame, reading.image.frame)"
+        )
     if not 0 <= (frame or 0) < max(frames, 1):
         raise MediaError(f"{name}: has no frame {frame}; it holds {max(frames, 1)}, counted from 0")
-    _check_decoder(dataset, name)
+    others = _check_decoder(dataset, name)
     from pydicom.pixels import pixel_array
 
-    with discreet(name, "its pixels cannot be decoded", "export it again"):
+    advice = f"export it again{f', or try another decoder: {others}' * bool(others)}"
+    with discreet(name, "its pixels cannot be decoded", advice):
         _check_embedded(dataset, name, rows, columns, frame or 0, frames)
-        pixels = pixel_array(dataset, index=frame or 0)
+        pixels = pixel_array(dataset, index=frame or 0, view_only=True)  # native pixels without a copy
     if pixels.shape[:2] != (rows, columns) or pixels.ndim > 3 or (pixels.ndim == 3 and pixels.shape[2] != 3):
         raise MediaError(f"{name}: has pixels of shape {pixels.shape}, its header says {rows} x {columns}")
     return pixels
 
 
-def _check_decoder(dataset: Any, name: str) -> None:
-    """Refuse a compression that no installed package decodes, and name those that would."""
+def _check_decoder(dataset: Any, name: str) -> str:
+    """Refuse a compression that no installed package decodes; the packages that are not installed and would."""
     from pydicom.pixels import get_decoder
 
     syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
@@ -189,9 +187,10 @@ def _check_decoder(dataset: Any, name: str) -> None:
             f"{name}: its pixels are stored in a transfer syntax that pydicom does not know ({known}); export it"
             " uncompressed"
         ) from None
+    packages = "; or ".join(decoder.missing_dependencies)
     if not decoder.is_available:
-        packages = "; or ".join(decoder.missing_dependencies)
         raise MediaError(f"{name}: its pixels are stored as {syntax.name}; to decode them install: {packages}")
+    return packages
 
 
 def _check_embedded(dataset: Any, name: str, rows: int, columns: int, frame: int, frames: int) -> None:
@@ -217,6 +216,13 @@ def padding_of(dataset: Any, stored: np.ndarray, name: str) -> np.ndarray | None
     first = whole_number(dataset, "PixelPaddingValue", name)
     last = whole_number(dataset, "PixelPaddingRangeLimit", name, first)
     return (stored >= min(first, last)) & (stored <= max(first, last))
+
+
+def is_rescaled(dataset: Any, name: str) -> bool:
+    """Whether what stored values measure differs from them."""
+    if dataset.get("ModalityLUTSequence"):
+        return True
+    return (number(dataset, "RescaleSlope", name, 1.0), number(dataset, "RescaleIntercept", name, 0.0)) != (1.0, 0.0)
 
 
 def measured(dataset: Any, stored: np.ndarray, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from llavakit.errors import MediaError, quoted, shorten
 from llavakit.media import dicom
-from llavakit.media.source import Limits, looks_like, reading
+from llavakit.media.source import Limits, is_dicom, looks_like, reading
 from llavakit.media.volume import Volume, extra, upright
 
 _GAP = 1.5  # distance of neighbouring slices, in median distances, from which one counts as missing
@@ -65,7 +65,7 @@ def _headers(folder: Path) -> Slices:
         seen += 1
         if seen > _MOST_FILES:
             raise MediaError(f"{folder}: holds more than {_MOST_FILES:,} files; give the folder of one series")
-        if not dicom.is_dicom(path):
+        if not is_dicom(path):
             if path.suffix.lower() in _SUFFIXES:
                 raise MediaError(f"{path}: is not a readable DICOM file; {looks_like(path)}")
             continue

@@ -27,6 +27,7 @@ except ImportError:
     raise UserError("httpcore is needed to fetch media by URL; pip install 'llavakit[serve]'") from None
 
 _KEPT = "%/:=&?~#+!$,;'@()*[]"  # characters of a path and query that stay as they are
+DEFAULT = MediaPolicy()  # of callers that name none: what a server allows by default
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 
@@ -200,6 +201,6 @@ def read_url(url: str, policy: MediaPolicy | None = None) -> bytes:
     Raises:
         Refused: With the reason.
     """
-    fetcher = MediaFetcher(policy or MediaPolicy())
+    fetcher = MediaFetcher(policy or DEFAULT)
     with ThreadPoolExecutor(1) as worker:  # a thread of its own: the caller's may run an event loop already (notebooks)
         return worker.submit(asyncio.run, fetcher.read(url)).result()

@@ -17,13 +17,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llavakit.errors import MediaError
+from llavakit.errors import MediaError, UserError, quoted
 from llavakit.media.source import (
     Limits,
     MediaSize,
     Source,
     check_pixels,
     head_of,
+    is_dicom,
     is_open_file,
     looks_like,
     name_of,
@@ -36,7 +37,15 @@ from llavakit.media.source import (
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB")
 _WANTED = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_BAND_PIXELS = 2**20  # pixels that are converted at a time
+BAND_PIXELS = 2**20  # pixels that are converted at a time
+_DECODING = {
+    "WEBP": 16,
+    "JPEG2000": 20,
+    "AVIF": 10,
+    "HEIF": 10,
+}  # bytes per pixel that these decoders hold at their peak
+_PROGRESSIVE = 10  # the same for JPEG files that come in several passes
+_BUDGET = 9  # bytes per pixel of the largest picture that is read: three times its 8-bit RGB
 _ORIENTATION = 0x0112  # of EXIF
 _MOST_CHUNKS = 100_000  # of a PNG behind its pixels
 
@@ -52,15 +61,20 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _open(source: Any, limits: Limits) -> Image.Image:
-    """The image with its header read and its limits checked."""
-    name = name_of(source)
+def _file(source: Any, name: str, limits: Limits, frame: int | None) -> Any:
+    """An image that is open already, or a file."""
+    if frame is not None and (not isinstance(frame, int) or isinstance(frame, bool) or frame < 0):
+        raise UserError(f"frame: must be a whole number from 0, not {quoted(frame)}")
     if not isinstance(source, Image.Image) and not is_open_file(source) and hasattr(source, "__array__"):
         source = _from_array(source, name, limits)
-    if isinstance(source, Image.Image):
-        check_pixels(name, *source.size, limits)
-        return source
-    file = opened(source, limits, _WANTED)
+    return source if isinstance(source, Image.Image) else opened(source, limits, _WANTED)
+
+
+def _open(file: Any, name: str, limits: Limits, frame: int | None) -> Image.Image:
+    """The image with its header read and its limits checked."""
+    if isinstance(file, Image.Image):
+        check_pixels(name, *file.size, limits)
+        return file
     formats = _formats()
     if _is_heic(file):
         formats = [_heif_format(name)]
@@ -74,8 +88,26 @@ def _open(source: Any, limits: Limits) -> Image.Image:
 
     with reading(name, unopened):
         image = Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=formats)
+    if frame is not None:
+        frames = getattr(image, "n_frames", 1)
+        if not 0 <= frame < frames:
+            raise MediaError(f"{name}: has no frame {frame}; it holds {frames}, counted from 0")
+        with reading(name, f"its frame {frame} is damaged", "copy it again"):
+            image.seek(frame)
     check_pixels(name, *image.size, limits)
+    _check_decoding(image, name, limits)
     return image
+
+
+def _check_decoding(image: Image.Image, name: str, limits: Limits) -> None:
+    """Refuse what its decoder would need more memory for than the largest picture of other formats takes."""
+    cost = _PROGRESSIVE if image.info.get("progressive") else _DECODING.get(image.format or "", 0)
+    if image.width * image.height * cost > limits.pixels * _BUDGET:
+        kind = "progressive JPEG" if image.info.get("progressive") else image.format
+        raise MediaError(
+            f"{name}: is {image.width} x {image.height}; decoding {kind} takes {cost} bytes per pixel, so the limit for"
+            f" it is {limits.pixels * _BUDGET // cost:,} pixels; convert it to PNG or baseline JPEG"
+        )
 
 
 def _is_heic(file: Source) -> bool:
@@ -99,30 +131,35 @@ def _heif_format(name: str) -> str:
     return "HEIF"
 
 
-def image_size(source: Any, *, limits: Limits = Limits(), exif_transpose: bool = True) -> MediaSize:
+def image_size(
+    source: Any, *, limits: Limits = Limits(), exif_transpose: bool = True, frame: int | None = None
+) -> MediaSize:
     """The size that `load_image` would give, from the header alone; pixels are never decoded.
 
     Raises:
         MediaError: If it is no image or breaks a limit.
     """
-    image, name = _open(source, limits), name_of(source)
+    name = name_of(source)
+    file = _file(source, name, limits, frame)
+    if not isinstance(file, Image.Image) and is_dicom(file):
+        from llavakit.media.dicom_picture import picture_size
+
+        return picture_size(file, name, limits)
+    image = _open(file, name, limits, frame)
+    turned = False
+    # Pillow gives the upright size of TIFF files from the beginning, and turns them whenever it decodes them.
+    if exif_transpose and (image is file or image.format != "TIFF"):
+        with reading(name, "its EXIF data are damaged", "exif_transpose=false reads it as it is stored"):
+            turned = _orientation(image, image is file) in (5, 6, 7, 8)  # a quarter turn
     width, height = image.size
-    if image is source:  # open already, its pixels perhaps decoded
-        with reading(name, "its EXIF data are damaged", "exif_transpose=False reads it as it is stored"):
-            turned = exif_transpose and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-        return MediaSize(1, width, height) if turned else MediaSize(1, height, width)
-    with image:
-        # Pillow gives the upright size of TIFF files from the beginning, and turns them whenever it decodes them.
-        if exif_transpose and image.format != "TIFF":
-            with reading(name, "its EXIF data are damaged", "exif_transpose=False reads it as it is stored"):
-                if _orientation(image) in (5, 6, 7, 8):  # a quarter turn
-                    width, height = height, width
-    return MediaSize(1, height, width)
+    if image is not file:
+        image.close()
+    return MediaSize(1, width, height) if turned else MediaSize(1, height, width)
 
 
-def _orientation(image: Image.Image) -> Any:
-    """The orientation that EXIF or XMP notes, without decoding pixels."""
-    if image.format != "PNG":
+def _orientation(image: Image.Image, given: bool) -> Any:
+    """The orientation that EXIF or XMP notes, without decoding pixels unless the image was given open."""
+    if given or image.format != "PNG":
         return image.getexif().get(_ORIENTATION)
     # EXIF may stand behind the pixels of a PNG, where Pillow looks by decoding them all.
     late = _behind_pixels(image.fp)
@@ -162,11 +199,12 @@ def load_image(
     limits: Limits = Limits(),
     exif_transpose: bool = True,
     background: tuple[int, int, int] | list[int] | None = (255, 255, 255),
+    frame: int | None = None,
 ) -> Image.Image:
     """An image as 8-bit RGB.
 
-    Of an animation the first frame counts. CMYK is converted, grey of 16 or 32 bits is brought to 8 (see
-    `to_8_bit`), palettes are resolved.
+    CMYK is converted, grey of 16 or 32 bits is brought to 8 (see `to_8_bit`), palettes are resolved. DICOM pictures go
+    through their VOI LUT or window (`llavakit.media.dicom_picture`).
 
     Args:
         source: Path, http(s) or data URL, content of a file, open file, Pillow image, or array [height, width] or
@@ -176,18 +214,26 @@ def load_image(
             repeat its numbers on such files. TIFF files always come upright.
         background: Colour behind transparent pixels. None drops the alpha channel as the published code does, which
             shows whatever colour lies under transparent pixels.
+        frame: Number of the frame or page, from 0. None takes the first of an animation, and refuses a DICOM file with
+            several.
 
     Raises:
         MediaError: If it cannot be decoded completely, or breaks a limit.
     """
     name = name_of(source)
-    image = _open(source, limits)
+    file = _file(source, name, limits, frame)
+    if not isinstance(file, Image.Image) and is_dicom(file):
+        from llavakit.media.dicom_picture import load_picture
+
+        return _to_rgb(load_picture(file, name, limits, frame), None)
+    image = _open(file, name, limits, frame)
     with reading(name, _undecoded):
         image.load()
     check_pixels(name, *image.size, limits)  # an icon may hold another size than it announces
     if exif_transpose:
-        with reading(name, "its EXIF data are damaged", "exif_transpose=False reads it as it is stored"):
-            image = ImageOps.exif_transpose(image)
+        with reading(name, "its EXIF data are damaged", "exif_transpose=false reads it as it is stored"):
+            if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow copies pictures that are upright
+                image = ImageOps.exif_transpose(image)
     with reading(name, f"cannot be converted from mode {image.mode} to RGB"):
         if image.mode[0] in "IF":
             image = grey_to_8_bit(image)
@@ -212,7 +258,7 @@ def _to_rgb(image: Image.Image, background: Any) -> Image.Image:
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """The image in bands of rows, each with its first row."""
-    rows = max(1, _BAND_PIXELS // image.width)
+    rows = max(1, BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
@@ -220,7 +266,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 def grey_to_8_bit(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits or floating point (modes I;16, I and F) as 8-bit grey, see `to_8_bit`."""
     grey = Image.new("L", image.size)
-    scale = _Scale(image.mode == "F")
+    scale = Scale(image.mode == "F")
     for _, band in _bands(image):
         scale.see(np.asarray(band))
     for top, band in _bands(image):
@@ -235,8 +281,8 @@ def to_8_bit(values: np.ndarray) -> np.ndarray:
     stored in 16-bit files); values that need more, and negative ones, by their range. Floats from 0 to 1 are scaled by
     255, from 0 to 255 kept, anything else by its range; values that are no numbers become black.
     """
-    scale = _Scale(values.dtype.kind == "f")
-    rows = max(1, _BAND_PIXELS // max(1, values[0].size))
+    scale = Scale(values.dtype.kind == "f")
+    rows = max(1, BAND_PIXELS // max(1, values[0].size))
     for top in range(0, len(values), rows):
         scale.see(values[top : top + rows])
     out = np.empty(values.shape, np.uint8)
@@ -245,7 +291,7 @@ def to_8_bit(values: np.ndarray) -> np.ndarray:
     return out
 
 
-class _Scale:
+class Scale:
     """The scaling of `to_8_bit`: it sees all values in pieces first, then converts them in pieces."""
 
     def __init__(self, floats: bool) -> None:
@@ -256,6 +302,8 @@ class _Scale:
         return np.nan_to_num(values.astype(np.float64), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
     def see(self, values: np.ndarray) -> None:
+        if not values.size:
+            return
         numbers = self._numbers(values)
         self.low, self.high = min(self.low, float(numbers.min())), max(self.high, float(numbers.max()))
 

@@ -225,6 +225,14 @@ def head_of(source: Source, count: int = 512) -> bytes:
         return file.read(count)
 
 
+def is_dicom(file: Source) -> bool:
+    """Whether a file begins as DICOM files do: 128 bytes of anything, then DICM."""
+    try:
+        return head_of(file, 132)[128:] == b"DICM"
+    except OSError:  # the reader that opens it says why
+        return False
+
+
 def looks_like(source: Source) -> str:
     """What the first bytes of a file say about it, for messages about files that are not what their name says."""
     try:

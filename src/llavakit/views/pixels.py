@@ -104,9 +104,11 @@ def pad_and_resize(
     first pass, so only the image's own rows go through it (in bands that bound the memory of very tall images).
     """
     long = max(image.size)
-    small = image.width < long and long * long <= _SMALL_SQUARE  # a tall image gains nothing but less memory
-    if image.width == image.height or small or resample == Image.Resampling.NEAREST:
+    small = long * long <= _SMALL_SQUARE and (image.width < long or resample == Image.Resampling.NEAREST)
+    if image.width == image.height or small:  # a small tall image gains nothing but less memory
         return pad_to_square(image, colour).resize((side, side), resample)
+    if resample == Image.Resampling.NEAREST:
+        return _nearest_on_square(image, colour, side)
     left, top = square_offset(*image.size)
     column = Image.new("RGB", (side, long), tuple(colour))
     if image.width == long:
@@ -120,6 +122,20 @@ def pad_and_resize(
             whole = band if count == rows else band.crop((0, 0, long, count))
             column.paste(whole.resize((side, count), resample), (0, y))
     return column.resize((side, side), resample)
+
+
+def _nearest_on_square(image: Image.Image, colour: Sequence[int], side: int) -> Image.Image:
+    """`pad_to_square(image, colour).resize((side, side), NEAREST)`, pixel for pixel, without the large square."""
+    left, top = square_offset(*image.size)
+    # Pillow itself says which pixels it takes, by resizing a line of their numbers.
+    line = Image.fromarray(np.arange(max(image.size), dtype=np.int32)[None])
+    taken = np.asarray(line.resize((side, 1), Image.Resampling.NEAREST))[0]
+    out = np.full((side, side, 3), tuple(colour), np.uint8)
+    columns = np.flatnonzero((taken >= left) & (taken < left + image.width))
+    for row in np.flatnonzero((taken >= top) & (taken < top + image.height)):
+        pixels = np.asarray(_crop(image, 0, int(taken[row]) - top, image.width, 1))
+        out[row, columns] = pixels[0, taken[columns] - left]
+    return Image.fromarray(out)
 
 
 def shortest_edge(width: int, height: int, size: int) -> tuple[int, int]:
@@ -156,12 +172,15 @@ def resize_and_crop(
     width, height = shortest_edge(*image.size, size)
     if (width, height) == image.size:
         return centre_crop(image, crop, crop)
+    x, y = image.width / width, image.height / height
+    if width * height > _LARGEST_RESIZE:
+        across, down = min(crop, width), min(crop, height)
+        left, top = (width - across) // 2, (height - down) // 2
+        right, bottom = min((left + across) * x, image.width), min((top + down) * y, image.height)
+        return centre_crop(image.resize((across, down), resample, box=(left * x, top * y, right, bottom)), crop, crop)
     if crop > size or resample == Image.Resampling.NEAREST:
         return centre_crop(image.resize((width, height), resample), crop, crop)
     left, top = (width - crop) // 2, (height - crop) // 2
-    x, y = image.width / width, image.height / height
-    if width * height > _LARGEST_RESIZE:
-        return image.resize((crop, crop), resample, box=(left * x, top * y, (left + crop) * x, (top + crop) * y))
     # Rows first, as Pillow does, but only the rows and columns that the kept square depends on.
     reach = 3 * max(y, 1.0) + 2  # no filter reaches further
     first, last = max(int(top * y - reach), 0), min(int((top + crop) * y + reach) + 1, image.height)
