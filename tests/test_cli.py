@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from tiny_server import small_chat
 
 import llavakit
 from llavakit.cli import app as cli
@@ -367,3 +369,28 @@ def test_doctor_names_what_is_wrong(monkeypatch):
     problems = doctor.examine()["problems"]
     assert any("version 4.37.2 is installed: pip install 'transformers<" in line for line in problems)
     assert any(line.startswith("av>=") and "not installed" in line for line in problems)
+
+
+def test_eval_knows_a_model_by_its_content(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chat = small_chat()
+    chat.model.save_pretrained("run/final")
+    chat.processor.save_pretrained("run/final")
+    Path("q.jsonl").write_text(json.dumps({"question_id": 1, "text": "Red or blue?", "answer": "red"}) + "\n")
+
+    def asked(model):
+        options = ["--task", "exact_match", "--questions", "q.jsonl", "--max-new-tokens", "2"]
+        assert cli.run(["eval", model, *options]) == 0
+        return capsys.readouterr().err
+
+    assert "1 questions asked" in asked("run/final")
+    Path("link").symlink_to("run/final")
+    for spelling in ("run/final", "run/final/", str(tmp_path / "run" / "final"), "./run/../run/final", "link"):
+        assert "0 questions asked" in asked(spelling), spelling
+    with torch.no_grad():
+        chat.model.lm_head.weight[9] += 1
+    chat.model.save_pretrained("run/final")
+    said = asked("run/final")
+    assert "1 questions asked" in said
+    assert "keeps the answers of before" in said
+    assert len(list(Path("runs/eval/exact_match").glob("run--final*.jsonl"))) == 2

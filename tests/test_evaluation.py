@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fake_api import FakeAPI
 from PIL import Image
+from rich.console import Console
+from tiny_server import small_chat
 
 from llavakit.conversation.turns import ReasoningDelta, TextDelta
 from llavakit.errors import MediaError, RecordError, UserError
@@ -22,6 +25,7 @@ from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.evaluation.reviews import parse_pair
 from llavakit.evaluation.run import evaluate
 from llavakit.evaluation.score import benchmark, print_result, score
+from llavakit.generation.identity import identity_of
 from llavakit.generation.responder import Responder
 from llavakit.proof.golden import Case, run_case
 from llavakit.registry import BENCHMARKS, TEXT_METRICS
@@ -769,3 +773,118 @@ def test_published_scienceqa_figure():
     predictions = folder / "scienceqa_llava_13b_v0_predictions.jsonl"
     found = score("scienceqa", predictions, folder / "scienceqa_gold.jsonl")["metrics"]
     assert (found["correct"], found["count"], round(found["accuracy"], 3)) == (3855, 4241, 90.898)
+
+
+# Identity of predictions
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (24, 24), colour).save(folder / f"{number}.png")
+        rows.append({"question_id": number, "image": f"{number}.png", "text": "Colour?", "answer": colour})
+    return lines(tmp_path / "q.jsonl", rows)
+
+
+def asked(chat, pictures, tmp_path, images="pictures", **options):
+    options = {"max_new_tokens": 3, "console": Console(file=io.StringIO())} | options
+    return evaluate(chat, "phantom", pictures, tmp_path / "p.jsonl", images=tmp_path / images, **options)["asked"]
+
+
+def first_row(chat):
+    return next(p for name, p in chat.model.named_parameters() if name.endswith("embed_tokens.weight"))[7]
+
+
+def test_a_model_that_was_retrained_in_place_is_asked_again(pictures, tmp_path):
+    chat = small_chat()
+    chat.name = str(tmp_path)  # a place, which does not change
+    assert asked(chat, pictures, tmp_path) == 3
+    assert asked(chat, pictures, tmp_path) == 0
+    before = (tmp_path / "p.jsonl").read_text()
+    with torch.no_grad():
+        row = first_row(chat)
+        row += 1e-3  # one row of one table
+    assert asked(chat, pictures, tmp_path) == 3
+    assert [path.read_text() for path in tmp_path.glob("p.*.jsonl")] == [before]
+    with torch.no_grad():
+        row -= 1e-3
+        chat.model.load_state_dict(small_chat().model.state_dict())
+    assert asked(chat, pictures, tmp_path) == 0  # the answers of the first state are taken up again
+    assert (tmp_path / "p.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda chat: chat.model.to(torch.bfloat16),
+        lambda chat: setattr(chat.processor, "template", "llava_v1"),
+        lambda chat: setattr(chat.processor, "reading", {"image": {"exif_transpose": False}}),
+        lambda chat: chat.processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]}),
+        lambda chat: setattr(chat.model.generation_config, "eos_token_id", [2, 9]),
+    ],
+    ids=["dtype", "template", "reading", "tokenizer", "end ids"],
+)
+def test_settings_that_decide_answers_belong_to_the_run(pictures, tmp_path, change):
+    chat = small_chat()
+    assert asked(chat, pictures, tmp_path) == 3
+    change(chat)
+    with pytest.raises(UserError, match=r"run: the predictions belong to other \w+"):
+        asked(chat, pictures, tmp_path)
+    chat.name = "elsewhere"
+    with pytest.raises(UserError, match="model_id: is 'tiny', this run is of 'elsewhere'; choose another output"):
+        asked(chat, pictures, tmp_path)
+
+
+def test_the_length_of_answers_belongs_to_the_run(pictures, tmp_path):
+    chat = small_chat()
+    asked(chat, pictures, tmp_path)
+    with pytest.raises(UserError, match="belong to other max_new_tokens; choose another output"):
+        asked(chat, pictures, tmp_path, max_new_tokens=4)
+
+
+def test_paths_do_not_belong_to_the_run(pictures, tmp_path):
+    asked(small_chat(), pictures, tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "pictures")
+    chat = small_chat()
+    chat.name = "another/spelling"
+    assert asked(chat, pictures, tmp_path, images="link") == 0
+    os.rename(tmp_path / "pictures", tmp_path / "moved")
+    assert asked(chat, pictures, tmp_path, images="moved") == 0
+    assert str(tmp_path) not in (tmp_path / "p.jsonl").read_text()
+
+
+def test_a_changed_picture_or_text_is_asked_again(pictures, tmp_path):
+    chat = small_chat()
+    asked(chat, pictures, tmp_path)
+    Image.new("RGB", (24, 24), "white").save(tmp_path / "pictures" / "1.png")
+    assert asked(chat, pictures, tmp_path) == 1
+    rows = [json.loads(line) for line in pictures.read_text().splitlines()]
+    rows[2]["text"] = "Which colour?"
+    lines(pictures, rows)
+    assert asked(chat, pictures, tmp_path) == 1
+    stored = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert sorted(row["question_id"] for row in stored) == [0, 1, 2]
+    assert stored[-1]["prompt"] == "Which colour?"
+
+
+def test_predictions_without_a_run_are_not_taken_for_ones_own(pictures, tmp_path):
+    answers(tmp_path / "p.jsonl", {0: "red"})
+    with pytest.raises(RecordError, match=r"p.jsonl:1: model_id: is None, this run is of 'tiny'"):
+        asked(small_chat(), pictures, tmp_path)
+
+
+def test_identity_is_content():
+    one, other = small_chat(), small_chat()
+    other.name = "another"
+    assert identity_of(one) == identity_of(other)
+    assert set(identity_of(one)) == {
+        *("responder", "weights", "dtype", "configuration", "tokenizer", "template", "media", "ends", "codec"),
+    }
+    with torch.no_grad():
+        other.model.lm_head.weight[3, 5] += 1
+    differing = {key for key, value in identity_of(one).items() if identity_of(other)[key] != value}
+    assert differing == {"weights"}
+    assert identity_of(Model()) == identity_of(Model())

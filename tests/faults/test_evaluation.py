@@ -12,7 +12,8 @@ import pytest
 from harness import Faults
 from mutations import scramble, scrambled_json, twist
 
-from llavakit.evaluation.run import PredictionsFile
+from llavakit.evaluation.benchmarks.base import Question
+from llavakit.evaluation.predictions import PredictionsFile, Run
 from llavakit.evaluation.score import benchmark, score
 from llavakit.registry import BENCHMARKS
 
@@ -121,8 +122,20 @@ def test_predictions(faults: Faults, task: str, tmp_path: Path) -> None:
 
 
 def test_predictions_that_are_resumed(faults: Faults, tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    rows = lines([ANSWER | {"question_id": n, "model_id": "m"} for n in range(3)])
+    path, run = tmp_path / "p.jsonl", Run("m", "r", {"weights": "w"}, "/there")
+    question = Question(1, "What?", ({"type": "image", "image": "a.png"},), {"prompt": ANSWER["prompt"]})
+    rows = lines([ANSWER | {"question_id": n, "model_id": "m", "run": "r", "asked": "0"} for n in range(3)])
+    description = {"run": "r", "model": "m", "place": "/there", "weights": "w"}
+
+    def resume() -> None:
+        file = PredictionsFile(path, run)
+        try:
+            file.open_questions([question], [question])
+        finally:
+            file.close()
+
     for number in range(4 * SEEDS):
-        path.write_bytes(scramble(rows, random.Random(number)))
-        faults.attempt("resumed predictions", f"seed {number}", lambda: PredictionsFile(path, "m").close())
+        rng = random.Random(number)
+        path.write_bytes(scramble(rows, rng))
+        (tmp_path / "p.run.json").write_bytes(scrambled_json(description, rng))
+        faults.attempt("resumed predictions", f"seed {number}", resume)

@@ -62,13 +62,14 @@ def _meaning(path: Path) -> bytes:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    return json.dumps(_without_cosmetics(raw), sort_keys=True).encode()
+    return json.dumps(without_cosmetics(raw), sort_keys=True).encode()
 
 
-def _without_cosmetics(value: Any) -> Any:
+def without_cosmetics(value: Any) -> Any:
+    """A configuration without the keys that say who wrote it."""
     if isinstance(value, dict):
-        return {key: _without_cosmetics(item) for key, item in value.items() if key not in _COSMETIC}
-    return [_without_cosmetics(item) for item in value] if isinstance(value, list) else value
+        return {key: without_cosmetics(item) for key, item in value.items() if key not in _COSMETIC}
+    return [without_cosmetics(item) for item in value] if isinstance(value, list) else value
 
 
 def _tensors(path: Path) -> Iterator[bytes]:

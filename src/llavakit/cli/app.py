@@ -279,7 +279,7 @@ def evaluate(
         if place is not None and not place.exists():
             raise UserError(f"{place}: no such file")
     # Every finished run is called "final": the folder above it tells them apart.
-    name = "--".join(Path(model).absolute().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
+    name = "--".join(Path(model).resolve().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
     settings = {"score_options": _assignments(option or ()), "question_options": _assignments(question_option or ())}
     answering = _answering(responder, responder_option)
     import llavakit
@@ -300,7 +300,6 @@ def evaluate(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             limit=limit,
-            model_id=model,
             **settings,
         )
     print(f"{result['asked']} questions asked; predictions are in {result['predictions']}", file=sys.stderr)
