@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llavakit.checkpoints.convert import Checkpoint, build
-from llavakit.checkpoints.files import LazyState
 from llavakit.checkpoints.layouts import rename_with
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.prompt import PromptInfo
-from llavakit.proof.golden import Case, Result
-from llavakit.splice.layout import Run
-from llavakit.splice.scatter import IGNORE, Spliced, expand
+from llavakit.proof.classic_batch import ClassicBatch, Entry
+from llavakit.proof.entries import check_keys, published_model
+from llavakit.proof.golden import Case, Example, Result, examples
 from llavakit.systems.dynamic_llava.adapter import Decisions, DynamicSparsification, Sample
 from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, masked_softmax
 from llavakit.systems.dynamic_llava.cache import SelectiveCache
-from llavakit.systems.dynamic_llava.checkpoint import Classic
+from llavakit.systems.dynamic_llava.checkpoint import SPARSE_DEFAULTS, Classic
 from llavakit.systems.dynamic_llava.cost import paper_flops
 from llavakit.systems.dynamic_llava.decisions import rate_penalty, temperature, threshold_keep, top_keep
 from llavakit.systems.dynamic_llava.predictors import ImagePredictor, TextPredictor
 from llavakit.systems.dynamic_llava.roles import USER_MARKER, token_roles
+from llavakit.views.plan import MediaSize
 
-PLACEHOLDER = -200
 IMAGE = -1  # stands for visual positions where no embedding is looked up
 
 
@@ -92,8 +90,7 @@ def selective_cache(case: Case) -> Result:
 
 def regulariser(case: Case) -> Result:
     """The keep-rate penalty of given masks."""
-    case.informational("config.*")
-    config, inputs = case.config, case.inputs
+    inputs, config = case.inputs, SPARSE_DEFAULTS | check_keys(case.config, SPARSE_DEFAULTS, "config")
     terms = (
         ("image_masks", "vision_keep_rate", 0),
         ("answer_masks", "output_text_keep_rate", config["output_text_len_for_training"]),
@@ -123,62 +120,42 @@ def flops(case: Case) -> Result:
 # Prompts
 
 
-def splice(
-    ids: Sequence[int], mask: Sequence[int] | None, labels: Sequence[int] | None, count: int, image_id: int
-) -> Spliced:
-    """One row without padding and with its image laid out."""
-    real = [place for place in range(len(ids)) if mask is None or mask[place]]
-    own = [ids[place] for place in real]
-    wanted = None if labels is None else [labels[place] for place in real]
-    layouts = [[Run(visual=count)]] * own.count(PLACEHOLDER)
-    return expand(own, wanted, layouts, placeholder=PLACEHOLDER, image_token_id=image_id)
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> list[list[int]]:
-    """Rows filled to the longest."""
-    longest = max(map(len, rows))
-    return [
-        [value] * (longest - len(row)) + list(row) if side == "left" else list(row) + [value] * (longest - len(row))
-        for row in rows
-    ]
-
-
-def roles(case: Case) -> Result:
+def roles(case: Case) -> Iterator[Example]:
     """Role stretches of spliced samples."""
-    config, batches = case.config, []
+    config = case.config
     side = config.get("tokenizer_padding_side") or "right"
     limit = config.get("tokenizer_model_max_length")
     marker = config.get("user_marker") or USER_MARKER
-    for sample in case.inputs["samples"]:
-        ids, labels, mask = sample["input_ids"], sample.get("labels"), sample.get("attention_mask")
-        rows = [
-            splice(
-                ids[row],
-                mask and mask[row],
-                labels and labels[row],
-                config["num_image_tokens"],
-                IMAGE,
-            )
-            for row in range(len(ids))
-        ]
-        cut = [Spliced(row.ids[:limit], row.labels[:limit]) for row in rows]
-        longest = max(len(row.ids) for row in cut)
-        indices = []
-        for whole, kept in zip(rows, cut, strict=True):
-            visual = [token == IMAGE for token in whole.ids]
-            found = token_roles(visual, whole.labels if labels else None, whole.ids, marker)
-            found = found if limit is None else found.clipped(limit)
-            found = found.shifted(longest - len(kept.ids)) if side == "left" else found
-            indices.append({name: list(span) for name, span in found._asdict().items()})
-        batches.append(
-            {
-                "indices": indices,
-                "spliced_length": longest,
-                "labels": pad([row.labels for row in cut], IGNORE, side) if labels else None,
-                "attention_mask": pad([[1] * len(row.ids) for row in cut], 0, side),
-            }
+    image = Entry(vectors=torch.zeros(config["num_image_tokens"], 0))
+    anything = SimpleNamespace(config=SimpleNamespace(image_token_id=IMAGE))
+
+    def spans(sample: Mapping[str, Any]) -> dict[str, Any]:
+        labels = sample.get("labels")
+        batch = ClassicBatch(
+            anything,  # type: ignore[arg-type]
+            sample["input_ids"],
+            {IMAGE_PLACEHOLDER: [image] * sum(map(len, sample["input_ids"]))},
+            attention_mask=sample.get("attention_mask"),
+            labels=labels,
+            max_length=limit,
+            padding_side=side,
         )
-    return Result(json={"samples": batches})
+        longest, indices = batch.ids.shape[1], []
+        for whole in batch.samples:
+            visual = [token == IMAGE for token in whole["input_ids"]]
+            found = token_roles(visual, None if labels is None else whole["labels"], whole["input_ids"], marker)
+            kept = len(whole["input_ids"][:limit])
+            found = found if limit is None else found.clipped(limit)
+            found = found.shifted(longest - kept) if side == "left" else found
+            indices.append({name: list(span) for name, span in found._asdict().items()})
+        return {
+            "indices": indices,
+            "spliced_length": longest,
+            "labels": None if labels is None else batch.targets.tolist(),
+            "attention_mask": batch.attention.tolist(),
+        }
+
+    yield from examples(spans, case.inputs["samples"], "samples")
 
 
 # The whole model
@@ -204,56 +181,27 @@ class RecordingAdapter(DynamicSparsification):
         return self.decisions
 
 
-class _CaseLayout(Classic):
-    """The published layout with the encoder's configuration given instead of named."""
-
-    def __init__(self, vision: Mapping[str, Any]) -> None:
-        self.vision = dict(vision)
-
-    def encoder_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
-        return self.vision | {"model_type": "clip_vision_model"}
-
-
 def tiny_model(case: Case) -> LlavakitForConditionalGeneration:
-    """The case's model through the published layout."""
-    raw = {**case.config["llm"], "sparse_config": case.config["sparse_config"], "attn_implementation": "sdpa"}
-    layout = _CaseLayout(case.config["vision"])
-    config = layout.read_config(raw, {})
-    weights = case.weights()
-    state = LazyState({name: functools.partial(weights.get, name) for name in weights}, {})
-    state = layout.drop_unused(config, state.renamed(rename_with(layout.renames_in())))
-    return build(Checkpoint(case.path, layout.system, config, state))
+    """The case's model, opened as a published checkpoint."""
+    vision = check_keys(case.config["vision"], CLIPVisionConfig().to_dict(), "config.vision")
+    sparse = check_keys(case.config["sparse_config"], (*SPARSE_DEFAULTS, "gumbel_tau"), "config.sparse_config")
+    raw = {"model_type": Classic.model_types[0], **case.config["llm"], "sparse_config": sparse}
+    encoder = {"model_type": "clip_vision_model", **vision}
+    return published_model(raw, case.weights(), encoder, known=("sparse_config",))
 
 
-def image_tokens(case: Case) -> int:
-    """Visual tokens of one image."""
-    vision = case.config["vision"]
-    extra = case.config["llm"].get("mm_vision_select_feature") == "cls_patch"
-    return (vision["image_size"] // vision["patch_size"]) ** 2 + extra
-
-
-def spliced_batch(case: Case, inputs: Mapping[str, Tensor], image_id: int) -> dict[str, Tensor]:
-    """The case's ids, mask and labels with images laid out."""
-    llm = case.config["llm"]
-    limit, side = llm.get("tokenizer_model_max_length"), llm.get("tokenizer_padding_side") or "right"
-    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-    rows = [
-        splice(
-            inputs["input_ids"][row].tolist(),
-            None if mask is None else mask[row].tolist(),
-            None if labels is None else labels[row].tolist(),
-            image_tokens(case),
-            image_id,
-        )
-        for row in range(len(inputs["input_ids"]))
-    ]
-    batch = {
-        "input_ids": torch.tensor(pad([row.ids[:limit] for row in rows], 0, side)),
-        "attention_mask": torch.tensor(pad([[1] * len(row.ids[:limit]) for row in rows], 0, side)),
-    }
-    if labels is not None:
-        batch["labels"] = torch.tensor(pad([row.labels[:limit] for row in rows], IGNORE, side))
-    return batch
+def spliced_batch(case: Case, model: LlavakitForConditionalGeneration) -> ClassicBatch:
+    """The case's batch with its images laid out."""
+    inputs, llm = case.tensors, case.config["llm"]
+    return ClassicBatch(
+        model,
+        inputs["input_ids"],
+        {IMAGE_PLACEHOLDER: [Entry("image", MediaSize(1, *view.shape[-2:]), [view]) for view in inputs["images"]]},
+        attention_mask=inputs.get("attention_mask"),
+        labels=inputs.get("labels"),
+        max_length=llm.get("tokenizer_model_max_length"),
+        padding_side=llm.get("tokenizer_padding_side") or "right",
+    )
 
 
 def train_step(case: Case) -> Result:
@@ -263,15 +211,15 @@ def train_step(case: Case) -> Result:
     adapter = model.model.language_adapter
     adapter.__class__ = RecordingAdapter
     adapter.recorded, adapter.tau = inputs, case.config["gumbel_tau"]
-    batch = spliced_batch(case, inputs, model.config.image_token_id)
-    output = model(**batch, pixel_values=inputs["images"])
+    batch = spliced_batch(case, model)
+    output = batch.forward()
     output.loss.backward()
     decisions = adapter.decisions
     tensors = {
         "loss": output.loss[None],
         "ce_loss": (output.loss - output.aux_loss)[None],
         "logits": output.logits,
-        "labels_after_splice": batch["labels"],
+        "labels_after_splice": batch.targets,
     }
     if decisions.image:
         tensors["image_mask"] = torch.stack(decisions.image)
@@ -280,7 +228,7 @@ def train_step(case: Case) -> Result:
         tensors |= {f"{name}.{number}": mask for number, mask in enumerate(decisions.instruct)}
     renames = rename_with(Classic().renames_out(model.config))
     tensors |= {f"grad.{renames(name)}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Result(tensors=tensors, mask={"logits": batch["attention_mask"][..., None].bool()})
+    return Result(tensors=tensors, mask={"logits": batch.meaningful()})
 
 
 class Session:
@@ -291,11 +239,10 @@ class Session:
     """
 
     def __init__(self, case: Case) -> None:
-        inputs = case.tensors
         self.model = tiny_model(case)
         self.adapter = self.model.model.language_adapter
-        self.prompt = spliced_batch(case, inputs, self.model.config.image_token_id)
-        self.images = inputs["images"]
+        self.prompt = spliced_batch(case, self.model).collated()
+        self.prompt.pop("labels", None)
         self.visual = self.prompt["input_ids"] == self.model.config.image_token_id
         self.cache: SelectiveCache = self.adapter.make_cache()
         self.decided: dict[str, list[Tensor]] = {"text_predictor": [], "instruct_predictor": [], "image_predictor": []}
@@ -314,7 +261,7 @@ class Session:
     @torch.no_grad()
     def prefill(self) -> Tensor:
         """Logits [batch, prompt, vocabulary]."""
-        return self.model(**self.prompt, pixel_values=self.images, past_key_values=self.cache).logits
+        return self.model(**self.prompt, past_key_values=self.cache).logits
 
     @torch.no_grad()
     def feed(self, tokens: Sequence[int]) -> Tensor:
@@ -387,6 +334,7 @@ def uncached_decoding(case: Case) -> Result:
     case.informational("config.fed_tokens")
     session = Session(case)
     ids, steps = session.prompt["input_ids"], []
+    media = {name: value for name, value in session.prompt.items() if name not in ("input_ids", "attention_mask")}
     prompt_length = ids.shape[1]
     fed = case.inputs["fed_tokens"]
     with torch.no_grad():
@@ -394,7 +342,7 @@ def uncached_decoding(case: Case) -> Result:
             longer = torch.cat([ids, torch.tensor([fed[:count]], dtype=torch.long).expand(len(ids), -1)], dim=1)
             output = session.model(
                 input_ids=longer,
-                pixel_values=session.images,
+                **media,
                 use_cache=False,
                 prompt_info=PromptInfo(length=prompt_length),
             )

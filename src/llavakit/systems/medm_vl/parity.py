@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from llavakit.checkpoints.classic import mlp_options
 from llavakit.checkpoints.layouts import rename_with
@@ -18,11 +19,9 @@ from llavakit.evaluation.metrics import answers as metrics
 from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.routes import MODALITIES
+from llavakit.proof.classic_batch import ClassicBatch, Entry
+from llavakit.proof.entries import check_keys, published_model
 from llavakit.proof.golden import Case, Result
-from llavakit.splice.layout import Run
-from llavakit.splice.scatter import IGNORE, expand
-from llavakit.systems.medm_vl.checkpoint import LLM_TYPES, Published
 from llavakit.systems.medm_vl.connector import AttentionPooling
 from llavakit.systems.medm_vl.encoders import M3DClipConfig, M3DClipVision, MedMClipConfig, MedMClipVision
 from llavakit.systems.medm_vl.parity_text import batch_collator, conversation
@@ -161,121 +160,86 @@ def volume_preprocess_paper(case: Case) -> Result:
     return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views, axis=1))})
 
 
-def _tower(encoder: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
-    """The encoder's configuration of an end-to-end case."""
+def encoder_options(encoder: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The encoder's configuration of an end-to-end case, as config.json holds it."""
     own = {key: value for key, value in encoder.items() if key != "type"}
     if encoder["type"] in VOLUMETRIC:
-        return VOLUMETRIC[encoder["type"]](own)
+        return VOLUMETRIC[encoder["type"]](own).to_dict()
+    known = {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig}[encoder["type"]]().to_dict()
+    check_keys(own, known, "config.encoder")
     if encoder["type"] == "siglip":
         own["vision_use_head"] = any(".head." in name for name in weights)
-    return {"model_type": f"{encoder['type']}_vision_model", **own}
+    return own
 
 
 def tiny_model(case: Case, slices: int) -> LlavakitForConditionalGeneration:
-    """The model of an end-to-end case with the original's weights.
+    """The model of an end-to-end case, opened as a published checkpoint.
 
     Args:
         slices: Slices of a volume that goes through a 2D encoder.
     """
     config, weights = case.config, case.weights()
-    kind, encoder = config["encoder"]["type"], _tower(config["encoder"], weights)
+    kind = config["encoder"]["type"]
+    slot = "image3d" if kind in VOLUMETRIC else "image"
     llm = {key: value for key, value in config["llm"].items() if key not in ("type", "qkv_bias")}
-    connector = Published._connector(
-        {"connector_image_type": config["connector_type"], "connector_image_name": config["connector_name"]},
-        "image",
-        config["encoder"],
-    )
-    if connector["type"] == "attention_pooling":
-        connector["queries"] = next(t.shape[0] for name, t in weights.items() if name.endswith(".query"))
-    if kind in VOLUMETRIC:
-        media = {"volume": {"views": {"type": "volume_box", "size": list(encoder.image_size)}}}
-    else:
-        size = config["encoder"]["image_size"]
-        media = {
-            "image": {"views": {"type": "squash", "size": size}},
-            "volume": {"views": {"type": "volume_slices", "size": size, "slices": slices}},
-        }
-    keeps = config["select_feature"] != "patch" and kind != "siglip"
-    own = LlavakitConfig(
-        text_config={"model_type": LLM_TYPES[config["llm"]["type"]], **llm},
-        vision_config=encoder,
-        connector=connector,
-        media=media,
-        vision_feature_layer=config["select_layer"],
-        vision_feature_select_strategy="full" if keeps else "default",
-        image_token_id=llm["vocab_size"],
-        system="medm-vl",
-    )
-    model = LlavakitForConditionalGeneration(own).eval()
-    rename = rename_with(Published().renames_in(own))
-    missing, extra = model.load_state_dict({rename(name): t for name, t in weights.items()}, strict=False)
-    missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
-    if missing or extra:
-        raise ValueError(f"weights do not fit: missing {missing[:3]}, unknown {extra[:3]}")
-    model.tie_weights()
-    return model
+    raw = {
+        "model_type": "lvlm",
+        "llm_type": config["llm"]["type"],
+        "llm_config": llm,
+        f"encoder_{slot}_type": kind,
+        f"encoder_{slot}_config": encoder_options(config["encoder"], weights),
+        f"encoder_{slot}_select_layer": config["select_layer"],
+        f"encoder_{slot}_select_feature": config["select_feature"],
+        f"connector_{slot}_type": config["connector_type"],
+        f"connector_{slot}_name": config["connector_name"],
+    }
+    queries = [tensor.shape[0] for name, tensor in weights.items() if name.endswith(".query")]
 
+    def sized(own: LlavakitConfig) -> None:
+        if kind not in VOLUMETRIC:
+            own.media["volume"]["views"]["slices"] = slices
+        if queries:
+            own.connector["queries"] = queries[0]
 
-def _padded(rows: Sequence[Tensor], fill: float, left: bool) -> Tensor:
-    side = "left" if left else "right"
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill, padding_side=side)
+    case.informational("config.llm.qkv_bias")  # a property of the language model's type
+    return published_model(raw, weights, known=raw, change=sized)
 
 
 def end_to_end(case: Case) -> Result:
     """Spliced embeddings, labels, mask, logits and loss of a tiny model."""
-    inputs, limit, left = (
-        case.tensors,
-        case.config.get("llm_max_length"),
-        case.config.get("llm_padding_side") == "left",
+    inputs, config = case.tensors, case.config
+    through_2d = config["encoder"]["type"] not in VOLUMETRIC
+    volumes, images = inputs.get("image3d", ()), inputs.get("image", ())
+    slices = volumes.shape[2] if len(volumes) and through_2d else 1
+
+    def volume(item: Tensor) -> Entry:
+        views = list(item.unbind(1)) if through_2d else [item]
+        return Entry("volume", MediaSize(*item.shape[-3:]), views)
+
+    batch = ClassicBatch(
+        tiny_model(case, slices),
+        inputs["input_ids"],
+        {
+            IMAGE: [Entry("image", MediaSize(1, *item.shape[-2:]), [item]) for item in images],
+            VOLUME: list(map(volume, volumes)),
+        },
+        attention_mask=inputs.get("attention_mask"),
+        labels=inputs.get("labels"),
+        max_length=config.get("llm_max_length"),
+        padding_side=config.get("llm_padding_side") or "right",
+        spare=False,
     )
-    through_2d = case.config["encoder"]["type"] not in VOLUMETRIC
-    slices = inputs["image3d"].shape[2] if "image3d" in inputs and through_2d else 1
-    model = tiny_model(case, slices)
-    token, spec = model.config.image_token_id, model.model.media
-    asked = inputs["input_ids"]
-    given_mask = inputs.get("attention_mask", torch.ones_like(asked)).bool()
-    given_labels = inputs.get("labels", torch.full_like(asked, IGNORE))
-
-    kinds: list[int] = []
-    views: list[Tensor] = []
-    rows, labels = [], []
-    media = {VOLUME: ("volume", iter(inputs.get("image3d", ()))), IMAGE: ("image", iter(inputs.get("image", ())))}
-    for ids, keep, targets in zip(asked, given_mask, given_labels, strict=True):
-        layouts: list[list[Run]] = []
-        for place in ids[keep].tolist():
-            if place in media:
-                kind, left_over = media[place]
-                kinds.append(MODALITIES.index(kind))
-                media_item = next(left_over)
-                views += list(media_item.unbind(1)) if kind == "volume" and through_2d else [media_item]
-                layouts.append(list(spec.layout(kind, MediaSize(slices if kind == "volume" else 1, 8, 8))))
-        flat = ids[keep].masked_fill(ids[keep] == VOLUME, IMAGE).tolist()
-        spliced = expand(flat, targets[keep].tolist(), layouts, placeholder=IMAGE, image_token_id=token)
-        rows.append(torch.tensor(spliced.ids))
-        labels.append(torch.tensor(spliced.labels))
-
-    whole = _padded(rows, 0, False)
-    present = _padded([torch.ones_like(row) for row in rows], 0, False)
-    given: dict[str, Any] = {}
-    if kinds:
-        sizes = [(slices if kind == MODALITIES.index("volume") else 1, 8, 8) for kind in kinds]
-        given = {"pixel_values": views, "visual_sizes": torch.tensor(sizes), "visual_modalities": torch.tensor(kinds)}
     with torch.no_grad():
-        spliced, _, _ = model.model.embed(whole, attention_mask=present, **given)
-        # rows are cut after media were laid out, perhaps in the middle of one
-        cut = [row[: len(ids)][:limit] for row, ids in zip(spliced, rows, strict=True)]
-        embeds, targets = _padded(cut, 0.0, left), _padded([row[:limit] for row in labels], IGNORE, left)
-        mask = _padded([torch.ones(len(row), dtype=torch.long) for row in cut], 0, left)
-        out = model(inputs_embeds=embeds, attention_mask=mask, labels=targets if "labels" in inputs else None)
+        out, embeds = batch.forward(), batch.embeds()
     tensors = {
-        "inputs_embeds": embeds,
-        "spliced_attention_mask": mask,
-        "spliced_labels": targets,
+        "inputs_embeds": embeds * batch.meaningful(),
+        "spliced_attention_mask": batch.attention,
+        "spliced_labels": batch.targets,
         "logits": out.logits,
     }
     if out.loss is not None:
         tensors["loss"] = out.loss.reshape(1)
-    return Result(tensors=tensors, mask={"logits": mask.bool().unsqueeze(-1)})
+    return Result(tensors=tensors, mask={"logits": batch.meaningful()})
 
 
 def ct_rate_accuracy(case: Case) -> Result:
