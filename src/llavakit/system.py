@@ -1,7 +1,8 @@
 """System cards: what llavakit knows of a published system without importing its code.
 
 Every folder of `llavakit.systems` and every entry point of the group `llavakit.systems` provides one `SYSTEM`.
-A card is plain data; whatever needs PyTorch is named as "module:attribute" and imported on first use.
+A card is plain data; whatever needs PyTorch is named as "module:attribute" and imported on first use. What a folder
+holds under the usual file names (`recipe.yaml`, `parity.py`, ...) is found and need not be named on the card.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from llavakit import registry
 from llavakit.errors import UserError
 
 ENTRY_POINT_GROUP = "llavakit.systems"
+_MODULES = {"parity": "ADAPTERS", "cost": "cost", "miniature": "run"}  # file of a system's folder -> what it defines
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,32 @@ class Claim:
 class System:
     """One published system.
 
+    Targets are written "module:attribute"; with a dot in front the module is in the card's own package.
+
     Args:
+        package: The package that holds the system, `__name__` of the module with the card.
         slug: Name on the command line and in golden cases ("llava-1.5").
         title: Name in the literature.
         paper: arXiv number of the paper.
         summary: One sentence: what a user gets from it.
         claims: What the paper claims; the miniature re-tests the first.
         checkpoints: Hub ids of published weights.
-        parts: Registry name -> {part name -> "module:attribute"} of the parts that only this system has.
-        parity: "module:attribute" of a dict from golden component names to adapters, see `llavakit.proof.golden`.
-        cost: "module:function" that returns a `llavakit.proof.cost.CostReport`.
-        miniature: "module:function" that returns a `llavakit.proof.miniature.Verdict`.
-        checkpoint: "module:attribute" of the `llavakit.checkpoints.layouts.Layout` of its published files.
-        responder: "module:factory" of what answers in this system's way, if that is more than the model alone: called
-            with the model's own responder and options, it returns a `llavakit.generation.responder.Responder`.
+        parts: Registry name -> {part name -> target} of the parts that only this system has.
+        parity: Target of a dict from golden component names to adapters, see `llavakit.proof.golden`; default
+            `ADAPTERS` of `parity.py`.
+        cost: Target of a function that returns a `llavakit.proof.cost.CostReport`; default `cost` of `cost.py`.
+        miniature: Target of a function that returns a `llavakit.proof.miniature.Verdict`; default `run` of
+            `miniature.py`.
+        checkpoint: Target of the `llavakit.checkpoints.layouts.Layout` of its published files; default the first layout
+            among `parts`.
+        responder: Target of a factory of what answers in this system's way, if that is more than the model alone.
+            Called with the model's own responder and options, it returns a `llavakit.generation.responder.Responder`.
         codec: Name of the codec in which its models write reasoning and tool calls; None is the default one.
-        recipe: The YAML file of every training stage at published scale.
-        readme: The system's page.
+        recipe: The YAML file of every training stage at published scale; default `recipe.yaml`.
+        readme: The system's page; default `README.md`.
     """
 
+    package: str | None = None
     slug: str
     title: str
     paper: str
@@ -67,6 +77,28 @@ class System:
     codec: str | None = None
     recipe: Path | None = None
     readme: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Complete targets with the package, and fields with what its folder holds."""
+
+        def settle(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        settle("parts", {kind: {n: self._full(t) for n, t in own.items()} for kind, own in self.parts.items()})
+        folder = Path(sys.modules[self.package].__file__).parent if self.package else None
+        for name, attribute in _MODULES.items():
+            if getattr(self, name) is None and folder is not None and (folder / f"{name}.py").is_file():
+                settle(name, f"{self.package}.{name}:{attribute}")
+        if self.checkpoint is None:
+            settle("checkpoint", next(iter(self.parts.get("layouts", {}).values()), None))
+        for name, file in (("recipe", "recipe.yaml"), ("readme", "README.md")):
+            if getattr(self, name) is None and folder is not None and (folder / file).is_file():
+                settle(name, folder / file)
+        for name in (*_MODULES, "checkpoint", "responder"):
+            settle(name, self._full(getattr(self, name)))
+
+    def _full(self, target: str | None) -> str | None:
+        return f"{self.package}{target}" if target is not None and target.startswith(".") else target
 
     def load(self, what: str) -> Callable[..., Any] | Any:
         """The object behind `parity`, `cost`, `miniature`, `checkpoint` or `responder`.

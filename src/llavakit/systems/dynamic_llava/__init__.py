@@ -1,13 +1,9 @@
 """Dynamic-LLaVA: learned sparsification of image tokens at prefill and of generated tokens at decoding."""
 
-from pathlib import Path
-
 from llavakit.system import Claim, System
 
-_HERE = Path(__file__).parent
-_PACKAGE = "llavakit.systems.dynamic_llava"
-
 SYSTEM = System(
+    package=__name__,
     slug="dynamic-llava",
     title="Dynamic-LLaVA",
     paper="2412.00876",
@@ -26,13 +22,7 @@ SYSTEM = System(
     ),
     checkpoints=("Osilly/Dynamic-LLaVA-7B", "Osilly/Dynamic-LLaVA-13B"),
     parts={
-        "adapters": {"dynamic_sparsification": f"{_PACKAGE}.adapter:DynamicSparsification"},
-        "layouts": {"dynamic-llava-classic": f"{_PACKAGE}.checkpoint:Classic"},
+        "adapters": {"dynamic_sparsification": ".adapter:DynamicSparsification"},
+        "layouts": {"dynamic-llava-classic": ".checkpoint:Classic"},
     },
-    parity=f"{_PACKAGE}.parity:ADAPTERS",
-    cost=f"{_PACKAGE}.cost:cost",
-    miniature=f"{_PACKAGE}.miniature:run",
-    checkpoint=f"{_PACKAGE}.checkpoint:Classic",
-    recipe=_HERE / "recipe.yaml",
-    readme=_HERE / "README.md",
 )

@@ -1,13 +1,9 @@
 """LLaVA-1.5: the base system (CLIP encoder, MLP connector, Vicuna, two training stages)."""
 
-from pathlib import Path
-
 from llavakit.system import Claim, System
 
-_HERE = Path(__file__).parent
-_PACKAGE = "llavakit.systems.llava_1_5"
-
 SYSTEM = System(
+    package=__name__,
     slug="llava-1.5",
     title="LLaVA-1.5",
     paper="2310.03744",
@@ -28,16 +24,10 @@ SYSTEM = System(
         "llava-hf/llava-1.5-13b-hf",
     ),
     parts={
-        "layouts": {"llava-1.5-classic": f"{_PACKAGE}.checkpoint:Classic", "llava-1.5-hf": f"{_PACKAGE}.checkpoint:Hf"},
+        "layouts": {"llava-1.5-classic": ".checkpoint:Classic", "llava-1.5-hf": ".checkpoint:Hf"},
         "templates": {
-            "mpt_miscounted": f"{_PACKAGE}.templates:MPT",
-            "chatml_direct_miscounted": f"{_PACKAGE}.templates:CHATML_DIRECT",
+            "mpt_miscounted": ".templates:MPT",
+            "chatml_direct_miscounted": ".templates:CHATML_DIRECT",
         },
     },
-    parity=f"{_PACKAGE}.parity:ADAPTERS",
-    cost=f"{_PACKAGE}.cost:cost",
-    miniature=f"{_PACKAGE}.miniature:run",
-    checkpoint=f"{_PACKAGE}.checkpoint:Classic",
-    recipe=_HERE / "recipe.yaml",
-    readme=_HERE / "README.md",
 )

@@ -1,13 +1,9 @@
 """LLaVA-Mini: one vision token per image, by query compression and modality pre-fusion."""
 
-from pathlib import Path
-
 from llavakit.system import Claim, System
 
-_HERE = Path(__file__).parent
-_PACKAGE = "llavakit.systems.llava_mini"
-
 SYSTEM = System(
+    package=__name__,
     slug="llava-mini",
     title="LLaVA-Mini",
     paper="2501.03895",
@@ -22,14 +18,8 @@ SYSTEM = System(
     ),
     checkpoints=("ICTNLP/llava-mini-llama-3.1-8b",),
     parts={
-        "planners": {"grid_and_whole": f"{_PACKAGE}.views:GridAndWhole"},
-        "connectors": {"compressor_prefusion": f"{_PACKAGE}.connector:CompressorPrefusion"},
-        "layouts": {"llava-mini-classic": f"{_PACKAGE}.checkpoint:Classic"},
+        "planners": {"grid_and_whole": ".views:GridAndWhole"},
+        "connectors": {"compressor_prefusion": ".connector:CompressorPrefusion"},
+        "layouts": {"llava-mini-classic": ".checkpoint:Classic"},
     },
-    parity=f"{_PACKAGE}.parity:ADAPTERS",
-    cost=f"{_PACKAGE}.cost:cost",
-    miniature=f"{_PACKAGE}.miniature:run",
-    checkpoint=f"{_PACKAGE}.checkpoint:Classic",
-    recipe=_HERE / "recipe.yaml",
-    readme=_HERE / "README.md",
 )

@@ -1,13 +1,9 @@
 """LLaVA-OneVision: one model for single images, several images and video (SigLIP, Qwen2, tiles under a budget)."""
 
-from pathlib import Path
-
 from llavakit.system import Claim, System
 
-_HERE = Path(__file__).parent
-_PACKAGE = "llavakit.systems.llava_onevision"
-
 SYSTEM = System(
+    package=__name__,
     slug="llava-onevision",
     title="LLaVA-OneVision",
     paper="2408.03326",
@@ -32,16 +28,10 @@ SYSTEM = System(
         ]
     ),
     parts={
-        "connectors": {"residual_mlp": f"{_PACKAGE}.residual:ResidualMLP"},
+        "connectors": {"residual_mlp": ".residual:ResidualMLP"},
         "layouts": {
-            "llava-onevision-classic": f"{_PACKAGE}.checkpoint:Classic",
-            "llava-onevision-hf": f"{_PACKAGE}.checkpoint:Hf",
+            "llava-onevision-classic": ".checkpoint:Classic",
+            "llava-onevision-hf": ".checkpoint:Hf",
         },
     },
-    parity=f"{_PACKAGE}.parity:ADAPTERS",
-    cost=f"{_PACKAGE}.cost:cost",
-    miniature=f"{_PACKAGE}.miniature:run",
-    checkpoint=f"{_PACKAGE}.checkpoint:Classic",
-    recipe=_HERE / "recipe.yaml",
-    readme=_HERE / "README.md",
 )

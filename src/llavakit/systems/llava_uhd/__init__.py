@@ -1,13 +1,9 @@
 """LLaVA-UHD (v1): images of any size and aspect ratio, in slices that follow the image."""
 
-from pathlib import Path
-
 from llavakit.system import Claim, System
 
-_HERE = Path(__file__).parent
-_PACKAGE = "llavakit.systems.llava_uhd"
-
 SYSTEM = System(
+    package=__name__,
     slug="llava-uhd",
     title="LLaVA-UHD",
     paper="2403.11703",
@@ -22,15 +18,9 @@ SYSTEM = System(
     ),
     checkpoints=("guozonghao96/llava-uhd-144-13b",),
     parts={
-        "planners": {"native_slices": f"{_PACKAGE}.partition:NativeSlices"},
-        "connectors": {"spatial_resampler": f"{_PACKAGE}.resampler:SpatialResampler"},
-        "arrangements": {"spatial_schema": f"{_PACKAGE}.schema:SpatialSchema"},
-        "layouts": {"llava-uhd": f"{_PACKAGE}.checkpoint:Released"},
+        "planners": {"native_slices": ".partition:NativeSlices"},
+        "connectors": {"spatial_resampler": ".resampler:SpatialResampler"},
+        "arrangements": {"spatial_schema": ".schema:SpatialSchema"},
+        "layouts": {"llava-uhd": ".checkpoint:Released"},
     },
-    parity=f"{_PACKAGE}.parity:ADAPTERS",
-    cost=f"{_PACKAGE}.cost:cost",
-    miniature=f"{_PACKAGE}.miniature:run",
-    checkpoint=f"{_PACKAGE}.checkpoint:Released",
-    recipe=_HERE / "recipe.yaml",
-    readme=_HERE / "README.md",
 )

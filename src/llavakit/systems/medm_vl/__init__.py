@@ -1,13 +1,9 @@
 """MedM-VL: small medical assistants for 2D images and for chest CT volumes."""
 
-from pathlib import Path
-
 from llavakit.system import Claim, System
 
-_HERE = Path(__file__).parent
-_PACKAGE = "llavakit.systems.medm_vl"
-
 SYSTEM = System(
+    package=__name__,
     slug="medm-vl",
     title="MedM-VL",
     paper="2504.04323",
@@ -16,18 +12,12 @@ SYSTEM = System(
     checkpoints=("shiym2000/MedM-VL-2D-3B-en", "shiym2000/MedM-VL-CT-Chest-3B-en"),
     parts={
         "encoders": {
-            "m3d_clip_vision": f"{_PACKAGE}.encoders:M3DClipVision",
-            "medm_clip_vision": f"{_PACKAGE}.encoders:MedMClipVision",
+            "m3d_clip_vision": ".encoders:M3DClipVision",
+            "medm_clip_vision": ".encoders:MedMClipVision",
         },
-        "planners": {"volume_box": f"{_PACKAGE}.volumes:Box", "volume_slices": f"{_PACKAGE}.volumes:Slices"},
-        "connectors": {"attention_pooling": f"{_PACKAGE}.connector:AttentionPooling"},
-        "benchmarks": {"ct_rate": f"{_PACKAGE}.benchmarks:CTRateChoice"},
-        "layouts": {"medm-vl": f"{_PACKAGE}.checkpoint:Published"},
+        "planners": {"volume_box": ".volumes:Box", "volume_slices": ".volumes:Slices"},
+        "connectors": {"attention_pooling": ".connector:AttentionPooling"},
+        "benchmarks": {"ct_rate": ".benchmarks:CTRateChoice"},
+        "layouts": {"medm-vl": ".checkpoint:Published"},
     },
-    parity=f"{_PACKAGE}.parity:ADAPTERS",
-    cost=f"{_PACKAGE}.cost:cost",
-    miniature=f"{_PACKAGE}.miniature:run",
-    checkpoint=f"{_PACKAGE}.checkpoint:Published",
-    recipe=_HERE / "recipe.yaml",
-    readme=_HERE / "README.md",
 )
