@@ -442,43 +442,6 @@ def test_a_broken_record_stops_or_is_listed(world: Path, tmp_path: Path) -> None
         assert "missing.png" in json.dumps(result.stages[0].metrics["skipped"])
 
 
-# LoRA
-
-
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_lora_trains_merges_and_leaves_an_adapter(world: Path, tmp_path: Path, quantize: str | None) -> None:
-    pytest.importorskip("peft")
-    if quantize:
-        pytest.importorskip("bitsandbytes")
-    stage = {"rank": 4, "alpha": 8, "quantize": quantize}
-    lora = (f"stages.1.lora={json.dumps(stage)}", "stages.1.train={multi_modal_projector: 1e-3}")
-    result = run(world, tmp_path, *lora)
-    start = load_file(tmp_path / "align" / "final" / "model.safetensors")
-    end = weights(result)
-    assert set(start) == set(end)
-    changed = {name for name in end if not torch.equal(start[name], end[name])}
-    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_1", "linear_2"
-    }  # fmt: skip
-    adapter = load_file(tmp_path / "tune" / "adapter" / "adapter_model.safetensors")
-    name = "language_model.layers.1.mlp.up_proj"
-    down, up = (adapter[f"base_model.model.model.{name}.lora_{which}.weight"] for which in "AB")
-    assert torch.allclose(end[f"model.{name}.weight"], start[f"model.{name}.weight"] + 2 * up @ down, atol=1e-6)
-    connector = "multi_modal_projector.linear_1.weight"
-    assert torch.equal(adapter[f"base_model.model.model.{connector}"], end[f"model.{connector}"])
-
-
-def test_an_adapter_that_is_not_merged_is_what_peft_reads(world: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    lora = ("stages.1.lora={rank: 4, merge: false}", "stages.1.train=[multi_modal_projector]")
-    result = run(world, tmp_path / "apart", *lora)
-    merged = run(world, tmp_path / "merged", *lora, "stages.1.lora.merge=true")
-    base, _ = load_checkpoint(tmp_path / "apart" / "align" / "final")
-    state = peft.PeftModel.from_pretrained(base, result.final).merge_and_unload().state_dict()
-    for name, tensor in weights(merged).items():
-        assert torch.allclose(state[name], tensor, atol=1e-5), name
-
-
 # Restarts
 
 

@@ -27,18 +27,36 @@ class OtherBase(UserWarning):
     """An adapter is put on another model than the one it was trained on."""
 
 
-def record_base(folder: Path, base: Path) -> None:
+def record_base(folder: Path, base: Path, place: Path | None = None) -> None:
     """Write down which model an adapter belongs to.
 
     Args:
-        folder: The adapter's folder, where it will stay relative to `base`.
+        folder: The adapter's folder.
         base: The model's folder.
+        place: Where `folder` will be in the end, if it is moved there.
     """
     record = {
-        "relative": os.path.relpath(base.absolute(), folder.absolute()),
+        "relative": os.path.relpath(base.absolute(), (place or folder).absolute()),
         "absolute": str(base.absolute()),
         "identity": model_identity(base),
     }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def move_record(folder: Path, source: Path, target: Path) -> None:
+    """Correct the record in a copy of an adapter's folder.
+
+    Args:
+        folder: The copy.
+        source: What it is a copy of.
+        target: Where the copy will be in the end.
+    """
+    if not (folder / RECORD).is_file():
+        return
+    record = read_json(folder / RECORD)
+    base = source.absolute() / str(record["relative"])
+    (folder / RECORD).unlink()  # it may be a link to the original
+    record["relative"] = os.path.relpath(base, target.absolute())
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ loading; only safetensors are written.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -38,6 +39,11 @@ class LazyState(Mapping[str, Tensor]):
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]], origin: Mapping[str, str]) -> None:
         self._readers, self.origin = dict(readers), dict(origin)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> LazyState:
+        """Tensors of any mapping, asked of it when they are wanted."""
+        return cls({name: functools.partial(tensors.__getitem__, name) for name in tensors}, {})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._readers[name]()
@@ -80,7 +86,7 @@ class LazyState(Mapping[str, Tensor]):
     def joined(self, other: Mapping[str, Tensor]) -> LazyState:
         """These tensors and others; the others win."""
         if not isinstance(other, LazyState):
-            other = LazyState({name: (lambda t=tensor: t) for name, tensor in other.items()}, {})
+            other = LazyState.of(other)
         return LazyState(self._readers | other._readers, self.origin | other.origin)
 
 

@@ -3,7 +3,7 @@
 A part is named as users see it (`vision_tower`, `multi_modal_projector`, `language_model`, `lm_head`,
 `image_newline`, `language_adapter`, an extra encoder or connector) or by any dotted path inside one
 (`language_model.layers.0`, `language_adapter.predictor`). Where several names match, the longest one counts;
-`all` matches everything.
+`all` matches everything. Of an embedding table single rows can train.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llavakit.errors import RecipeError
 from llavakit.registry import nearest
-from llavakit.training.recipe import Lora, PartTraining, Stage
+from llavakit.training.recipe import PartTraining, Stage
 
 EVERYTHING = "all"
 
@@ -29,9 +30,7 @@ def core(model: nn.Module) -> nn.Module:
 def public_name(name: str) -> str:
     """The name of a parameter as a recipe writes it: without the wrappers of PEFT and of the class with the head."""
     name = name.removeprefix("base_model.model.").removeprefix("model.")
-    for infix in (".modules_to_save.default", ".original_module", ".base_layer"):
-        name = name.replace(infix, "")
-    return name.removeprefix("vision_model.").replace("_tower.vision_model.", "_tower.")
+    return name.replace(".base_layer", "").removeprefix("vision_model.").replace("_tower.vision_model.", "_tower.")
 
 
 def part_of(name: str, parts: Iterable[str]) -> str | None:
@@ -57,28 +56,84 @@ def freeze_all_but(model: nn.Module, train: Mapping[str, PartTraining]) -> None:
             tied = " (it is tied to the embeddings)" if part == "lm_head" else ""
             hint = nearest(part, [EVERYTHING, *top_level_parts(model)])
             raise RecipeError(f"train.{part}: the model has no such part{tied}{hint}")
+    switch_on(model, train)
+
+
+def switch_on(model: nn.Module, train: Mapping[str, PartTraining]) -> None:
+    """What `freeze_all_but` does to names that were checked; adapters of LoRA always train."""
     for name, parameter in model.named_parameters():
-        part = part_of(public_name(name), train)
-        parameter.requires_grad_(part is not None and not train[part].freeze)
+        parameter.requires_grad_(is_lora(name) or trains(name, train))
 
 
-def linear_layers(model: nn.Module, lora: Lora) -> list[str]:
-    """Full names of the linear layers that get an adapter: those inside `lora.parts`, the head excepted.
+def is_lora(name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return ".lora_" in name
+
+
+def trains(name: str, train: Mapping[str, PartTraining]) -> bool:
+    """Whether a parameter trains in full."""
+    part = part_of(public_name(name), train)
+    return part is not None and not train[part].freeze
+
+
+def check_trainable(model: nn.Module, stage: Stage) -> None:
+    """Make sure that exactly what the stage names is trained.
 
     Raises:
-        RecipeError: If there is none.
+        RuntimeError: Otherwise: some library changed it on the way.
     """
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and part_of(public_name(name), lora.parts) is not None
-        and (not name.startswith("lm_head") or "lm_head" in lora.parts)
-        and (lora.targets is None or name.rpartition(".")[2] in lora.targets)
-    ]
-    if not found:
-        raise RecipeError(f"lora: no linear layer is in {', '.join(lora.parts)} with targets {lora.targets or 'all'}")
-    return found
+    for name, parameter in model.named_parameters():
+        wanted = is_lora(name) if stage.lora is not None and is_lora(name) else trains(name, stage.train)
+        if parameter.requires_grad != wanted:
+            state = "trains" if parameter.requires_grad else "does not train"
+            raise RuntimeError(f"stage {stage.name!r}: parameter {name} {state}, which the stage does not say")
+
+
+# Single rows of a table
+
+
+def train_rows(model: nn.Module, stage: Stage, tokenizer: Any) -> None:
+    """Let only some rows of a table train: gradients of the others are zero.
+
+    Raises:
+        RecipeError: If a part is no table of the vocabulary, or a token is not in the vocabulary.
+    """
+    for part, options in stage.train.items():
+        if options.rows is None or options.freeze:
+            continue
+        where = f"train.{part}.rows"
+        inside = [(name, p) for name, p in model.named_parameters() if part_of(public_name(name), stage.train) == part]
+        vocabulary = core(model).config.text_config.vocab_size
+        if len(inside) != 1 or inside[0][1].dim() != 2 or len(inside[0][1]) != vocabulary:
+            tables = "language_model.embed_tokens, lm_head"
+            raise RecipeError(f"{where}: {part} is no table with one row per token; name one, such as {tables}")
+        if stage.shard:
+            raise RecipeError(f"{where}: single rows cannot train in shards; leave out shard")
+        numbers = [_row(token, tokenizer, where, vocabulary) for token in options.rows]
+        mask = torch.zeros(vocabulary, 1, dtype=torch.bool)
+        mask[numbers] = True
+        parameter = inside[0][1]
+        parameter.trained_rows = len(set(numbers))
+        parameter.register_hook(_masking(mask))
+
+
+def _masking(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.masked_fill(~mask.to(gradient.device), 0.0)
+
+
+def _row(token: str, tokenizer: Any, where: str, vocabulary: int) -> int:
+    known = tokenizer.get_vocab()
+    if token not in known:
+        raise RecipeError(f"{where}: the tokenizer has no token {token!r}{nearest(token, list(known))}")
+    if known[token] >= vocabulary:
+        raise RecipeError(f"{where}: token {token!r} has number {known[token]}, the model has {vocabulary} rows")
+    return known[token]
+
+
+def trained_values(parameter: nn.Parameter) -> int:
+    """How many values of a trainable parameter train: all, or those of its rows that were chosen."""
+    rows = getattr(parameter, "trained_rows", None)
+    return parameter.numel() if rows is None else rows * parameter.shape[1]
 
 
 # Counting and grouping
@@ -89,8 +144,8 @@ def trainable_by_part(model: nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "lora" if ".lora_" in name else public_name(name).partition(".")[0]
-            counts[part] = counts.get(part, 0) + parameter.numel()
+            part = "lora" if is_lora(name) else public_name(name).partition(".")[0]
+            counts[part] = counts.get(part, 0) + trained_values(parameter)
     return counts
 
 
@@ -163,8 +218,9 @@ def optimizer_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         part = part_of(public_name(name), list(rates.parts or {}))
-        own = part if part in parts and ".lora_" not in name else ""
-        group = groups[own, name not in no_decay]
+        own = part if part in parts and not is_lora(name) else ""
+        # decay would also change the rows that do not train
+        group = groups[own, name not in no_decay and not hasattr(parameter, "trained_rows")]
         group["params"].append(parameter)
         group["names"].append(name)
     return [group for group in groups.values() if group["params"]]

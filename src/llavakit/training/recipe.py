@@ -126,11 +126,21 @@ class PartTraining(Section):
         learning_rate: Its own rate; default: the stage's.
         weight_decay: Its own decay; default: the stage's.
         freeze: Leave it frozen although a larger part that contains it trains.
+        rows: Of a table with one row per token (`language_model.embed_tokens`, `lm_head`): train the rows of these
+            tokens alone, without weight decay.
     """
 
     learning_rate: float | None = Field(None, ge=0)
     weight_decay: float | None = Field(None, ge=0)
     freeze: bool = False
+    rows: list[str] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _rows_do_not_decay(self) -> PartTraining:
+        if self.rows is not None and self.weight_decay:
+            problem = "weight_decay: would also change the rows that do not train; leave it out"
+            raise PydanticCustomError("contradiction", "{problem}", {"problem": problem})
+        return self
 
 
 class Lora(Section):

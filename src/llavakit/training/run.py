@@ -6,6 +6,7 @@ output/
   STAGE/
     metrics.json              loss curve and facts, see `training.callbacks`
     checkpoint-N/             whole checkpoints of the running stage: model, optimiser, schedule, random states
+    base/                     with LoRA: the model that is adapted, if it is nowhere else on disk
     adapter/                  with LoRA: PEFT's adapter
     final/                    the stage's model: a llavakit checkpoint with its processor (`lora.merge: false`: the
                               adapter alone)
@@ -23,7 +24,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from llavakit.checkpoints.convert import save
+from llavakit.checkpoints.adapter_base import move_record
+from llavakit.checkpoints.convert import local_folder, open_checkpoint, save
 from llavakit.checkpoints.files import atomic_folder, clear_write_errors
 from llavakit.data.records import BadRecords, Record
 from llavakit.errors import RecipeError, RecordError, UserError
@@ -169,6 +171,7 @@ def _publish(source: Path, target: Path) -> None:
 
     with atomic_folder(target) as scratch:
         shutil.copytree(source, scratch, dirs_exist_ok=True, copy_function=link)
+        move_record(scratch, source, target)
 
 
 def fingerprint(recipe: Recipe, number: int) -> dict[str, str]:
@@ -247,10 +250,11 @@ class StageRun:
         stage = self.stage
         base, processor = self._load()
         saved = (base.config, processor)
+        adapted = self._adapted(base, processor) if stage.lora is not None else None
         reader = self._for_stage(base, processor)
         set_seed(self.seed)
         try:
-            model = prepare(base, stage)
+            model = prepare(base, stage, processor.tokenizer)
         except RecipeError as error:
             raise RecipeError(f"stages.{self.number}.{error}") from None
         samples = self._samples(base, reader)
@@ -280,6 +284,7 @@ class StageRun:
             processor=processor,
             seed=self.seed,
             packed_attention=packed_attention,
+            base=adapted,
         )
         facts = {"stage": stage.name, "trainable": counts, "batches": len(batches)}
         metrics = Metrics(self.folder / "metrics.json", facts)
@@ -304,6 +309,20 @@ class StageRun:
     def _start(self) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
         """What the stage starts from when nothing of it is done."""
         return load_checkpoint(self.start) if self.start is not None else build_model(self.recipe)
+
+    def _adapted(self, model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> Path:
+        """Folder of the model that the stage's adapters belong to; written here if it is nowhere on disk."""
+        if self.start is not None:
+            return self.start
+        if self.recipe.model is not None:
+            folder = local_folder(self.recipe.model)
+            if open_checkpoint(folder).config.text_config.vocab_size == model.config.text_config.vocab_size:
+                return folder
+        own = self.folder / "base"
+        if _is_main() and not own.is_dir():
+            save(model.state_dict(), model.config, processor, own)
+        distributed.barrier()
+        return own
 
     def _load(self) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
         """The model to go on with; without LoRA a checkpoint of the stage holds all of it."""
@@ -401,7 +420,7 @@ class StageRun:
                     shutil.rmtree(path)
         distributed.barrier()
 
-    def _final_state(self, trainer: StageTrainer, processor: LlavakitProcessor) -> dict[str, torch.Tensor] | None:
+    def _final_state(self, trainer: StageTrainer, processor: LlavakitProcessor) -> Mapping[str, torch.Tensor] | None:
         """The finished weights; None if the adapter was not to be merged and is all there is."""
         state = distributed.full_state(trainer.model)
         lora = self.stage.lora
@@ -409,11 +428,11 @@ class StageRun:
             return state
         if _is_main():
             with atomic_folder(self.folder / "adapter") as scratch:
-                save_adapter(trainer.model, state, processor, scratch)
+                save_adapter(trainer.model, state, processor, scratch, trainer.base, self.folder / "adapter")
         if not lora.merge:
             return None
         whole = self._start()[0].state_dict() if lora.quantize else None
-        return merged_state(state, lora, whole)
+        return merged_state(trainer.model, state, whole)
 
 
 def _rank() -> int:

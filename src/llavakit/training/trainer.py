@@ -27,6 +27,7 @@ from llavakit.training import distributed
 from llavakit.training.attention import packed_attention, segments_of
 from llavakit.training.dataset import Batches, Failure, Samples, StageCollator
 from llavakit.training.lora import load_adapter, save_adapter
+from llavakit.training.lora_targets import GradientCheck
 from llavakit.training.parameter_groups import Rates, core, optimizer_groups, progress_hooks
 from llavakit.training.recipe import LossWeights, Stage
 
@@ -52,6 +53,7 @@ class StageTrainer(Trainer):
         processor: Saved with every checkpoint.
         seed: Of the data loader's workers.
         packed_attention: Whether `attention.switch_on` was applied; batches must be packed.
+        base: With LoRA the folder of the model that is adapted.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class StageTrainer(Trainer):
         processor: LlavakitProcessor,
         seed: int = 0,
         packed_attention: bool = False,
+        base: Path | None = None,
     ) -> None:
+        self.base = base
         self.stage, self.samples, self.batches = stage, samples, Batches(batches)
         self.processor, self.data_seed, self.packed_attention = processor, seed, packed_attention
         self._auxiliary: list[Tensor] = []
@@ -75,6 +79,7 @@ class StageTrainer(Trainer):
         self._scratch: Path | None = None
         self.net = core(model)
         self._hooks = progress_hooks(self.net)
+        self._adapters = GradientCheck(self.net, model) if stage.lora is not None else None
         self._use_cache = getattr(self.net.config, "use_cache", None)
         super().__init__(model=model, args=args, data_collator=collator, train_dataset=samples)
         self.remove_callback(PrinterCallback)
@@ -174,7 +179,10 @@ class StageTrainer(Trainer):
         """One batch, forward and backward."""
         for hook in self._hooks:
             hook(self.state.global_step / max(self.state.max_steps, 1))
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._adapters is not None and self._adapters.pending:
+            self._adapters.after_batch(inputs, self.accelerator.sync_gradients)
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add throughput and the auxiliary loss to what is logged."""
@@ -227,7 +235,8 @@ class StageTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         if hasattr(self.model, "peft_config"):
-            save_adapter(self.model, state, self.processor, folder)
+            place = Path(self.args.output_dir) / folder.name  # it is written beside its place
+            save_adapter(self.model, state, self.processor, folder, self.base, place)
         else:
             save(state, self.net.config, self.processor, folder)
 
