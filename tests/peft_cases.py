@@ -94,7 +94,7 @@ CASES = [
         Case(f"init_lora_weights: {kind}", {"init_lora_weights": kind})
         for kind in (False, "gaussian", "olora", "pissa", "orthogonal", "mica", "eva", "lora_ga")
     ),
-    Case("init_lora_weights: loftq", {"init_lora_weights": "loftq", "loftq_config": "LoftQConfig"}, needs="scipy"),
+    Case("init_lora_weights: loftq", {"init_lora_weights": "loftq", "loftq_config": "LoftQConfig"}, needs="bitsandbytes"),
     Case("init_lora_weights: pissa_niter_4", {"init_lora_weights": "pissa_niter_4"}, refused="pissa_niter_4"),
     Case("init_lora_weights: corda", {"init_lora_weights": "corda"}, refused="preprocess_corda", bare=True),
     Case("eva_config", {"init_lora_weights": "eva", "eva_config": "EvaConfig"}),
