@@ -35,6 +35,14 @@ _UNMERGEABLE = {
     "use_qalora": "is for GPTQ weights",
 }
 
+# Ways to start an adapter that change the base model so that it cannot be had again.
+_LOST_BASES = {
+    "pissa_niter": "took a random part out of the base model, which nobody can take out again; save the adapter with "
+    "PEFT's path_initial_model_for_weight_conversion",
+    "loftq": "replaced the base model by a quantised one, which PEFT makes again on CUDA alone; merge the adapter with "
+    "PEFT there",
+}
+
 Naming = Callable[[str], str | None]
 
 
@@ -76,12 +84,10 @@ def adapter_options(raw: Mapping[str, Any], where: str) -> Any:
             )
         if key in _UNMERGEABLE and value not in (None, False, [], {}):
             raise CheckpointError(f"{where}: {key} {_UNMERGEABLE[key]}, so the adapter cannot become plain weights")
-    style = raw.get("init_lora_weights")
-    if isinstance(style, str) and style.startswith("pissa_niter"):
-        raise CheckpointError(
-            f"{where}: init_lora_weights {style!r} took a random part out of the base model, which nobody can take out "
-            "again; save the adapter with PEFT's path_initial_model_for_weight_conversion"
-        )
+    style = str(raw.get("init_lora_weights"))
+    for start, what in _LOST_BASES.items():
+        if style.startswith(start):
+            raise CheckpointError(f"{where}: init_lora_weights {style!r} {what}")
     options = {key: value for key, value in raw.items() if key in known}
     # what wraps a whole class is of no use for single layers, and inference draws nothing
     options |= {"peft_type": "LORA", "task_type": None, "auto_mapping": None}
