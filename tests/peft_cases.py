@@ -101,6 +101,22 @@ CASES = [
         bare=True,
         needs="scipy",
     ),
+    Case("init_lora_weights: pissa_niter_4", {"init_lora_weights": "pissa_niter_4"}, refused="pissa_niter_4"),
+    Case("init_lora_weights: corda", {"init_lora_weights": "corda"}, refused="preprocess_corda", bare=True),
+    Case("eva_config", {"init_lora_weights": "eva", "eva_config": "EvaConfig"}),
+    Case("lora_ga_config", {"init_lora_weights": "lora_ga", "lora_ga_config": "LoraGAConfig"}),
+    Case("corda_config", {"corda_config": "CordaConfig"}),
+    Case("velora_config", {"velora_config": ("VeloraConfig", {"num_groups": 4})}),
+    Case("kasa_config", {"kasa_config": "KasaConfig"}),
+    Case(
+        "use_bdlora",
+        {
+            "use_bdlora": (
+                "BdLoraConfig",
+                {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2},
+            )
+        },
+    ),
     Case("monteclora_config", {"monteclora_config": "MontecloraConfig"}, refused="monteclora_config"),
     Case("alora_invocation_tokens", {"alora_invocation_tokens": [3, 4]}, refused="alora_invocation_tokens", bare=True),
     Case("use_qalora", {"use_qalora": True, "qalora_group_size": 4}, refused="use_qalora", bare=True),
