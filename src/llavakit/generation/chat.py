@@ -25,7 +25,7 @@ from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk
 from llavakit.generation.responder import Call, Messages, Responder
-from llavakit.generation.response import Answer, Listener, LogprobsEvent, Response, Usage
+from llavakit.generation.response import Answer, FinishEvent, Listener, Response, Usage, chunk_events
 from llavakit.generation.scoring import Score, check_replies, one_begin, shared_length, text_ids
 from llavakit.generation.search import Branch, expand_branches
 from llavakit.generation.stopping import before_stop, generate_options, stop_token_ids
@@ -189,14 +189,7 @@ class Chat(Responder):
         self, messages: Messages, prefix: str, sampling: SamplingParams | None = None, **fields: Any
     ) -> list[Answer]:
         (branches,) = self.expand([self.begin(messages, prefix)], replace(sampling or SamplingParams(), **fields))
-        answers = []
-        for index, branch in enumerate(branches):
-            parser = self.codec.parser()
-            answer = Answer.of([*parser.feed(prefix + branch.last.text), *parser.finish(branch.last.finish_reason)])
-            answer.index, answer.text, answer.token_ids = index, branch.last.text, branch.last.token_ids
-            answer.finish_reason, answer.stop = branch.last.finish_reason, branch.last.stop
-            answers.append(answer)
-        return answers
+        return [Answer.continued(self.codec.parser(), prefix, branch.last) for branch in branches]
 
     def score(self, context: Messages | str, replies: Sequence[str]) -> list[Score]:
         check_replies(replies)
@@ -315,27 +308,19 @@ class EngineResponse(Response):
             self.fail(error)
 
     def _take(self, chunk: StreamChunk) -> None:
-        index, parser, answer = chunk.index, self._parsers[chunk.index], self.answers[chunk.index]
+        answer, handle = self.answers[chunk.index], self.handle
         if answer.finish_reason is not None:  # it failed
             return
-        answer.token_ids += chunk.token_ids
-        answer.text += chunk.text
-        events = parser.feed(chunk.text) if chunk.text else []
-        if chunk.finish_reason is not None:
-            events = [*events, *parser.finish(chunk.finish_reason)]
-        for event in events:
-            self.deliver(replace(event, index=index))
-        if chunk.logprobs:
-            self.deliver(LogprobsEvent(index=index, entries=chunk.logprobs))
-        if chunk.finish_reason is None:
-            return
-        handle = self.handle
-        tokens = sum(len(one.token_ids) for one in self.answers)
-        self.usage = Usage(handle.prompt_tokens, tokens, handle.reused_tokens)
-        if chunk.finish_reason == "error":
-            self.fail(handle.error or RuntimeError("the engine failed"))
-        reason = "tool_calls" if answer.calls and chunk.finish_reason == "stop" else chunk.finish_reason
-        self.finish(index, reason, chunk.stop)
+        for event in chunk_events(chunk, self._parsers[chunk.index]):
+            if not isinstance(event, FinishEvent):
+                self.deliver(event)
+                continue
+            tokens = sum(len(one.token_ids) for one in self.answers)
+            self.usage = Usage(handle.prompt_tokens, tokens, handle.reused_tokens)
+            if event.reason == "error":
+                self.fail(handle.error or RuntimeError("the engine failed"))
+            reason = "tool_calls" if answer.calls and event.reason == "stop" else event.reason
+            self.finish(event.index, reason, event.stop)
 
     def _next(self) -> Event:
         return self._engine.wait_for(self._events)

@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 
+from llavakit.checkpoints.causal import CausalLayout
 from llavakit.checkpoints.convert import build, load_processor, local_folder, open_checkpoint
+from llavakit.checkpoints.files import read_json
+from llavakit.checkpoints.layouts import published
 from llavakit.conversation.codecs import get_codec
 from llavakit.errors import UserError
 from llavakit.generation.chat import Chat
+from llavakit.generation.foreign import classes_of, load_foreign, needs_own_class
 from llavakit.generation.remote import APIClient, RemoteResponder
 from llavakit.generation.responder import Responder
+from llavakit.model.configuration import LlavakitConfig
 from llavakit.registry import nearest, resolve
 from llavakit.system import System, get_system, systems
 
@@ -55,7 +60,8 @@ def load(
         api: Options of the `APIClient` of an address.
 
     Returns:
-        A `Responder`; for a model alone a `Chat`.
+        A `Responder`; for a model alone a `Chat`, or a `TransformersResponder` where only the model's own class can run
+        it: vision-language models of other families, decoders that keep other states than keys and values.
 
     Raises:
         UserError: One clear line if the folder is not a model or its tensors do not fit.
@@ -68,6 +74,14 @@ def load(
         raise UserError(f"api option {next(iter(api))!r}: belongs to the address of an API, {model} is none")
     device = check_device(device)
     dtype = check_dtype(dtype, device)
+    foreign = _foreign(model, base, vision_tower)
+    if foreign is not None:
+        folder, raw = foreign
+        make = factory(responder, wanted, responder_options)
+        codec = get_codec(getattr(wanted, "codec", None))
+        return make(
+            load_foreign(folder, raw, name=str(model), dtype=dtype, device=device, max_batch=max_batch, codec=codec)
+        )
     checkpoint = open_checkpoint(model, base=base, vision_tower=vision_tower)
     card = systems().get(checkpoint.config.system)
     make = factory(responder, wanted or card, responder_options)
@@ -76,6 +90,23 @@ def load(
     net = build(checkpoint, dtype=dtype, device=device)
     sources = [checkpoint.folder, *(local_folder(place) for place in (base, vision_tower) if place is not None)]
     return make(Chat(net, processor, name=str(model), max_batch=max_batch, codec=codec, folders=sources))
+
+
+def _foreign(
+    model: str | Path, base: str | Path | None, vision_tower: str | Path | None
+) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and configuration of a model that only transformers' own class can run; None for others."""
+    if base is not None or vision_tower is not None:
+        return None
+    folder = local_folder(model)
+    if not (folder / "config.json").is_file():
+        return None
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") == LlavakitConfig.model_type or classes_of(raw) is None:
+        return None
+    plain = CausalLayout().matches(raw, folder)
+    known = published(folder, raw) is not None or (plain and not needs_own_class(raw))
+    return None if known else (folder, raw)
 
 
 def _remote(

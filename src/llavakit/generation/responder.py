@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -195,9 +195,10 @@ class Responder:
         self.name = name or (parts[0].name if parts else type(self).__name__)
         self._capacity = capacity or (parts[0].capacity if parts else 8)
         self._preset: dict[str, Any] = {}
-        self._threads: ThreadPoolExecutor | None = None
-        self._guard = threading.Lock()
-        self._waiting = self._active = 0
+        self._queue: deque[tuple[Call, Response]] = deque()
+        self._running: set[Response] = set()
+        self._guard = threading.Condition()
+        self._active = 0
 
     def run(self, call: Call) -> Iterator[Event]:
         """Generate one reply; a `FinishEvent` is added where none is given.
@@ -347,7 +348,7 @@ class Responder:
     @property
     def waiting(self) -> int:
         """Replies that have not begun."""
-        return self._waiting
+        return len(self._queue)
 
     @property
     def active(self) -> int:
@@ -397,12 +398,10 @@ class Responder:
     def stop(self, *, drain: bool = True) -> None:
         """End; with `drain` after all submitted requests are finished, else they are cancelled."""
         with self._guard:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            if not drain:
-                for response in list(self._running):
-                    response.cancel()
-            threads.shutdown(wait=True)
+            for response in () if drain else list(self._running):
+                response.cancel()
+            while self._queue or self._active:
+                self._guard.wait()
         for part in self.parts:
             part.stop(drain=drain)
 
@@ -440,23 +439,30 @@ class Responder:
     def _open(self, call: Call, stream: bool, listener: Listener | None) -> Response:
         response = Response(call.sampling.n, listener)
         with self._guard:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(self.capacity, thread_name_prefix=f"respond-{self.name}")
-                self._running: set[Response] = set()
             self._running.add(response)
             for one in self._calls(call, response):
-                self._waiting += 1
-                self._threads.submit(self._work, one, response)
+                self._queue.append((one, response))
+                if self._active < self.capacity:  # of daemons, so that an endless reply does not outlive the program
+                    self._active += 1
+                    threading.Thread(target=self._serve, name=f"respond-{self.name}", daemon=True).start()
         return response
+
+    def _serve(self) -> None:
+        """Generate waiting replies until there are none."""
+        while True:
+            with self._guard:
+                if not self._queue:
+                    self._active -= 1
+                    self._guard.notify_all()
+                    return
+                call, response = self._queue.popleft()
+            self._work(call, response)
 
     def _calls(self, call: Call, response: Response) -> list[Call]:
         """The calls that generate the replies of a request: one each."""
         return [call.choice(index, response) for index in range(call.sampling.n)]
 
     def _work(self, call: Call, response: Response) -> None:
-        with self._guard:
-            self._waiting -= 1
-            self._active += 1
         try:
             call.check()
             with contextlib.closing(self._events(call)) as events:
@@ -468,14 +474,11 @@ class Responder:
             call.finish_reason = "cancelled"
         except Exception as error:  # whatever one request does, it fails alone
             response.fail(error)
-        finally:
+        for index in call.indices:
+            response.finish(index, call.finish_reason, call.stop)
+        if response.done:
             with self._guard:
-                self._active -= 1
-            for index in call.indices:
-                response.finish(index, call.finish_reason, call.stop)
-            if response.done:
-                with self._guard:
-                    self._running.discard(response)
+                self._running.discard(response)
 
     def _events(self, call: Call) -> Iterator[Event]:
         yield from self.run(call)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llavakit.conversation.codecs import Parser
 from llavakit.conversation.turns import Event, Turn
 from llavakit.errors import UserError
-from llavakit.generation.request import RequestFailed, TokenLogprob
+from llavakit.generation.request import Reply, RequestFailed, StreamChunk, TokenLogprob
 
 Listener = Callable[[Event], None]
 
@@ -69,6 +70,27 @@ class FinishEvent(Event):
     usage: Usage = Usage()
 
 
+@dataclass(frozen=True, kw_only=True)
+class RawDelta(Event):
+    """What a model generated before the codec read it: text and ids, where the responder has them."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+
+
+def chunk_events(chunk: StreamChunk, parser: Parser) -> list[Event]:
+    """The events of what one step added to a reply; the last piece of a reply ends with a `FinishEvent`."""
+    events: list[Event] = [RawDelta(text=chunk.text, token_ids=chunk.token_ids)]
+    if chunk.text:
+        events += parser.feed(chunk.text)
+    if chunk.logprobs:
+        events.append(LogprobsEvent(entries=chunk.logprobs))
+    if chunk.finish_reason is not None:
+        events += parser.finish(chunk.finish_reason)
+        events.append(FinishEvent(reason=chunk.finish_reason, stop=chunk.stop))
+    return [replace(event, index=chunk.index) for event in events]
+
+
 @dataclass
 class Answer(Turn):
     """One finished reply.
@@ -91,12 +113,23 @@ class Answer(Turn):
 
     def add(self, event: Event) -> None:
         match event:
+            case RawDelta(text=text, token_ids=token_ids):
+                self.text += text
+                self.token_ids += token_ids
             case LogprobsEvent(entries=entries):
                 self.logprobs += entries
             case FinishEvent(reason=reason, stop=stop):
                 self.finish_reason, self.stop = reason, stop
             case _:
                 super().add(event)
+
+    @classmethod
+    def continued(cls, parser: Parser, prefix: str, reply: Reply) -> Answer:
+        """The answer that a reply makes with the text that it continues; `text` is the new text alone."""
+        answer = cls.of([*parser.feed(prefix + reply.text), *parser.finish(reply.finish_reason)])
+        answer.index, answer.text, answer.token_ids = reply.index, reply.text, reply.token_ids
+        answer.finish_reason, answer.stop = reply.finish_reason, reply.stop
+        return answer
 
 
 class Cancelled(Exception):
@@ -177,6 +210,8 @@ class Response:
         if isinstance(event, FinishEvent):
             event = replace(event, usage=self.usage)
         self.answers[event.index].add(event)
+        if isinstance(event, RawDelta):  # recorded, but of no interest to those who listen
+            return
         self._events.put(event)
         if self._listener is not None:
             try:
