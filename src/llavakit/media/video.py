@@ -26,6 +26,7 @@ _WANTED = "MP4, WebM, MKV, MOV, AVI or GIF"
 _CONTAINERS = ("MP4 or MOV file", "AVI file", "Matroska or WebM file")
 _COMPLETE = 0.9  # share of the announced frames below which a file counts as cut off
 _FASTEST = 10_000  # frames per second; what headers say beyond that is no rate
+_NO_TIMESTAMPS = 128  # FFmpeg's flag of raw streams (AVFMT_NOTIMESTAMPS)
 _LONGEST = 2**62  # units of time between the first and the last frame
 
 
@@ -111,6 +112,7 @@ class _Reader:
             raise MediaError(
                 f"{name}: is not a readable video ({_ffmpeg_reason(error)}); {hint}; it should be {_WANTED}"
             ) from None
+        self.packets, self.error = 0, ""
         self.untimed = False  # packets and frames carry no times: frames are known by their number
 
     def close(self) -> None:
@@ -176,14 +178,14 @@ class _Reader:
         Nothing is decoded. Discarded packets count as being there: a lossless cut leaves them in front of its first
         frame, because the decoder needs them.
         """
-        times, keys, packets, unknown = array("q"), [], 0, False
+        times, keys, unknown = array("q"), [], False
         end = (-_LONGEST, 0)
         try:
             for packet in self.container.demux(self.stream):
                 if packet.size == 0:
                     continue
-                packets += 1
-                self._check_count(packets)
+                self.packets += 1
+                self._check_count(self.packets)
                 if packet.is_discard:
                     continue
                 if packet.pts is None:
@@ -199,7 +201,7 @@ class _Reader:
         if unknown:
             return self._scan_decoding(), [], 0
         if times and not self.partial:
-            self._refuse_cut_off(packets, max(times))
+            self._refuse_cut_off(self.packets, max(times))
         return np.unique(np.frombuffer(times, np.int64)), sorted(keys), end[1]
 
     def _check_count(self, frames: int) -> None:
@@ -293,29 +295,70 @@ class _Reader:
                 yield frame.pts, frame
 
     def _decode(self, wanted: list[int], keys: list[int], rotate: bool) -> list[Image.Image]:
-        """The pictures shown at the wanted times; skips to the key frame before each where that saves decoding."""
+        """The pictures shown at the wanted times."""
+        found = self._by_seeking(wanted, keys, rotate) if self._can_seek(keys) else {}
+        missing = [time for time in wanted if time not in found]
+        if missing:
+            found |= self._in_order(missing, rotate)
+        return self._complete(found, wanted)
+
+    def _can_seek(self, keys: list[int]) -> bool:
+        """Whether the packets say where decoding can begin."""
+        if len(keys) < 2 or self.container.format.flags & _NO_TIMESTAMPS:
+            return False
+        # Demuxers that do not know the key frames call every packet one.
+        known = len(keys) < self.packets or self.container.format.name.startswith(("mov", "matroska"))
+        return known or getattr(self.stream.codec_context.codec, "intra_only", False)
+
+    def _by_seeking(self, wanted: list[int], keys: list[int], rotate: bool) -> dict[int, Image.Image]:
+        """The frames of exactly these times; skips to the key frame before each where that saves decoding."""
+        found: dict[int, Image.Image] = {}
+        self._rewind()
+        frames, position = self._timed_frames(), None
+        for time in wanted:
+            key = keys[max(bisect.bisect_right(keys, time) - 1, 0)]
+            frame = None
+            try:
+                if key != keys[0] and (position is None or key > position):
+                    self.container.seek(key, stream=self.stream, backward=True)
+                    frames = self._timed_frames()
+                    position = None
+                while position is None or position < time:
+                    position, frame = next(frames)
+            except StopIteration:
+                continue
+            except self.damage as error:
+                self.error = _ffmpeg_reason(error)
+                continue
+            if position == time and frame is not None:
+                found[time] = self._picture(frame, rotate)
+                self._check_one_size(found[time], found[min(found)])
+        return found
+
+    def _in_order(self, wanted: list[int], rotate: bool) -> dict[int, Image.Image]:
+        """The frames that a player would show at these times, decoded from the beginning.
+
+        Usually these are the frames of exactly these times; of a film in fields, half of the packets' times have none.
+        """
         found: dict[int, Image.Image] = {}
         self._rewind()
         frames = self._timed_frames()
-        position, last = None, None
-        error_text = ""
+        shown = following = None
         for time in wanted:
-            key = keys[bisect.bisect_right(keys, time) - 1] if keys and keys[0] <= time else None
-            if key is not None and (position is None or key > position) and key != keys[0]:
-                self.container.seek(key, stream=self.stream, backward=True)
-                frames = self._timed_frames()
-            while position is None or position < time:
-                try:
-                    position, last = next(frames)
-                except StopIteration:
-                    break
-                except self.damage as error:
-                    error_text = _ffmpeg_reason(error)
-                    break
-            if last is not None and position >= time:
-                found[time] = self._picture(last, rotate)
-                self._check_one_size(found[time], found[min(found)])
-        return self._complete(found, wanted, error_text)
+            try:
+                while shown is None or shown[0] < time:
+                    following = following or next(frames)
+                    if following[0] > time and shown is not None:
+                        break
+                    shown, following = following, None
+            except StopIteration:
+                break
+            except self.damage as error:
+                self.error = _ffmpeg_reason(error)
+                break
+            found[time] = self._picture(shown[1], rotate)
+            self._check_one_size(found[time], found[min(found)])
+        return found
 
     def _check_one_size(self, picture: Image.Image, first: Image.Image) -> None:
         check_pixels(self.name, *picture.size, self.limits)
@@ -325,8 +368,9 @@ class _Reader:
                 f" {picture.height}; convert it to one size"
             )
 
-    def _complete(self, found: dict[int, Image.Image], wanted: list[int], error: str) -> list[Image.Image]:
+    def _complete(self, found: dict[int, Image.Image], wanted: list[int]) -> list[Image.Image]:
         """Fill frames that could not be decoded with the one before, if the user accepts a damaged file."""
+        error = self.error
         if not found:
             raise MediaError(f"{self.name}: none of its frames can be decoded ({error or 'no picture came out'})")
         missing = [time for time in wanted if time not in found]
