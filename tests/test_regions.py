@@ -6,6 +6,7 @@ the boxes, and a connector that reads both encoders and adds one token per box.
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -13,12 +14,13 @@ import tiny
 import tiny_training
 import torch
 from PIL import Image
-from tiny_server import small_chat
+from tiny_server import data_url, small_chat, strict_server
 from torch import nn
 
 from llavakit.connectors.base import Connector, Features
 from llavakit.data.collate import Collator
 from llavakit.errors import RecordError, UserError
+from llavakit.generation.chat import Chat
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.media.regions import FRAMES, Region, to_corners
@@ -227,6 +229,41 @@ def test_boxes_for_a_model_that_takes_none_are_refused():
     chat = small_chat()
     with pytest.raises(UserError, match="takes no boxes"):
         chat.processor.encode(messages([[0, 0, 1, 1]]), add_generation_prompt=True)
+
+
+def test_boxes_through_the_server(processor, net):
+    openai = pytest.importorskip("openai")
+    chat = Chat(net, processor, name="tiny", max_batch=4)
+    server = strict_server(chat)
+
+    def ask(**boxes):
+        buffer = io.BytesIO()
+        picture().save(buffer, "PNG")
+        image = {"type": "image_url", "image_url": {"url": data_url(buffer.getvalue())}}
+        content = [image, {"type": "boxes", **boxes}, {"type": "text", "text": "what colour ?"}]
+        chosen = {"model": "tiny", "max_tokens": 6, "logprobs": True}
+        reply = server.client().chat.completions.create(messages=[{"role": "user", "content": content}], **chosen)
+        return [entry.logprob for entry in reply.choices[0].logprobs.content]
+
+    try:
+        boxes = [[0, 0, 30, 30], [20, 0, 48, 40]]
+        sample = processor.encode(messages(boxes, scores=[0.2, 0.9]), add_generation_prompt=True)
+        media = {name: sample[name] for name in ("pixel_values", "visual_regions")}
+        request = Request(
+            sample["input_ids"],
+            **media,
+            visual_sizes=torch.tensor(sample["visual_sizes"]),
+            sampling=SamplingParams(max_new_tokens=6, logprobs=0),
+        )
+        wanted = [entry.logprob for entry in Engine(net).generate([request])[0].logprobs]
+        assert ask(boxes=boxes, scores=[0.2, 0.9]) == pytest.approx(wanted[:6], abs=1e-5)
+        with pytest.raises(openai.BadRequestError, match="one entry per box") as refused:
+            ask(boxes=boxes, scores=[0.2])
+        assert refused.value.param == "messages.0.content.1.scores"
+        with pytest.raises(openai.BadRequestError, match="is inverted"):
+            ask(boxes=[[9, 9, 1, 1]])
+    finally:
+        server.stop()
 
 
 def test_every_frame_of_a_box_becomes_the_same_corners():

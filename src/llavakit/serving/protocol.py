@@ -46,6 +46,9 @@ class Strict(BaseModel):
         return data
 
 
+MOST_BOXES = 1000
+
+
 class TextPart(Strict):
     """A piece of text."""
 
@@ -97,7 +100,16 @@ class VolumePart(MediaPart):
     volume_url: Url
 
 
-Part = Annotated[TextPart | ImagePart | VideoPart | VolumePart, Field(discriminator="type")]
+class BoxesPart(Strict):
+    """Regions of the image before it, corners in pixels; an extension of OpenAI's form for models that take boxes."""
+
+    type: Literal["boxes"]
+    boxes: list[Annotated[list[float], Field(min_length=4, max_length=4)]] = Field(max_length=MOST_BOXES)
+    labels: list[str] | None = Field(None, max_length=MOST_BOXES)
+    scores: list[float] | None = Field(None, max_length=MOST_BOXES)
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart | VolumePart | BoxesPart, Field(discriminator="type")]
 
 
 Content = (

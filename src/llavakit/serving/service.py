@@ -16,7 +16,8 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 
 from llavakit.conversation.encode import escape_special_tokens
-from llavakit.errors import UserError
+from llavakit.conversation.messages import boxes_part
+from llavakit.errors import FieldError, UserError
 from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestHandle, StreamChunk
 from llavakit.media.fetch import MediaFetcher
@@ -28,7 +29,7 @@ from llavakit.serving.bodies import ChatBody
 from llavakit.serving.logprobs import Spelling
 from llavakit.serving.metrics import Metrics
 from llavakit.serving.presence import Presence
-from llavakit.serving.protocol import APIError, ChatMessage, ChatRequest, MediaPart, TextPart
+from llavakit.serving.protocol import APIError, BoxesPart, ChatMessage, ChatRequest, MediaPart, TextPart
 from llavakit.serving.uploads import UploadPolicy, Uploads
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
@@ -247,6 +248,12 @@ class Service:
         for number, part in enumerate(message.content):
             if isinstance(part, TextPart):
                 parts.append({"type": "text", "text": part.text})
+                continue
+            if isinstance(part, BoxesPart):
+                try:
+                    parts.append(boxes_part(part.model_dump(exclude_none=True), f"{where}.content.{number}"))
+                except FieldError as error:
+                    raise APIError(400, error.problem, error.field) from None
                 continue
             name = f"{where}.content.{number}.{part.type}"
             if message.role not in ("user", "tool"):
