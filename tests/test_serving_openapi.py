@@ -20,7 +20,7 @@ def test_the_document_describes_bodies_answers_and_errors():
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert schemas["ChatRequest"]["additionalProperties"] is False
     parts = schemas["ChatMessage"]["properties"]["content"]["anyOf"][0]["oneOf"][1]["items"]["discriminator"]["mapping"]
-    assert set(parts) == {"text", "image_url", "video_url", "volume_url"}
+    assert set(parts) == {"text", "image_url", "video_url", "volume_url", "boxes"}
     for path, methods in document["paths"].items():
         if path.startswith("/v1/"):
             for operation in methods.values():

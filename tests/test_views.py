@@ -355,3 +355,17 @@ def test_sampling_names_mistakes():
 def test_options_survive_json():
     options = {"type": "frames", "frame": {"type": "anyres", "size": 8, "pinpoints": [[8, 16]], **GREY}, "nearest": 9}
     assert PLANNERS.build(json.loads(json.dumps(options))).plan(MediaSize(2, 5, 6)).rows == 2
+
+
+def test_float_images_are_resized_without_antialias():
+    from llavakit.views.tensors import resize, short_side
+
+    ramp = np.arange(8, dtype=np.float32).reshape(1, 1, 8).repeat(4, 1)
+    assert resize(ramp, 2, 4)[0, 0].tolist() == [0.5, 2.5, 4.5, 6.5]
+    pulse = np.zeros((1, 1, 9), np.float32)
+    pulse[..., 0] = 1
+    assert resize(pulse, 1, 3)[0, 0].tolist() == [0.0, 0.0, 0.0]  # an antialiased filter would spread it
+    assert resize(np.stack([ramp, ramp]), 3, 5, "bicubic").shape == (2, 1, 3, 5)
+    assert (short_side(480, 640, 224), short_side(640, 480, 224)) == ((224, 298), (298, 224))
+    with pytest.raises(UserError, match="mode must be one of"):
+        resize(ramp, 2, 2, "nearest")
