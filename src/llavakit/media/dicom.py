@@ -259,10 +259,9 @@ def look_up(dataset: Any, item: Any, values: np.ndarray) -> tuple[np.ndarray, in
     count = count or 2**16
     data = item.LUTData
     if isinstance(data, bytes):
-        table = (
-            np.frombuffer(data, "<u2" if dataset.original_encoding[1] else ">u2") if len(data) >= 2 * count else None
-        )
-        table = np.frombuffer(data, np.uint8) if table is None else table
+        packed = bits == 8 and len(data) in (count, count + 1)  # two entries per word
+        words = "<u2" if dataset.original_encoding[1] else ">u2"
+        table = np.frombuffer(data, np.uint8 if packed else words)
     else:
         table = np.atleast_1d(np.asarray(data, np.int64))
     if not len(table) >= count or not 8 <= bits <= 16:
