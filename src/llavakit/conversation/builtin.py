@@ -43,31 +43,10 @@ _register(replace(VICUNA_V1, name="llava_v1", system=CURIOUS_HUMAN))
 IMAGE_TAGS = {"before": "<Image>", "after": "</Image>"}
 _register(replace(VICUNA_V1, name="v1_mmtag", system=MMTAG, values={"end": "</s>", **IMAGE_TAGS}))
 
-
-def vicuna_with_end(name: str, end: str) -> Template:
-    """Vicuna's wording for another language model: its end token closes an answer, media stay in place."""
-    return Template(
-        name,
-        "vicuna",
-        CURIOUS_USER,
-        stop=(end,),
-        values={"end": end, "trims": True},
-        placement="keep",
-        bos="before_text",
-        rounds=Rounds(end=end, answer=" ASSISTANT:", in_place=True),
-    )
-
-
-_register(vicuna_with_end("vicuna_llama", "</s>"))
-_register(vicuna_with_end("vicuna_llama_3", "<|eot_id|>"))
-_register(vicuna_with_end("vicuna_qwen_2", "<|im_end|>"))
-_register(vicuna_with_end("vicuna_phi", "<|endoftext|>"))
-
 # Captions without roles: the media, then the caption
 
 PLAIN = Template("plain", "plain", stop=("\n",), values={"end": "\n"}, placement="keep", training="plain_training")
 _register(PLAIN, "v0_plain")
-_register(replace(PLAIN, name="caption", stop=(), values={"end": ""}, bos="before_text"))
 
 # Llama 2 and Mistral: [INST] ... [/INST] ... </s>
 
@@ -130,16 +109,6 @@ _register(Template("gemma_instruct", "gemma", stop=("<end_of_turn>",)))
 
 LLAMA_3 = Template("llama_3", "llama_3", stop=("<|eot_id|>",), values={"trims": True}, bos="once")
 _register(LLAMA_3)
-# LLaVA-Mini's training text always ends with an open assistant header; its prompts begin with two begin tokens.
-_register(
-    replace(
-        LLAMA_3,
-        name="llava_llama_3_1",
-        system=SEES,
-        values={"trims": True, "always_open": True},
-        bos="once_in_training",
-    )
-)
 _register(replace(LLAMA_3, name="llava_llama_3", system=SEES, values={"trims": False}, bos="double"))
 
 # The first LLaVA: ###Human: ... ###Assistant: ...

@@ -92,8 +92,7 @@ def encode(
             "it does not take media in this place"
         )
     ids, offsets = tokenize(text, tokenizer)
-    once = template.bos == "once" or (template.bos == "once_in_training" and training)
-    if once and ids[:2] == [tokenizer.bos_token_id] * 2:
+    if template.bos == "once" and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids, offsets = ids[1:], offsets[1:]
     if template.bos == "before_text" and text.startswith(PLACEHOLDER) and ids[:1] == [tokenizer.bos_token_id]:
         ids, offsets = ids[1:], offsets[1:]

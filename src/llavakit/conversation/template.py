@@ -80,7 +80,8 @@ class Template:
 
     Args:
         name: Registered name.
-        file: Jinja file in `templates/`, without suffix.
+        file: Jinja file, without suffix, in the folder `templates` of this package; "package:file" names one in that
+            folder of another package.
         system: System text if the messages bring none.
         stop: Strings at which the assistant's turn is over.
         values: Further values of the Jinja file; `before` and `after` stand around every placeholder.
@@ -92,8 +93,7 @@ class Template:
         keeps_first_answer: Whether training samples keep an assistant turn in front of the first user turn. Prompts
             always keep it.
         bos: What happens to the tokenizer's begin token if the template writes one too: "double" keeps both, "once"
-            drops one, "once_in_training" drops it from training samples only; "before_text" drops the tokenizer's
-            own in front of a prompt that opens with a media item.
+            drops one; "before_text" drops the tokenizer's own in front of a prompt that opens with a media item.
         training: File that writes training samples, if it is another one.
         jinja: The Jinja text itself, instead of `file`; see `own_template`.
         specials: Values of the special tokens that `jinja` may name (`bos_token`, `eos_token`).
@@ -225,7 +225,9 @@ def _bare(part: Part) -> Part:
 
 @functools.cache
 def _read(file: str) -> str:
-    return (resources.files("llavakit.conversation") / "templates" / f"{file}.jinja").read_text(encoding="utf-8")
+    package, _, name = file.rpartition(":")
+    folder = resources.files(package or "llavakit.conversation") / "templates"
+    return (folder / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def get_template(template: str | Template) -> Template:

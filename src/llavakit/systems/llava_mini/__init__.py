@@ -20,6 +20,7 @@ SYSTEM = System(
     parts={
         "planners": {"grid_and_whole": ".views:GridAndWhole"},
         "connectors": {"compressor_prefusion": ".connector:CompressorPrefusion"},
+        "templates": {"llava_llama_3_1": ".templates:LLAVA_LLAMA_3_1"},
         "layouts": {"llava-mini-classic": ".checkpoint:Classic"},
     },
 )

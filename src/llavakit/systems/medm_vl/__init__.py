@@ -18,6 +18,10 @@ SYSTEM = System(
         "planners": {"volume_box": ".volumes:Box", "volume_slices": ".volumes:Slices"},
         "connectors": {"attention_pooling": ".connector:AttentionPooling"},
         "benchmarks": {"ct_rate": ".benchmarks:CTRateChoice"},
+        "templates": {
+            name: f".templates:{name.upper()}"
+            for name in ("vicuna_llama", "vicuna_llama_3", "vicuna_qwen_2", "vicuna_phi", "caption")
+        },
         "layouts": {"medm-vl": ".checkpoint:Published"},
     },
 )
