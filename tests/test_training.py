@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +29,8 @@ from llavakit.data.collate import Collator
 from llavakit.errors import CheckpointError, RecipeError, UserError
 from llavakit.system import systems
 from llavakit.training.attention import packed_attention, segments_of, switch_on
-from llavakit.training.build import build_meta, build_model, load_checkpoint
+from llavakit.training.build import build_meta, build_model, config_of, load_checkpoint
+from llavakit.training.check import check_names, check_parts
 from llavakit.training.dataset import Samples, StageCollator, open_records, plan_batches
 from llavakit.training.features import FeatureCache
 from llavakit.training.lora import prepare
@@ -428,18 +433,185 @@ def test_a_reporter_that_is_not_installed_is_named(world: Path, tmp_path: Path) 
         run(world, tmp_path, "report_to=mlflow")
 
 
-def test_a_broken_record_stops_or_is_listed(world: Path, tmp_path: Path) -> None:
+def edited(world: Path, path: Path, changes: dict[int, dict[str, Any]]) -> str:
+    """The world's records in another file, some with other keys; an override that points to it."""
     records = json.loads((world / "records.json").read_text())
-    records[3]["image"] = "missing.png"
-    path = tmp_path / "records.json"
-    path.write_text(json.dumps(records))
+    path.write_text(json.dumps([record | changes.get(number, {}) for number, record in enumerate(records)]))
+    return f"data.0.path={path}"
+
+
+def test_a_broken_record_stops_or_is_listed(world: Path, tmp_path: Path) -> None:
+    broken = edited(world, tmp_path / "records.json", {3: {"image": "missing.png"}})
     with pytest.raises(UserError, match=r"records\.json:4: .*missing\.png"):
-        run(world, tmp_path / "stop", f"data.0.path={path}", "stages.0.max_steps=6")
-    for extra in ((), ("stages.0.cache_features=true",)):
-        folder = tmp_path / f"skip{len(extra)}"
-        options = (f"data.0.path={path}", "data.on_bad_record=skip", "stages.0.max_steps=6", *extra)
-        result = run(world, folder, *options)
-        assert "missing.png" in json.dumps(result.stages[0].metrics["skipped"])
+        run(world, tmp_path / "stop", broken, "stages.0.max_steps=6")
+    (tmp_path / "cut.png").write_bytes((world / "images" / "1.png").read_bytes()[:100])
+    cut = edited(world, tmp_path / "cut.json", {number: {"image": str(tmp_path / "cut.png")} for number in (3, 8)})
+    for extra in ("stages.0.cache_features=true", "stages.0.workers=1"):
+        folder = tmp_path / extra[-6:]
+        console = Console(file=io.StringIO(), width=300)
+        raw = tiny_training.recipe(world, output=str(folder), on_bad_record="skip")
+        result = train(parse_recipe(raw, [cut, "stages.0.max_steps=12", extra]), console=console)
+        said = result.stages[0].metrics["skipped"]
+        assert "2 records were left out" in said
+        assert all(f"cut.json:{line}: " in said for line in (4, 9))
+        assert "4 of 48 samples (8.3 %) were others of the same source instead" in said
+        assert said in console.file.getvalue()
+
+
+def test_a_record_that_breaks_in_a_worker_is_the_one_line(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes((world / "images" / "1.png").read_bytes()[:100])
+    data = edited(world, tmp_path / "records.json", {1: {"image": str(tmp_path / "cut.png")}})
+    with pytest.raises(UserError) as caught:
+        run(world, tmp_path / "run", data, "stages.0.workers=2", "stages.0.max_steps=6")
+    assert re.fullmatch(r".*records\.json:2: record: .*cut\.png: .*", str(caught.value))
+    assert (tmp_path / "run" / "align").is_dir()  # the sample before the first step had not met it
+
+
+def test_a_sample_without_anything_to_learn_is_a_broken_record(world: Path, tmp_path: Path) -> None:
+    hello = {"conversations": [{"from": "gpt", "value": "yes"}, {"from": "human", "value": "<image> is it red ?"}]}
+    data = edited(world, tmp_path / "data.json", {23: hello})
+    with pytest.raises(UserError, match=r"data\.json:24: record: no answer is left to learn"):
+        run(world, tmp_path / "stop", data)
+    result = run(world, tmp_path / "skip", data, "on_bad_record=skip", "stages.1.batch_size=1", "stages.1.max_steps=24")
+    assert all(math.isfinite(loss) for loss in losses(result))
+    assert "data.json:24" in result.stages[1].metrics["skipped"]
+
+
+# What is known before the first step
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data=[{name: squares, path: RECORDS, images: IMAGES}, {path: none.json}]", "none.json: there is no such"),
+        ("stages.1.template=vicuna", "stages.1.template: unknown chat template 'vicuna'"),
+        ("stages.1.labels=round", "stages.1.labels: unknown label policy 'round'; did you mean 'rounds'?"),
+        ("stages.1.train=[vision_towr]", "stages.1.train.vision_towr: the model has no such part"),
+        ("stages.1.lora={rank: 4}", "stages.1.train.language_model: trains in full"),
+        ("stages.1.media.image.views.type=squre", "stages.1.media: "),
+        ("stages.1.global_batch=5", "stages.tune.global_batch: 5 is not a multiple of 4"),
+        ("stages.1.optimizer=adam_w", "stages.1.optimizer: "),
+        ("stages.1.schedule_options={min_lr_rate: 0.1}", "stages.1.schedule_options: "),
+        ("stages.1.max_length=9", "takes "),
+        ("parts.processor={smapling: {}}", "parts.processor.smapling: unknown key; did you mean 'sampling'?"),
+        ("parts.template=v9", "unknown chat template 'v9'"),
+        ("parts.tokenizer=nowhere", "nowhere: no such folder"),
+    ],
+)
+def test_all_stages_are_checked_before_the_first_step(world: Path, tmp_path: Path, override: str, said: str) -> None:
+    override = override.replace("RECORDS", str(world / "records.json")).replace("IMAGES", str(world / "images"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        run(world, tmp_path / "run", override, "stages.0.data=[squares]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_record_is_opened_on_demand(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes((world / "images" / "1.png").read_bytes()[:100])
+    data = edited(world, tmp_path / "d.json", {5: {"image": str(tmp_path / "cut.png")}})
+    raw = parse_recipe(tiny_training.recipe(world, output=str(tmp_path / "run")), [data])
+    with pytest.raises(UserError, match=r"d\.json:6: "):
+        train(raw, check="all", console=QUIET)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="check: must be one of sample, all"):
+        train(raw, check="some", console=QUIET)
+
+
+def test_the_first_lines_say_what_is_about_to_happen(world: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=300)
+    packed = ["stages.1.packing=true", "stages.1.max_length=192", "stages.1.batch_size=2", "stages.1.max_steps=null"]
+    result = train(parse_recipe(tiny_training.recipe(world, output=str(tmp_path)), packed), console=console)
+    said = console.file.getvalue()
+    tokens = result.stages[0].metrics["tokens"]
+    assert f"align: 24 records, 16 samples in 4 steps, {tokens:,} tokens, " in said
+    assert "align: trains 1,856 of " in said
+    assert " parameters: multi_modal_projector 1,856\n" in said
+    assert "align: 4 steps are few, the loss will hardly move" in said
+    tokens = result.stages[1].metrics["tokens"]
+    found = re.search(
+        rf"tune: 24 records, 24 samples in (\d+) steps, {tokens:,} tokens, 0 % padding \((\d+) % without", said
+    )
+    assert int(found[1]) == result.stages[1].metrics["steps"]
+    assert 0 < int(found[2]) < 60
+
+
+def test_documented_commands_train_what_they_say() -> None:
+    """Every `llavakit train` in the documents that names a recipe of this repository passes the checks of names."""
+    root = Path(__file__).parents[1]
+    found: dict[str, None] = {}
+    for page in (root / "README.md", *(root / "docs").glob("*.md"), *(root / "src").rglob("README.md")):
+        found |= dict.fromkeys(re.findall(r"llavakit train (\S+\.yaml.*)", page.read_text()))
+    for recipe in (root / "src").rglob("recipe.yaml"):
+        text = recipe.read_text().replace("\\\n#", " ")
+        found |= dict.fromkeys(
+            command.replace("recipe.yaml", str(recipe)) for command in re.findall(r"# +llavakit train (recipe.*)", text)
+        )
+    commands = [shlex.split(command, comments=True) for command in found]
+    commands = [command for command in commands if (root / command[0]).is_file()]
+    assert len(commands) > 8
+    for path, *overrides in commands:
+        recipe = load_recipe(root / path, [word for word in overrides if "=" in word])
+        for number in range(len(recipe.stages)):
+            check_names(recipe, number)
+            if recipe.parts is not None and recipe.stages[number].lora is not None:
+                check_parts(recipe, number, config_of(recipe))
+
+
+# What a run was made of
+
+
+def test_a_run_goes_on_only_with_the_data_and_the_base_that_it_began_with(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    raw = tiny_training.recipe(tmp_path / "world", output=str(tmp_path / "run"))
+    first = train(parse_recipe(raw), console=QUIET)
+    shutil.copytree(tmp_path / "world", tmp_path / "elsewhere")
+    moved = parse_recipe(tiny_training.recipe(tmp_path / "elsewhere", output=str(tmp_path / "run")))
+    assert not any(stage.ran for stage in train(moved, console=QUIET).stages)  # the same content at another place
+    records = tmp_path / "world" / "records.json"
+    before = records.read_text()
+    records.write_text(before.replace("what colour", "which colour", 1))
+    with pytest.raises(RecipeError, match=r"run/align: the content of data.squares has changed since this was made"):
+        train(parse_recipe(raw), console=QUIET)
+    records.write_text(before)
+    picture = tmp_path / "world" / "images" / "1.png"
+    picture.write_bytes((tmp_path / "world" / "images" / "2.png").read_bytes())
+    with pytest.raises(RecipeError, match=r"content of data\.squares has changed"):
+        train(parse_recipe(raw), console=QUIET)
+    shutil.rmtree(tmp_path / "world")
+    assert not any(stage.ran for stage in train(parse_recipe(raw), console=QUIET).stages)  # nothing to compare with
+    shutil.copytree(first.final, tmp_path / "base")
+    raw = tiny_training.recipe(world, output=str(tmp_path / "more"), model=str(tmp_path / "base"))
+    raw["stages"] = raw["stages"][1:]
+    del raw["parts"]
+    train(parse_recipe(raw), console=QUIET)
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(tmp_path / "run" / "align" / "final", tmp_path / "base")
+    with pytest.raises(RecipeError, match=r"more/tune: the content of model has changed since this was made"):
+        train(parse_recipe(raw), console=QUIET)
+
+
+def test_an_attempt_that_trained_nothing_refuses_no_corrected_recipe(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llavakit.training.trainer import StageTrainer
+
+    step = StageTrainer.training_step
+
+    def stop(self: Any, *args: Any) -> Any:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(StageTrainer, "training_step", stop)
+    for rate in ("1e-2", "1e-3"):  # no checkpoint was written, so another rate is as good
+        with pytest.raises(KeyboardInterrupt):
+            run(world, tmp_path, f"stages.0.learning_rate={rate}")
+    with pytest.raises(KeyboardInterrupt):
+        run(world, tmp_path, "stages.0.save_steps=2")
+    monkeypatch.undo()
+    with pytest.raises(RecipeError, match=r"was made by a recipe with another `stages\.align`"):
+        run(world, tmp_path, "stages.0.save_steps=2", "stages.0.learning_rate=1e-3")
+    whole = run(world, tmp_path, "stages.0.save_steps=2")
+    assert whole.stages[0].metrics["tokens"] == run(world, tmp_path / "other").stages[0].metrics["tokens"]
 
 
 # Restarts

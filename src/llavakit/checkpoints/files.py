@@ -233,17 +233,27 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         try:
             yield scratch
             scratch.chmod(0o755)
-            sync_folder(scratch)
+            sync_folder(scratch)  # while the old one is still there; what follows takes no time
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 target.rename(previous)
-            scratch.rename(target)
-            _sync(target.parent)
+            move_durably(scratch, target)
             shutil.rmtree(previous, ignore_errors=True)
         finally:
             if not target.exists() and previous.exists():
                 previous.rename(target)
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Rename a folder once everything in it is on the disk, so that not even a power cut leaves a part of it.
+
+    Raises:
+        OSError: If the file system refuses.
+    """
+    sync_folder(source)
+    source.rename(target)
+    _sync(target.parent)
 
 
 def sync_folder(folder: Path) -> None:

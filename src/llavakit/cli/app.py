@@ -67,6 +67,13 @@ class Engine(StrEnum):
     vllm = "vllm"
 
 
+class Check(StrEnum):
+    """How many records are opened before training begins."""
+
+    sample = "sample"
+    all = "all"
+
+
 class OnBadRecord(StrEnum):
     """What to do with a broken record."""
 
@@ -219,6 +226,9 @@ def train(
     on_bad_record: Annotated[
         OnBadRecord | None, typer.Option(help="Stop at a broken record, or skip it and list it at the end.")
     ] = None,
+    check: Annotated[
+        Check, typer.Option(help="Records that are opened before the first step: some of every source, or all.")
+    ] = Check.sample,
 ) -> None:
     """Train a model through the stages of a recipe.
 
@@ -233,7 +243,7 @@ def train(
     from llavakit.training.run import train as run_training
 
     extra = [f"on_bad_record={on_bad_record}"] if on_bad_record else []
-    result = run_training(recipe, [*(overrides or ()), *extra])
+    result = run_training(recipe, [*(overrides or ()), *extra], check=check.value)
     for stage in result.stages:
         print(f"{stage.name}: {'trained' if stage.ran else 'was finished before'}, {stage.folder}", file=sys.stderr)
     print(result.final)

@@ -7,6 +7,7 @@ knows what an entry means.
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import random
@@ -273,13 +274,15 @@ def open_source(path: str | Path) -> Source:
     if file.is_dir():
         source: Source = HfSource(file)
     elif file.suffix in (".jsonl", ".ndjson", ".json"):
-        source = _json_source(file)
+        stat = file.stat() if file.is_file() else None
+        source = _json_source(file, stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns))
     else:
         raise UserError(f"{name}: must be a .json or .jsonl file, or the folder of a saved dataset")
     return Selected(source, strategy) if strategy else source
 
 
-def _json_source(file: Path) -> Source:
+@functools.lru_cache(maxsize=8)  # the stages of a recipe share files, and an index takes seconds
+def _json_source(file: Path, state: tuple[int, int, int] | None) -> Source:
     first = _first_byte(file) if file.is_file() else b""
     if file.suffix == ".json":
         return JsonlSource(file) if first == b"{" else JsonSource(file)

@@ -26,6 +26,7 @@ from llavakit.checkpoints.convert import (
 )
 from llavakit.checkpoints.files import read_json
 from llavakit.checkpoints.layouts import published
+from llavakit.conversation.template import get_template
 from llavakit.errors import CheckpointError, RecipeError, UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -131,17 +132,38 @@ def build_model(recipe: Recipe) -> tuple[LlavakitForConditionalGeneration, Llava
     """
     if recipe.parts is None:
         return load_checkpoint(str(recipe.model))
-    parts = recipe.parts
     config = config_of(recipe)
-    tokenizer = _tokenizer(parts, config)
-    processor = LlavakitProcessor.from_config(config, tokenizer, **{"template": parts.template, **parts.processor})
+    processor = build_processor(recipe, config)
     config.image_token_id = processor.image_token_id
     set_seed(recipe.seed)
     model = LlavakitForConditionalGeneration(config)
-    for part, source in parts.init.items():
+    for part, source in recipe.parts.init.items():
         _initialise(model, part, source)
     _fit_vocabulary(model, processor)
     return model, processor
+
+
+def build_processor(recipe: Recipe, config: LlavakitConfig) -> LlavakitProcessor:
+    """The processor that the first stage starts from.
+
+    Raises:
+        RecipeError, CheckpointError: One clear line.
+    """
+    if recipe.parts is None:
+        return load_processor(open_checkpoint(str(recipe.model)))
+    parts = recipe.parts
+    known = ("sampling", "reading")
+    for key in parts.processor:
+        if key not in known:
+            raise RecipeError(f"parts.processor.{key}: unknown key{nearest(str(key), list(known))}")
+    try:
+        get_template(parts.template)
+        tokenizer = _tokenizer(parts, config)
+        return LlavakitProcessor.from_config(config, tokenizer, template=parts.template, **parts.processor)
+    except (RecipeError, CheckpointError):
+        raise
+    except UserError as error:
+        raise RecipeError(f"parts: {error}") from None
 
 
 def load_checkpoint(folder: str | Path) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:

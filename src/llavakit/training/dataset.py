@@ -30,7 +30,7 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MODALITIES
 from llavakit.splice.scatter import IGNORE
-from llavakit.training.recipe import Recipe, Stage
+from llavakit.training.recipe import Recipe, Source, Stage
 from llavakit.views.plan import MediaSize
 
 MEMORY = 512 * 1024**2
@@ -49,11 +49,14 @@ def open_records(recipe: Recipe, number: int) -> Mixture:
     """
     specs: list[SourceSpec] = []
     for source in recipe.sources_of(number):
-        options: dict[str, Any] = {"path": source.path, "weight": source.weight, "media_root": source.images}
-        if source.subset is not None:
-            options["sampling_strategy"] = source.subset
-        specs += read_specs(options, where=f"data.{source.name}")
+        specs += read_specs(source_options(source), where=f"data.{source.name}")
     return Mixture(specs, seed=recipe.seed)
+
+
+def source_options(source: Source) -> dict[str, Any]:
+    """A recipe's source as `read_specs` takes it."""
+    options: dict[str, Any] = {"path": source.path, "weight": source.weight, "media_root": source.images}
+    return options if source.subset is None else options | {"sampling_strategy": source.subset}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from llavakit.errors import UserError
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -42,6 +44,20 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What a function returns in the first process, in all of them; its `UserError` is raised in all of them too."""
+    value, error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
+    value, error = from_main((value, error))
+    if error is not None:
+        raise error
+    return value
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -12,19 +12,18 @@ output/
                               adapter alone)
   final/                      the last stage's model
 
-A stage whose `final` is there is finished and skipped; one with checkpoints goes on from the newest. `final` says
-which recipe made it, so a changed recipe never passes for the old one.
+Before the first step everything that is still to run is checked (`training.check`). A stage whose `final` is there is
+finished and skipped; one with checkpoints goes on from the newest. Both say which recipe, data and base made them
+(`training.json`), so that changed ones never pass for the old ones.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.util
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,26 +37,26 @@ from transformers import TrainingArguments, set_seed
 from llavakit.checkpoints.adapter_base import move_record
 from llavakit.checkpoints.convert import local_folder, open_checkpoint, save
 from llavakit.checkpoints.files import atomic_folder, clear_write_errors
+from llavakit.data.mixture import check_choice
 from llavakit.data.records import BadRecords, Record
-from llavakit.errors import RecipeError, RecordError, UserError
+from llavakit.data.strict_json import read_json
+from llavakit.errors import RecipeError, RecordError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.processing import LlavakitProcessor, architecture_of
+from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MediaSpec
-from llavakit.training import distributed
+from llavakit.training import distributed, summary
 from llavakit.training.attention import switch_on
 from llavakit.training.build import build_model, load_checkpoint, merged_media
 from llavakit.training.callbacks import Bar, Metrics
+from llavakit.training.check import check_recipe, named, stage_processor
 from llavakit.training.dataset import Samples, StageCollator, global_batch, open_records, plan_batches, stand_ins
-from llavakit.training.features import FeatureCache, cacheable
+from llavakit.training.features import FeatureCache
+from llavakit.training.fingerprint import STAMP, Content, check_stamp, fingerprint, stamp_text
 from llavakit.training.lora import merged_state, prepare, save_adapter
 from llavakit.training.parameter_groups import part_of, public_name, trainable_by_part
 from llavakit.training.recipe import Recipe, Stage, load_recipe
 from llavakit.training.trainer import StageTrainer, checkpoints
-
-STAMP = "training.json"
-# Keys that change how a run is watched or stored, not what it learns.
-NON_SEMANTIC_KEYS = {"save_steps", "keep", "log_steps", "workers"}
 
 
 @dataclass
@@ -95,6 +94,7 @@ def train(
     overrides: Sequence[str] = (),
     *,
     records: Any = None,
+    check: str = "sample",
     console: Console | None = None,
 ) -> TrainResult:
     """Run every stage of a recipe, or what is left of it.
@@ -103,6 +103,7 @@ def train(
         recipe: YAML file, or a recipe that was read already.
         overrides: `dotted.key=value`; only with a file.
         records: Learn from these (`llavakit.data.records.Record`) instead of the recipe's sources.
+        check: How many records are looked at before the first step: "sample" or "all", see `training.check`.
         console: Where progress is shown.
 
     Returns:
@@ -121,22 +122,40 @@ def train(
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    check_choice("check", check, ("sample", "all"))
     output = Path(recipe.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"output: {output} cannot be made ({error.strerror})") from None
-    if _is_main():
-        _sweep(output)
-        _write_text(output / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    stamps = distributed.on_main(lambda: _prepare(recipe, output, check, records))
     results = []
-    for number in range(len(recipe.stages)):
-        results.append(_run_stage(recipe, number, output, results, records, console))
+    for number, stamp in enumerate(stamps):
+        results.append(_run_stage(recipe, number, stamp, output, results, records, console))
     if _is_main():
-        _publish(results[-1].folder / "final", output / "final")
+        publish(results[-1].folder / "final", output / "final")
         console.print(f"finished: {output / 'final'}")
     distributed.barrier()
     return TrainResult(output, results)
+
+
+def _prepare(recipe: Recipe, output: Path, check: str, records: Any) -> list[dict[str, str | None]]:
+    """Make the output folder and check what is still to run; returns the fingerprints of all stages."""
+    content = Content()
+    stamps = [fingerprint(recipe, number, content) for number in range(len(recipe.stages))]
+    waiting = []
+    for number, (stage, stamp) in enumerate(zip(recipe.stages, stamps, strict=True)):
+        folder = output / stage.name
+        if (folder / "final" / STAMP).is_file():
+            check_stamp(folder / "final" / STAMP, stamp, folder)
+            continue
+        waiting.append(number)
+        for whole in checkpoints(folder)[-1:]:
+            check_stamp(whole / STAMP, stamp, folder)
+    check_recipe(recipe, waiting, level=check, records=records)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _sweep(output)
+        _write_text(output / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"output: {output} cannot be made ({getattr(error, 'strerror', None) or error})") from None
+    return stamps
 
 
 def _is_main() -> bool:
@@ -156,7 +175,7 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(half, ignore_errors=True)
 
 
-def _publish(source: Path, target: Path) -> None:
+def publish(source: Path, target: Path) -> None:
     """Make `target` the same checkpoint as `source`; hard links where the file system has them."""
     stamp = source / STAMP
     if (target / STAMP).is_file() and (target / STAMP).read_bytes() == stamp.read_bytes():
@@ -174,52 +193,23 @@ def _publish(source: Path, target: Path) -> None:
         move_record(scratch, source, target)
 
 
-def fingerprint(recipe: Recipe, number: int) -> dict[str, str]:
-    """Digest of every section that decides what stage `number` learns, earlier stages included."""
-
-    def digest(value: Any) -> str:
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-    raw = recipe.model_dump(mode="json")
-    sections = {key: digest(raw[key]) for key in ("model", "parts", "seed", "system")}
-    used = {source.name for stage in range(number + 1) for source in _sources(recipe, stage)}
-    sections["data"] = digest([source for source in raw["data"] if source["name"] in used])
-    for stage in raw["stages"][: number + 1]:
-        kept = {key: value for key, value in stage.items() if key not in NON_SEMANTIC_KEYS}
-        sections[f"stages.{stage['name']}"] = digest(kept)
-    return sections
-
-
-def _sources(recipe: Recipe, number: int) -> Iterable[Any]:
-    return recipe.sources_of(number) if recipe.data else ()
-
-
-def _check_stamp(path: Path, wanted: dict[str, str], folder: Path) -> None:
-    found = json.loads(path.read_text(encoding="utf-8")).get("recipe", {})
-    changed = [key for key in wanted if found.get(key) != wanted[key]]
-    if changed:
-        raise RecipeError(
-            f"{folder}: was made by a recipe with another `{changed[0]}`; choose another `output`, or remove the folder"
-        )
-
-
 def _run_stage(
-    recipe: Recipe, number: int, output: Path, done: list[StageResult], records: Any, console: Console
+    recipe: Recipe,
+    number: int,
+    stamp: dict[str, str | None],
+    output: Path,
+    done: list[StageResult],
+    records: Any,
+    console: Console,
 ) -> StageResult:
     stage = global_batch(recipe.stages[number], distributed.world_size())
     folder = output / stage.name
-    stamp = fingerprint(recipe, number)
-    final = folder / "final"
-    if (final / STAMP).is_file():
-        _check_stamp(final / STAMP, stamp, folder)
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if (folder / "final" / STAMP).is_file():
+        metrics = read_json(folder / "metrics.json", kind=dict, finite=False)
         return StageResult(stage.name, folder, metrics, ran=False)
-    folder.mkdir(exist_ok=True)
     if _is_main():
+        folder.mkdir(exist_ok=True)
         _sweep(folder)
-        if (folder / STAMP).is_file():
-            _check_stamp(folder / STAMP, stamp, folder)
-        _write_text(folder / STAMP, json.dumps({"recipe": stamp}, indent=1))
     distributed.barrier()
     start = done[-1].folder / "final" if done else None
     metrics = StageRun(recipe, stage, number, folder, start, records, console).run(stamp)
@@ -245,7 +235,7 @@ class StageRun:
         whole = checkpoints(folder)
         self.resume = whole[-1] if whole else None
 
-    def run(self, stamp: dict[str, str]) -> dict[str, Any]:
+    def run(self, stamp: dict[str, str | None]) -> dict[str, Any]:
         """Train and write `final`; returns the metrics."""
         stage = self.stage
         base, processor = self._load()
@@ -253,10 +243,8 @@ class StageRun:
         adapted = self._adapted(base, processor) if stage.lora is not None else None
         reader = self._for_stage(base, processor)
         set_seed(self.seed)
-        try:
+        with named(self.number):
             model = prepare(base, stage, processor.tokenizer)
-        except RecipeError as error:
-            raise RecipeError(f"stages.{self.number}.{error}") from None
         samples = self._samples(base, reader)
         batches = plan_batches(samples, stage, self.seed, world=distributed.world_size(), rank=_rank())
         counts = trainable_by_part(model)
@@ -286,12 +274,15 @@ class StageRun:
             packed_attention=packed_attention,
             base=adapted,
         )
-        facts = {"stage": stage.name, "trainable": counts, "batches": len(batches)}
+        trainer.stamp = stamp_text(stamp)
+        plan = summary.plan_of(samples, stage, batches, distributed.world_size(), packed_attention)
+        facts = {"stage": stage.name, "trainable": counts, "batches": len(batches), **summary.facts(plan)}
         metrics = Metrics(self.folder / "metrics.json", facts)
         trainer.add_callback(metrics)
         bar = Bar(stage.name, self.console)
         if _is_main():
             trainer.add_callback(bar)
+            self.console.print("\n".join(summary.lines(stage, plan, counts, base)), highlight=False, soft_wrap=True)
         gc.freeze()  # accelerate collects garbage at the start; what lives already need not be searched
         try:
             trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
@@ -338,22 +329,11 @@ class StageRun:
 
         Both are a matter of training: what is saved keeps the recipe's media and template.
         """
-        stage = self.stage
-        config: LlavakitConfig = merged_media(model.config, stage.media)
-        if stage.media:
-            try:
+        config: LlavakitConfig = merged_media(model.config, self.stage.media)
+        if self.stage.media:
+            with named(self.number, "media"):
                 model.model.media = MediaSpec(config)
-            except UserError as error:
-                raise RecipeError(f"stages.{self.number}.media: {error}") from None
-        if not stage.media and stage.template is None:
-            return processor
-        return type(processor)(
-            type(processor.image_processor)(architecture_of(config)),
-            processor.tokenizer,
-            template=stage.template or processor.template,
-            sampling=processor.sampling,
-            reading=processor.reading,
-        )
+        return stage_processor(self.stage, config, processor)
 
     def _samples(self, model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> Samples:
         stage = self.stage
@@ -361,10 +341,6 @@ class StageRun:
         options = {} if stage.labels is None else {"labels": stage.labels}
         cache = None
         if stage.cache_features:
-            if not cacheable(model):
-                raise RecipeError(
-                    f"stages.{self.number}.cache_features: an encoder trains in this stage, so its features change"
-                )
             dtype = "float16" if stage.cache_features is True else stage.cache_features
             cache = FeatureCache(Path(self.recipe.output) / "cache", model, processor, dtype)
         samples = Samples(
@@ -400,7 +376,9 @@ class StageRun:
         distributed.barrier()
         cache.reload()
 
-    def _finish(self, trainer: StageTrainer, saved: tuple[Any, LlavakitProcessor], stamp: dict[str, str]) -> None:
+    def _finish(
+        self, trainer: StageTrainer, saved: tuple[Any, LlavakitProcessor], stamp: dict[str, str | None]
+    ) -> None:
         """Write `final` and remove the checkpoints that led to it."""
         config, processor = saved
         final = self.folder / "final"
@@ -415,7 +393,7 @@ class StageRun:
                         for path in (scratch / "model").iterdir():
                             path.rename(scratch / path.name)
                         (scratch / "model").rmdir()
-                    (scratch / STAMP).write_text(json.dumps({"recipe": stamp}, indent=1), encoding="utf-8")
+                    (scratch / STAMP).write_text(stamp_text(stamp), encoding="utf-8")
                 for path in checkpoints(self.folder):
                     shutil.rmtree(path)
         distributed.barrier()

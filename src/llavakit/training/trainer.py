@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from llavakit.checkpoints.convert import save
-from llavakit.checkpoints.files import clear_write_errors
+from llavakit.checkpoints.files import clear_write_errors, move_durably
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.visuals import gather_media
 from llavakit.splice.scatter import IGNORE
 from llavakit.training import distributed
 from llavakit.training.attention import packed_attention, segments_of
 from llavakit.training.dataset import Batches, Failure, Samples, StageCollator
+from llavakit.training.fingerprint import STAMP
 from llavakit.training.lora import load_adapter, save_adapter
 from llavakit.training.lora_targets import GradientCheck
 from llavakit.training.parameter_groups import Rates, core, optimizer_groups, progress_hooks
@@ -54,6 +55,9 @@ class StageTrainer(Trainer):
         seed: Of the data loader's workers.
         packed_attention: Whether `attention.switch_on` was applied; batches must be packed.
         base: With LoRA the folder of the model that is adapted.
+
+    Attributes:
+        stamp: What the stage is made of, see `fingerprint`; written into every checkpoint.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class StageTrainer(Trainer):
         self._auxiliary: list[Tensor] = []
         self._spoken = time.monotonic()
         self._uncounted: Tensor | int = 0
+        self.stamp: str | None = None
         self._scratch: Path | None = None
         self.net = core(model)
         self._hooks = progress_hooks(self.net)
@@ -217,8 +222,10 @@ class StageTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 distributed.barrier()
                 if self.is_world_process_zero():
+                    if self.stamp is not None:
+                        (self._scratch / target.name / STAMP).write_text(self.stamp, encoding="utf-8")
                     shutil.rmtree(target, ignore_errors=True)
-                    (self._scratch / target.name).rename(target)
+                    move_durably(self._scratch / target.name, target)
         finally:
             if self.is_world_process_zero():
                 shutil.rmtree(self._scratch, ignore_errors=True)

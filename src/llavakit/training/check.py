@@ -1,0 +1,177 @@
+"""Checks of a whole recipe before its first step, so that no stage trains for another one that cannot start.
+
+Cheap checks come first: names and contradictions of all stages, then the parts on meta tensors, then the files, then
+a sample of the records with their media (or all of them). What holds here is not checked for ever: a file may vanish
+while training runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.optimization import get_scheduler
+
+from llavakit.conversation.labels import label_policy
+from llavakit.conversation.template import get_template
+from llavakit.data.dataset import SampleDataset
+from llavakit.data.mixture import Mixture
+from llavakit.errors import RecipeError, RecordError, UserError
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.processing import LlavakitProcessor, architecture_of
+from llavakit.training import distributed
+from llavakit.training.build import build_processor, config_of, merged_media
+from llavakit.training.dataset import global_batch, open_records
+from llavakit.training.features import cacheable
+from llavakit.training.fingerprint import spread
+from llavakit.training.lora import prepare
+from llavakit.training.recipe import Recipe, Stage
+
+RECORDS = 8  # per source and stage, with "sample"
+
+
+def check_recipe(recipe: Recipe, numbers: Sequence[int], *, level: str = "sample", records: Any = None) -> None:
+    """Check the stages that are still to run.
+
+    Args:
+        numbers: Their numbers.
+        level: "sample" opens a few records of every source, "all" every record with its media.
+        records: What training learns from instead of the recipe's sources.
+
+    Raises:
+        RecipeError, RecordError, CheckpointError: The first problem, in one line.
+    """
+    if not numbers:
+        return
+    for number in numbers:
+        check_names(recipe, number)
+    config = config_of(recipe)
+    processor = build_processor(recipe, config)
+    for number in numbers:
+        check_parts(recipe, number, config, processor.tokenizer)
+    opened = {number: open_records(recipe, number) if records is None else records for number in numbers}
+    checked: set[str] = set()
+    for number, found in opened.items():
+        stage = recipe.stages[number]
+        reader = stage_processor(stage, merged_media(config, stage.media), processor)
+        if stage.labels is not None:
+            with named(number, "labels"):
+                label_policy(stage.labels, get_template(reader.template))
+        check_records(recipe, stage, found, reader, level=level, checked=checked)
+
+
+@contextmanager
+def named(number: int, key: str | None = None, *others: type[Exception]) -> Iterator[None]:
+    """Errors inside are about this stage (and this key of it)."""
+    where = f"stages.{number}." if key is None else f"stages.{number}.{key}: "
+    try:
+        yield
+    except RecordError:
+        raise
+    except (UserError, *others) as error:
+        raise RecipeError(f"{where}{' '.join(str(error).split())}") from error
+
+
+def check_names(recipe: Recipe, number: int) -> None:
+    """Template, label policy, optimiser, schedule and numbers of a stage; nothing is opened or built."""
+    from llavakit.training.run import training_arguments
+
+    stage = recipe.stages[number]
+    global_batch(stage, distributed.world_size())
+    if stage.template is not None:
+        with named(number, "template"):
+            get_template(stage.template)
+    if stage.lora is not None and stage.lora.quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(f"stages.{number}.lora.quantize: needs the package bitsandbytes; pip install bitsandbytes")
+    with named(number, "optimizer", ValueError, ImportError, RuntimeError):
+        Trainer.get_optimizer_cls_and_kwargs(training_arguments(recipe, stage, Path(recipe.output), 0), None)
+    with named(number, "schedule_options", ValueError, TypeError, ArithmeticError):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        get_scheduler(stage.schedule, optimizer, 1, 10, scheduler_specific_kwargs=dict(stage.schedule_options) or None)
+
+
+def check_parts(recipe: Recipe, number: int, config: LlavakitConfig, tokenizer: Any = None) -> None:
+    """What trains in a stage, its adapters and its media, on meta tensors."""
+    stage = recipe.stages[number]
+    with named(number, "media"):
+        changed = merged_media(config, stage.media)
+        with torch.device("meta"):
+            model = LlavakitForConditionalGeneration(changed)
+    if stage.lora is not None:  # quantising needs weights
+        stage = stage.model_copy(update={"lora": stage.lora.model_copy(update={"quantize": None})})
+    with named(number), torch.device("meta"):
+        model = prepare(model, stage, tokenizer)
+    if stage.cache_features and not cacheable(model):
+        raise RecipeError(f"stages.{number}.cache_features: an encoder trains in this stage, so its features change")
+
+
+def stage_processor(stage: Stage, config: LlavakitConfig, processor: LlavakitProcessor) -> LlavakitProcessor:
+    """The processor that prepares a stage's data: that of the model with the stage's own media and template."""
+    if not stage.media and stage.template is None:
+        return processor
+    return type(processor)(
+        type(processor.image_processor)(architecture_of(config)),
+        processor.tokenizer,
+        template=stage.template or processor.template,
+        sampling=processor.sampling,
+        reading=processor.reading,
+    )
+
+
+def check_records(
+    recipe: Recipe, stage: Stage, records: Any, processor: LlavakitProcessor, *, level: str, checked: set[str]
+) -> None:
+    """Records with their media as a stage prepares them.
+
+    Args:
+        checked: Stages that prepare the same records alike need no second look; this set is added to.
+
+    Raises:
+        RecordError: For a broken record, with `on_bad_record: stop`.
+        UserError: If no record of a source is any good.
+    """
+    if not len(records):
+        raise UserError(f"stage {stage.name!r}: there is no record to learn from")
+    dataset = SampleDataset(
+        records,
+        lambda messages: processor.encode(messages, **({} if stage.labels is None else {"labels": stage.labels})),
+        max_length=stage.max_length,
+        visual_token_id=processor.image_token_id,
+    )
+    begin = 0
+    while begin < len(records):
+        same = records.same_source(begin) if isinstance(records, Mixture) else range(len(records))
+        key = str((dataset.place(begin) if isinstance(records, Mixture) else "", len(same), stage.template))
+        key += str((stage.labels, stage.max_length, stage.media))
+        if key not in checked:
+            checked.add(key)
+            _check_source(dataset, same, level, skip=recipe.on_bad_record == "skip")
+        begin = same.stop
+
+
+def _check_source(dataset: SampleDataset, numbers: range, level: str, *, skip: bool) -> None:
+    chosen = numbers if level == "all" else [numbers[place] for place in spread(len(numbers), RECORDS)]
+    bad = []
+    for index in chosen:
+        try:
+            dataset[index]
+        except RecordError as error:
+            if not skip:
+                raise
+            bad.append(error)
+    if len(bad) < len(chosen):
+        return
+    for index in numbers:  # those that were looked at may be the only broken ones
+        try:
+            dataset[index]
+        except RecordError:
+            continue
+        return
+    raise UserError(f"no usable record in the source of {bad[0].file}; {bad[0]}")
