@@ -15,6 +15,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from llavakit.data.strict_json import JsonError, parse_json
+from llavakit.errors import Portable
 from llavakit.serving.protocol import ChatRequest, error_body
 
 _URL = re.compile(rb'"url"[ \t\r\n]{0,64}:[ \t\r\n]{0,64}"(?=data:)')
@@ -23,7 +24,7 @@ _LONGEST_MARK = len(b'"url":"data:') + 128
 _MOST_MEDIA = 256  # data URLs of one request
 
 
-class TooMuch(Exception):
+class TooMuch(Portable):
     """A body that is too large, too slow or one too many, with the HTTP status and what to say."""
 
     def __init__(self, status: int, message: str) -> None:
