@@ -2,78 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from llavakit.conversation.encode import encode
 from llavakit.conversation.messages import from_llava
 from llavakit.data.collate import Collator
-from llavakit.proof.golden import Case, Result
+from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.routes import MODALITIES
+from llavakit.proof.entries import TINY, one_token_media, text_processor, training_sample, with_blank_media
+from llavakit.proof.golden import Case, Example, Result, examples, take
+from llavakit.splice.scatter import IGNORE
 from llavakit.systems.medm_vl.checkpoint import TEMPLATES
 
-IDS = {"image": -200, "volume": -201}
 LITERALS = {"image": "<image>", "volume": "<image3d>"}
+BEGIN, PAD = "<|begin|>", "<|pad|>"
 
 
-class ByteTokenizer:
+def byte_tokenizer(end: str, adds_bos: bool) -> Any:
     """The cases' tokenizer: 1 begins a sequence, 2 is the end string, 3 + b is the byte b."""
-
-    is_fast = True
-    bos_token_id, eos_token_id = 1, 2
-
-    def __init__(self, end: str, adds_bos: bool) -> None:
-        self.end, self.adds_bos = end, adds_bos
-
-    def __call__(self, text: str, **options: Any) -> dict[str, Any]:
-        ids, offsets = ([1], [(0, 0)]) if self.adds_bos else ([], [])
-        position = 0
-        while position < len(text):
-            if text.startswith(self.end, position):
-                ids.append(2)
-                offsets.append((position, position + len(self.end)))
-                position += len(self.end)
-                continue
-            for byte in text[position].encode():
-                ids.append(3 + byte)
-                offsets.append((position, position + 1))
-            position += 1
-        return {"input_ids": ids, "offset_mapping": offsets}
+    vocabulary = {PAD: 0, BEGIN: 1, end: 2} | {letter: 3 + byte for byte, letter in bytes_to_unicode().items()}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BEGIN, eos_token=end, pad_token=PAD)
 
 
-def conversation(case: Case) -> Result:
+def media_processor(tokenizer: Any, template: str) -> LlavakitProcessor:
+    """A processor under which every image and every volume is one token."""
+    config = one_token_media()
+    config.media["volume"] = {"views": {"type": "volume_slices", "size": 2, "slices": 1}}
+    config.vision_config.update(TINY)
+    return text_processor(tokenizer, template, config)
+
+
+def conversation(case: Case) -> Iterator[Example]:
     """Prompt, ids and labels of every dialogue."""
-    case.informational("config.*", "inputs.*")
-    results = []
-    for dialogue in case.inputs:
-        tokenizer = ByteTokenizer(dialogue["eos_string"], dialogue["adds_bos"])
-        turns = dialogue["messages"]
+    case.informational("inputs.*pad_token_id")  # no row is padded
+    names = {"image": "image_token_id", "volume": "image3d_token_id"}
+    placeholders = {kind: case.config.get(name, {"image": -200, "volume": -201}[kind]) for kind, name in names.items()}
+    ignore = case.config.get("ignore_index", IGNORE)
+
+    def written(dialogue: Mapping[str, Any]) -> dict[str, Any]:
+        processor = media_processor(
+            byte_tokenizer(dialogue["eos_string"], dialogue["adds_bos"]), TEMPLATES[dialogue["template"]]
+        )
+        turns = take(dialogue["messages"])
         media = {}
         for literal, key in (("<image>", "image"), ("<image3d>", "image3d")):
             count = sum(turn["value"].count(literal) for turn in turns)
-            media |= {key: ["medium"] * count} if count else {}
+            media |= {key: ["-"] * count} if count else {}
         messages = from_llava({"conversations": turns, **media})
         asked = dialogue["mode"] == "eval"
-        encoded = encode(
-            messages,
-            TEMPLATES[dialogue["template"]],
-            tokenizer,
-            add_generation_prompt=asked,
-        )
-        kinds = iter([part["type"] for part in encoded.media])
-        ids = [IDS[next(kinds)] if token == -200 else token for token in encoded.ids]
-        prompt = encoded.text
-        for part in encoded.media:
-            prompt = prompt.replace("<image>", "\0" if part["type"] == "image" else LITERALS["volume"], 1)
-        results.append(
-            {
-                "prompt": prompt.replace("\0", LITERALS["image"]),
-                "input_ids": ids,
-                "labels": None if asked else encoded.labels,
-                "mismatch_warning": encoded.fully_masked,
-            }
-        )
-    return Result(json=results)
+        if asked:
+            sample = processor.encode(with_blank_media(messages), add_generation_prompt=True)
+        else:
+            sample = training_sample(processor, messages)
+        kinds = iter([MODALITIES[kind].replace("multi_", "") for kind in sample["visual_modalities"]])
+        ids, prompt, text = [], "", []
+        for token in sample["input_ids"]:
+            if token in (-200, processor.image_token_id):
+                kind = next(kinds)
+                prompt += processor.tokenizer.decode(text) + LITERALS[kind]
+                text = []
+                ids.append(placeholders[kind])
+            else:
+                ids.append(token)
+                text += [token] if token != processor.tokenizer.bos_token_id else []
+        return {
+            "prompt": prompt + processor.tokenizer.decode(text),
+            "input_ids": ids,
+            "labels": None if asked else [ignore if label == IGNORE else label for label in sample["labels"]],
+            "mismatch_warning": sample["fully_masked"],
+        }
+
+    yield from examples(written, case.inputs)
 
 
 def batch_collator(case: Case) -> Result:
@@ -81,7 +90,7 @@ def batch_collator(case: Case) -> Result:
     config = case.config
     pad, limit = config["pad_token_id"], config["model_max_length"]
     # a token that equals the padding id is masked wherever it stands, unless it is the end of the text as well
-    batch = Collator(pad, limit, mask_by_pad_id=pad != config["eos_token_id"])(case.inputs)
+    batch = Collator(pad, limit, mask_by_pad_id=pad != config["eos_token_id"])(take(case.inputs))
     lengths = torch.tensor([len(sample["input_ids"][:limit]) for sample in case.inputs])
     real = torch.arange(batch["labels"].shape[1]) < lengths[:, None]
     labels = torch.where(real, batch["labels"], pad)
