@@ -23,7 +23,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-faults test-adapters test-oldest test-transformers-mixins test-vllm test-web lint bench clean
+.PHONY: help install demo serve test test-slow test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ test-faults: $(STAMP)  ## thousands of malformed inputs from fixed seeds, with a
 
 test-adapters: $(STAMP)  ## table: adapters made by PEFT with each of its options, their logits against PEFT's
 	$(BIN)/python -W ignore tests/peft_cases.py
+
+test-parity-bites: $(STAMP)  ## golden cases fail where a user entry is broken, and hold under variations; 2 minutes
+	$(BIN)/python -W ignore tests/parity_bites.py $(ARGS)
 
 test-oldest:  ## the fast tests against the oldest transformers that is supported, in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest

@@ -131,11 +131,11 @@ class Wanted:
     Attributes:
         tensors: Shape and type by tensor name.
         json: The structure of `outputs.json`: its keys and the lengths of its lists, with None for every value, except
-            for values at the adapter's `echoes`. None if there is no such file.
+            for values at the adapter's `echoes`. Empty if there is no such file.
     """
 
     tensors: Mapping[str, TensorSpec] = field(default_factory=dict)
-    json: Any = None
+    json: Any = field(default_factory=dict)
 
 
 def outline(value: Any, echoes: Sequence[str] = (), path: str = "") -> Any:
@@ -177,7 +177,7 @@ class Case:
     atol: float
     rtol: float
     roots: tuple[Path, ...] = ()
-    wanted: Wanted = Wanted()
+    wanted: Wanted = field(default_factory=Wanted)
 
     def __post_init__(self) -> None:
         self._informational: list[str] = []

@@ -101,6 +101,22 @@ def check_keys(options: Mapping[str, Any], known: Iterable[str], where: str) -> 
     return dict(options)
 
 
+# Parts alone
+
+
+def loaded(part: Any, state: Mapping[str, Tensor]) -> Any:
+    """A part with a case's weights in their stored type, in evaluation mode."""
+    part.load_state_dict(dict(state), assign=True)
+    types = {tensor.dtype for tensor in part.state_dict().values() if tensor.is_floating_point()}
+    return part.to(next(iter(types))).eval() if len(types) == 1 else part.eval()
+
+
+def fitting(x: Tensor, part: Any) -> Tensor:
+    """An input in the type of a part's weights, as the model hands it over."""
+    own = next((p for p in part.parameters() if p.is_floating_point()), None)
+    return x if own is None else x.to(own.dtype)
+
+
 # Text
 
 

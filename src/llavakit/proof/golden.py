@@ -203,7 +203,7 @@ class _Expected:
 
     def wanted(self, echoes: Sequence[str]) -> Wanted:
         specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
-        return Wanted(specs, outline(self.json, echoes))
+        return Wanted(specs, outline(self.json, echoes) if self.has_json else {})
 
 
 _NOTHING = object()

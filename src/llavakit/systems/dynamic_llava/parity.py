@@ -16,7 +16,7 @@ from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.prompt import PromptInfo
 from llavakit.proof.classic_batch import ClassicBatch, Entry
-from llavakit.proof.entries import check_keys, published_model
+from llavakit.proof.entries import check_keys, fitting, loaded, published_model
 from llavakit.proof.golden import Case, Example, Result, examples
 from llavakit.systems.dynamic_llava.adapter import Decisions, DynamicSparsification, Sample
 from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, masked_softmax
@@ -33,19 +33,18 @@ IMAGE = -1  # stands for visual positions where no embedding is looked up
 
 def image_predictor(case: Case) -> Result:
     """Logits of the image predictor."""
-    model = ImagePredictor(**case.config)
-    model.load_state_dict(case.weights())
-    inputs = case.tensors
+    model = loaded(ImagePredictor(**case.config), case.weights())
+    policy = case.tensors.get("policy")
     with torch.no_grad():
-        return Result(tensors={"logits": model(inputs["x"], inputs.get("policy"))})
+        policy = None if policy is None else fitting(policy, model)
+        return Result(tensors={"logits": model(fitting(case.tensors["x"], model), policy)})
 
 
 def text_predictor(case: Case) -> Result:
     """Logits and decisions of a text predictor."""
-    model = TextPredictor(**case.config)
-    model.load_state_dict(case.weights())
+    model = loaded(TextPredictor(**case.config), case.weights())
     with torch.no_grad():
-        logits = model(case.tensors["x"])
+        logits = model(fitting(case.tensors["x"], model))
     return Result(tensors={"logits": logits, "keep": threshold_keep(logits).to(torch.uint8)})
 
 
@@ -59,10 +58,9 @@ def softmax(case: Case) -> Result:
 def decoder_layer(case: Case) -> Result:
     """One decoder layer with a policy and without."""
     config = LlamaConfig(**case.config, num_hidden_layers=1, attn_implementation="sdpa")
-    layer = LlamaDecoderLayer(config, 0).train()
-    layer.load_state_dict(case.weights())
+    layer = loaded(LlamaDecoderLayer(config, 0), case.weights()).train()
     inputs = case.tensors
-    hidden, policy, positions = inputs["x"], inputs["policy"], inputs["position_ids"]
+    hidden, policy, positions = fitting(inputs["x"], layer), inputs["policy"], inputs["position_ids"]
     rotary = LlamaRotaryEmbedding(config)(hidden, positions)
     allowed = allowed_pairs(hidden.shape[1], hidden.device)
     mask = PolicyMask.of(allowed, policy[..., 0])

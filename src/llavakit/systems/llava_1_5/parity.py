@@ -17,7 +17,7 @@ from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.classic_batch import ClassicBatch, Entry, as_rows
-from llavakit.proof.entries import TINY, check_keys, greedy, published_model
+from llavakit.proof.entries import TINY, check_keys, fitting, greedy, loaded, published_model
 from llavakit.proof.golden import Case, Example, Result
 from llavakit.systems.llava_1_5 import parity_eval, parity_text, parity_views
 from llavakit.systems.llava_1_5.checkpoint import Classic, Hf
@@ -120,10 +120,11 @@ def connector(case: Case) -> Result:
         for key, tensor in case.weights().items():
             if key.startswith(prefix):
                 own[rename("model." + key.removeprefix(prefix)).removeprefix("model.multi_modal_projector.")] = tensor
-        net.load_state_dict(own)
+        net = loaded(net, own)
         batch, tokens, _ = x.shape
         with torch.no_grad():
-            out = net(Features(x.flatten(0, 1), [(1, 1, tokens)] * batch, list(range(batch))), [])
+            rows = fitting(x, net).flatten(0, 1)
+            out = net(Features(rows, [(1, 1, tokens)] * batch, list(range(batch))), [])
         outputs[name] = out.values.unflatten(0, (batch, tokens))
     return Result(tensors=outputs)
 

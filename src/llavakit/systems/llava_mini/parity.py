@@ -29,7 +29,9 @@ from llavakit.model.visuals import Visuals
 from llavakit.proof.classic_batch import ClassicBatch, Entry
 from llavakit.proof.entries import (
     check_keys,
+    fitting,
     greedy,
+    loaded,
     pope,
     prompt_ids,
     prompt_text,
@@ -76,10 +78,10 @@ def compressor(case: Case) -> Result:
     case.informational("config.num_tokens", "config.batch")
     config, x = case.config, case.tensors["x"]
     net = Compressor(config["embed_dim"], config["grid_size"], config["num_heads"], config.get("kv_dim"))
-    net.load_state_dict(case.weights())
+    net = loaded(net, case.weights())
     length = math.isqrt(x.shape[1])
     with torch.no_grad():
-        out, weights = net.eval()(x, length, length, weights=True)
+        out, weights = net(fitting(x, net), length, length, weights=True)
     return Result(tensors={"out": out, "attn": weights})
 
 

@@ -16,7 +16,7 @@ from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.classic_batch import ClassicBatch, Entry
-from llavakit.proof.entries import TINY, check_keys, greedy, published_model
+from llavakit.proof.entries import TINY, check_keys, fitting, greedy, loaded, published_model
 from llavakit.proof.golden import Case, Example, Result, take
 from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
 from llavakit.splice.tiles import pool
@@ -79,8 +79,8 @@ def projector(case: Case) -> dict[str, Tensor]:
             if key.startswith(f"{name}/"):
                 ours = rename(f"model.mm_projector.{key.removeprefix(f'{name}/')}")
                 own[renumbered(ours, -first_block(options)).removeprefix("model.multi_modal_projector.")] = tensor
-        connector.load_state_dict(own)
-        flat = Features(features.flatten(0, 1), [(1, 1, tokens)] * batch, list(range(batch)))
+        connector = loaded(connector, own)
+        flat = Features(fitting(features, connector).flatten(0, 1), [(1, 1, tokens)] * batch, list(range(batch)))
         with torch.no_grad():
             outputs[name] = connector(flat, []).values.unflatten(0, (batch, tokens))
     return outputs

@@ -23,6 +23,8 @@ from llavakit.model.processing import LlavakitProcessor
 from llavakit.proof.classic_batch import ClassicBatch, Entry
 from llavakit.proof.entries import (
     check_keys,
+    fitting,
+    loaded,
     picture,
     pope,
     prompt_text,
@@ -199,8 +201,7 @@ def build_resampler(cls: type[Resampler], config: Mapping[str, Any], weights: Ma
     state = LazyState({name: partial(published.get, name) for name in published}, {})
     layout = Released()
     state = layout.drop_unused(None, state.renamed(rename_with(layout.renames_in())))
-    net.load_state_dict({name.removeprefix("model.multi_modal_projector."): state[name] for name in state})
-    return net
+    return loaded(net, {name.removeprefix("model.multi_modal_projector."): state[name] for name in state})
 
 
 def perceiver_resampler(case: Case) -> Result:
@@ -210,7 +211,9 @@ def perceiver_resampler(case: Case) -> Result:
     with torch.no_grad():
         for name, (rows, cols) in case.config["features"].items():
             mask = inputs.get(f"{name}_attn_mask")
-            outputs[name] = net.resample(inputs[name], (1, rows, cols), None if mask is None else mask.bool())
+            outputs[name] = net.resample(
+                fitting(inputs[name], net), (1, rows, cols), None if mask is None else mask.bool()
+            )
             outputs[f"{name}_key_pos"] = net.key_positions(rows, cols)
     return Result(tensors=outputs)
 
@@ -221,7 +224,7 @@ def spatial_resampler(case: Case) -> Result:
     inputs, outputs, shapes = case.tensors, {}, {}
     with torch.no_grad():
         for name, (rows, cols) in case.config["features"].items():
-            outputs[name] = net.resample(inputs[name], (1, rows, cols))
+            outputs[name] = net.resample(fitting(inputs[name], net), (1, rows, cols))
             shapes[name] = {"pool_hw": list(pool_shape(rows, cols))}
     return Result(json=shapes, tensors=outputs)
 

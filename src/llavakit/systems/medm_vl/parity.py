@@ -20,7 +20,7 @@ from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.classic_batch import ClassicBatch, Entry
-from llavakit.proof.entries import check_keys, published_model
+from llavakit.proof.entries import check_keys, fitting, loaded, published_model
 from llavakit.proof.golden import Case, Result
 from llavakit.systems.medm_vl.connector import AttentionPooling
 from llavakit.systems.medm_vl.encoders import M3DClipConfig, M3DClipVision, MedMClipConfig, MedMClipVision
@@ -38,13 +38,12 @@ def _connector(cls: type[MLP], case: Case, **options: Any) -> MLP:
     net = cls(vision_width=config["input_dim"], hidden_size=config["output_dim"], depth=depth, **options).eval()
     rules = tuple((rf"^connector\.{2 * n}\.", f"linear_{n + 1}.") for n in range(6))
     rename = rename_with(rules)
-    net.load_state_dict({rename(name): tensor for name, tensor in case.weights().items()})
-    return net
+    return loaded(net, {rename(name): tensor for name, tensor in case.weights().items()})
 
 
 def _run(net: MLP, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     batch = len(x)
-    features = Features(x.flatten(0, 1), [grid] * batch, list(range(batch)))
+    features = Features(fitting(x, net).flatten(0, 1), [grid] * batch, list(range(batch)))
     with torch.no_grad():
         return net(features, [None] * batch).values.unflatten(0, (batch, -1))
 
@@ -103,12 +102,12 @@ VOLUMETRIC = {"m3dclip": _m3d, "medmclip": _medm}
 
 def m3d_clip(case: Case) -> Result:
     """Outputs of every block of M3D-CLIP."""
-    encoder = M3DClipVision(_m3d(case.config)).eval()
-    encoder.load_state_dict(case.weights())
+    encoder = loaded(M3DClipVision(_m3d(case.config)), case.weights())
+    volume = fitting(case.tensors["volume"], encoder)
     with torch.no_grad():
-        blocks = encoder.block_outputs(case.tensors["volume"])
+        blocks = encoder.block_outputs(volume)
         tensors = {f"block_output.{n}": block for n, block in enumerate(blocks)}
-        tensors["medmvl_features"] = encoder.features(case.tensors["volume"], -1, "default")
+        tensors["medmvl_features"] = encoder.features(volume, -1, "default")
         tensors["normed_last"] = encoder.norm(blocks[-1])
     return Result(tensors=tensors)
 
@@ -116,9 +115,8 @@ def m3d_clip(case: Case) -> Result:
 def medm_clip(case: Case) -> Result:
     """Outputs of every layer of MedM-CLIP, and its contrastive head."""
     case.informational("config.norm", "config.activation")
-    encoder = MedMClipVision(_medm(case.config)).eval()
-    encoder.load_state_dict(case.weights())
-    volume = case.tensors["volume"]
+    encoder = loaded(MedMClipVision(_medm(case.config)), case.weights())
+    volume = fitting(case.tensors["volume"], encoder)
     with torch.no_grad():
         tensors = {f"layer_output.{n}": layer for n, layer in enumerate(encoder.block_outputs(volume))}
         tensors["medmvl_features"] = encoder.features(volume, -1, "default")
