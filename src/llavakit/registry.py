@@ -148,7 +148,7 @@ CODECS = Registry("assistant codec")
 LAYOUTS = Registry("checkpoint layout")
 
 # Built-in parts, as places to import from on first use. Parts of one published system are on that system's card.
-ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleTower")
+ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleEncoder")
 
 LABEL_POLICIES.add("spans", "llavakit.conversation.labels:SpanLabels")
 LABEL_POLICIES.add("marks", "llavakit.conversation.labels:MarkLabels")

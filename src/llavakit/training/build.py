@@ -28,11 +28,11 @@ from llavakit.checkpoints.files import read_json
 from llavakit.checkpoints.layouts import published
 from llavakit.conversation.template import get_template
 from llavakit.errors import CheckpointError, RecipeError, UserError
-from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.configuration import LlavakitConfig, build_config, register_encoder
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MediaSpec
-from llavakit.registry import nearest
+from llavakit.registry import ENCODERS, nearest
 from llavakit.system import get_system
 from llavakit.training.recipe import Parts, Recipe
 
@@ -41,29 +41,57 @@ VOCABULARY_MULTIPLE = 64
 _MORE_KEYS = {"rope_theta", "rope_scaling", "torch_dtype", "vision_use_head"}
 
 
-def checked_config(options: Mapping[str, Any], default_type: str, where: str) -> PreTrainedConfig:
-    """A transformers configuration of which every key is known (transformers itself takes any).
+def checked_config(
+    options: Mapping[str, Any], default_type: str, where: str, below: PreTrainedConfig | None = None
+) -> PreTrainedConfig:
+    """The configuration of a part, of which every key is known (transformers itself takes any).
+
+    Args:
+        options: `model_type` (of transformers, llavakit or a system) and its fields.
+        where: Dotted path, for messages.
+        below: The configuration of the checkpoint that the part's weights come from: what `options` does not say.
 
     Raises:
         RecipeError: If the model type or a key is unknown, or a value has the wrong type.
     """
     options = dict(options)
-    kind = options.pop("model_type", default_type)
+    own_type = below.model_type if below is not None else default_type
+    kind = options.pop("model_type", own_type)
+    if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and kind not in ENCODERS):
+        known = [*CONFIG_MAPPING, *ENCODERS]
+        raise RecipeError(f"{where}.model_type: there is no {kind!r}{nearest(str(kind), known)}")
+    if below is not None and kind != own_type:
+        raise RecipeError(f"{where}.model_type: is {kind!r}, but the checkpoint under parts.init is a {own_type!r}")
     if kind not in CONFIG_MAPPING:
-        raise RecipeError(f"{where}.model_type: transformers has no {kind!r}{nearest(kind, list(CONFIG_MAPPING))}")
+        register_encoder(kind)
     cls = CONFIG_MAPPING[kind]
     known = [*cls().to_dict(), *cls.attribute_map, *_MORE_KEYS]
     for key in options:
         if key not in known:
             raise RecipeError(f"{where}.{key}: unknown key of a {kind} configuration{nearest(key, known)}")
+    if below is not None:
+        options = _over(below, {cls.attribute_map.get(key, key): value for key, value in options.items()})
     try:
         return cls(**options)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise RecipeError(f"{where}: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
-def config_of(recipe: Recipe) -> LlavakitConfig:
+def _over(below: PreTrainedConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options on top of a configuration; lists with an entry per layer go if the number of layers changes."""
+    own = {key: value for key, value in below.to_dict().items() if key != "model_type"}
+    layers = own.get("num_hidden_layers")
+    if layers is not None and options.get("num_hidden_layers", layers) != layers:
+        own = {key: value for key, value in own.items() if not (isinstance(value, list) and len(value) == layers)}
+    return own | dict(options)
+
+
+def config_of(recipe: Recipe, *, read_sources: bool = True) -> LlavakitConfig:
     """The configuration of the recipe's model.
+
+    Args:
+        read_sources: Take what `text_config` and `vision_config` leave open from the checkpoints under `parts.init`;
+            otherwise from transformers' defaults, without looking for the checkpoints.
 
     Raises:
         RecipeError: If a part is misspelt or does not fit.
@@ -84,12 +112,20 @@ def config_of(recipe: Recipe) -> LlavakitConfig:
     for name, default in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
         given = getattr(parts, name)
         source = parts.init.get({"text_config": "language_model", "vision_config": "vision_tower"}[name])
-        if given is None and source is not None:
-            fields[name] = _config_in(local_folder(source), name)
-        elif given is not None:
-            fields[name] = checked_config(given, default, f"parts.{name}")
+        below = None
+        if source is not None and (given is None or read_sources):
+            below = _config_in(local_folder(source), name)
+        if given is not None:
+            fields[name] = checked_config(given, default, f"parts.{name}", below)
+        elif below is not None:
+            fields[name] = below
         elif name == "text_config" or parts.media != {}:
             raise RecipeError(f"parts.{name}: is missing; give it, or a checkpoint under parts.init")
+    for name, encoder in (parts.extra_encoders or {}).items():
+        if "config" in encoder:
+            where = f"parts.extra_encoders.{name}.config"
+            config = checked_config(encoder["config"], "clip_vision_model", where)
+            fields["extra_encoders"] = fields["extra_encoders"] | {name: encoder | {"config": config.to_dict()}}
     text = fields["text_config"]
     fields.setdefault("image_token_id", text.vocab_size)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -111,7 +147,7 @@ def _config_in(folder: Path, name: str) -> PreTrainedConfig:
     layout = published(folder, raw)
     if layout is not None:
         options = layout.part_config(folder, raw, name)
-        return CONFIG_MAPPING[options.pop("model_type")](**options)
+        return build_config(options, options["model_type"])
     config = AutoConfig.from_pretrained(folder)
     nested = getattr(config, name, None)
     return nested if nested is not None and hasattr(nested, "model_type") else config
@@ -119,7 +155,7 @@ def _config_in(folder: Path, name: str) -> PreTrainedConfig:
 
 def build_meta(recipe: Recipe) -> LlavakitForConditionalGeneration:
     """The recipe's model on meta tensors: every name and shape at published scale, no memory."""
-    config = config_of(recipe)
+    config = config_of(recipe, read_sources=False)
     with torch.device("meta"):
         return LlavakitForConditionalGeneration(config)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -39,6 +40,11 @@ def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a stage, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def _warmed_up(rate: Callable[[int], float], steps: int) -> Callable[[int], float]:
+    """A schedule whose warm-up of so many steps ends one step earlier, so that it can begin above zero."""
+    return lambda step: (step + 1) / steps if step < steps else rate(step)
 
 
 class StageTrainer(Trainer):
@@ -115,6 +121,21 @@ class StageTrainer(Trainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedule, but with a rate in the first step: warm-up step k of w has k / w of it, not k - 1."""
+        fresh = self.lr_scheduler is None
+        # some schedules divide by what a warm-up leaves
+        warmup = self.args.warmup_steps = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if fresh and isinstance(schedule, LambdaLR) and warmup and schedule.lr_lambdas[0](0) == 0:
+            schedule.lr_lambdas = [_warmed_up(rate, warmup) for rate in schedule.lr_lambdas]
+            for group, base, rate in zip(
+                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * rate(0)
+            schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+        return schedule
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not counted while training; `llavakit cost` does that."""
