@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 from rich.console import Console
 
@@ -25,7 +26,11 @@ def test_the_demo_runs_from_nothing_and_is_found_again(tmp_path):
     report = (tmp_path / "demo" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 6
     assert "http" not in report.replace("http-equiv", "")
-    weights = tmp_path / "demo" / "final" / "model.safetensors"
+    final = tmp_path / "demo" / "final"
+    shutil.copytree(final, tmp_path / "copy", symlinks=True)  # cp -r keeps links as they are
+    assert not final.is_symlink()
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
+    weights = final / "model.safetensors"
     written = weights.stat().st_mtime_ns
     again = Demo(tmp_path / "demo", budget, console).run()
     assert weights.stat().st_mtime_ns == written

@@ -33,7 +33,7 @@ from llavakit.phantom.base import Box, cell_labels
 from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.phantom.write import write_world
 from llavakit.training.recipe import Recipe
-from llavakit.training.run import TrainResult, train
+from llavakit.training.run import TrainResult, publish, train
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
@@ -136,7 +136,7 @@ class Demo:
         blind = self._blind(parts.final)
         answers = self._ask(tuned.final, "with pictures")
         guesses = self._ask(blind.final, "text only")
-        self._publish(tuned.final)
+        publish(tuned.final, self.out / "final")
         metrics = self._metrics(answers, guesses, [*parts.stages, *tuned.stages, *blind.stages], began)
         (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         from llavakit.demo.report import write_report
@@ -343,11 +343,6 @@ class Demo:
         for row in answers:
             row["right"] = _plain(row["reply"]) == _plain(row["answer"])
         return answers
-
-    def _publish(self, model: Path) -> None:
-        final = self.out / "final"
-        if not final.exists():
-            final.symlink_to(model.relative_to(self.out), target_is_directory=True)
 
     def _metrics(
         self, answers: Sequence[dict], guesses: Sequence[dict], stages: Sequence[Any], began: float

@@ -177,6 +177,8 @@ def _sweep(folder: Path) -> None:
 
 def publish(source: Path, target: Path) -> None:
     """Make `target` the same checkpoint as `source`; hard links where the file system has them."""
+    if target.is_symlink():  # what earlier versions left; a copy of it would lead nowhere
+        target.unlink()
     stamp = source / STAMP
     if (target / STAMP).is_file() and (target / STAMP).read_bytes() == stamp.read_bytes():
         return
