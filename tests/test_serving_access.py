@@ -318,8 +318,8 @@ def test_a_slow_answer_keeps_its_connection(monkeypatch):
     """Patience is for headers; a request may take as long as it does."""
     monkeypatch.setattr("llavakit.serving.process.HEADER_SECONDS", 0.2)
     chat = small_chat()
-    genuine = chat.engine._forward
-    monkeypatch.setattr(chat.engine, "_forward", lambda tokens: (time.sleep(0.1), genuine(tokens))[1])
+    genuine = chat.engine.step
+    monkeypatch.setattr(chat.engine, "step", lambda: (time.sleep(0.1), genuine())[1])
     running = Running(chat, Settings(names=("tiny",)))
     try:
         body = {"model": "tiny", "messages": ask(), "max_tokens": 8, "stop": "never said"}

@@ -21,7 +21,7 @@ from tiny_server import Running, ask, data_url, expected, media, png, small_chat
 from llavakit.data.strict_json import JsonError
 from llavakit.serving.app import Settings
 from llavakit.serving.bodies import BodiesInFlight, ChatBody, TooMuch
-from llavakit.serving.service import prompt_characters
+from llavakit.serving.length import exceeds, prompt_characters
 
 MODEL = {"model": "tiny"}
 
@@ -219,6 +219,24 @@ def test_the_loop_does_not_parse(running, monkeypatch):
     assert post(running, MODEL | {"messages": [{"role": "user", "content": parts}]}).status_code == 200
     assert len(threads) == 1
     assert running.thread.ident not in threads
+
+
+def test_length_is_known_after_little_more_than_the_context(running):
+    tokenizer = running.app.state.service.chat.processor.tokenizer
+    read = []
+
+    def counting(text, **options):
+        read.append(len(text))
+        return tokenizer(text, **options)
+
+    texts = ["What is in this picture? A red square and a blue disc. " * 4000, "x" * 50_000]
+    whole = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    assert exceeds(texts, counting, 2000)
+    assert sum(read) <= 2 * 16_384
+    for share in (0.5, 0.98):
+        assert exceeds(texts, tokenizer, int(whole * share))
+    assert not exceeds(texts, tokenizer, whole), "what fits is never refused"
+    assert not exceeds([""], tokenizer, 1)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -26,7 +26,7 @@ from llavakit.errors import UserError  # noqa: E402
 from llavakit.media.policy import MediaPolicy  # noqa: E402
 from llavakit.media.source import Limits  # noqa: E402
 from llavakit.serving.app import Settings  # noqa: E402
-from llavakit.serving.webapp import export, mount, slice_of  # noqa: E402
+from llavakit.serving.webapp import export, greyscale, mount, slice_of  # noqa: E402
 
 pytestmark = pytest.mark.web
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
@@ -131,15 +131,15 @@ def test_a_chat_about_a_picture_is_answered_and_exported(page, served, picture):
 def test_stop_and_retry(page, served, monkeypatch):
     chat = served[1]
     engine = chat.engine
-    forward = engine._forward
-    monkeypatch.setattr(engine, "_forward", lambda tokens: (time.sleep(0.05), forward(tokens))[1])
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step())[1])
     ask(page, "Tell me a long story")
     page.locator(".stop-button").click()
     deadline = time.time() + 5
     while engine.busy and time.time() < deadline:
         time.sleep(0.05)
     assert not engine.busy, "the reply goes on after it was stopped"
-    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(engine, "step", step)
     page.get_by_label("Retry").click()
     question = {"role": "user", "content": [{"type": "text", "text": "Tell me a long story"}]}
     wanted = {"role": "assistant", "content": [{"type": "text", "text": chat.chat([question], max_new_tokens=256)}]}
@@ -421,12 +421,14 @@ def test_a_page_that_was_uploaded_is_not_shown_as_one(reachable):
 
 def test_slices(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(60, dtype=np.float32).reshape(5, 3, 4))
-    picture, slider = slice_of((tmp_path / "a.npy").read_bytes(), None, Limits())
+    volume = greyscale((tmp_path / "a.npy").read_bytes(), Limits())
+    assert (volume.min(), volume.max()) == (0, 255)
+    picture, slider = slice_of(volume, None)
     assert 'alt="Slice 2"' in picture
     assert (slider["value"], slider["maximum"]) == (2, 4)
-    assert slice_of(None, 3, Limits())[0] == ""
+    assert slice_of(None, 3)[0] == ""
     with pytest.raises(UserError):
-        slice_of(b"no volume", 3, Limits())
+        greyscale(b"no volume", Limits())
 
 
 def test_export_of_nothing():

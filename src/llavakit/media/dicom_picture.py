@@ -15,7 +15,7 @@ from PIL import Image
 from llavakit.errors import MediaError
 from llavakit.media import dicom
 from llavakit.media.image import BAND_PIXELS, Scale
-from llavakit.media.source import Limits, MediaSize, Source
+from llavakit.media.source import PIXEL_BYTES, Limits, MediaSize, Source
 
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
@@ -44,7 +44,8 @@ def load_picture(file: Source, name: str, limits: Limits, frame: int | None = No
         MediaError: If it holds no pixels, or they cannot be decoded.
     """
     dataset = dicom.read_dataset(file, name)
-    dicom.check_size(dataset, name, limits)
+    rows, columns = dicom.check_size(dataset, name, limits)
+    limits.claim(name, rows * columns * PIXEL_BYTES)
     interpretation = dicom.photometric_of(dataset, name)
     stored = dicom.stored_pixels(dataset, name, limits, frame)
     if interpretation in dicom.GREY:

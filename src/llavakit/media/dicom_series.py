@@ -11,7 +11,7 @@ import numpy as np
 
 from llavakit.errors import MediaError, quoted, shorten
 from llavakit.media import dicom
-from llavakit.media.source import Limits, is_dicom, looks_like, reading
+from llavakit.media.source import VOXEL_BYTES, Limits, is_dicom, looks_like, reading
 from llavakit.media.volume import Volume, extra, upright
 
 _GAP = 1.5  # distance of neighbouring slices, in median distances, from which one counts as missing
@@ -44,6 +44,7 @@ def load_series(folder: Path, name: str, limits: Limits, *, series: str | None =
         raise MediaError(f"{name}: its slices lie beside each other, shifted by up to {room.max()} pixels; no volume")
     if len(slices) * height * width > limits.voxels:
         raise MediaError(f"{name}: has {len(slices) * height * width:,} voxels, the limit is {limits.voxels:,}")
+    limits.claim(name, len(slices) * height * width * VOXEL_BYTES)
     values = np.empty((len(ordered), height, width), np.float32)
     for index, path in enumerate(ordered):
         pixels = _slice(path, limits)

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llavakit.errors import MediaError, UserError, quoted
 from llavakit.media.source import (
+    PIXEL_BYTES,
     Limits,
     MediaSize,
     Source,
@@ -227,6 +228,7 @@ def load_image(
 
         return _to_rgb(load_picture(file, name, limits, frame), None)
     image = _open(file, name, limits, frame)
+    limits.claim(name, image.width * image.height * PIXEL_BYTES)
     with reading(name, _undecoded):
         image.load()
     check_pixels(name, *image.size, limits)  # an icon may hold another size than it announces

@@ -16,6 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from llavakit.errors import MediaError, UserError, shorten
 
+PIXEL_BYTES = 4  # of a pixel of a picture, as Pillow holds it
+VOXEL_BYTES = 4  # of a voxel, in float32
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 _BYTES = (bytes, bytearray, memoryview)
@@ -29,6 +31,10 @@ class MediaSize(NamedTuple):
     width: int
 
 
+def unclaimed(name: str, size: int) -> None:
+    """`Limits.claim` where nobody counts memory."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What is refused before it is decoded.
@@ -40,6 +46,8 @@ class Limits:
         frames, video_pixels: Frames taken from one video, and pixels of all of them together.
         video_frames: Frames that a video may have in all; the default is 18 hours at 60 frames per second.
         voxels: Voxels of a volume.
+        claim: Called with the name of a media item and the bytes that it will take, before they are allocated; what it
+            raises ends the reading. Servers count the memory of a request with it.
     """
 
     pixels: int = 178_956_970
@@ -49,6 +57,7 @@ class Limits:
     video_pixels: int = 2**31
     voxels: int = 2**30
     video_frames: int = 4_000_000
+    claim: Callable[[str, int], None] = unclaimed
 
 
 class Attached(bytes):

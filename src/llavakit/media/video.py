@@ -20,7 +20,17 @@ from PIL import Image
 from llavakit.errors import MediaError
 from llavakit.media.frame_sampling import choose
 from llavakit.media.mp4_index import check_index
-from llavakit.media.source import Limits, MediaSize, check_pixels, looks_like, name_of, opened, reading, reason
+from llavakit.media.source import (
+    PIXEL_BYTES,
+    Limits,
+    MediaSize,
+    check_pixels,
+    looks_like,
+    name_of,
+    opened,
+    reading,
+    reason,
+)
 
 _WANTED = "MP4, WebM, MKV, MOV, AVI or GIF"
 _CONTAINERS = ("MP4 or MOV file", "AVI file", "Matroska or WebM file")
@@ -285,6 +295,7 @@ class _Reader:
                 f"{self.name}: {wanted:,} frames of {picture:,} pixels exceed the limit of"
                 f" {self.limits.video_pixels:,} pixels; sample fewer (max_frames)"
             )
+        self.limits.claim(self.name, wanted * picture * PIXEL_BYTES)
 
     def _timed_frames(self) -> Iterator[tuple[int, Any]]:
         """Frames as they are decoded from here on, each with its time (or its number, if the file has no times)."""

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from llavakit.errors import MediaError, UserError, quoted
-from llavakit.media.source import Limits, head_of, is_open_file, looks_like, name_of, opened, reading
+from llavakit.media.source import VOXEL_BYTES, Limits, head_of, is_open_file, looks_like, name_of, opened, reading
 
 _WANTED = ".npy, .nii, .nii.gz or a folder with one DICOM series"
 _PIECE = 2**20  # values that are converted at a time
@@ -146,6 +146,7 @@ def shape_of_volume(shape: Sequence[int], dtype: np.dtype, name: str, limits: Li
     voxels = axes[0] * axes[1] * axes[2]
     if voxels > limits.voxels:
         raise MediaError(f"{name}: has {voxels:,} voxels, the limit is {limits.voxels:,}")
+    limits.claim(name, voxels * VOXEL_BYTES)
     return axes[0], axes[1], axes[2]
 
 

@@ -45,6 +45,7 @@ class Answer:
 
     def __init__(self, service: Service, incoming: Incoming) -> None:
         self.service, self.body, self._incoming = service, incoming.body, incoming
+        self._account = incoming.account
         self.identity, self.created = new_id("chatcmpl"), int(time.time())
         self.tools = [tool.function.name for tool in self.body.tools or ()] if self.body.tool_choice != "none" else []
         self.handle: RequestHandle | None = None
@@ -90,6 +91,7 @@ class Answer:
             self.service.metrics.answered(time.perf_counter() - self._began)
         elif self.body.stream and self.handle is not None and not self._failed:
             self.service.metrics.failed(499)
+        self._account.close()
         self.service.release()
 
     async def _each(self) -> AsyncIterator[StreamChunk | None]:

@@ -33,6 +33,7 @@ from llavakit.media.policy import Refused
 from llavakit.serving.access import Access, Sessions
 from llavakit.serving.answer import Answer, Events
 from llavakit.serving.bodies import BodiesInFlight, BodyLimit, ChatBody
+from llavakit.serving.memory import Account
 from llavakit.serving.presence import Presence
 from llavakit.serving.protocol import APIError, ChatRequest, Completion, ErrorAnswer, error_body, new_id
 from llavakit.serving.service import Incoming, Service, Settings
@@ -219,7 +220,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         content, body = await _read_chat(request, service)
         service.admit()
         async with Presence(request) as presence:
-            incoming = Incoming(body, content, request.state.owner, request.state.body.release, presence)
+            account = Account(service.memory)
+            incoming = Incoming(body, content, request.state.owner, request.state.body.release, presence, account)
             answer = Answer(service, incoming)
             try:
                 await answer.start()

@@ -5,11 +5,12 @@ Media are fetched and decoded before a request is queued. This module knows noth
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +27,16 @@ from llavakit.media.source import Attached
 from llavakit.serving import toolcalls
 from llavakit.serving.access import AccessPolicy
 from llavakit.serving.bodies import ChatBody
+from llavakit.serving.length import exceeds, prompt_characters
 from llavakit.serving.logprobs import Spelling
+from llavakit.serving.memory import Account, MemoryBudget, MemoryPolicy, claim
 from llavakit.serving.metrics import Metrics
 from llavakit.serving.presence import Presence
 from llavakit.serving.protocol import APIError, BoxesPart, ChatMessage, ChatRequest, MediaPart, TextPart
 from llavakit.serving.uploads import UploadPolicy, Uploads
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
+_RETRY = {503: {"Retry-After": "1"}}
 _KINDS = ("image", "video", "volume")
 
 
@@ -53,6 +57,7 @@ class Settings:
         body_seconds: Longest time for a request to arrive.
         connections: Most connections at once; one more is answered with 503.
         uploads: What clients may send ahead of their requests.
+        memory: What media may take when they are decoded.
         keep_alive: Seconds between comments on a stream that is silent.
         media: The media policy.
     """
@@ -71,6 +76,7 @@ class Settings:
     body_seconds: float = 120.0
     connections: int = 512
     uploads: UploadPolicy = field(default_factory=UploadPolicy)
+    memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     keep_alive: float = 15.0
     media: MediaPolicy = field(default_factory=MediaPolicy)
 
@@ -90,6 +96,7 @@ class Incoming:
         owner: Whose key it came with; "" where none are asked for.
         arrived: To be called when the bytes of the body are held no longer.
         presence: Of the client.
+        account: Memory that it takes.
     """
 
     body: ChatRequest
@@ -97,6 +104,7 @@ class Incoming:
     owner: str
     arrived: Callable[[], None]
     presence: Presence
+    account: Account
 
 
 class Service:
@@ -112,12 +120,14 @@ class Service:
         self.uploads: Uploads[bytes] = Uploads(self._upload_policy(settings))
         self.characters = prompt_characters(chat.processor.tokenizer, chat.engine.max_length)
         self.metrics = Metrics(chat.engine)
+        self.memory = MemoryBudget(settings.memory)
         self.spelling = Spelling(chat.processor.tokenizer)
         self.active = 0
         self.closing = False
         self._decoders = CapacityLimiter(2)
         reading = chat.processor.reading or {}
-        limits = {"limits": settings.media.limits}
+        self.limits = dataclasses.replace(settings.media.limits, claim=claim)
+        limits = {"limits": self.limits}
         chat.processor.reading = {modality: {**reading.get(modality, {}), **limits} for modality in _KINDS}
 
     @staticmethod
@@ -142,6 +152,16 @@ class Service:
         """Count a request out."""
         self.active -= 1
 
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """What is decoded in here counts as one request of the web app."""
+        account = Account(self.memory)
+        try:
+            with account.counting():
+                yield
+        finally:
+            account.close()
+
     def check_messages(self, messages: list[dict[str, Any]]) -> None:
         """Whether messages whose media are at hand may be asked at all; for the web app.
 
@@ -162,6 +182,14 @@ class Service:
     def _check_characters(self, count: int) -> None:
         if count > self.characters:
             said = f"the texts hold {count} characters; more than {self.characters} never fit the model's context"
+            raise APIError(400, said, "messages", CONTEXT_EXCEEDED)
+
+    def _check_length(self, messages: list[dict[str, Any]]) -> None:
+        """Refuse texts that take more positions than there are, before all of them are tokenised."""
+        texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+        most = self.chat.engine.max_length
+        if sum(map(len, texts)) > 4 * most and exceeds(texts, self.chat.processor.tokenizer, most):
+            said = f"the texts take more than the {most} positions of the model's context"
             raise APIError(400, said, "messages", CONTEXT_EXCEEDED)
 
     async def submit(self, incoming: Incoming, listener: Callable[[StreamChunk], None]) -> RequestHandle:
@@ -185,15 +213,26 @@ class Service:
                 said = f"the prompt has {length} positions with its media; the model's context takes {most}"
                 raise APIError(400, said, "messages", CONTEXT_EXCEEDED)
             return self.chat.engine.submit(prepared, stream=bool(request.stream), listener=listener)
+        except Refused as refused:  # of the readers, for want of memory
+            raise APIError(refused.status, str(refused), "messages", headers=_RETRY.get(refused.status)) from None
         except UserError as error:
             named = re.match(r"(messages\.[\w.]+)(?=: )|sampling: (\w+)", str(error))
             raise APIError(400, str(error), named[1] or named[2] if named else "messages") from None
 
     def _prepare(self, messages: list[dict[str, Any]], sampling: dict[str, Any], incoming: Incoming) -> Any:
-        present = incoming.presence.check
-        present()  # it may have waited for a thread
+        incoming.presence.check()  # it may have waited for a thread
+
+        self._check_length(messages)
+
+        def before(part: Any) -> None:
+            incoming.presence.check()
+            incoming.account.keep(0)  # the item before it is cut into views
+
         escaped = escape_special_tokens(messages, self.chat.processor.tokenizer)
-        return self.chat.request(escaped, before_media=lambda part: present(), **sampling)
+        with incoming.account.counting() as account:
+            request = self.chat.request(escaped, before_media=before, **sampling)
+            account.keep(sum(view.nbytes for view in request.pixel_values or ()))
+        return request
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
         settings = self.settings
@@ -306,8 +345,3 @@ class Tally:
         self._bytes += size
         if self._bytes > self._policy.request_bytes:
             raise APIError(413, f"the media of a request hold at most {self._policy.request_bytes} bytes", name)
-
-
-def prompt_characters(tokenizer: Any, positions: int) -> int:
-    """The most characters that a prompt of so many positions can come from: each is at most the longest token."""
-    return positions * max(map(len, tokenizer.get_vocab()), default=1)

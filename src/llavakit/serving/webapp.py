@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,26 +115,51 @@ def export(history: list[dict[str, Any]], read: Opener) -> str:
     return json.dumps({"messages": messages}, indent=1, ensure_ascii=False)
 
 
-def slice_of(content: bytes | None, number: int | None, limits: Limits) -> tuple[str, Any]:
-    """One slice of a volume (None: the middle one) as a grey picture in HTML, and the slider for its depth."""
-    if content is None:
-        return "", gr.update(visible=False)
+def greyscale(content: bytes, limits: Limits) -> np.ndarray:
+    """A volume as pictures, uint8 [slices, rows, columns]: from its 1st to its 99th percentile."""
     values = load_volume(content, limits=limits, fill=0.0).values
-    last = len(values) - 1
+    low, high = np.percentile(values[:: max(1, len(values) // 32)], (1, 99))
+    grey = np.empty(values.shape, np.uint8)
+    for number, part in enumerate(values):
+        grey[number] = np.clip((part - low) / max(high - low, 1e-6) * 255, 0, 255)
+    return grey
+
+
+def slice_of(volume: np.ndarray | None, number: int | None) -> tuple[str, Any]:
+    """One slice of a grey volume (None: the middle one) as HTML, and the slider for its depth."""
+    if volume is None:
+        return "", gr.update(visible=False)
+    last = len(volume) - 1
     number = last // 2 if number is None else int(min(max(number, 0), last))
-    low, high = np.percentile(values, (1, 99))
-    grey = np.clip((values[number] - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(grey).save(file, "PNG")
+    Image.fromarray(volume[number]).save(file, "PNG")
     picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     shown = f'<img class="llavakit-slice" alt="Slice {number}" src="{picture}">'
     return shown, gr.update(maximum=last, value=number, visible=True)
 
 
-def attached_volume(message: dict[str, Any] | None) -> Any:
-    """A volume that was added to the question, for the viewer."""
+class Viewer:
+    """The volume that was looked at last, so that a slider need not decode it again."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._lock = service, threading.Lock()
+        self._key, self._volume = b"", None
+
+    def volume(self, content: bytes) -> np.ndarray:
+        """A volume in grey; one is decoded at a time."""
+        key = hashlib.sha256(content).digest()
+        with self._lock:
+            if key != self._key:
+                with self._service.counting():
+                    self._volume = greyscale(content, self._service.limits)
+                self._key = key
+            return self._volume
+
+
+def attached_volume(message: dict[str, Any] | None, shown: str | None) -> Any:
+    """A volume that was added to the question, for the viewer, unless it shows it already."""
     found = [path for path in (message or {}).get("files", ()) if modality_of(path) == "volume"]
-    return gr.update(value=found[-1]) if found else gr.skip()
+    return gr.update(value=found[-1]) if found and found[-1] != shown else gr.skip()
 
 
 def examples(files: PageFiles) -> list[dict[str, Any]]:
@@ -151,7 +178,7 @@ def examples(files: PageFiles) -> list[dict[str, Any]]:
 
 def build(service: Service, files: PageFiles) -> gr.Blocks:
     """The page; its files are opened through `files`, and only there."""
-    chat, limits = service.chat, service.settings.media.limits
+    chat, viewer = service.chat, Viewer(service)
 
     def opener(request: gr.Request) -> Opener:
         session = request.request.state.session
@@ -175,7 +202,8 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
             service.check_messages(messages)
             messages = escape_special_tokens(messages, chat.processor.tokenizer)
             text = ""
-            response = chat.submit(messages, temperature=temperature, top_p=top_p, max_new_tokens=int(length))
+            with service.counting():
+                response = chat.submit(messages, temperature=temperature, top_p=top_p, max_new_tokens=int(length))
             try:
                 for event in response:
                     if isinstance(event, TextDelta):
@@ -191,7 +219,7 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
 
     def view_slice(path: Any, number: int | None, request: gr.Request) -> tuple[str, Any]:
         with _told():
-            return slice_of(None if path is None else opener(request)(path), number, limits)
+            return slice_of(None if path is None else viewer.volume(opener(request)(path)), number)
 
     def view_middle(path: Any, request: gr.Request) -> tuple[str, Any]:
         return view_slice(path, None, request)
@@ -245,7 +273,7 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
                 file = gr.File(label="Volume", file_types=[*VOLUMES])
                 depth = gr.Slider(0, 1, value=0, step=1, label="Slice, from feet to head", visible=False)
                 view = gr.HTML()
-                box.change(attached_volume, box, file, show_progress="hidden")
+                box.change(attached_volume, [box, file], file, show_progress="hidden")
                 file.change(view_middle, file, [view, depth])
                 depth.input(view_slice, [file, depth], [view, depth], show_progress="hidden")
         text = gr.Textbox(visible="hidden")
