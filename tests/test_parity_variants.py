@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import parity_bites
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -44,3 +45,10 @@ def test_a_row_cut_in_the_middle_of_a_medium_keeps_the_values_of_what_is_left(tm
     save_file(rows, folder / "outputs.safetensors")
     report = run_case(folder)
     assert report.status == "passed", report.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", list(parity_bites.CLAIMS))
+def test_cases_fail_where_a_user_entry_is_broken(system):
+    for name, holds, remark in parity_bites.bites(system):
+        assert holds, f"{name}: {remark}"

@@ -19,12 +19,21 @@ from llavakit.data import scienceqa
 from llavakit.data.collate import Collator
 from llavakit.data.records import Record
 from llavakit.data.sampler import even_chunks, length_grouped, modality_grouped
-from llavakit.proof.entries import byte_tokenizer, prompt_text, text_processor, training_sample, turns_to_messages
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.proof.entries import (
+    byte_tokenizer,
+    one_token_media,
+    prompt_text,
+    text_processor,
+    training_sample,
+    turns_to_messages,
+)
 from llavakit.proof.golden import Case, Example, Result, component, examples, take
 from llavakit.splice.scatter import IGNORE
 from llavakit.training.dataset import WORDS_PER_IMAGE, Samples
-from llavakit.training.parameter_groups import Rates, freeze_all_but, linear_layers, optimizer_groups, top_level_parts
-from llavakit.training.recipe import Lora, PartTraining
+from llavakit.training.lora_targets import targets_of
+from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, top_level_parts
+from llavakit.training.recipe import Lora, PartTraining, Stage
 
 SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 BYTE_LEVEL = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
@@ -265,7 +274,6 @@ def parameter_groups(case: Case) -> dict[str, Any]:
     case.informational("config.vision_tower")
     model = skeleton(case.wanted.json["all_parameters"])
     parts = [part for part in top_level_parts(model) if part != "vision_tower"]
-    decoder = [part for part in parts if part not in ("mm_projector", "lm_head")]
 
     def groups(train: Mapping[str, PartTraining]) -> list[dict[str, Any]]:
         freeze_all_but(model, train)
@@ -278,7 +286,7 @@ def parameter_groups(case: Case) -> dict[str, Any]:
     everything = {part: PartTraining() for part in parts}
     found: dict[str, Any] = {
         "all_parameters": [name for name, _ in model.named_parameters()],
-        "lora_targets": sorted({name.split(".")[-1] for name in linear_layers(model, Lora(parts=decoder))}),
+        "lora_targets": lora_targets(),
         "stage2_groups_no_projector_lr": groups(everything),
     }
     for key in case.wanted.json:
@@ -287,6 +295,14 @@ def parameter_groups(case: Case) -> dict[str, Any]:
     found["stage1_groups"] = groups({"mm_projector": PartTraining()})
     found["stage1_trainable"] = [name for name, weight in model.named_parameters() if weight.requires_grad]
     return found
+
+
+def lora_targets() -> list[str]:
+    """Names of the layers that a LoRA stage of LLaVA-1.5 adapts, whatever the model's size."""
+    model = LlavakitForConditionalGeneration(one_token_media())
+    train = {"multi_modal_projector": PartTraining()}
+    targets = targets_of(model, Stage(name="lora", train=train, lora=Lora(), learning_rate=1e-4))
+    return sorted({name.rpartition(".")[2] for name in targets.linear})
 
 
 def skeleton(names: Sequence[str]) -> nn.Module:
