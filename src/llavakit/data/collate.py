@@ -28,7 +28,8 @@ class Collator:
     how the model tells samples apart; the unused tail of a row is a segment of its own. Media come as `pixel_values`
     ([views, channels, height, width] if all views have one shape, else a list of tensors), `visual_sizes` [media, 3]
     and `visual_modalities` [media], in the order of their placeholders, and `visual_regions` (one tensor
-    [regions, 4] per media item) if a sample has regions.
+    [regions, 4] per media item) if a sample has regions. `label_weights`, of the shape of the labels, are there if a
+    sample has them.
 
     Args:
         pad_token_id: Id written where there is no token.
@@ -70,46 +71,56 @@ class Collator:
         rows = [self._tokens(sample) for sample in samples]
         if not self.packing:
             return self._pad(rows) | self._media(samples)
-        plan = pack_rows([len(ids) for ids, _ in rows], self.max_length)
+        plan = pack_rows([len(ids) for ids, *_ in rows], self.max_length)
         in_order = [samples[index] for row in plan for index in row]
         return self._pack([[rows[index] for index in row] for row in plan]) | self._media(in_order)
 
-    def _tokens(self, sample: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _tokens(self, sample: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         ids = torch.as_tensor(sample["input_ids"], dtype=torch.long)[: self.max_length]
         labels = sample.get("labels")
         labels = torch.full_like(ids, IGNORE) if labels is None else torch.as_tensor(labels, dtype=torch.long)
         labels = labels[: self.max_length]
         if ids.shape != labels.shape or ids.dim() != 1:
             raise ValueError(f"input_ids {list(ids.shape)} and labels {list(labels.shape)} must be equal rows")
-        return ids, labels
+        weights = sample.get("label_weights")
+        if weights is not None:
+            weights = torch.as_tensor(weights, dtype=torch.float32)[: self.max_length]
+            if weights.shape != labels.shape:
+                shapes = f"labels {list(labels.shape)} and label_weights {list(weights.shape)}"
+                raise ValueError(f"{shapes} must be equal rows")
+        return ids, labels, weights
 
-    def _pad(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        longest = max(len(ids) for ids, _ in rows)
+    def _pad(self, rows: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> dict[str, Tensor]:
+        longest = max(len(ids) for ids, *_ in rows)
         longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = torch.full((len(rows), longest), self.pad_token_id)
         labels = torch.full((len(rows), longest), IGNORE)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for row, (ids, own) in enumerate(rows):
+        mask, weights = torch.zeros(len(rows), longest, dtype=torch.long), torch.ones(len(rows), longest)
+        for row, (ids, own, own_weights) in enumerate(rows):
             place = slice(0, len(ids)) if self.padding_side == "right" else slice(longest - len(ids), longest)
             input_ids[row, place], labels[row, place], mask[row, place] = ids, own, 1
+            weights[row, place] = 1.0 if own_weights is None else own_weights
         if self.mask_by_pad_id:
             mask = input_ids.ne(self.pad_token_id).long()
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+        weighted = {"label_weights": weights} if any(own is not None for *_, own in rows) else {}
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask} | weighted
 
-    def _pack(self, rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    def _pack(self, rows: Sequence[Sequence[tuple[Tensor, Tensor, Tensor | None]]]) -> dict[str, Tensor]:
         shape = (len(rows), self.max_length)
         input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE)
-        positions = torch.zeros(shape, dtype=torch.long)
+        positions, weights = torch.zeros(shape, dtype=torch.long), torch.ones(shape)
         for row, samples in enumerate(rows):
             begin = 0
-            for ids, own in samples:
+            for ids, own, own_weights in samples:
                 end = begin + len(ids)
                 input_ids[row, begin:end], positions[row, begin:end] = ids, torch.arange(len(ids))
                 # The first token follows nothing of its own sample, so the shifted loss must not see it.
                 labels[row, begin + 1 : end] = own[1:]
+                weights[row, begin:end] = 1.0 if own_weights is None else own_weights
                 begin = end
             positions[row, begin:] = torch.arange(self.max_length - begin)
-        return {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        weighted = {"label_weights": weights} if any(own is not None for samples in rows for *_, own in samples) else {}
+        return {"input_ids": input_ids, "labels": labels, "position_ids": positions} | weighted
 
     @staticmethod
     def _media(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -136,7 +136,8 @@ class SampleDataset(Dataset):
         labels = labels[: self.max_length]
         if not _supervised(labels):
             raise RecordError(record.file, record.line, "record", f"{problem}, and no answer is left before the cut")
-        return sample | {"input_ids": ids[: self.max_length], "labels": labels}
+        kept = {name: sample[name][: self.max_length] for name in ("input_ids", "label_weights") if name in sample}
+        return sample | kept | {"labels": labels}
 
     def order(self, seed: int, epoch: int, *, shuffle: bool = True) -> list[int]:
         """Sample numbers of an epoch, see `Mixture.order`."""

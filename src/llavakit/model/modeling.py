@@ -487,6 +487,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        label_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavakitOutput:
         """Logits and loss; see `LlavakitModel.forward` for what is not explained here.
@@ -496,6 +497,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             logits_to_keep: Compute logits of the last so many positions only (0: all).
             skip_logits: With `labels`, compute logits only where there is a label and do not return them.
             num_items_in_batch: Number of labels over all accumulated batches, the loss's denominator.
+            label_weights: [batch, length], factors of the cross entropy of each label; the denominator stays the number
+                of labels.
 
         Returns:
             Loss is the mean next-token cross entropy over labels, plus the adapter's own term.
@@ -517,12 +520,12 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None and skip_logits:
-            loss = self._supervised_loss(hidden, labels, num_items_in_batch)
-        else:
+        if labels is not None and (skip_logits or label_weights is not None):
+            loss = self._supervised_loss(hidden, labels, num_items_in_batch, label_weights)
+        if labels is None or not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep] if logits_to_keep is not None else hidden)
-            if labels is not None:
+            if labels is not None and loss is None:
                 loss = self.loss_function(
                     logits=logits,
                     labels=labels,
@@ -541,12 +544,18 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             aux_loss=outputs.aux_loss,
         )
 
-    def _supervised_loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+    def _supervised_loss(
+        self, hidden: Tensor, labels: Tensor, items: Tensor | int | None, weights: Tensor | None = None
+    ) -> Tensor:
         """Cross entropy from the supervised positions alone: prompt and visual positions never reach the head."""
         targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].reshape(-1)
         chosen = torch.nonzero(targets != IGNORE).squeeze(-1)
         logits = self.lm_head(hidden.reshape(-1, hidden.shape[-1])[chosen]).float()
-        total = F.cross_entropy(logits, targets[chosen], reduction="sum")
+        if weights is None:
+            total = F.cross_entropy(logits, targets[chosen], reduction="sum")
+        else:
+            factors = F.pad(weights, (0, 1), value=1.0)[:, 1:].reshape(-1)[chosen]
+            total = (F.cross_entropy(logits, targets[chosen], reduction="none") * factors).sum()
         return total / (items if items is not None else max(len(chosen), 1))
 
     def _supports_mm_encoder_outputs(self) -> bool:

@@ -292,7 +292,8 @@ class LlavakitProcessor(ProcessorMixin):
             `visual_modalities` (list of indices into `MODALITIES`), `visual_regions` (one float64 tensor
             [regions, 4] per media item, corners in pixels of the original picture; empty if there are no regions), and
             `notes` on what was left out of the messages, and `fully_masked` (whether the label policy masked the whole
-            sample on a token-count mismatch; policy "rounds" only).
+            sample on a token-count mismatch; policy "rounds" only). If the label policy weights tokens, also
+            `label_weights`, the loss weight of every id.
 
         Raises:
             UserError: If messages, media or regions do not fit the model.
@@ -326,8 +327,10 @@ class LlavakitProcessor(ProcessorMixin):
             layouts,
             placeholder=IMAGE_PLACEHOLDER,
             image_token_id=self.image_token_id,
+            weights=encoded.weights,
         )
-        return {
+        weights = {} if spliced.weights is None else {"label_weights": spliced.weights}
+        return weights | {
             "input_ids": spliced.ids,
             "labels": spliced.labels,
             "pixel_values": views,

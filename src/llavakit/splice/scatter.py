@@ -19,10 +19,11 @@ IGNORE = -100
 
 
 class Spliced(NamedTuple):
-    """A prompt after expansion: ids, labels and positions of equal length."""
+    """A prompt after expansion: ids, labels and, if they were given, loss weights of equal length."""
 
     ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None
 
 
 def expand(
@@ -32,6 +33,7 @@ def expand(
     *,
     placeholder: int,
     image_token_id: int,
+    weights: Sequence[float] | None = None,
 ) -> Spliced:
     """Replace every `placeholder` id by the layout of the next media item.
 
@@ -40,6 +42,7 @@ def expand(
         labels: Labels of equal length, or None for all -100.
         layouts: One layout per media item, in order of appearance.
         image_token_id: Id written at visual positions.
+        weights: Loss weights of equal length; visual positions get 1.
 
     Raises:
         ValueError: If the number of placeholders differs from the number of media.
@@ -50,16 +53,19 @@ def expand(
     labels = [IGNORE] * len(ids) if labels is None else labels
     out_ids: list[int] = []
     out_labels: list[int] = []
+    out_weights: list[float] = []
     remaining = iter(layouts)
-    for token, label in zip(ids, labels, strict=True):
+    for token, label, weight in zip(ids, labels, [1.0] * len(ids) if weights is None else weights, strict=True):
         if token != placeholder:
             out_ids.append(token)
             out_labels.append(label)
+            out_weights.append(weight)
             continue
         for run in next(remaining):
             out_ids += [image_token_id] * run.visual + list(run.ids)
             out_labels += [IGNORE] * (run.visual + len(run.ids))
-    return Spliced(out_ids, out_labels)
+            out_weights += [1.0] * (run.visual + len(run.ids))
+    return Spliced(out_ids, out_labels, None if weights is None else out_weights)
 
 
 def scatter(inputs_embeds: Tensor, mask: Tensor, vectors: Tensor) -> Tensor:

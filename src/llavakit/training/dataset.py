@@ -134,7 +134,8 @@ class Samples(Dataset):
         if index in self._kept:
             return self._kept[index]
         sample = self.dataset[index]
-        sample |= {name: torch.tensor(sample[name]) for name in ("input_ids", "labels")}
+        rows = ("input_ids", "labels", "label_weights")
+        sample |= {name: torch.tensor(sample[name]) for name in rows if name in sample}
         size = 16 * len(sample["input_ids"]) + 512
         if self.features is None:  # features lie in a memory map; views of it cost nothing
             size += sum(view.numel() * view.element_size() for view in sample["pixel_values"])
