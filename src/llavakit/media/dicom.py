@@ -31,18 +31,20 @@ _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MOST_INFLATED = 512 * 2**20  # bytes of a deflated file
 
-# Both would repeat values of the header.
-warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its lines repeat values of the header
 
 
 @contextmanager
 def discreet(name: str, problem: str, advice: str = "") -> Iterator[None]:
     """`llavakit.media.source.reading` without the exception's text, which may repeat what the header says.
 
+    Warnings of pydicom, which repeat values too, are switched off whenever this is entered: a filter that was set once
+    may have been reset since.
+
     Raises:
         MediaError: "name: problem (type of the exception); advice".
     """
+    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
     try:
         yield
     except UserError:

@@ -157,8 +157,11 @@ def _affine(image: Any, name: str, orientation: str | None, choice: str | None) 
 
 def _checked(affine: Any, name: str, which: str) -> np.ndarray:
     affine = np.asarray(affine, dtype=np.float64)
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not sizes.min() > 0 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-6:
+    with np.errstate(all="ignore"):
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        good = np.isfinite([*affine.flat, *sizes]).all() and sizes.min() > 0
+        good = good and abs(np.linalg.det(affine[:3, :3] / sizes)) >= 1e-6
+    if not good:
         raise MediaError(f"{name}: its {which} is singular or not finite, so its axes have no directions")
     return affine
 
