@@ -168,7 +168,8 @@ def test_views_count_until_the_request_ends(running, monkeypatch):
     views = service.chat.processor.encode([message])["pixel_values"]
     body = {"model": "tiny", "messages": ask(url=data_url(png())), "stream": True, "max_tokens": 300, "stop": "§§"}
     with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body, timeout=30) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # whose end would close the connection
+        next(lines)
         assert 0 < service.memory.held == sum(view.nbytes for view in views)
     deadline = time.time() + 10
     while service.active and time.time() < deadline:
