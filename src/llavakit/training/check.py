@@ -102,8 +102,12 @@ def check_parts(recipe: Recipe, number: int, config: LlavakitConfig, tokenizer: 
     stage = recipe.stages[number]
     with named(number, "media"):
         changed = merged_media(config, stage.media)
-        with torch.device("meta"):
-            model = LlavakitForConditionalGeneration(changed)
+        try:
+            with torch.device("meta"):
+                model = LlavakitForConditionalGeneration(changed)
+        except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            said = " ".join(str(error).split())
+            raise RecipeError(f"a model of these parts cannot be built ({type(error).__name__}: {said})") from error
     if stage.lora is not None:  # quantising needs weights
         stage = stage.model_copy(update={"lora": stage.lora.model_copy(update={"quantize": None})})
     with named(number), torch.device("meta"):
