@@ -62,8 +62,8 @@ def encode(
         template: Template or its registered name; "tokenizer" is the tokenizer's own chat template.
         tokenizer: A transformers tokenizer with offsets (every "fast" one).
         add_generation_prompt: Whether the prompt ends where the assistant is to answer.
-        continue_final_message: Whether the prompt ends inside the last message, for the assistant to go on with it.
-            With neither the conversation is a training sample.
+        continue_final_message: Whether the prompt ends inside the last message, so that the assistant continues it.
+            Without either the conversation is a training sample.
         placement: "front", "lead" or "keep" instead of the template's own.
         labels: Label policy: a name, `{"type": NAME, OPTION: ...}`, or a policy. Default: the template's own for
             training samples; for prompts "spans", which marks the earlier answers.
@@ -103,7 +103,7 @@ def encode(
 
 
 def chat_template_for(template: str | Template, tokenizer: Any) -> str:
-    """The Jinja text to save beside a tokenizer: transformers and servers that use it get the ids of `encode`.
+    """The Jinja text to save with a tokenizer, with which transformers and servers get the ids of `encode`.
 
     They tokenise the rendered text as a whole, placeholders included, and add no special tokens.
     """
@@ -115,10 +115,11 @@ def chat_template_for(template: str | Template, tokenizer: Any) -> str:
 
 
 def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
-    """Messages in which nothing that a user or a tool wrote is a special token (`</s>`, `<|im_end|>`).
+    """Messages in which no text of a user or a tool acts as a special token (`</s>`, `<|im_end|>`).
 
-    An invisible word joiner goes behind the first character of each, so that text from outside cannot end a turn
-    or open another. For servers; training text is left alone. Further fields of a message (`tool_calls`) are kept.
+    An invisible word joiner is inserted after the first character of each, so that text from outside can neither end a
+    turn nor open another. For servers; training text is left alone. Further fields of a message (`tool_calls`) are
+    kept.
     """
     specials = sorted((token for token in tokenizer.all_special_tokens if len(token) > 1), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")

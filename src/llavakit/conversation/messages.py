@@ -1,4 +1,4 @@
-"""Messages: the one form in which conversations travel inside llavakit.
+"""Messages: the form of conversations inside llavakit.
 
 A conversation is a list of `{"role": ..., "content": [parts]}`. A part is a dict with a `type`:
 
@@ -7,8 +7,8 @@ A conversation is a list of `{"role": ..., "content": [parts]}`. A part is a dic
     {"type": "boxes", "boxes": [[x1, y1, x2, y2], ...], "labels": [...], "scores": [...]}
                                         regions of the image before it, corners in pixels; labels and scores optional
 
-This module knows the shapes that conversations come in (OpenAI requests, LLaVA's `conversations/from/value`) and
-turns them into that form and back. It opens no media and knows no template.
+This module converts the forms in which conversations arrive (OpenAI requests, LLaVA's `conversations/from/value`) into
+this one and back. It opens no media and knows no template.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def text_of(message: Message) -> str:
 
 
 def normalise(messages: Any, *, where: str = "messages") -> list[Message]:
-    """Messages in the one inner form; messages that have it already come back equal.
+    """Messages in llavakit's form; messages that have it already are returned equal.
 
     Args:
         messages: List of `{"role", "content"}`; the content is a string (one text part) or a list of parts, in which
@@ -185,7 +185,7 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
 
     `boxes` holds the regions of the image (`{"boxes", "labels", "scores"}`), or a list with one such object per image.
     Media are the values of `image`, `images`, `video`, `volume` or `image3d` (one or a list), taken in order by the
-    literals in the text. `<image>` takes the next image, and where a record has none left, the next video or volume:
+    literals in the text. `<image>` takes the next image or, if none is left, the next video or volume:
     published video and volume records write it too. In a record without media a literal inside a text is text.
 
     Args:
@@ -268,7 +268,7 @@ def _take(waiting: list[Part], modality: str) -> Part | None:
 def media_first(
     messages: Sequence[Message], *, before: str = "", after: str = "", collapse: bool = False
 ) -> list[Message]:
-    """Messages in which the media of a turn stand in front of its text, each on a line of its own.
+    """Messages in which the media of a turn come before its text, each on a line of its own.
 
     Args:
         before, after: Text around every media item (`<Image>` and `</Image>`).

@@ -1,4 +1,4 @@
-"""Names of published checkpoints: what the original tools infer from a folder's name.
+"""What the original tools infer from the name of a published checkpoint.
 
 llavakit takes a template from the configuration. Older checkpoints carry none; a converter may ask here.
 """

@@ -1,4 +1,4 @@
-"""Chat templates: how messages become one string, and which stretches of it the model is to learn.
+"""Chat templates: messages to one string, with the spans that the assistant says.
 
 A template is a Jinja file in the dialect of transformers' chat templates; several names share one file and differ in
 values (system text, end marker). `{% generation %}` marks what the assistant says, so the same text serves as
@@ -23,9 +23,9 @@ from llavakit.registry import TEMPLATES
 
 OWN = "tokenizer"  # name of the chat template that a tokenizer brings
 PLACEHOLDER = "<image>"
-TYPED = "[image]"  # what becomes of a placeholder that stands in a text: text must never call for a media item
+TYPED = "[image]"  # replaces a placeholder inside a text, because text must never ask for a media item
 
-_RENDERING = threading.Lock()  # transformers keeps one tracker of spans per template: two threads would mix theirs
+_RENDERING = threading.Lock()  # transformers keeps one span tracker per template, which two threads would share
 
 Span = tuple[int, int]
 
@@ -41,7 +41,7 @@ class Rounds:
             the system text.
         begin: Tokens in front of the first round that no round counts.
         counts_end: Whether the tokens of `end` are added to every round; otherwise the begin token that every round
-            gets when tokenised alone stands for them.
+            gets when tokenised alone makes up for them.
         answer_offset: Added to the number of masked tokens of a round.
         later_offset: Added to both counts from the second round on, if the tokenizer does not restart a word after a
             special token (`legacy=False`).
@@ -61,12 +61,12 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Marks:
-    """What is learnt beside the answers where role marks are learnt too (LLaVA-OneVision).
+    """What is learned beside the answers where role marks are learned too (LLaVA-OneVision).
 
     Args:
-        header: String that opens an assistant turn; learnt with the turn.
-        after: String between an answer's end and the next turn; learnt with the turn.
-        everywhere: Strings of one token each that are learnt wherever they stand.
+        header: String that opens an assistant turn; learned with the turn.
+        after: String between an answer's end and the next turn; learned with the turn.
+        everywhere: Strings of one token each that are learned wherever they occur.
     """
 
     header: str
@@ -84,9 +84,9 @@ class Template:
             folder of another package.
         system: System text if the messages bring none.
         stop: Strings at which the assistant's turn is over.
-        values: Further values of the Jinja file; `before` and `after` stand around every placeholder.
-        placement: "front": a message's only media item is put in front of its text as `<image>\\n`; "lead": the same,
-            unless it stands in front already; "keep": media stay where they are.
+        values: Further variables of the Jinja file; `before` and `after` are written around every placeholder.
+        placement: "front": a message's only media item is moved before its text as `<image>\\n`; "lead": the same,
+            unless it comes first already; "keep": media stay where they are.
         labels: Label policy, see `llavakit.conversation.labels`.
         rounds: For the policy "rounds".
         marks: For the policy "marks".
@@ -120,11 +120,11 @@ class Template:
         return self._source(self.file) if self.jinja is None else self.jinja
 
     def whole(self, *, begins: bool, restarts: bool) -> str:
-        """`source` for whoever tokenises the rendered text in one go and adds no special tokens to it.
+        """`source` for tools that tokenise the rendered text in one go and add no special tokens.
 
         Args:
             begins: Whether the tokenizer puts its begin token in front of a text by itself.
-            restarts: Whether it must be told that a new word starts behind a begin token or a media item; a space does.
+            restarts: Whether it needs a space to start a new word after a begin token or a media item.
         """
         gap = " " if restarts else ""
         opening = (
@@ -150,12 +150,12 @@ class Template:
     ) -> tuple[str, list[Span]]:
         """The text of normalised messages and the character spans that the assistant says.
 
-        Every media item is `<image>`; an `<image>` that stands in a text part becomes `[image]`.
+        Every media item is `<image>`; an `<image>` inside a text part becomes `[image]`.
 
         Args:
             add_generation_prompt: Whether the text ends where the assistant is to answer.
-            continue_final_message: Whether the last message is left open, for the assistant to go on with it.
-            training: Whether to write the conversation in the form of training samples, where that differs.
+            continue_final_message: Whether the last message is left open, so that the assistant continues it.
+            training: Whether to use the form of training samples, where that differs.
             placement: Instead of the template's own.
 
         Raises:
@@ -217,7 +217,7 @@ def _as_text(parts: list[Part]) -> str | list[Part]:
 
 
 def _bare(part: Part) -> Part:
-    """A part as the Jinja file sees it: without the media item itself."""
+    """A part without the media item itself, as the Jinja file sees it."""
     if part["type"] == "text":
         return {"type": "text", "text": part["text"].replace(PLACEHOLDER, TYPED)}
     return {"type": part["type"]}
@@ -231,7 +231,7 @@ def _read(file: str) -> str:
 
 
 def get_template(template: str | Template) -> Template:
-    """The template of that name; a template comes back as it is.
+    """The template of that name; a template is returned unchanged.
 
     Raises:
         UserError: If there is none; the message names the nearest known name.
@@ -255,5 +255,5 @@ def own_template(tokenizer: Any) -> Template:
 
 
 def template_for(template: str | Template, tokenizer: Any) -> Template:
-    """`get_template`, where the name "tokenizer" stands for the tokenizer's own chat template."""
+    """`get_template`; the name "tokenizer" means the tokenizer's own chat template."""
     return own_template(tokenizer) if template == OWN else get_template(template)

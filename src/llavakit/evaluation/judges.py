@@ -4,7 +4,7 @@
     judge = Judge("runs/critic", cache="judge.jsonl")  # a model folder
     replies = judge.ask_all([[{"role": "user", "content": "..."}], ...])
 
-A call that failed is no verdict: `ask_all` and `map` give a `CallFailed` in its place, which whoever counts leaves out.
+A failed call is no verdict: `ask_all` and `map` return a `CallFailed` in its place, which is not counted.
 What is asked and what a reply means is the benchmarks' business (`benchmarks.judged`). Judge models drift: figures by
 different judges, or by one judge years apart, do not compare.
 """

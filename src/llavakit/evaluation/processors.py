@@ -1,8 +1,8 @@
-"""Answer processors: what a benchmark does to a model's text before it compares it.
+"""Answer processors: normalisation of a model's text before a benchmark compares it.
 
 Published figures depend on the quirks of these rules (a mistyped look-behind, a limit of 32 replacements, "not" that
-means no), so the quirks are kept and named. Sources are the evaluation sections of the specs of LLaVA-1.5, LLaVA-Med
-and LLaVA-Mini. Nothing here reads files or knows of gold answers.
+means no), so the quirks are kept and documented. Sources are the evaluation sections of the specs of LLaVA-1.5,
+LLaVA-Med and LLaVA-Mini. Nothing here reads files or knows of gold answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 # The published expression means "not after a digit" but looks behind for the literal "<=" and a digit, so every full
-# stop that no digit follows goes; re.UNICODE (32) was passed where the count belongs, so 32 go at most.
+# stop without a digit after it is removed; re.UNICODE (32) was passed as the count, so at most 32 are removed.
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _FULL_STOPS_REMOVED = 32
 
@@ -35,10 +35,10 @@ def contractions() -> dict[str, str]:
 
 
 def strip_punctuation(text: str) -> str:
-    """Delete or blank the 21 marks of the VQA evaluation, then remove full stops.
+    """Delete the 21 marks of the VQA evaluation or replace them by spaces, then remove full stops.
 
-    A mark is deleted if it stands next to a space anywhere in the text, and all are if the text has a thousands
-    comma; otherwise a space takes its place.
+    A mark is deleted if it occurs next to a space anywhere in the text, and all are if the text has a thousands
+    comma; otherwise it becomes a space.
     """
     result = text
     thousands = _DIGIT_COMMA_DIGIT.search(text) is not None
@@ -174,7 +174,7 @@ def _plain_words(text: str) -> str:
 
 
 def first_letter(text: str, options: Sequence[str], default: str | None = None) -> str | None:
-    """The first character of the text that is an option letter, wherever it stands (EgoSchema; MVBench's `acc`)."""
+    """The first character of the text that is an option letter (EgoSchema; MVBench's `acc`)."""
     return next((character for character in text if character in options), default)
 
 

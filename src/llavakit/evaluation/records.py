@@ -1,7 +1,7 @@
-"""Files of questions, gold answers and predictions, read with the line number of everything.
+"""Files of questions, gold answers and predictions, read with line numbers.
 
-A record is one JSON object of a JSONL file or of a JSON list. Whatever is wrong with one is reported as
-`FILE:LINE: FIELD: PROBLEM`. This module knows no benchmark; benchmarks say which fields they need.
+A record is one JSON object of a JSONL file or of a JSON list. Faults are reported as `FILE:LINE: FIELD: PROBLEM`. This
+module knows no benchmark; benchmarks say which fields they need.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _kind(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One object of a data file and where it stands.
+    """One object of a data file and its place in it.
 
     Attributes:
         file: The data file.
@@ -56,7 +56,7 @@ class Record:
         """The value of `field`, checked to be one of `kinds`.
 
         Args:
-            default: Given back if the field is absent or null; without it, an absent field is an error.
+            default: Returned if the field is absent or null; without it, an absent field is an error.
 
         Raises:
             RecordError: If the field is absent or of another type.

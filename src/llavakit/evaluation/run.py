@@ -57,7 +57,7 @@ def evaluate(
             (`Benchmark.questions_are_gold`).
         batch_size: Questions per model call.
         max_new_tokens: Longest answer; by default as published for the benchmark.
-        limit: Ask only the first so many questions; there is no score then.
+        limit: Ask only this many questions, the first ones; there is no score then.
         model_id: Name stored with the predictions, which then belong to this name too; by default the model's `name`.
         question_options, score_options: Options of the benchmark's `questions` and `score`.
 

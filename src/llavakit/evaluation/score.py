@@ -1,4 +1,4 @@
-"""Scores of a finished predictions file, and how they are printed.
+"""Scores a finished predictions file, and prints the result.
 
     score("scienceqa", "predictions.jsonl", "gold.jsonl") -> {"task": "scienceqa", "metrics": {"accuracy": 90.9, ...}}
 
@@ -77,7 +77,7 @@ def score(
 
 
 def show(value: Any) -> str:
-    """A metric for people: floats with up to three decimals, "-" for an undefined one."""
+    """A metric as text: floats with up to three decimals, "-" for an undefined one."""
     if value is None:
         return "-"
     return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

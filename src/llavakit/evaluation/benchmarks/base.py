@@ -1,6 +1,6 @@
-"""What every benchmark offers: questions to ask, a score for the answers, a file for its server.
+"""Base classes of benchmarks: questions to ask, a score for the answers, a file for the benchmark's server.
 
-Options of `score`, `questions` and `submission` are keyword arguments; a benchmark that does not know one refuses it.
+Options of `score`, `questions` and `submission` are keyword arguments; unknown ones are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 
 @dataclass(frozen=True)
 class Question:
-    """One question as a model gets it.
+    """One question as it is put to a model.
 
     Attributes:
         question_id: As in the published file.
@@ -55,7 +55,7 @@ class Question:
 
 
 class Benchmark:
-    """A benchmark; subclasses say how its files look.
+    """A benchmark; subclasses define the format of its files.
 
     Attributes:
         title: Name in the literature.
@@ -143,7 +143,7 @@ def percent(fraction: float | None) -> float | None:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write a JSON file and give back its path."""
+    """Write a JSON file; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
@@ -151,7 +151,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write a JSONL file and give back its path."""
+    """Write a JSONL file; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -164,7 +164,7 @@ def stored_questions(
     """The questions of a JSONL in LLaVA's format: `question_id`, `image`, `text` with the prompt in it.
 
     Args:
-        suffix: Response-format sentence to append as a line where the text does not have it yet.
+        suffix: Response-format sentence, appended as a line to texts that do not have it.
         keep: Fields to keep with the prediction.
     """
     folder = folder_of(path, images)

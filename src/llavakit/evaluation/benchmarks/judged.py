@@ -42,7 +42,7 @@ CATEGORIES = ("llava_bench_conv", "llava_bench_detail", "llava_bench_complex")
 
 
 def make_judge(options: dict[str, Any], predictions: str | Path) -> Judge:
-    """A judge from the options of a score; its cache lies beside the predictions unless they say otherwise."""
+    """A judge from the options of a score; by default its cache is beside the predictions."""
     from llavakit.evaluation.judges import Judge
 
     options = dict(options)
