@@ -209,3 +209,43 @@ def test_what_a_codec_cannot_say_is_refused_in_one_line():
     with pytest.raises(UserError, match="unknown assistant codec 'hermse'; did you mean 'hermes'"):
         get_codec("hermse")
     assert {get_codec(name).parse("a").content for name in CODECS} == {"a"}
+
+
+@pytest.mark.parametrize("cut", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('{"town": "Ghent"}}</tool_call>', '{"town": "Ghent"}'),
+        ('{"town": "Ghent"}}</tool_call> and <tool_call>{"name": "find"}</tool_call>', '{"town": "Ghent"}'),
+        ('{"mark": "</tool_call>"}}</tool_call>', '{"mark": "</tool_call>"}'),
+        ('{"town": "Ghe', '{"town": "Ghe'),
+        ("no idea", "no idea"),
+        ("", ""),
+    ],
+)
+def test_a_reply_that_was_begun_as_a_call_is_that_call(written, arguments, cut):
+    codec = get_codec("hermes")
+    parser = codec.call_parser("weather")
+    events = [event for place in range(0, len(written), cut) for event in parser.feed(written[place : place + cut])]
+    turn = Turn.of([*events, *parser.finish()])
+    assert (turn.content, turn.calls) == ("", [ToolCall("weather", arguments)])
+    if arguments.endswith("}"):
+        assert codec.parse(codec.opening("weather") + arguments + "}</tool_call>", ["weather"]).calls == turn.calls
+
+
+def test_a_named_function_is_called_whatever_the_model_would_say():
+    from tiny_server import small_chat
+
+    chat, tools = small_chat(), [Tool("find"), Tool("weather", "The weather of a town")]
+    question = [{"role": "user", "content": "Is this a picture?"}]
+    options = {"tools": tools, "max_new_tokens": 6}
+    assert chat.submit(question, **options).result().calls == []
+    for name in ("find", "weather"):
+        answer = chat.submit(question, tool_choice=name, **options).result()
+        assert [call.name for call in answer.calls] == [name]
+        assert answer.content == ""
+    with pytest.raises(UserError, match="'sing' is none of the tools"):
+        chat.submit(question, tool_choice="sing", **options)
+    chat.codec = get_codec("plain")
+    with pytest.raises(UserError, match="tools: this model takes none"):
+        chat.submit(question, tool_choice="find", **options)

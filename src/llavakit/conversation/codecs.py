@@ -85,6 +85,22 @@ class Codec:
         """
         return Parser()
 
+    def opening(self, name: str) -> str:
+        """The beginning of a reply that can only go on as a call of this function.
+
+        Raises:
+            UserError: If this codec has none.
+        """
+        raise UserError(f"tool_choice: this model cannot be made to call {quoted(name)}; use 'auto'")
+
+    def call_parser(self, name: str) -> Parser:
+        """A parser for what follows `opening`: it makes one call of that function, whatever the model writes.
+
+        Raises:
+            UserError: If this codec has none.
+        """
+        raise UserError(f"tool_choice: this model cannot be made to call {quoted(name)}; use 'auto'")
+
     def parse(self, text: str, tools: Sequence[str] = (), *, reason: str | None = "stop") -> Turn:
         """A whole reply as a turn."""
         parser = self.parser(tools)
@@ -210,6 +226,12 @@ class Hermes(Codec):
 
     def parser(self, tools: Sequence[str] = (), *, parallel: bool = True) -> Parser:
         return HermesParser(tools, parallel) if tools else Parser()
+
+    def opening(self, name: str) -> str:
+        return f'{self.OPEN}{{"name": {to_json(name)}, "arguments": '
+
+    def call_parser(self, name: str) -> Parser:
+        return ArgumentsParser(name)
 
     def render(self, turn: Turn) -> str:
         calls = [
@@ -348,6 +370,39 @@ class HermesParser(Parser):
             return None
         arguments = body.get("arguments", body.get("parameters", {}))
         return ToolCall(body["name"], arguments if isinstance(arguments, str) else to_json(arguments))
+
+
+class ArgumentsParser(Parser):
+    """Reads the arguments of one call, up to the marker that closes it; all that follows is left out.
+
+    Args:
+        name: The function.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name, self._held, self._called = name, "", False
+
+    def feed(self, text: str) -> list[Event]:
+        if self._called:
+            return []
+        self._held += text
+        place = self._held.find(Hermes.CLOSE)
+        while place >= 0 and _in_string(self._held[:place]):
+            place = self._held.find(Hermes.CLOSE, place + 1)
+        return self._call(self._held[:place]) if place >= 0 else []
+
+    def finish(self, reason: str | None = "stop") -> list[Event]:
+        return [] if self._called else self._call(self._held)
+
+    def _call(self, text: str) -> list[Event]:
+        self._called = True
+        text = text.strip()
+        try:
+            end = json.JSONDecoder().raw_decode(text)[1]
+        except (ValueError, RecursionError):  # cut off, or no JSON: the client sees what the model wrote
+            end = len(text)
+        return [CallEvent(call=ToolCall(self._name, text[:end]))]
 
 
 def _in_string(text: str) -> bool:

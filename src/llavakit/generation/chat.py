@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from llavakit.checkpoints.identity import model_identity
-from llavakit.conversation.codecs import Codec, Parser, get_codec
+from llavakit.conversation.codecs import AUTO, NONE, REQUIRED, Codec, Parser, get_codec
 from llavakit.conversation.encode import encode, escape_special_tokens, tokenize
 from llavakit.conversation.template import template_for
 from llavakit.conversation.turns import Event
-from llavakit.errors import UserError
+from llavakit.errors import UserError, quoted
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk
 from llavakit.generation.responder import Call, Messages, Responder
@@ -161,9 +161,17 @@ class Chat(Responder):
 
     def _open(self, call: Call, stream: bool, listener: Listener | None) -> Response:
         prepared = self.codec.prepare(call.messages, call.tools, call.tool_choice)
-        request = self.request(prepared, **_given(call.sampling))
-        tools = [tool.name for tool in call.tools] if call.tool_choice != "none" else []
-        parsers = [self.codec.parser(tools, parallel=call.parallel_calls) for _ in range(call.sampling.n)]
+        tools = [tool.name for tool in call.tools] if call.tool_choice != NONE else []
+        forced = None if call.tool_choice in (AUTO, NONE, REQUIRED) else call.tool_choice
+        if forced is not None and forced not in tools:
+            raise UserError(f"tool_choice: {quoted(forced)} is none of the tools")
+        if forced is not None:  # the reply is begun for the model, so that it cannot be anything but this call
+            prepared = [*prepared, {"role": "assistant", "content": self.codec.opening(forced)}]
+        request = self.request(prepared, continue_final_message=forced is not None, **_given(call.sampling))
+        parsers = [
+            self.codec.parser(tools, parallel=call.parallel_calls) if forced is None else self.codec.call_parser(forced)
+            for _ in range(call.sampling.n)
+        ]
         response = EngineResponse(self.engine, parsers, listener)
         response.submit(request, stream)
         return response

@@ -240,6 +240,10 @@ class ChatRequest(Strict):
             raise PydanticCustomError("contradiction", "stop takes at most 16 strings")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise PydanticCustomError("contradiction", "tool_choice needs tools")
+        if isinstance(self.tool_choice, ToolChoice):
+            names = [tool.function.name for tool in self.tools]
+            if self.tool_choice.function.name not in names:
+                raise PydanticCustomError("contradiction", "tool_choice names a function that is not among the tools")
         return self
 
     def media_parts(self) -> Iterator[tuple[str, MediaPart]]:
