@@ -1,14 +1,14 @@
-"""The body behind the thorax world: where everything lies, and what rays meet on their way through it.
+"""Anatomy and physics of the thorax world: geometry of the chest, CT volumes and radiographs.
 
 One description of a chest yields both its CT volume and its radiograph. All parts are ellipsoids with one axis along
-the depth direction, or regions bounded by curves in the frontal plane. A ray that runs straight through the depth
-therefore meets each part in one interval that can be written down, and the radiograph needs no voxels: `line_integrals`
+the depth direction, or regions bounded by curves in the frontal plane. A ray parallel to the depth axis therefore meets
+each part in one interval with a closed form, and the radiograph needs no voxels: `line_integrals`
 adds interval lengths, `volume` fills a grid by the same rules, and the two agree up to the size of a voxel.
 
 Coordinates are millimetres from the centre of the chest: x towards the patient's left, y towards the back, z
 downwards. Images follow the radiological convention: the patient's right is at the left edge of the image.
 
-This module draws no random numbers and knows no question, no report and no file.
+This module draws no random numbers, and knows nothing of questions, reports and files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MU_WATER = 0.0206
 """Attenuation of water per mm at about 60 keV."""
 
 MENISCUS = 14.0
-"""How much higher an effusion stands at the edge of the lung than at its middle, in mm."""
+"""How much higher the surface of an effusion is at the edge of the lung than at its middle, in mm."""
 
 SIDES = ("right", "left")
 
@@ -56,7 +56,7 @@ class Ellipsoid:
         return self.center[0] - half_x, self.center[2] - half_z, self.center[0] + half_x, self.center[2] + half_z
 
     def half_depth(self, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Half the length of a ray inside, by position in the frontal plane; 0 outside. Broadcasts x and z."""
+        """Half the length of a ray inside, by position in the frontal plane; 0 where it misses. Broadcasts x and z."""
         a, b, c = self.axes
         dx, dz = x - self.center[0], z - self.center[2]
         if self.tilt:
@@ -73,23 +73,23 @@ class Ellipsoid:
         return rest
 
     def span(self, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where rays enter and leave; equal where they miss."""
+        """Depths at which rays enter and leave; equal where they miss."""
         half = self.half_depth(x, z)
         return self.center[1] - half, self.center[1] + half
 
     def contains(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Whether points lie inside. Broadcasts."""
+        """Whether points are inside. Broadcasts."""
         half = self.half_depth(x, z)
         return (np.abs(y - self.center[1]) < half) & (half > 0)
 
     def mirrored(self) -> Ellipsoid:
-        """The same with front and back exchanged."""
+        """The ellipsoid with front and back exchanged."""
         return Ellipsoid((self.center[0], -self.center[1], self.center[2]), self.axes, self.tilt)
 
 
 @dataclass(slots=True)
 class Lung:
-    """One lung: an ellipsoid cut off below by the dome of the diaphragm, with what is inside.
+    """One lung: an ellipsoid cut off below by the dome of the diaphragm, with its contents.
 
     Attributes:
         outer: The chest cavity of this side.
@@ -122,13 +122,13 @@ class Lung:
 
 @dataclass(slots=True)
 class Chest:
-    """Everything that rays can meet.
+    """All parts of a chest that attenuate rays.
 
     Attributes:
         body: Semi-axes (x, y) of the trunk in mm.
         lungs: Right and left lung by side.
         heart: Heart and aortic knob; they push the lungs aside.
-        bones: Spine and clavicles; denser than the tissue they lie in.
+        bones: Spine and clavicles; denser than the tissue around them.
         cage: Outer and inner surface of the rib cage.
         ribs: z at the middle of each rib.
         trachea: The windpipe.
@@ -147,7 +147,7 @@ class Chest:
 
 RIB_HALF_HEIGHT = 4.5
 _RIB_SLOPES = (0.12, 0.42)
-"""How steeply the back and the front arcs of the ribs fall away from the spine."""
+"""Slopes of the back and the front arcs of the ribs, downwards from the spine."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -164,7 +164,7 @@ def _trunk(chest: Chest, z: np.ndarray) -> np.ndarray:
 
 
 def _coverage(distance: np.ndarray, pixel: float) -> np.ndarray:
-    """Share of a pixel that lies on the positive side of an edge at `distance` mm."""
+    """Share of a pixel on the positive side of an edge at `distance` mm."""
     return np.clip(distance / pixel + 0.5, 0.0, 1.0)
 
 
@@ -180,7 +180,7 @@ def _rib_bands(chest: Chest, x: np.ndarray, z: np.ndarray, pixel: float) -> tupl
 
 
 def _overlap(*spans: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Length that several intervals have in common."""
+    """Length of the intersection of several intervals."""
     low, high = spans[0]
     for other_low, other_high in spans[1:]:
         low, high = np.maximum(low, other_low), np.minimum(high, other_high)
@@ -250,7 +250,7 @@ def line_integrals(chest: Chest, size: tuple[int, int]) -> np.ndarray:
 
 
 def _add_lung(total: np.ndarray, chest: Chest, lung: Lung, size: tuple[int, int]) -> None:
-    """Replace soft tissue by what is in one lung, in place."""
+    """Replace soft tissue by the contents of one lung, in place."""
     window = _Window(lung.outer.bounds(), size, 1e9)
     x, z = window.x, window.z
     outer, inner = lung.outer.span(x, z), lung.inner.span(x, z)
@@ -280,9 +280,9 @@ def _add_lung(total: np.ndarray, chest: Chest, lung: Lung, size: tuple[int, int]
 def _add_small(
     total: np.ndarray, chest: Chest, lung: Lung, part: Ellipsoid, size: tuple[int, int], contrast: float
 ) -> None:
-    """Add a nodule or vessel that lies in aerated lung, in place.
+    """Add a nodule or vessel in aerated lung, in place.
 
-    Parts never leave the chest cavity sideways; all else that can hide them is looked at only where it can.
+    Parts never leave the chest cavity sideways. Other parts that can hide them are considered only where they can.
     """
     bounds = part.bounds()
     window = _Window(bounds, size, max(1.5, part.axes[2]))
@@ -312,7 +312,7 @@ def _meets(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def _heart_overlap(
     span: tuple[np.ndarray, np.ndarray], heart: list[tuple[np.ndarray, np.ndarray]], *others: tuple
 ) -> np.ndarray:
-    """Length of a span (within the other spans) that heart and aorta take; the two never overlap each other."""
+    """Length of a span (within the other spans) inside heart and aorta, which never overlap each other."""
     return sum(_overlap(span, part, *others) for part in heart)
 
 
@@ -382,13 +382,13 @@ def project(hounsfield: np.ndarray, spacing: tuple[float, float, float]) -> np.n
 
 
 EXPOSURE = 4000.0
-"""Photons per pixel in open air. The same at every matrix size: the noise of a pixel does not depend on its size."""
+"""Photons per pixel in open air, the same at every matrix size: the noise of a pixel does not depend on its size."""
 
 READ_NOISE = 2.0
 """Standard deviation of the detector's own noise, in photons."""
 
 FILM_BASE, FILM_LATITUDE = 0.7, 1.5
-"""Line integral shown as black, and the one over which brightness covers 63 % of what is left to white."""
+"""Line integral shown as black, and the one over which brightness rises by 63 % of the remaining range."""
 
 
 def expose(integrals: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
@@ -409,7 +409,7 @@ def expose(integrals: np.ndarray, rng: np.random.Generator | None) -> np.ndarray
 
 
 def mirror_depth(chest: Chest) -> Chest:
-    """The same chest with front and back exchanged: another volume, the same radiograph."""
+    """The chest with front and back exchanged: another volume, but the same radiograph."""
 
     def flip(parts: list[Ellipsoid]) -> list[Ellipsoid]:
         return [part.mirrored() for part in parts]

@@ -1,10 +1,10 @@
-"""What every phantom world offers: cases, items, questions, and who may be trained on.
+"""Base of the phantom worlds: cases, items, questions, and the split of cases.
 
-A world is a function from (seed, index) to a `Case`: one patient, or one scene. Nothing else enters, so any process
-can make any case again, in any order. A case carries one or more items (a radiograph, a volume, a pair of studies,
-a clip); all items of a case fall into the same split, so a held-out patient is never seen in training.
+A world is a function from (seed, index) to a `Case`: one patient, or one scene. It depends on nothing else, so any
+process can make any case again, in any order. A case has one or more items (a radiograph, a volume, a pair of studies,
+a clip); all items of a case are in the same split, so a held-out patient is never seen in training.
 
-This module knows no anatomy and no shapes, draws nothing and writes no file.
+This module knows neither anatomy nor shapes, draws nothing and writes no file.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Question:
         answer: The answer as a single word or phrase.
         sentence: The same answer as a full sentence.
         choices: All answers that this kind of question can have, for multiple choice; empty if open.
-        self_contained: Whether `text` says already what form the answer has, so that no format sentence follows.
+        self_contained: Whether `text` already says which form the answer has, so that no format sentence follows.
     """
 
     type: str
@@ -80,7 +80,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Where something is.
+    """A labelled region of an image.
 
     Attributes:
         label: What it is ("nodule", "disc").
@@ -95,7 +95,7 @@ class Box:
 
 @dataclass(slots=True)
 class Item:
-    """One thing to look at, with all that is true of it.
+    """One item to look at, with all that is true of it.
 
     Attributes:
         id: Unique within a world and seed.
@@ -127,7 +127,7 @@ class Case:
     Attributes:
         id: Unique within a world and seed.
         split: "train" or "heldout", see `split_of`.
-        items: What there is to look at; the first is the world's main item.
+        items: The items to look at; the first is the world's main item.
         facts: The ground truth as JSON-able data.
         report: Named sections of a written report ("findings", "impression"); empty for worlds without.
         triples: (subject, relation, object) statements that hold for this case.
@@ -154,7 +154,7 @@ class World(ABC):
 
     @abstractmethod
     def sample(self, seed: int, index: int) -> Case:
-        """Case number `index` of the world that `seed` names; depends on nothing else.
+        """Case number `index` of the world with this seed; depends on nothing else.
 
         Raises:
             UserError: If seed or index is negative.
@@ -162,7 +162,7 @@ class World(ABC):
 
     @abstractmethod
     def texts(self) -> list[str]:
-        """Sentences that together hold every word this world can say, to train a tokenizer from."""
+        """Sentences that together contain every word of this world, to train a tokenizer on."""
 
     def knowledge(self) -> list[tuple[str, str, str]]:
         """Statements that hold for every case of this world."""
@@ -170,10 +170,10 @@ class World(ABC):
 
 
 def cell_labels(boxes: Sequence[Box], rows: int, columns: int, names: Sequence[str]) -> np.ndarray:
-    """What is to be seen in each cell of a picture: dense labels to train a small encoder with from scratch.
+    """Which objects are visible in each cell of a picture: dense labels to train a small encoder from scratch.
 
-    A few hundred steps of classifying patches stand for the years that a published vision tower was trained before
-    LLaVA's stage 1 begins.
+    A few hundred steps of classifying patches replace the pre-training that a published encoder has had before LLaVA's
+    stage 1 begins.
 
     Args:
         boxes: Objects in the picture.
@@ -181,8 +181,8 @@ def cell_labels(boxes: Sequence[Box], rows: int, columns: int, names: Sequence[s
         names: Words to look for in label and description of each box.
 
     Returns:
-        Float32 `[rows, columns, names]`: 1 where a box that goes by the name covers a third of the cell, or a third
-        of the box lies in the cell.
+        Float32 `[rows, columns, names]`: 1 where a box of that name covers a third of the cell, or a third of the box
+        is in the cell.
     """
     labels = np.zeros((rows, columns, len(names)), np.float32)
     y, x = np.arange(rows)[:, None] / rows, np.arange(columns)[None, :] / columns
@@ -202,8 +202,8 @@ def cell_labels(boxes: Sequence[Box], rows: int, columns: int, names: Sequence[s
 def thin(rng: np.random.Generator, present: bool, prevalence: float) -> bool:
     """Whether to ask about the presence of something, such that yes and no come out equally often.
 
-    A thing present in a share p <= 1/2 of the cases is always asked about where present and with probability
-    p / (1 - p) where absent.
+    Something that is present in a share p <= 1/2 of the cases is always asked about where it is present, and with
+    probability p / (1 - p) where it is absent.
     """
     return present or rng.random() < prevalence / (1.0 - prevalence)
 
@@ -225,7 +225,7 @@ def check_choice(field_name: str, value: Any, known: tuple[Any, ...]) -> Any:
 
 
 def check_range(field_name: str, value: float, low: float, high: float) -> float:
-    """`value` if it lies in [low, high].
+    """`value` if it is in [low, high].
 
     Raises:
         UserError: Otherwise, naming the field and the range.

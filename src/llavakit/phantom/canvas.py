@@ -1,4 +1,4 @@
-"""Drawing of the scene world: shapes and signs on grey noise. What is asked about them is not known here."""
+"""Drawing of the scene world: shapes and signs on grey noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """An object: what it is, the cell it lies in (row, column), and its square on the canvas in pixels."""
+    """An object: shape and colour, its cell (row, column), and its square on the canvas in pixels."""
 
     shape: str
     colour: str

@@ -1,7 +1,7 @@
-"""Patients of the thorax world: which findings there are, where they lie, how they change.
+"""Patients of the thorax world: findings, their places, and how they change.
 
-Findings are drawn first, then the chest around them; a finding learns its place and extent when it is put in. What a
-finding is called and what is asked about it is not known here.
+Findings are drawn first, then the chest around them; a finding gets its place and extent when it is put in. Names of
+findings and questions about them are not known here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHANGES = ("grown", "shrunk", "gone", "unchanged")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong.
+    """One abnormal finding.
 
     Attributes:
         kind: One of `KINDS`.
@@ -33,7 +33,7 @@ class Finding:
         zone: "upper", "middle" or "lower" third of the lung; None where it has none.
         size: "small" or "large"; None for the heart and for consolidation.
         depth: "anterior" or "posterior" half of the lung; nodules only.
-        center: Where a nodule or consolidation lies, mm.
+        center: Centre of a nodule or consolidation, mm.
         extent: Radius of a nodule, semi-axis of a consolidation, height of an effusion above the dome of the
             diaphragm, width of the gap of a pneumothorax as a share of the lung; mm except for the last.
     """
@@ -47,7 +47,7 @@ class Finding:
     extent: float = 0.0
 
     def facts(self) -> dict[str, Any]:
-        """What is known of it, as JSON-able data."""
+        """The finding as JSON-able data."""
         facts = {key: value for key, value in asdict(self).items() if value}
         if self.center:
             facts["center"] = [round(value, 1) for value in self.center]
@@ -65,7 +65,7 @@ class Setting:
 
     Attributes:
         prevalence: Share of the patients who have a finding of each kind, by kind; at most one half, see `base.thin`.
-        one_sided: Whether all findings of a patient lie in the same lung, so that naming the side takes no search.
+        one_sided: Whether all findings of a patient are in the same lung, so that naming the side takes no search.
         nodule, consolidation, effusion, pneumothorax: (low, high) of `Finding.extent`, by size where there are two.
     """
 
@@ -121,9 +121,9 @@ def draw_findings(
 
 
 def build_chest(rng: np.random.Generator, findings: list[Finding], setting: Setting) -> Chest:
-    """A random chest with these findings. Their places and extents are written back into the list.
+    """A random chest with these findings, whose places and extents are written back into the list.
 
-    The same random numbers are drawn in the same order whatever the findings are, as far as their number allows.
+    As far as the number of findings allows, the same random numbers are drawn in the same order for any findings.
     """
     u = rng.random(12).tolist()
     stature = 0.94 + 0.10 * u[0]
@@ -180,7 +180,7 @@ def _place(rng: np.random.Generator, chest: Chest, finding: Finding, setting: Se
 
 
 def _insert(chest: Chest, finding: Finding) -> None:
-    """Add a finding that knows its place to the anatomy, in place."""
+    """Add a finding with a place to the anatomy, in place."""
     if finding.kind == "cardiomegaly":
         return
     lung = chest.lungs[finding.side]
@@ -222,7 +222,7 @@ def _spot(rng: np.random.Generator, lung: Lung, finding: Finding) -> tuple[float
 
 
 def _find_room(rng: np.random.Generator, chest: Chest, finding: Finding, setting: Setting) -> Finding:
-    """A nodule or consolidation in aerated lung, apart from all else.
+    """A nodule or consolidation in aerated lung, separate from all other parts.
 
     If its zone has no room, it moves to the other side, and if there is none either, to another zone.
     """
@@ -267,7 +267,7 @@ VESSELS_PER_LUNG = 5
 
 
 def _grow_vessels(rng: np.random.Generator, chest: Chest) -> None:
-    """Lung markings that run from the root of each lung outwards, around nodules in front of or behind them."""
+    """Lung markings that run outwards from the root of each lung and around nodules in front of or behind them."""
     for side, lung in chest.lungs.items():
         outward = 1.0 if side == "left" else -1.0
         u = rng.random((VESSELS_PER_LUNG, 4)).tolist()
@@ -291,7 +291,7 @@ def progress(chest: Chest, findings: list[Finding], changes: dict[int, str]) -> 
     """The same chest at a later date.
 
     Args:
-        changes: What became of each finding, by its place in the list, of `CHANGES`.
+        changes: The change of each finding (one of `CHANGES`), by its index in the list.
     """
     lungs = {
         side: Lung(lung.outer, lung.outer, lung.dome, lung.slope, vessels=lung.vessels)

@@ -1,4 +1,4 @@
-"""What is said about a patient: report, statements of a knowledge graph, questions with their answers."""
+"""Text about a patient: report, statements of a knowledge graph, questions with their answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The scene world: coloured shapes and short words on noise, as pictures, pairs of pictures and clips.
 
-For everything that is not medicine: colours, shapes, counts, places, relations, reading, comparing two pictures,
-motion and order in time. Objects lie in the cells of a grid, about three by three on a square canvas; wide and tall
+For everything outside medicine: colours, shapes, counts, places, relations, reading, comparing two pictures, motion
+and order in time. Objects are in the cells of a grid, about three by three on a square canvas; wide and tall
 canvases have more columns or rows with cells of the same size, so that systems which cut a picture into tiles have
 something to gain.
 
@@ -192,9 +192,9 @@ class Scene(World):
         """Questions about one picture.
 
         Every object is the subject of one question, or of one about its row and one about its column: "the red disc" in
-        one question would answer "What colour is the disc?" in another. What names give away as well, how many objects
-        there are and whether one exists, is asked first or, in most of the dialogues, not at all, so that a
-        dialogue can open with any type of question.
+        one question would answer "What colour is the disc?" in another. What such names reveal as well (how many
+        objects there are, whether one exists) is asked first or, in most dialogues, not at all, so that a dialogue can
+        open with any type of question.
         """
         types, rest = self.types, []
         names = [thing.name for thing in things]
@@ -227,7 +227,7 @@ class Scene(World):
         return [part[i] for part in (first, rest) for i in rng.permutation(len(part))]
 
     def _exist(self, rng: np.random.Generator, names: list[str]) -> Question:
-        """Whether there is an object of a certain colour and shape: yes and no equally often, whatever is asked."""
+        """Whether there is an object of a certain colour and shape; yes and no are equally likely for each question."""
         if rng.random() < 0.5:
             name, answer = pick(rng, names), "Yes"
         else:
@@ -448,7 +448,7 @@ def _shape(thing: Thing, shapes: tuple[str, ...]) -> Question:
 
 
 def _places(thing: Thing, height: int, width: int) -> list[Question]:
-    """Row and column; not where the object lies close to a border between thirds."""
+    """Questions about row and column, left out if the object is close to a border between thirds."""
     questions = []
     for type_, names, third in (
         ("row", ROWS, _third(thing.top + thing.side / 2, height)),

@@ -1,13 +1,13 @@
 """The thorax world: patients with radiograph, CT volume, report, questions, knowledge and a follow-up study.
 
-A patient is a set of numbers (`anatomy.Chest`) plus a list of findings. The same numbers give every picture and every
-sentence, so what the text says is true of the pixels, up to what physics hides: one projection does not show depth,
-and a nodule of a few millimetres drowns in the noise of a small matrix.
+A patient is a set of numbers (`anatomy.Chest`) plus a list of findings. Pictures and sentences are made from the same
+numbers, so the text is true of the pixels, except for what physics hides: one projection does not show depth, and a
+nodule of a few millimetres is lost in the noise of a small matrix.
 
 Answers are balanced by construction: without the picture no question can be answered better than by guessing among
 its possible answers. Sides are the patient's; the patient's right is at the left edge of the picture.
 
-This module knows what findings are called and what is asked about them; the geometry and the physics are in `anatomy`.
+This module knows the names of findings and the questions about them; geometry and physics are in `anatomy`.
 """
 
 from __future__ import annotations

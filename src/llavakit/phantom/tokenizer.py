@@ -1,8 +1,8 @@
-"""A tiny tokenizer with Llama's conventions, trained in a moment from the sentences of a phantom world.
+"""A tiny tokenizer with Llama's conventions, trained within a second on the sentences of a phantom world.
 
-It behaves like the tokenizer of Llama-2 and Vicuna where templates and label masks notice: ids 0, 1, 2 are `<unk>`,
-`<s>`, `</s>`; a blank is part of the following word; every stretch of text after a special token starts a new word;
-`<s>` is put in front; what the vocabulary lacks is spelt in bytes, so any text survives the round trip.
+It behaves like the tokenizer of Llama-2 and Vicuna in all that matters to templates and label masks: ids 0, 1, 2 are
+`<unk>`, `<s>`, `</s>`; a space is part of the following word; text after a special token starts a new word; `<s>` is
+prepended; unknown characters are spelled in bytes, so any text survives the round trip.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def tiny_tokenizer(
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), normalizers.Replace(" ", _BLANK)])
         return tokenizer
 
-    # Words as units of training, punctuation and line breaks apart from them.
+    # Training units are words; punctuation and line breaks are separate.
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(_BLANK, "merged_with_next"),
@@ -64,7 +64,7 @@ def tiny_tokenizer(
     trainee.pre_tokenizer = split
     # The trainer prefers frequent words; each shared sentence counts as often as a common question.
     corpus = [*texts]
-    # A question follows a placeholder and a line break, so each first word occurs without a blank too.
+    # A question follows a placeholder and a line break, so each first word occurs without a space too.
     corpus += [f"\n{text}" for text in corpus]
     corpus += shared_texts() * max(4, len(corpus) // 100)
     alphabet = sorted(set("".join(corpus).replace(" ", _BLANK)) | {_BLANK, "\n", *map(chr, range(33, 127))})

@@ -22,7 +22,7 @@ LETTERS = "ABCDEFGH"
 
 
 def shared_texts() -> list[str]:
-    """What every world may say: format sentences, template words, numbers."""
+    """Texts common to all worlds: format sentences, template words, numbers."""
     coordinates = " ".join(f"[0.{i}{i}, 0.{i}{(i + 3) % 10}, 1.00, 0.{(i + 7) % 10}{i}]" for i in range(10))
     return [
         f"{SYSTEM} USER: \n{SHORT} ASSISTANT: Yes",

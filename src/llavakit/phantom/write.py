@@ -8,9 +8,9 @@
     boxes.json                 item -> image, size, boxes (fractions of width and height)
     kg.json                    knowledge: statements true of all cases; cases: statements true of one
     cases.jsonl                facts (and report) of every case
-    texts.json                 sentences with every word of the world, to train a tokenizer from
+    texts.json                 sentences with every word of the world, to train a tokenizer on
 
-A folder appears at once and complete, or not at all. The same call again finds the folder and does nothing.
+A folder appears complete or not at all. The same call again finds the folder and does nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def write_world(name: str, out: str | Path, *, n: int, seed: int = 0, **options:
         try:
             os.rename(workplace, out)
         except OSError:
-            # Another process was faster; what it wrote counts if it is the same.
+            # Another process was faster; its folder is taken if it holds the same data.
             found = _find(out, plan)
             if found is None:
                 raise
@@ -327,5 +327,5 @@ def save_nifti(path: Path, hounsfield: np.ndarray, spacing: tuple[float, float, 
     except ImportError as error:
         raise UserError("volume_format: 'nii' needs nibabel; pip install 'llavakit[medical]', or use 'npy'") from error
     z, y, x = spacing
-    # Columns run to the patient's left, rows to the back, slices downwards: all against the axes of RAS.
+    # Columns run to the patient's left, rows to the back, slices downwards: all opposite to the axes of RAS.
     nibabel.save(nibabel.Nifti1Image(hounsfield.transpose(2, 1, 0), np.diag([-x, -y, -z, 1.0])), str(path))
