@@ -70,8 +70,50 @@ def test_videos_and_volumes_from_everywhere(tmp_path):
         assert np.array_equal(load_volume(source).values, values)
 
 
+@pytest.fixture(scope="module")
+def processor():
+    import tiny
+
+    from llavakit.model.processing import LlavakitProcessor
+    from llavakit.phantom.tokenizer import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(["What is in this picture?"], vocab_size=600)
+    return LlavakitProcessor.from_config(tiny.config(), tokenizer)
+
+
+def test_every_source_in_messages(processor, png):
+    """As content parts in both spellings, twice each as a conversation reads them, and for the size alone."""
+    url = data_url(png.read_bytes())
+    parts = [
+        {"type": "image", "image": np.asarray(Image.open(png))},
+        {"type": "image", "image": io.BytesIO(png.read_bytes())},
+        {"type": "image", "image": url},
+        {"type": "image", "url": url},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "input_image", "image_url": url},
+        {"type": "image", "path": str(png)},
+    ]
+    expected = processor.encode([{"role": "user", "content": [{"type": "image", "image": str(png)}]}])
+    for part in parts:
+        for pixels in (True, True, False):
+            found = processor.encode([{"role": "user", "content": [part]}], pixels=pixels)
+            assert found["input_ids"] == expected["input_ids"]
+            assert found["visual_sizes"] == expected["visual_sizes"]
+            if pixels:
+                assert all(map(np.array_equal, found["pixel_values"], expected["pixel_values"]))
+
+
+def test_parts_that_name_nothing(processor):
+    for part in ({"type": "image"}, {"type": "image", "image": None}, {"type": "image", "text": "x"}):
+        for pixels in (True, False):
+            messages = [{"role": "user", "content": [part]}]
+            refused(lambda m=messages, p=pixels: processor.encode(m, pixels=p), "names no image", '"image": ...')
+
+
 def test_refused_sources(png, tmp_path):
     with png.open("rb") as file:
+        assert same(load_image(file))
+        assert same(load_image(file))
         file.read()
         refused(lambda: load_image(file), "a.png", "seek to its beginning")
     (tmp_path / "a.txt").write_text("hello")

@@ -187,8 +187,10 @@ def _at_url(url: str, name: str, limits: Limits) -> Path | Attached:
 def _content_of(file: Any, name: str, limits: Limits) -> bytes:
     with reading(name, "cannot be read"):
         content = file.read(limits.file_bytes + 1)
-    if not isinstance(content, _BYTES):
-        raise MediaError(f"{name}: is open as text; open it in binary mode ('rb')")
+        if not isinstance(content, _BYTES):
+            raise MediaError(f"{name}: is open as text; open it in binary mode ('rb')")
+        if content and callable(getattr(file, "seekable", None)) and file.seekable():
+            file.seek(-len(content), os.SEEK_CUR)  # every turn of a conversation reads it again
     if not content:
         raise MediaError(f"{name}: has no bytes left to read; seek to its beginning first")
     return Attached(content, name)
