@@ -246,3 +246,45 @@ def test_media_of_the_wrong_kind_are_refused_by_field(every_kind):
             client.chat.completions.create(model="tiny", messages=media(kind, data_url(b"neither of them")))
         assert caught.value.param == f"messages.0.content.0.{kind}"
         assert "/tmp" not in caught.value.message
+
+
+OTHER = {"type": "function", "function": {"name": "find"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_named_function_is_called_whatever_the_model_says(client, stream):
+    named = {"type": "function", "function": {"name": "find"}}
+    options = {"tools": [WEATHER, OTHER], "tool_choice": named, "max_tokens": 6, "stream": stream}
+    said = client.chat.completions.create(model="tiny", messages=ask(), **options)
+    choices = [chunk.choices[0] for chunk in said if chunk.choices] if stream else said.choices
+    turns = [choice.delta if stream else choice.message for choice in choices]
+    assert [call.function.name for turn in turns for call in turn.tool_calls or ()] == ["find"]
+    assert not any(turn.content for turn in turns)
+    assert choices[-1].finish_reason == "tool_calls"
+    with pytest.raises(openai.BadRequestError, match="not among the tools"):
+        client.chat.completions.create(model="tiny", messages=ask(), **options | {"tools": [WEATHER]})
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_parallel_calls_are_as_many_as_a_request_wants(scripted, parallel):
+    client, _ = scripted(f"{CALL}\n{CALL.replace('Ghent', 'Bruges')}")
+    options = {"tools": [WEATHER], "parallel_tool_calls": parallel}
+    whole = client.chat.completions.create(model="tiny", messages=ask(), **options)
+    calls = [json.loads(call.function.arguments)["town"] for call in whole.choices[0].message.tool_calls]
+    assert calls == (["Ghent", "Bruges"] if parallel else ["Ghent"])
+    streamed = client.chat.completions.create(model="tiny", messages=ask(), stream=True, **options)
+    found = [call for chunk in streamed for call in chunk.choices[0].delta.tool_calls or ()]
+    assert len(found) == len(calls)
+
+
+def test_a_whole_reply_goes_back_in_as_history(scripted):
+    """With all its fields, most of them null."""
+    client, engine = scripted(f"Let me look. {CALL}")
+    first = client.chat.completions.create(model="tiny", messages=ask(), tools=[WEATHER])
+    history = [*ask(), first.choices[0].message.model_dump()]
+    assert None in history[1].values()
+    call = history[1]["tool_calls"][0]["id"]
+    result = {"role": "tool", "tool_call_id": call, "content": "dry"}
+    client.chat.completions.create(model="tiny", messages=[*history, result], tools=[WEATHER])
+    assert "Let me look." in engine.prompts[1]
+    assert "Ghent" in engine.prompts[1]

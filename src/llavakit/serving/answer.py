@@ -133,7 +133,7 @@ class Answer:
         for reply in self.handle.replies:
             text, calls = reply.text.strip(), []
             if self.tools:
-                text, calls = toolcalls.read(text, self.tools)
+                text, calls = toolcalls.read_reply(text, self.body)
             message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
             if calls:
                 message["tool_calls"] = calls
@@ -187,7 +187,7 @@ class Answer:
             if reason is None:
                 return []
             reply = self.handle.replies[piece.index]
-            text, calls = toolcalls.read(reply.text.strip(), self.tools)
+            text, calls = toolcalls.read_reply(reply.text.strip(), self.body)
             delta: dict[str, Any] = {"content": text} if text else {}
             if calls:
                 delta["tool_calls"] = [{**call, "index": number} for number, call in enumerate(calls)]

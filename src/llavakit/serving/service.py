@@ -16,6 +16,7 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 
+from llavakit.conversation.codecs import get_codec
 from llavakit.conversation.encode import escape_special_tokens
 from llavakit.conversation.messages import boxes_part
 from llavakit.errors import FieldError, UserError
@@ -229,8 +230,13 @@ class Service:
             incoming.account.keep(0)  # the item before it is cut into views
 
         escaped = escape_special_tokens(messages, self.chat.processor.tokenizer)
+        name = toolcalls.forced(incoming.body)
+        if name is not None:  # the reply is begun for the model
+            escaped = [*escaped, {"role": "assistant", "content": get_codec(None).opening(name)}]
         with incoming.account.counting() as account:
-            request = self.chat.request(escaped, before_media=before, **sampling)
+            request = self.chat.request(
+                escaped, continue_final_message=name is not None, before_media=before, **sampling
+            )
             account.keep(sum(view.nbytes for view in request.pixel_values or ()))
         return request
 

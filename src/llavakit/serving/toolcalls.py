@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llavakit.serving.protocol import ChatMessage, ChatRequest, new_id
+from llavakit.conversation.codecs import get_codec
+from llavakit.serving.protocol import ChatMessage, ChatRequest, ToolChoice, new_id
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
@@ -75,6 +76,23 @@ def read(text: str, names: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
         if call is not None:
             return "", [call]
     return rest, calls
+
+
+def forced(request: ChatRequest) -> str | None:
+    """The function that a request names in `tool_choice`."""
+    return request.tool_choice.function.name if isinstance(request.tool_choice, ToolChoice) else None
+
+
+def read_reply(text: str, request: ChatRequest) -> tuple[str, list[dict[str, Any]]]:
+    """Text and calls of a reply as the request wants them: of a function that it names, or at most one call."""
+    name = forced(request)
+    if name is not None:
+        parser = get_codec(None).call_parser(name)
+        (event,) = [*parser.feed(text), *parser.finish()]
+        function = {"name": name, "arguments": event.call.arguments}
+        return "", [{"id": new_id("call"), "type": "function", "function": function}]
+    rest, calls = read(text, [tool.function.name for tool in request.tools])
+    return rest, calls[:1] if request.parallel_tool_calls is False else calls
 
 
 def _call(text: str, names: Sequence[str]) -> dict[str, Any] | None:
