@@ -11,6 +11,7 @@ import random
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -823,6 +824,66 @@ def test_sharded_processes_have_the_loss_curve_of_one_and_survive_a_kill(world: 
         assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     ours, theirs = weights(one), load_file(tmp_path / "two" / "final" / "model.safetensors")
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+
+
+def _one_rank(recipe: str, overrides: list[str], rank: int, port: int) -> None:
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    train(recipe, overrides, console=QUIET)
+
+
+def _start_two(recipe: Path, overrides: list[str]) -> list[multiprocessing.Process]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llavakit.training.run", "peft", "tensorboard"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = [context.Process(target=_one_rank, args=(str(recipe), overrides, rank, port)) for rank in (0, 1)]
+    for process in found:
+        process.start()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_killed_four_times_end_in_the_same_bits(world: Path, tmp_path: Path, shard: bool) -> None:
+    raw = tiny_training.recipe(world)
+    for stage in raw["stages"]:
+        stage |= {"batch_size": 1, "global_batch": 4, "save_steps": 2, "clip": 1.0, "max_steps": 40, "shard": shard}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(raw))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def finish(folder: Path) -> None:
+        processes = _start_two(recipe, [f"output={folder}"])
+        for process in processes:
+            process.join(240)
+        assert [process.exitcode for process in processes] == [0, 0]
+
+    def made() -> set[Path]:
+        return {*cut.glob("*/checkpoint-*"), *cut.glob("*/.saving-*"), *cut.glob("*/final"), *cut.glob("*/.final*")}
+
+    finish(whole)
+    moment = random.Random(7 + shard)
+    for _ in range(4):
+        seen = made()
+        processes = _start_two(recipe, [f"output={cut}"])
+        while all(process.is_alive() for process in processes) and made() <= seen:
+            time.sleep(0.002)
+        time.sleep(moment.uniform(0, 0.4))
+        assert all(process.is_alive() for process in processes)  # otherwise there was nothing to kill
+        for process in moment.sample(processes, 2):
+            process.kill()
+            time.sleep(moment.uniform(0, 0.05))
+        for process in processes:
+            process.join()
+    assert not (cut / "final").exists()
+    finish(cut)
+    ours, theirs = ((folder / "final" / "model.safetensors").read_bytes() for folder in (whole, cut))
+    assert ours == theirs
+    tokens = [json.loads((folder / "tune" / "metrics.json").read_text())["tokens"] for folder in (whole, cut)]
+    assert tokens[0] == tokens[1]  # repeated steps count once
+    assert not [path for path in cut.rglob(".*") if path.is_dir()]  # nothing half-written is left
 
 
 def test_accelerate_reads_the_configuration_files() -> None:
