@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 from llavakit.data import scienceqa
 from llavakit.data.collate import Collator
 from llavakit.data.dataset import SampleDataset
-from llavakit.data.mixing import EpochSampler, choose, mixed_order
+from llavakit.data.mixing import choose, mixed_order
 from llavakit.data.mixture import Mixture, read_specs
-from llavakit.data.packing import PackedBatchSampler, first_fit_decreasing, in_order, pack_rows
+from llavakit.data.packing import first_fit_decreasing, in_order, pack_rows
 from llavakit.data.readers import JsonlSource, JsonSource, Selected, open_source
 from llavakit.data.records import BadRecords, check_media, read_record
-from llavakit.data.sampler import GroupedSampler, length_grouped, modality_grouped, widely_grouped
+from llavakit.data.sampler import length_grouped, modality_grouped, widely_grouped
 from llavakit.errors import RecordError, UserError
 from llavakit.proof.golden import run_case
 
@@ -427,24 +427,6 @@ def test_weights_repeat_and_thin_sources():
         mixed_order([1, 2], [1])
 
 
-def test_epoch_sampler_goes_on_where_it_stopped():
-    whole = list(EpochSampler(range(20), seed=5))
-    sampler = EpochSampler(range(20), seed=5)
-    steps = iter(sampler)
-    seen = [next(steps) for _ in range(7)]
-    other = EpochSampler(range(20), seed=5)
-    other.load_state_dict(sampler.state_dict())
-    assert seen + list(other) == whole
-    assert list(other) == list(EpochSamplerAt(1))
-    assert len(other) == 20
-
-
-def EpochSamplerAt(epoch):
-    sampler = EpochSampler(range(20), seed=5)
-    sampler.set_epoch(epoch)
-    return sampler
-
-
 # Samplers
 
 
@@ -477,15 +459,6 @@ def test_wide_grouping_of_onevision():
         assert order == outputs[key], key
 
 
-def test_grouped_sampler_by_epoch():
-    sampler = GroupedSampler([5, -3, 8, -2, 9, 1], 2, seed=1)
-    first = list(sampler)
-    assert list(sampler) == first
-    sampler.set_epoch(1)
-    assert sorted(sampler) == sorted(first)
-    assert sorted(GroupedSampler([5, 3], 1, by_modality=False)) == [0, 1]
-
-
 # Packing
 
 
@@ -507,25 +480,6 @@ def test_packing_keeps_every_sample_and_overfills_no_row():
         assert all(sum(lengths[index] for index in row) <= 40 for row in rows)
         assert len(rows) <= len(in_order(lengths, 40)) * 1.5
         assert len(pack_rows(lengths, 40)) <= len(rows)
-
-
-def test_packed_batches_fill_their_rows_and_resume():
-    source = random.Random(0)
-    lengths = [source.randint(5, 60) * source.choice([1, -1]) for _ in range(300)]
-    sampler = PackedBatchSampler(lengths, 128, 4, seed=2, window=100)
-    batches = list(sampler)
-    assert sorted(index for batch in batches for index in batch) == list(range(300))
-    for batch in batches:
-        assert len(pack_rows([abs(lengths[index]) for index in batch], 128)) <= 4
-    tokens = sum(map(abs, lengths))
-    assert tokens / (len(batches) * 4 * 128) > 0.9
-    resumed = PackedBatchSampler(lengths, 128, 4, seed=2, window=100)
-    resumed.load_state_dict({"epoch": 0, "position": 3})
-    assert list(resumed) == batches[3:]
-    assert list(resumed) != batches  # the next epoch
-    assert len(PackedBatchSampler([200, 5], 128, 2, drop_last=True)) == 1
-    with pytest.raises(UserError, match="must be positive"):
-        PackedBatchSampler([1], 0)
 
 
 # Collation
@@ -661,7 +615,7 @@ def test_long_samples_are_cut_but_never_through_media():
 def test_workers_share_the_list_of_broken_records(tmp_path):
     mixture = Mixture([{"path": [record(n) for n in range(8)]}])
     data = SampleDataset(mixture, toy_encode, on_bad_record="skip", bad=BadRecords(tmp_path / "bad.jsonl"))
-    loader = DataLoader(data, batch_size=2, sampler=EpochSampler(data, seed=0), collate_fn=Collator(0), num_workers=2)
+    loader = DataLoader(data, batch_size=2, sampler=data.order(0, 0), collate_fn=Collator(0), num_workers=2)
     assert sum(len(batch["input_ids"]) for batch in loader) == 8
     assert [error.line for error in data.bad.errors()] == [6]
     assert data.lengths() == [-len(data[n]["input_ids"]) for n in range(8)]

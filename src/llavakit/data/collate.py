@@ -35,8 +35,8 @@ class Collator:
         pad_token_id: Id written where there is no token.
         max_length: Samples are cut to so many tokens; the length of packed rows. None leaves them whole.
         padding_side: "right" or "left"; padded batches only.
-        packing: Whether to pack. A batch becomes as few rows as `llavakit.data.packing.pack_rows` finds; batches of
-            a `PackedBatchSampler` fill the rows that it planned.
+        packing: Whether to pack. A batch becomes as few rows as `llavakit.data.packing.pack_rows` finds, which
+            are never more than a plan of `llavakit.training.dataset.plan_batches` has.
         mask_by_pad_id: Whether a token that equals the padding id is masked wherever it stands, as the original
             LLaVA does (there a real `<unk>` disappears).
         pad_to_multiple_of: Round the length of padded batches up.

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
-from torch.utils.data import Sampler
 
 from llavakit.errors import UserError
 
@@ -101,45 +100,3 @@ def mixed_order(
     if not shuffle:
         return pairs
     return [pairs[place] for place in torch.randperm(len(pairs), generator=generator).tolist()]
-
-
-class EpochSampler(Sampler[int]):
-    """Sampler over a dataset in an order that depends on (seed, epoch), resumable at any position.
-
-    Args:
-        dataset: Anything with `order(seed, epoch)` (a `Mixture`), or with a length alone.
-        seed: Any integer.
-        shuffle: Whether the order is random.
-    """
-
-    def __init__(self, dataset: Any, seed: int = 0, *, shuffle: bool = True) -> None:
-        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
-        self.epoch, self.position = 0, 0
-
-    def set_epoch(self, epoch: int, position: int = 0) -> None:
-        """Begin the next iteration in `epoch`, after `position` samples of it."""
-        self.epoch, self.position = epoch, position
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the sampler stands."""
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where a sampler with this state stood."""
-        self.set_epoch(state["epoch"], state["position"])
-
-    def order(self) -> list[int]:
-        """All sample numbers of the epoch."""
-        if hasattr(self.dataset, "order"):
-            return self.dataset.order(self.seed, self.epoch, shuffle=self.shuffle)
-        pairs = mixed_order([len(self.dataset)], seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
-        return [index for _, index in pairs]
-
-    def __iter__(self) -> Iterator[int]:
-        for index in self.order()[self.position :]:
-            self.position += 1
-            yield index
-        self.epoch, self.position = self.epoch + 1, 0
-
-    def __len__(self) -> int:
-        return len(self.order())

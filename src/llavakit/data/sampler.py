@@ -6,11 +6,10 @@ says whether it has media (positive) or is text only (negative). Orders depend o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 
 from llavakit.errors import UserError
 
@@ -121,40 +120,3 @@ def modality_grouped(
     shuffled = torch.randperm(len(megabatches), generator=order_generator or generator).tolist()
     grouped = [index for number in shuffled for index in megabatches[number]]
     return grouped if drop_remainder else grouped + sorted(remainder)
-
-
-class GroupedSampler(Sampler[int]):
-    """Sampler over `modality_grouped` or `length_grouped`; the order depends on (seed, epoch) only.
-
-    Args:
-        lengths: Length of every sample; with `by_modality` negative for text only.
-        batch_size: Samples per device and step.
-        world_size: Number of processes times gradient accumulation steps.
-        by_modality: Whether batches hold one modality each.
-        seed: Any integer.
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, world_size: int = 1, *, by_modality: bool = True, seed: int = 0
-    ) -> None:
-        self.lengths, self.batch_size, self.world_size = list(lengths), batch_size, world_size
-        self.by_modality, self.seed, self.epoch = by_modality, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
-        self.epoch = epoch
-
-    def order(self) -> list[int]:
-        """All sample numbers in the order of this epoch."""
-        from llavakit.data.mixing import generator_of
-
-        generator = generator_of(self.seed, self.epoch)
-        if self.by_modality:
-            return modality_grouped(self.lengths, self.batch_size, self.world_size, generator)
-        return length_grouped([abs(x) for x in self.lengths], self.batch_size, self.world_size, generator)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order())
-
-    def __len__(self) -> int:
-        return len(self.lengths)
