@@ -571,9 +571,9 @@ def test_documented_commands_train_what_they_say() -> None:
     for path, *overrides in commands:
         recipe = load_recipe(root / path, [word for word in overrides if "=" in word])
         for number in range(len(recipe.stages)):
-            check_names(recipe, number)
+            objective = check_names(recipe, number)
             if recipe.parts is not None and recipe.stages[number].lora is not None:
-                check_parts(recipe, number, config_of(recipe, read_sources=False))
+                check_parts(recipe, number, objective, config_of(recipe, read_sources=False))
 
 
 # What a run was made of

@@ -145,6 +145,7 @@ TEXT_METRICS = Registry("text metric", "llavakit.evaluation.metrics")
 BENCHMARKS = Registry("benchmark", "llavakit.evaluation")
 WORLDS = Registry("phantom world", "llavakit.phantom")
 CODECS = Registry("assistant codec")
+OBJECTIVES = Registry("training objective")
 LAYOUTS = Registry("checkpoint layout")
 
 # Built-in parts, as places to import from on first use. Parts of one published system are on that system's card.
@@ -153,6 +154,8 @@ ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleEncode
 LABEL_POLICIES.add("spans", "llavakit.conversation.labels:SpanLabels")
 LABEL_POLICIES.add("marks", "llavakit.conversation.labels:MarkLabels")
 LABEL_POLICIES.add("rounds", "llavakit.conversation.labels:RoundLabels")
+
+OBJECTIVES.add("supervised", "llavakit.training.objectives.supervised:Supervised")
 
 PLANNERS.add("square", "llavakit.views.image:Square")
 PLANNERS.add("pad", "llavakit.views.image:Pad")

@@ -124,6 +124,7 @@ _REGISTRIES = {
     "benchmarks": registry.BENCHMARKS,
     "worlds": registry.WORLDS,
     "codecs": registry.CODECS,
+    "objectives": registry.OBJECTIVES,
     "layouts": registry.LAYOUTS,
 }
 

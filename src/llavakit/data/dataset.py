@@ -5,6 +5,7 @@ It owns what happens to a broken record, and knows neither tokenizer nor pixels:
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from llavakit.conversation.messages import Message
 from llavakit.data.mixture import Mixture, check_choice
 from llavakit.data.records import BadRecords, belongs_to
 from llavakit.errors import RecordError, UserError
@@ -37,23 +37,29 @@ class SampleDataset(Dataset):
             not fit is a broken record.
         visual_token_id: Id of visual positions; needed to see what a cut would remove.
         seed: Of the replacements.
+        check: What a record must keep to instead (`check_sample`); then `max_length` and `visual_token_id` are its
+            business.
+        whole_records: Whether `encode` takes the record and not its messages.
     """
 
     def __init__(
         self,
         records: Mixture | Sequence[Any],
-        encode: Callable[[list[Message]], Mapping[str, Any]],
+        encode: Callable[[Any], Mapping[str, Any]],
         *,
         on_bad_record: str = "stop",
         bad: BadRecords | None = None,
         max_length: int | None = None,
         visual_token_id: int | None = None,
         seed: int = 0,
+        check: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None,
+        whole_records: bool = False,
     ) -> None:
         check_choice("on_bad_record", on_bad_record, ("stop", "skip"))
         self.records, self.encode = records, encode
         self.on_bad_record, self.bad = on_bad_record, BadRecords() if bad is None else bad
-        self.max_length, self.visual_token_id, self.seed = max_length, visual_token_id, seed
+        self.check = check or functools.partial(check_sample, max_length=max_length, visual_token_id=visual_token_id)
+        self.whole_records, self.seed = whole_records, seed
 
     def __len__(self) -> int:
         return len(self.records)
@@ -67,7 +73,7 @@ class SampleDataset(Dataset):
         """
         return self.sample(index)
 
-    def sample(self, index: int, encode: Callable[[list[Message]], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    def sample(self, index: int, encode: Callable[[Any], Mapping[str, Any]] | None = None) -> dict[str, Any]:
         """The processed sample by another `encode`, such as one that leaves the pixels out."""
         for candidate in self._candidates(index):
             try:
@@ -116,34 +122,18 @@ class SampleDataset(Dataset):
         record = self.records[index]
         return record.file, record.line
 
-    def _sample(self, index: int, encode: Callable[[list[Message]], Mapping[str, Any]]) -> dict[str, Any]:
+    def _sample(self, index: int, encode: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
         record = self.records[index]
         with belongs_to(record.file, record.line):
-            sample = dict(encode(record.messages))
+            sample = dict(encode(record if self.whole_records else record.messages))
         self.bad.note(record.file, record.line, (*getattr(record, "notes", ()), *sample.pop("notes", ())))
-        return self._checked(sample, record)
-
-    def _checked(self, sample: dict[str, Any], record: Any) -> dict[str, Any]:
-        ids, labels = sample["input_ids"], sample["labels"]
-        if not _supervised(labels):
-            raise RecordError(record.file, record.line, "record", "no answer is left to learn: its labels are masked")
-        if self.max_length is None or len(ids) <= self.max_length:
-            return sample
-        problem = f"takes {len(ids)} tokens, max_length is {self.max_length}"
-        visual = [place for place, token in enumerate(ids) if int(token) == self.visual_token_id]
-        if visual and visual[-1] >= self.max_length:
-            raise RecordError(record.file, record.line, "record", f"{problem}, and the cut would go through its media")
-        labels = labels[: self.max_length]
-        if not _supervised(labels):
-            raise RecordError(record.file, record.line, "record", f"{problem}, and no answer is left before the cut")
-        kept = {name: sample[name][: self.max_length] for name in ("input_ids", "label_weights") if name in sample}
-        return sample | kept | {"labels": labels}
+        return self.check(sample, record)
 
     def order(self, seed: int, epoch: int, *, shuffle: bool = True) -> list[int]:
         """Sample numbers of an epoch, see `Mixture.order`."""
         return self.records.order(seed, epoch, shuffle=shuffle)
 
-    def lengths(self, encode: Callable[[list[Message]], Mapping[str, Any]] | None = None) -> list[int]:
+    def lengths(self, encode: Callable[[Any], Mapping[str, Any]] | None = None) -> list[int]:
         """Tokens of every sample, negative for text only; for grouping and packing.
 
         Args:
@@ -151,6 +141,30 @@ class SampleDataset(Dataset):
         """
         samples = (self.sample(index, encode) for index in range(len(self)))
         return [len(s["input_ids"]) * (1 if len(s.get("visual_modalities", ())) else -1) for s in samples]
+
+
+def check_sample(
+    sample: dict[str, Any], record: Any, max_length: int | None = None, visual_token_id: int | None = None
+) -> dict[str, Any]:
+    """The sample of a conversation, cut to `max_length` behind its last visual token.
+
+    Raises:
+        RecordError: If it has no label, or the cut would go through its media or leave no label.
+    """
+    ids, labels = sample["input_ids"], sample["labels"]
+    if not _supervised(labels):
+        raise RecordError(record.file, record.line, "record", "no answer is left to learn: its labels are masked")
+    if max_length is None or len(ids) <= max_length:
+        return sample
+    problem = f"takes {len(ids)} tokens, max_length is {max_length}"
+    visual = [place for place, token in enumerate(ids) if int(token) == visual_token_id]
+    if visual and visual[-1] >= max_length:
+        raise RecordError(record.file, record.line, "record", f"{problem}, and the cut would go through its media")
+    labels = labels[:max_length]
+    if not _supervised(labels):
+        raise RecordError(record.file, record.line, "record", f"{problem}, and no answer is left before the cut")
+    kept = {name: sample[name][:max_length] for name in ("input_ids", "label_weights") if name in sample}
+    return sample | kept | {"labels": labels}
 
 
 def _supervised(labels: Sequence[int]) -> bool:

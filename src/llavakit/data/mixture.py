@@ -137,6 +137,7 @@ class Mixture(Sequence[Record]):
         seed: For `random` sampling strategies.
         needs_answer: Whether records without an answer are errors.
         check_files: Whether a missing media file is found when its record is read, or only when it is opened.
+        read: Makes a checked record of an entry; takes what `llavakit.data.records.read_record` takes.
 
     Raises:
         UserError: If a source cannot be opened.
@@ -150,7 +151,9 @@ class Mixture(Sequence[Record]):
         seed: int = 0,
         needs_answer: bool = True,
         check_files: bool = True,
+        read: Callable[..., Record] = read_record,
     ) -> None:
+        self.read = read
         self.specs = read_specs(sources, media_root=media_root)
         self.needs_answer, self.check_files = needs_answer, check_files
         self.sources = [_open(spec, seed) for spec in self.specs]
@@ -180,7 +183,7 @@ class Mixture(Sequence[Record]):
 
     def _read(self, number: int, entry: int) -> Record:
         source = self.sources[number]
-        return read_record(
+        return self.read(
             source[entry],
             source.file,
             source.line(entry),

@@ -5,6 +5,8 @@
 
     {"stage", "steps", "finished", "seconds", "tokens", "trainable": {part: parameters},
      "log": [{"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}, ...], "skipped": [...]}
+
+An objective's own values stand beside the loss.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llavakit.data.strict_json import read_json
 
-KEPT = ("loss", "learning_rate", "grad_norm", "auxiliary", "tokens_per_second")
+LEFT_OUT = ("step", "epoch", "num_input_tokens_seen", "total_flos")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -34,7 +36,7 @@ def write_json(path: Path, value: Any) -> None:
 def curve_of(state: TrainerState) -> list[dict[str, float]]:
     """The logged values by step."""
     return [
-        {"step": entry["step"], **{key: entry[key] for key in KEPT if key in entry}}
+        {"step": entry["step"], **{key: value for key, value in entry.items() if key not in LEFT_OUT}}
         for entry in state.log_history
         if "loss" in entry
     ]

@@ -18,20 +18,17 @@ from torch import nn
 from transformers import Trainer
 from transformers.optimization import get_scheduler
 
-from llavakit.conversation.labels import label_policy
 from llavakit.conversation.template import get_template
 from llavakit.data.dataset import SampleDataset
 from llavakit.data.mixture import Mixture
 from llavakit.errors import RecipeError, RecordError, UserError
-from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.processing import LlavakitProcessor, architecture_of
+from llavakit.registry import OBJECTIVES
 from llavakit.training import distributed
-from llavakit.training.build import build_processor, config_of, merged_media
 from llavakit.training.dataset import global_batch, open_records
 from llavakit.training.features import cacheable
 from llavakit.training.fingerprint import spread
 from llavakit.training.lora import prepare
+from llavakit.training.objectives.base import Objective, objective_of
 from llavakit.training.recipe import Recipe, Stage
 
 RECORDS = 8  # per source and stage, with "sample"
@@ -50,21 +47,19 @@ def check_recipe(recipe: Recipe, numbers: Sequence[int], *, level: str = "sample
     """
     if not numbers:
         return
-    for number in numbers:
-        check_names(recipe, number)
-    config = config_of(recipe)
-    processor = build_processor(recipe, config)
-    for number in numbers:
-        check_parts(recipe, number, config, processor.tokenizer)
-    opened = {number: open_records(recipe, number) if records is None else records for number in numbers}
+    objectives = {number: check_names(recipe, number) for number in numbers}
+    config, processor = objectives[numbers[0]].describe(recipe)
+    for number, objective in objectives.items():
+        check_parts(recipe, number, objective, config, getattr(processor, "tokenizer", None))
+    opened = {
+        number: open_records(recipe, number, objective.read) if records is None else records
+        for number, objective in objectives.items()
+    }
     checked: set[str] = set()
-    for number, found in opened.items():
-        stage = recipe.stages[number]
-        reader = stage_processor(stage, merged_media(config, stage.media), processor)
-        if stage.labels is not None:
-            with named(number, "labels"):
-                label_policy(stage.labels, get_template(reader.template))
-        check_records(recipe, stage, found, reader, level=level, checked=checked)
+    for number, objective in objectives.items():
+        with named(number):
+            objective.bind(config, processor)
+        check_records(recipe, recipe.stages[number], opened[number], objective, level=level, checked=checked)
 
 
 @contextmanager
@@ -79,11 +74,19 @@ def named(number: int, key: str | None = None, *others: type[Exception]) -> Iter
         raise RecipeError(f"{where}{' '.join(str(error).split())}") from error
 
 
-def check_names(recipe: Recipe, number: int) -> None:
-    """Template, label policy, optimiser, schedule and numbers of a stage; nothing is opened or built."""
+def check_names(recipe: Recipe, number: int) -> Objective:
+    """Objective, template, optimiser, schedule and numbers of a stage; nothing is opened or built."""
     from llavakit.training.run import training_arguments
 
     stage = recipe.stages[number]
+    with named(number):
+        objective = objective_of(stage)
+    families = [OBJECTIVES.get(other.objective.type).family for other in recipe.stages]
+    if families[number] != families[0]:
+        raise RecipeError(
+            f"stages.{number}.objective: {stage.objective.type!r} trains another kind of module ({families[number]}) "
+            f"than the first stage ({families[0]}); all stages of a recipe train the same one, so write two recipes"
+        )
     global_batch(stage, distributed.world_size())
     if stage.template is not None:
         with named(number, "template"):
@@ -95,16 +98,15 @@ def check_names(recipe: Recipe, number: int) -> None:
     with named(number, "schedule_options", ValueError, TypeError, ArithmeticError):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         get_scheduler(stage.schedule, optimizer, 1, 10, scheduler_specific_kwargs=dict(stage.schedule_options) or None)
+    return objective
 
 
-def check_parts(recipe: Recipe, number: int, config: LlavakitConfig, tokenizer: Any = None) -> None:
+def check_parts(recipe: Recipe, number: int, objective: Objective, config: Any, tokenizer: Any = None) -> None:
     """What trains in a stage, its adapters and its media, on meta tensors."""
     stage = recipe.stages[number]
     with named(number, "media"):
-        changed = merged_media(config, stage.media)
         try:
-            with torch.device("meta"):
-                model = LlavakitForConditionalGeneration(changed)
+            model = objective.skeleton(config)
         except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             said = " ".join(str(error).split())
             raise RecipeError(f"a model of these parts cannot be built ({type(error).__name__}: {said})") from error
@@ -116,21 +118,8 @@ def check_parts(recipe: Recipe, number: int, config: LlavakitConfig, tokenizer: 
         raise RecipeError(f"stages.{number}.cache_features: an encoder trains in this stage, so its features change")
 
 
-def stage_processor(stage: Stage, config: LlavakitConfig, processor: LlavakitProcessor) -> LlavakitProcessor:
-    """The processor that prepares a stage's data: that of the model with the stage's own media and template."""
-    if not stage.media and stage.template is None:
-        return processor
-    return type(processor)(
-        type(processor.image_processor)(architecture_of(config)),
-        processor.tokenizer,
-        template=stage.template or processor.template,
-        sampling=processor.sampling,
-        reading=processor.reading,
-    )
-
-
 def check_records(
-    recipe: Recipe, stage: Stage, records: Any, processor: LlavakitProcessor, *, level: str, checked: set[str]
+    recipe: Recipe, stage: Stage, records: Any, objective: Objective, *, level: str, checked: set[str]
 ) -> None:
     """Records with their media as a stage prepares them.
 
@@ -143,17 +132,12 @@ def check_records(
     """
     if not len(records):
         raise UserError(f"stage {stage.name!r}: there is no record to learn from")
-    dataset = SampleDataset(
-        records,
-        lambda messages: processor.encode(messages, **({} if stage.labels is None else {"labels": stage.labels})),
-        max_length=stage.max_length,
-        visual_token_id=processor.image_token_id,
-    )
+    dataset = SampleDataset(records, objective.encode, check=objective.check, whole_records=True)
     begin = 0
     while begin < len(records):
         same = records.same_source(begin) if isinstance(records, Mixture) else range(len(records))
         key = str((dataset.place(begin) if isinstance(records, Mixture) else "", len(same), stage.template))
-        key += str((stage.labels, stage.max_length, stage.media))
+        key += str((stage.labels, stage.max_length, stage.media, stage.objective))
         if key not in checked:
             checked.add(key)
             _check_source(dataset, same, level, skip=recipe.on_bad_record == "skip")

@@ -1,16 +1,18 @@
 """Samples and batches of a stage.
 
-`Samples` remembers processed samples while memory allows. `plan_batches` decides before training starts which samples
-make up which batch of the whole stage, from the seed alone; training can therefore go on at any batch after a kill.
+`PreparedSamples` remembers samples while memory allows; `Samples` are those of conversations. `plan_batches` decides
+before training starts which samples make up which batch of the whole stage, from the seed alone; training can
+therefore go on at any batch after a kill.
 Records, their mixture and broken ones are `llavakit.data`'s business.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +21,11 @@ from torch.utils.data import Dataset, get_worker_info
 from llavakit.connectors.base import tokens_in
 from llavakit.conversation.messages import is_media
 from llavakit.data.collate import Collator
-from llavakit.data.dataset import SampleDataset
+from llavakit.data.dataset import SampleDataset, check_sample
 from llavakit.data.mixing import generator_of
 from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import first_fit_decreasing
-from llavakit.data.records import BadRecords
+from llavakit.data.records import BadRecords, Record, read_record
 from llavakit.data.sampler import length_grouped, modality_grouped, word_length
 from llavakit.errors import UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -41,8 +43,11 @@ Messages = Sequence[Mapping[str, Any]]
 Features = Callable[[Messages, Sequence[Tensor]], list[Tensor]]
 
 
-def open_records(recipe: Recipe, number: int) -> Mixture:
+def open_records(recipe: Recipe, number: int, read: Callable[..., Record] = read_record) -> Mixture:
     """The records of a stage.
+
+    Args:
+        read: How entries are read, see `llavakit.data.records.read_record`.
 
     Raises:
         UserError: If a file is missing or a source is misspelt.
@@ -50,7 +55,7 @@ def open_records(recipe: Recipe, number: int) -> Mixture:
     specs: list[SourceSpec] = []
     for source in recipe.sources_of(number):
         specs += read_specs(source_options(source), where=f"data.{source.name}")
-    return Mixture(specs, seed=recipe.seed)
+    return Mixture(specs, seed=recipe.seed, read=read)
 
 
 def source_options(source: Source) -> dict[str, Any]:
@@ -66,43 +71,97 @@ class Failure:
     error: UserError
 
 
-class Samples(Dataset):
-    """Processed samples (see `llavakit.data.collate`) of checked records, remembered while there is room.
+class Maker(Protocol):
+    """Makes samples of records; an objective does, see `llavakit.training.objectives.base.Objective`."""
+
+    def encode(self, record: Record, *, media: bool = True) -> dict[str, Any]:
+        """The sample of a record."""
+
+    def check(self, sample: dict[str, Any], record: Record) -> dict[str, Any]:
+        """The sample, perhaps cut; raises `RecordError` if nothing can be learned from it."""
+
+    def length(self, sample: Mapping[str, Any]) -> int:
+        """Positions in a row, negative without media."""
+
+    def size(self, sample: Mapping[str, Any]) -> int:
+        """Bytes of memory that a sample takes while it is remembered."""
+
+
+class Conversations:
+    """Makes samples of conversations (see `llavakit.data.collate`).
 
     Args:
-        records: A `Mixture`, or a sequence of `llavakit.data.records.Record` with `order(seed, epoch)`.
         processor: Makes ids, labels and views.
         max_length: Longest sample.
         options: Passed to `LlavakitProcessor.encode` (`labels`, `placement`).
         features: `features(messages, regions)` gives encoder features per view instead of pixels.
-        on_bad_record: "stop" or "skip".
-        bad: Where broken records are noted.
-        seed: Of the samples that replace broken records.
-        memory: Bytes of processed samples that are kept.
     """
 
     def __init__(
         self,
-        records: Any,
         processor: LlavakitProcessor,
         *,
         max_length: int | None = None,
         options: Mapping[str, Any] | None = None,
         features: Features | None = None,
+    ) -> None:
+        self.processor, self.max_length, self.features = processor, max_length, features
+        self.options = dict(options or {})
+
+    def encode(self, record: Record, *, media: bool = True) -> dict[str, Any]:
+        """Ids and labels as int64 tensors [tokens], views or features, sizes, modalities and regions."""
+        sample = self.processor.encode(record.messages, pixels=media and self.features is None, **self.options)
+        if media and self.features is not None:
+            sample["pixel_values"] = self.features(record.messages, sample["visual_regions"])
+        return sample
+
+    def check(self, sample: dict[str, Any], record: Record) -> dict[str, Any]:
+        """The sample, cut behind its last visual token; see `llavakit.data.dataset.check_sample`."""
+        sample = check_sample(sample, record, self.max_length, self.processor.image_token_id)
+        rows = ("input_ids", "labels", "label_weights")
+        return sample | {name: torch.tensor(sample[name]) for name in rows if name in sample}
+
+    def length(self, sample: Mapping[str, Any]) -> int:
+        """Tokens, negative without media."""
+        return len(sample["input_ids"]) * (1 if sample["visual_modalities"] else -1)
+
+    def size(self, sample: Mapping[str, Any]) -> int:
+        """Bytes; features lie in a memory map, and views of it cost nothing."""
+        views = sample["pixel_values"] if self.features is None else ()
+        return 16 * len(sample["input_ids"]) + 512 + sum(view.numel() * view.element_size() for view in views)
+
+
+class PreparedSamples(Dataset):
+    """Samples of checked records, remembered while there is room.
+
+    Args:
+        records: A `Mixture`, or a sequence of `llavakit.data.records.Record` with `order(seed, epoch)`.
+        maker: Makes the samples.
+        on_bad_record: "stop" or "skip".
+        bad: Where broken records are noted.
+        seed: Of the samples that replace broken records.
+        memory: Bytes of samples that are kept.
+    """
+
+    def __init__(
+        self,
+        records: Any,
+        maker: Maker,
+        *,
         on_bad_record: str = "stop",
         bad: BadRecords | None = None,
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        self.processor, self.options, self.features = processor, dict(options or {}), features
+        self.maker = maker
         self.dataset = SampleDataset(
             records,
-            self._encode,
+            maker.encode,
             on_bad_record=on_bad_record,
             bad=bad,
-            max_length=max_length,
-            visual_token_id=processor.image_token_id,
             seed=seed,
+            check=maker.check,
+            whole_records=True,
         )
         self._kept: dict[int, dict[str, Any]] = {}
         self._lengths: dict[int, int] = {}
@@ -111,14 +170,8 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _encode(self, messages: Messages) -> dict[str, Any]:
-        sample = self.processor.encode(messages, pixels=self.features is None, **self.options)
-        if self.features is not None:
-            sample["pixel_values"] = self.features(messages, sample["visual_regions"])
-        return sample
-
     def __getitem__(self, index: int) -> dict[str, Any] | Failure:
-        """The processed sample, ids and labels as int64 tensors [tokens].
+        """The sample.
 
         In a worker of a data loader a broken record is returned as a `Failure`: PyTorch would raise it elsewhere as
         another exception, with the worker's traceback for a message.
@@ -134,28 +187,21 @@ class Samples(Dataset):
         if index in self._kept:
             return self._kept[index]
         sample = self.dataset[index]
-        rows = ("input_ids", "labels", "label_weights")
-        sample |= {name: torch.tensor(sample[name]) for name in rows if name in sample}
-        size = 16 * len(sample["input_ids"]) + 512
-        if self.features is None:  # features lie in a memory map; views of it cost nothing
-            size += sum(view.numel() * view.element_size() for view in sample["pixel_values"])
+        size = self.maker.size(sample)
         if size <= self._room:
             self._room -= size
             self._kept[index] = sample
         return sample
 
     def length(self, index: int) -> int:
-        """Tokens of a sample, negative if it has no media. Decodes no image that there is no room to remember."""
+        """Length of a sample, negative if it has no media. Decodes no image that there is no room to remember."""
         if index not in self._lengths:
             if index in self._kept or self._room > 0:
                 sample = self._sample(index)
             else:
-                sample = self.dataset.sample(index, self._encode_ids)
-            self._lengths[index] = len(sample["input_ids"]) * (1 if sample["visual_modalities"] else -1)
+                sample = self.dataset.sample(index, functools.partial(self.maker.encode, media=False))
+            self._lengths[index] = self.maker.length(sample)
         return self._lengths[index]
-
-    def _encode_ids(self, messages: Messages) -> dict[str, Any]:
-        return self.processor.encode(messages, pixels=False, **self.options)
 
     def words(self, index: int, per_image: int = 0) -> int:
         """Words of a record, negative if it has no media: the original LLaVA's measure for grouping.
@@ -174,6 +220,28 @@ class Samples(Dataset):
         return words + per_image * has_image or -1
 
 
+class Samples(PreparedSamples):
+    """Samples of conversations.
+
+    Args:
+        records, on_bad_record, bad, seed, memory: See `PreparedSamples`.
+        processor, max_length, options, features: See `Conversations`.
+    """
+
+    def __init__(
+        self,
+        records: Any,
+        processor: LlavakitProcessor,
+        *,
+        max_length: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        features: Features | None = None,
+        **settings: Any,
+    ) -> None:
+        maker = Conversations(processor, max_length=max_length, options=options, features=features)
+        super().__init__(records, maker, **settings)
+
+
 class Batches:
     """Sample numbers of every batch; what a `DataLoader` takes as its batch sampler."""
 
@@ -187,7 +255,7 @@ class Batches:
         return len(self.batches)
 
 
-def _epoch_batches(samples: Samples, stage: Stage, seed: int, epoch: int, world: int) -> list[list[int]]:
+def _epoch_batches(samples: PreparedSamples, stage: Stage, seed: int, epoch: int, world: int) -> list[list[int]]:
     order = samples.dataset.order(seed, epoch)
     if stage.packing:
         return [
@@ -205,7 +273,7 @@ def _epoch_batches(samples: Samples, stage: Stage, seed: int, epoch: int, world:
     return [order[begin : begin + stage.batch_size] for begin in range(0, len(order), stage.batch_size)]
 
 
-def _packed(samples: Samples, stage: Stage, order: list[int], begin: int) -> Iterator[list[int]]:
+def _packed(samples: PreparedSamples, stage: Stage, order: list[int], begin: int) -> Iterator[list[int]]:
     """Batches of as many samples as fill `batch_size` rows.
 
     A batch lists its samples in the order of the epoch. First-fit-decreasing finds the same rows again when the
@@ -218,7 +286,9 @@ def _packed(samples: Samples, stage: Stage, order: list[int], begin: int) -> Ite
         yield [window[place] for place in places]
 
 
-def plan_batches(samples: Samples, stage: Stage, seed: int, *, world: int = 1, rank: int = 0) -> list[list[int]]:
+def plan_batches(
+    samples: PreparedSamples, stage: Stage, seed: int, *, world: int = 1, rank: int = 0
+) -> list[list[int]]:
     """The batches of one process for the whole stage, in order.
 
     Args:

@@ -31,6 +31,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_main() -> bool:
+    """Whether this is the first process."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:

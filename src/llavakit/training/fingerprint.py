@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from llavakit.checkpoints.identity import file_identity, model_identity
 from llavakit.conversation.messages import media_of
 from llavakit.data.mixture import Mixture, read_specs
 from llavakit.data.paths import split_part
+from llavakit.data.records import Record, read_record
 from llavakit.errors import RecipeError, RecordError, UserError
+from llavakit.registry import OBJECTIVES
 from llavakit.training.dataset import source_options
 from llavakit.training.recipe import Recipe, Source
 
@@ -57,9 +59,13 @@ class Content:
         """The files of a tokenizer's folder or hub id."""
         return self._once("tokenizer", name, lambda: _digest(_small_files(name)))
 
-    def of_source(self, source: Source, seed: int) -> str | None:
-        """Records of a source, and a sample of its media."""
-        return self._once("data", json.dumps(source.model_dump()), lambda: _source_content(source, seed))
+    def of_source(self, source: Source, seed: int, read: Callable[..., Record] = read_record) -> str | None:
+        """Records of a source, and a sample of its media.
+
+        Args:
+            read: How its entries are read.
+        """
+        return self._once("data", json.dumps(source.model_dump()), lambda: _source_content(source, seed, read))
 
 
 def _small_files(name: str) -> list[tuple[str, str]]:
@@ -70,10 +76,10 @@ def _small_files(name: str) -> list[tuple[str, str]]:
     return [(path.name, file_identity(path)) for path in sorted(files) if not path.name.endswith(".index.json")]
 
 
-def _source_content(source: Source, seed: int) -> str:
+def _source_content(source: Source, seed: int, read: Callable[..., Record]) -> str:
     specs = read_specs(source_options(source), where=f"data.{source.name}")
     files = [_path_content(Path(split_part(spec.path)[0])) for spec in specs]
-    mixture = Mixture(specs, seed=seed, check_files=False)
+    mixture = Mixture(specs, seed=seed, check_files=False, read=read)
     return _digest([files, _media_content(mixture)])
 
 
@@ -124,7 +130,9 @@ def fingerprint(recipe: Recipe, number: int, content: Content) -> dict[str, str 
     used = [source for source in recipe.data if any(_uses(recipe, stage, source) for stage in range(number + 1))]
     sections["data"] = _digest([[split_part(source.path)[1], source.weight, source.subset] for source in used])
     for source in used:
-        sections[f"{_CONTENT}data.{source.name}"] = content.of_source(source, recipe.seed)
+        first = next(stage for stage in range(number + 1) if _uses(recipe, stage, source))
+        read = OBJECTIVES.get(recipe.stages[first].objective.type)(recipe.stages[first]).read
+        sections[f"{_CONTENT}data.{source.name}"] = content.of_source(source, recipe.seed, read)
     for stage in raw["stages"][: number + 1]:
         kept = {key: value for key, value in stage.items() if key not in NON_SEMANTIC_KEYS}
         sections[f"stages.{stage['name']}"] = _digest(kept)

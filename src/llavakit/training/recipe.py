@@ -12,13 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from llavakit.data.paths import split_part
 from llavakit.data.strict_yaml import YamlError, parse_yaml
-from llavakit.errors import RecipeError, quoted
-from llavakit.registry import nearest
+from llavakit.errors import RecipeError, UserError, quoted
+from llavakit.registry import OBJECTIVES, nearest
 from llavakit.training.overrides import override
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial"]
@@ -174,12 +182,23 @@ class LossWeights(Section):
     auxiliary: float = 1.0
 
 
+class ObjectiveOptions(Section):
+    """What a stage learns; an objective with options of its own has a subclass.
+
+    Attributes:
+        type: Name of a registered objective.
+    """
+
+    type: str
+
+
 class Stage(Section):
     """One training stage; see `docs/recipes.md` for every key."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: list[str] | None = None
     train: dict[str, PartTraining]
+    objective: SerializeAsAny[ObjectiveOptions] = ObjectiveOptions(type="supervised")
     lora: Lora | None = None
     learning_rate: float = Field(ge=0, le=1e6)
     epochs: float = Field(1.0, gt=0, le=1e6)
@@ -229,6 +248,23 @@ class Stage(Section):
         if not isinstance(value, Mapping):
             return value
         return {part: _part_training(options) for part, options in value.items()}
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _registered_objective(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"type": value}
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            name = value.get("type", "supervised")
+            options = ObjectiveOptions if name == "supervised" else OBJECTIVES.get(name).Options
+            return options.model_validate({"type": name, **value})
+        except ValidationError as error:
+            problem = _first_problem(error)
+        except (UserError, TypeError) as error:  # TypeError: a name that is a list
+            problem = f"type: {error}"
+        raise PydanticCustomError("contradiction", "{problem}", {"problem": problem})
 
     @field_validator("lora", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ import gc
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,23 +38,19 @@ from llavakit.checkpoints.adapter_base import move_record
 from llavakit.checkpoints.convert import local_folder, open_checkpoint, save
 from llavakit.checkpoints.files import atomic_folder, clear_write_errors
 from llavakit.data.mixture import check_choice
-from llavakit.data.records import BadRecords, Record
+from llavakit.data.records import BadRecords
 from llavakit.data.strict_json import read_json
-from llavakit.errors import RecipeError, RecordError
-from llavakit.model.configuration import LlavakitConfig
+from llavakit.errors import RecipeError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.routes import MediaSpec
 from llavakit.training import distributed, summary
-from llavakit.training.attention import switch_on
-from llavakit.training.build import build_model, load_checkpoint, merged_media
 from llavakit.training.callbacks import Bar, Metrics
-from llavakit.training.check import check_recipe, named, stage_processor
-from llavakit.training.dataset import Samples, StageCollator, global_batch, open_records, plan_batches, stand_ins
-from llavakit.training.features import FeatureCache
+from llavakit.training.check import check_recipe, named
+from llavakit.training.dataset import PreparedSamples, global_batch, open_records, plan_batches
 from llavakit.training.fingerprint import STAMP, Content, check_stamp, fingerprint, stamp_text
 from llavakit.training.lora import merged_state, prepare, save_adapter
-from llavakit.training.parameter_groups import part_of, public_name, trainable_by_part
+from llavakit.training.objectives.base import Run, objective_of
+from llavakit.training.parameter_groups import trainable_by_part
 from llavakit.training.recipe import Recipe, Stage, load_recipe
 from llavakit.training.trainer import StageTrainer, checkpoints
 
@@ -239,45 +235,54 @@ class StageRun:
 
     def run(self, stamp: dict[str, str | None]) -> dict[str, Any]:
         """Train and write `final`; returns the metrics."""
-        stage = self.stage
+        stage, world = self.stage, distributed.world_size()
+        with named(self.number):
+            objective = self.objective = objective_of(stage)
         base, processor = self._load()
-        saved = (base.config, processor)
+        saved = (getattr(base, "config", None), processor)
         adapted = self._adapted(base, processor) if stage.lora is not None else None
-        reader = self._for_stage(base, processor)
+        with named(self.number):
+            objective.fit(base)
+            objective.bind(saved[0], processor)
         set_seed(self.seed)
         with named(self.number):
-            model = prepare(base, stage, processor.tokenizer)
-        samples = self._samples(base, reader)
-        batches = plan_batches(samples, stage, self.seed, world=distributed.world_size(), rank=_rank())
+            model = prepare(base, stage, getattr(processor, "tokenizer", None))
+        samples = self._samples()
         counts = trainable_by_part(model)
-        packed_attention = stage.packing and switch_on(base)
+        about = Run(
+            recipe=self.recipe,
+            stage=stage,
+            seed=self.seed,
+            folder=self.folder,
+            cache=Path(self.recipe.output) / "cache",
+            module=base,
+            wrapped=model,
+            processor=processor,
+            samples=samples,
+            start=self._start,
+            console=self.console,
+            world=world,
+        )
+        objective.begin(about)
+        batches = plan_batches(samples, stage, self.seed, world=world, rank=_rank())
         if stage.gradient_checkpointing:
             enable_checkpointing(model)
-        if stage.shard and distributed.world_size() > 1:
+        if stage.shard and world > 1:
             distributed.shard(model, bf16=stage.bf16)
-        pad = reader.tokenizer.pad_token_id
-        collator = StageCollator(
-            pad if pad is not None else reader.tokenizer.eos_token_id or 0,
-            stage.max_length,
-            packing=stage.packing,
-            features=samples.features is not None,
-            flat=packed_attention,
-            stand_ins=self._stand_ins(base, model, samples),
-        )
         trainer = StageTrainer(
             model,
             training_arguments(self.recipe, stage, self.folder, self.seed),
             stage=stage,
+            objective=objective,
             samples=samples,
             batches=batches,
-            collator=collator,
+            collator=objective.collator(about),
             processor=processor,
             seed=self.seed,
-            packed_attention=packed_attention,
             base=adapted,
         )
         trainer.stamp = stamp_text(stamp)
-        plan = summary.plan_of(samples, stage, batches, distributed.world_size(), packed_attention)
+        plan = summary.plan_of(samples, stage, batches, world, objective.flat)
         facts = {"stage": stage.name, "trainable": counts, "batches": len(batches), **summary.facts(plan)}
         metrics = Metrics(self.folder / "metrics.json", facts)
         trainer.add_callback(metrics)
@@ -299,9 +304,9 @@ class StageRun:
         self._finish(trainer, saved, stamp)
         return values
 
-    def _start(self) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
+    def _start(self) -> tuple[nn.Module, Any]:
         """What the stage starts from when nothing of it is done."""
-        return load_checkpoint(self.start) if self.start is not None else build_model(self.recipe)
+        return self.objective.load(self.start) if self.start is not None else self.objective.build(self.recipe)
 
     def _adapted(self, model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> Path:
         """Folder of the model that the stage's adapters belong to; written here if it is nowhere on disk."""
@@ -317,66 +322,24 @@ class StageRun:
         distributed.barrier()
         return own
 
-    def _load(self) -> tuple[LlavakitForConditionalGeneration, LlavakitProcessor]:
+    def _load(self) -> tuple[nn.Module, Any]:
         """The model to go on with; without LoRA a checkpoint of the stage holds all of it."""
         full = self.resume is not None and self.stage.lora is None
-        model, processor = load_checkpoint(self.resume) if full else self._start()
+        model, processor = self.objective.load(self.resume) if full else self._start()
         if self.stage.dtype == "bfloat16":
             model.to(torch.bfloat16)
         model.train()
         return model, processor
 
-    def _for_stage(self, model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> LlavakitProcessor:
-        """Give the network the stage's own media; returns the processor that prepares the stage's data.
-
-        Both are a matter of training: what is saved keeps the recipe's media and template.
-        """
-        config: LlavakitConfig = merged_media(model.config, self.stage.media)
-        if self.stage.media:
-            with named(self.number, "media"):
-                model.model.media = MediaSpec(config)
-        return stage_processor(self.stage, config, processor)
-
-    def _samples(self, model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> Samples:
-        stage = self.stage
-        records = self.records if self.records is not None else open_records(self.recipe, self.number)
-        options = {} if stage.labels is None else {"labels": stage.labels}
-        cache = None
-        if stage.cache_features:
-            dtype = "float16" if stage.cache_features is True else stage.cache_features
-            cache = FeatureCache(Path(self.recipe.output) / "cache", model, processor, dtype)
-        samples = Samples(
-            records,
-            processor,
-            max_length=stage.max_length,
-            options=options,
-            features=cache,
+    def _samples(self) -> PreparedSamples:
+        read = self.objective.read
+        return PreparedSamples(
+            self.records if self.records is not None else open_records(self.recipe, self.number, read),
+            self.objective,
             on_bad_record=self.recipe.on_bad_record,
             bad=BadRecords(self.folder / "skipped.jsonl"),
             seed=self.seed,
         )
-        if cache is not None:
-            self._fill(cache, samples)
-        return samples
-
-    def _stand_ins(self, base: LlavakitForConditionalGeneration, model: nn.Module, samples: Samples) -> dict[Any, Any]:
-        """Blank media for batches without any: where processes share layers, or where text alone trains nothing."""
-        text = ("language_model", "lm_head", "language_adapter")
-        trains_text = any(p.requires_grad and part_of(public_name(n), text) for n, p in model.named_parameters())
-        if distributed.world_size() == 1 and trains_text:
-            return {}
-        return stand_ins(base, features=samples.features is not None)
-
-    def _fill(self, cache: FeatureCache, samples: Samples) -> None:
-        if _is_main():
-            skips = self.recipe.on_bad_record == "skip"
-            was_training = cache.model.training
-            cache.model.eval()
-            with self.console.status(f"{self.stage.name}: encoding media once"):
-                cache.fill(_readable(samples), on_bad=samples.dataset.bad.add if skips else None)
-            cache.model.train(was_training)
-        distributed.barrier()
-        cache.reload()
 
     def _finish(
         self, trainer: StageTrainer, saved: tuple[Any, LlavakitProcessor], stamp: dict[str, str | None]
@@ -391,7 +354,7 @@ class StageRun:
                     if state is None:
                         shutil.copytree(self.folder / "adapter", scratch, dirs_exist_ok=True)
                     else:
-                        save(state, config, processor, scratch / "model")
+                        self.objective.save(state, config, processor, scratch / "model")
                         for path in (scratch / "model").iterdir():
                             path.rename(scratch / path.name)
                         (scratch / "model").rmdir()
@@ -419,18 +382,7 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _readable(samples: Samples) -> Iterator[Record]:
-    """All records that can be read; with "skip" broken ones are noted."""
-    for index in range(len(samples)):
-        try:
-            yield samples.dataset.records[index]
-        except RecordError as error:
-            if samples.dataset.on_bad_record == "stop":
-                raise
-            samples.dataset.bad.add(error)
-
-
-def _report(samples: Samples, batches: Sequence[Sequence[int]]) -> str:
+def _report(samples: PreparedSamples, batches: Sequence[Sequence[int]]) -> str:
     """Which records were left out, and how many samples others took the place of."""
     dataset = samples.dataset
     report = dataset.bad.report()

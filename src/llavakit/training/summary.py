@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from llavakit.data.packing import pack_rows
-from llavakit.training.dataset import Samples
+from llavakit.training.dataset import PreparedSamples
 from llavakit.training.fingerprint import spread
 from llavakit.training.recipe import Stage
 
@@ -41,7 +41,7 @@ class Plan:
     unpacked: float | None
 
 
-def plan_of(samples: Samples, stage: Stage, batches: Sequence[Sequence[int]], world: int, flat: bool) -> Plan:
+def plan_of(samples: PreparedSamples, stage: Stage, batches: Sequence[Sequence[int]], world: int, flat: bool) -> Plan:
     """Measure a stage.
 
     Args:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for one stage: our batches, groups, loss and checkpoints.
+"""transformers' Trainer for one stage: our batches, groups, objective and checkpoints.
 
 Everything that makes training repeatable lives in a checkpoint: weights, optimiser, schedule, random states and the
 step, from which the position in the planned batches follows. Checkpoints appear whole or not at all.
@@ -19,19 +19,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from llavakit.checkpoints.convert import save
 from llavakit.checkpoints.files import clear_write_errors, move_durably
-from llavakit.model.processing import LlavakitProcessor
-from llavakit.model.visuals import gather_media
-from llavakit.splice.scatter import IGNORE
 from llavakit.training import distributed
-from llavakit.training.attention import packed_attention, segments_of
-from llavakit.training.dataset import Batches, Failure, Samples, StageCollator
+from llavakit.training.dataset import Batches, Failure, PreparedSamples
 from llavakit.training.fingerprint import STAMP
 from llavakit.training.lora import load_adapter, save_adapter
 from llavakit.training.lora_targets import GradientCheck
+from llavakit.training.objectives.base import Objective, Step
 from llavakit.training.parameter_groups import Rates, core, optimizer_groups, progress_hooks
-from llavakit.training.recipe import LossWeights, Stage
+from llavakit.training.recipe import Stage
 
 PREFIX = "checkpoint-"
 
@@ -54,12 +50,12 @@ class StageTrainer(Trainer):
         model: Prepared by `lora.prepare`, perhaps sharded by `distributed.shard`.
         args: See `training_arguments`.
         stage: The stage.
+        objective: What it learns.
         samples: What to learn from.
         batches: This process's batches of the whole stage, see `plan_batches`.
-        collator: Lays samples together.
+        collator: Lays samples together, see `Objective.collator`.
         processor: Saved with every checkpoint.
         seed: Of the data loader's workers.
-        packed_attention: Whether `attention.switch_on` was applied; batches must be packed.
         base: With LoRA the folder of the model that is adapted.
 
     Attributes:
@@ -72,18 +68,18 @@ class StageTrainer(Trainer):
         args: TrainingArguments,
         *,
         stage: Stage,
-        samples: Samples,
+        objective: Objective,
+        samples: PreparedSamples,
         batches: Sequence[Sequence[int]],
-        collator: StageCollator,
-        processor: LlavakitProcessor,
+        collator: Callable[[Sequence[Any]], Any],
+        processor: Any,
         seed: int = 0,
-        packed_attention: bool = False,
         base: Path | None = None,
     ) -> None:
         self.base = base
         self.stage, self.samples, self.batches = stage, samples, Batches(batches)
-        self.processor, self.data_seed, self.packed_attention = processor, seed, packed_attention
-        self._auxiliary: list[Tensor] = []
+        self.objective, self.processor, self.data_seed = objective, processor, seed
+        self._logged: dict[str, list[Tensor]] = {}
         self._spoken = time.monotonic()
         self._uncounted: Tensor | int = 0
         self.stamp: str | None = None
@@ -91,11 +87,12 @@ class StageTrainer(Trainer):
         self.net = core(model)
         self._hooks = progress_hooks(self.net)
         self._adapters = GradientCheck(self.net, model) if stage.lora is not None else None
-        self._use_cache = getattr(self.net.config, "use_cache", None)
+        config = getattr(self.net, "config", None)
+        use_cache = getattr(config, "use_cache", None)
         super().__init__(model=model, args=args, data_collator=collator, train_dataset=samples)
         self.remove_callback(PrinterCallback)
-        # Only the decoder's own setting matters, and `compute_loss` asks for no cache.
-        self.net.config.use_cache = self._use_cache
+        if config is not None:  # only the decoder's own setting matters, and objectives ask for no cache
+            config.use_cache = use_cache
 
     # data and optimiser
 
@@ -150,19 +147,19 @@ class StageTrainer(Trainer):
     # loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Supervised positions of all accumulated batches of all processes: the loss's denominator, at least 1."""
+        """The objective's items of all accumulated batches of all processes: the loss's denominator, at least 1."""
         for batch in batch_samples:
             if isinstance(batch, Failure):
                 raise batch.error
-        labels = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples)
+        items = sum(torch.as_tensor(self.objective.items(batch)) for batch in batch_samples)
         tokens = torch.tensor(sum(batch["tokens"] for batch in batch_samples))
-        counts = torch.stack([torch.as_tensor(labels), tokens]).to(device)
+        counts = torch.stack([torch.as_tensor(items), tokens]).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         self._uncounted = self._uncounted + counts[1]
         return counts[0].clamp(min=1)
 
-    def _count_tokens(self) -> int:
+    def count_tokens(self) -> int:
         """Tokens of all processes since the stage began; part of a checkpoint, so a kill counts none of them twice."""
         self.state.num_input_tokens_seen += int(self._uncounted)
         self._uncounted = 0
@@ -175,31 +172,14 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Loss over all accumulated batches: text averaged over supervised tokens, auxiliary over batches."""
-        inputs = dict(inputs)
-        del inputs["tokens"]
-        features = inputs.pop("features", None)
-        if features is not None:
-            names = ("visual_sizes", "visual_modalities", "visual_regions")
-            modalities, plans = self.net.model.plan_media((), *(inputs.pop(name, None) for name in names))
-            inputs["visuals"] = gather_media(self.net.model.media, modalities, plans, list(features))
-        inputs |= {"use_cache": False, "skip_logits": True, "num_items_in_batch": num_items_in_batch}
-        if self.packed_attention:
-            with packed_attention():
-                outputs = model(**inputs, packed_segments=segments_of(inputs["position_ids"]))
-        else:
-            outputs = model(**inputs)
-        loss = self._weighted(outputs.loss, outputs.aux_loss, self.stage.loss_weights)
+        """The objective's loss of a batch, as its share of the optimiser step."""
+        step = Step(num_items_in_batch, self.current_gradient_accumulation_steps * self.args.world_size)
+        loss = self.objective.loss(model, inputs, step)
+        for name, value in loss.logged.items():
+            self._logged.setdefault(name, []).append(value.detach())
         # gradients are averaged over processes, but the denominator counts all of them already
-        loss = loss * self.args.world_size
-        return (loss, outputs) if return_outputs else loss
-
-    def _weighted(self, loss: Tensor, auxiliary: Tensor | None, weights: LossWeights) -> Tensor:
-        if auxiliary is None:
-            return loss if weights.text == 1.0 else loss * weights.text
-        self._auxiliary.append(auxiliary.detach())
-        batches = self.current_gradient_accumulation_steps * self.args.world_size
-        return (loss - auxiliary) * weights.text + auxiliary * (weights.auxiliary / batches)
+        value = loss.value * self.args.world_size
+        return (value, {}) if return_outputs else value
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch, forward and backward."""
@@ -211,15 +191,14 @@ class StageTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add throughput and the auxiliary loss to what is logged."""
+        """Add throughput and the objective's own values to what is logged."""
         if "loss" in logs:
             now, tokens = time.monotonic(), int(self._uncounted)
-            self._count_tokens()
+            self.count_tokens()
             logs["tokens_per_second"] = round(tokens / max(now - self._spoken, 1e-9), 1)
             self._spoken = now
-            if self._auxiliary:
-                logs["auxiliary"] = torch.stack(self._auxiliary).mean().item()
-                self._auxiliary.clear()
+            logs |= {name: torch.stack(values).float().mean().item() for name, values in self._logged.items()}
+            self._logged.clear()
         super().log(logs, *args, **kwargs)
 
     # checkpoints
@@ -229,7 +208,7 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place and move it there when it is whole; then remove old ones."""
-        self._count_tokens()
+        self.count_tokens()
         if self.state.global_step >= self.state.max_steps:
             return  # the finished model is about to be written
         root = Path(self.args.output_dir)
@@ -266,7 +245,7 @@ class StageTrainer(Trainer):
             place = Path(self.args.output_dir) / folder.name  # it is written beside its place
             save_adapter(self.model, state, self.processor, folder, self.base, place)
         else:
-            save(state, self.net.config, self.processor, folder)
+            self.objective.save(state, getattr(self.net, "config", None), self.processor, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """LoRA only: a full model was built from the checkpoint already."""
