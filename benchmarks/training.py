@@ -35,6 +35,7 @@ options = parser.parse_args()
 os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
 import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
 from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainingArguments  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -43,11 +44,11 @@ from llavakit.data.collate import Collator  # noqa: E402
 from llavakit.data.mixture import Mixture  # noqa: E402
 from llavakit.phantom.tokenizer import tiny_tokenizer  # noqa: E402
 from llavakit.phantom.write import write_world  # noqa: E402
-from llavakit.training.attention import switch_on  # noqa: E402
 from llavakit.training.build import build_model, load_checkpoint  # noqa: E402
-from llavakit.training.dataset import Samples, StageCollator, plan_batches  # noqa: E402
-from llavakit.training.features import FeatureCache  # noqa: E402
+from llavakit.training.dataset import PreparedSamples, Samples, plan_batches  # noqa: E402
 from llavakit.training.lora import prepare  # noqa: E402
+from llavakit.training.objectives import Run  # noqa: E402
+from llavakit.training.objectives.supervised import Supervised  # noqa: E402
 from llavakit.training.recipe import Recipe, parse_recipe  # noqa: E402
 from llavakit.training.run import training_arguments  # noqa: E402
 from llavakit.training.trainer import StageTrainer  # noqa: E402
@@ -154,32 +155,47 @@ def ours(
     if packing:
         budget = round(options.batch_size * mean)  # one row with as many tokens as the baseline's batch has on average
         stage = stage.model_copy(update={"packing": True, "max_length": budget, "batch_size": 1})
-    net = prepare(model, stage)
-    packed_attention = packing and own_attention and switch_on(model)
-    began = time.process_time()
-    samples = pixels
     if cached:
-        cache = FeatureCache(work / "cache", model, processor)
-        cache.fill(records)
-        samples = Samples(records, processor, features=cache, max_length=stage.max_length)
+        stage = stage.model_copy(update={"cache_features": True})
+    net = prepare(model, stage)
+    objective = Supervised(stage)
+    objective.bind(model.config, processor)
+    samples = PreparedSamples(records, objective)
+    about = Run(
+        recipe=recipe,
+        stage=stage,
+        seed=0,
+        folder=work / "run",
+        cache=work / "cache",
+        module=model,
+        wrapped=net,
+        processor=processor,
+        samples=samples,
+        start=lambda: load_checkpoint(work / "model"),
+        console=Console(quiet=True),
+        world=1,
+    )
+    began = time.process_time()
+    objective.begin(about)  # fills the cache
     filled = time.process_time() - began
+    if not own_attention:
+        model.model.language_model.set_attn_implementation("sdpa")
+        objective.flat = False
     for number in range(len(samples)):
         samples.length(number)  # tokenised, untimed for all
     began = time.process_time() - filled
-    batches = plan_batches(samples, stage, seed=0)
-    collator = StageCollator(0, stage.max_length, packing=packing, features=cached, flat=packed_attention)
     trainer = StageTrainer(
         net,
         training_arguments(recipe, stage, work / "run", 0),
         stage=stage,
+        objective=objective,
         samples=samples,
-        batches=batches,
-        collator=collator,
+        batches=plan_batches(samples, stage, seed=0),
+        collator=objective.collator(about),
         processor=processor,
-        packed_attention=packed_attention,
     )
     trainer.train()
-    return time.process_time() - began, len(batches), trainer.count_tokens()
+    return time.process_time() - began, len(trainer.batches), trainer.count_tokens()
 
 
 def main() -> None:
