@@ -162,6 +162,14 @@ def test_heic_has_its_own_line(monkeypatch):
             refused(lambda call=call, content=content: call(content), "HEIC", "pip install 'llavakit[heic]'", "JPEG")
 
 
+def test_heic_is_read_with_its_extra(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), RED)).save(tmp_path / "a.heic", quality=90)
+    found = load_image(tmp_path / "a.heic").getpixel((5, 5))
+    assert max(abs(a - b) for a, b in zip(found, RED, strict=True)) <= 3
+    assert image_size(tmp_path / "a.heic") == (1, 48, 64)
+
+
 # Sizes
 
 

@@ -226,13 +226,30 @@ def test_streams_that_cannot_seek_are_read_whole(tmp_path):
     assert greys(load_video(Pipe(content), ALL)) == list(range(5))
 
 
-def test_the_size_may_not_change(tmp_path):
+def joined(tmp_path, sizes, later):
+    """Two MPEG-TS files in one, the second `later` frames after the beginning of the first."""
     parts = b""
-    for size in ((64, 48), (96, 64)):
+    for size, first in zip(sizes, (0, later), strict=True):
         with av.open(str(tmp_path / "a.ts"), "w") as container:
-            encode(container, add_stream(container, "mpeg2video", size), 5)
+            stream = add_stream(container, "mpeg2video", size)
+            for number in range(5):
+                frame = av.VideoFrame.from_ndarray(np.full((*size[::-1], 3), number, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = first + number, Fraction(1, 10)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
         parts += (tmp_path / "a.ts").read_bytes()
-    refused(lambda: load_video(parts, ALL), "changes its size from 64 x 48 to 96 x 64")
+    return parts
+
+
+def test_the_size_may_not_change(tmp_path):
+    content = joined(tmp_path, [(64, 48), (96, 64)], 5)
+    refused(lambda: load_video(content, ALL), "changes its size from 64 x 48 to 96 x 64")
+
+
+def test_time_stamps_that_begin_again(tmp_path):
+    content = joined(tmp_path, [(64, 48), (64, 48)], 0)
+    refused(lambda: load_video(content, ALL), "5 of its 10 time stamps occur twice", "remux it")
+    assert load_video(content, ALL, partial=True).size.depth == 5
 
 
 # Times

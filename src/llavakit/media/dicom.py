@@ -251,8 +251,8 @@ def measured(dataset: Any, stored: np.ndarray, name: str) -> np.ndarray:
 def look_up(dataset: Any, item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
     """Values through a table of a LUT sequence; values beyond its ends take its first or last entry.
 
-    pydicom's own functions hold the position in the table in the type of the table's entries or of the pixels, which is
-    too small for a table of 4096 entries of 8 bits.
+    pydicom's `apply_voi` holds positions in the table in the type of its entries, which is too small for a table of
+    4096 entries of 8 bits (findings/pydicom_voi_lut_8_bits.sh).
 
     Returns:
         Entries, and the bits of one.

@@ -210,9 +210,14 @@ class _Reader:
                 raise MediaError(f"{self.name}: is damaged ({_ffmpeg_reason(error)}); copy it again") from None
         if unknown:
             return self._scan_decoding(), [], 0
+        found = np.unique(np.frombuffer(times, np.int64))
         if times and not self.partial:
             self._refuse_cut_off(self.packets, max(times))
-        return np.unique(np.frombuffer(times, np.int64)), sorted(keys), end[1]
+            if len(found) < _COMPLETE * len(times):
+                twice = f"{len(times) - len(found)} of its {len(times)} time stamps occur twice"
+                advice = "remux it (ffmpeg -i IN -c copy OUT)"
+                raise MediaError(f"{self.name}: {twice}, as in files that were joined byte by byte; {advice}")
+        return found, sorted(keys), end[1]
 
     def _check_count(self, frames: int) -> None:
         if frames > self.limits.video_frames:
@@ -314,15 +319,15 @@ class _Reader:
         return self._complete(found, wanted)
 
     def _can_seek(self, keys: list[int]) -> bool:
-        """Whether the packets say where decoding can begin."""
-        if len(keys) < 2 or self.container.format.flags & _NO_TIMESTAMPS:
-            return False
-        # Demuxers that do not know the key frames call every packet one.
-        known = len(keys) < self.packets or self.container.format.name.startswith(("mov", "matroska"))
-        return known or getattr(self.stream.codec_context.codec, "intra_only", False)
+        """Whether decoding can begin in the middle: raw streams count their times from wherever they begin."""
+        return len(keys) > 1 and not self.container.format.flags & _NO_TIMESTAMPS
 
     def _by_seeking(self, wanted: list[int], keys: list[int], rotate: bool) -> dict[int, Image.Image]:
-        """The frames of exactly these times; skips to the key frame before each where that saves decoding."""
+        """The frames of exactly these times; skips to the key frame before each where that saves decoding.
+
+        Containers without an index (MPEG-TS, MPEG-PS) seek by guessing and often land behind the frame; what is missed
+        is left out.
+        """
         found: dict[int, Image.Image] = {}
         self._rewind()
         frames, position = self._timed_frames(), None
