@@ -42,6 +42,7 @@ def worlds(tmp_path_factory):
         ("llava-1.5", "pictures", "image"),
         ("llava-onevision", "scenes", "video"),
         ("llava-uhd", "pictures", "image"),
+        ("inf-llava", "pictures", "image"),
         ("llava-mini", "scenes", "video"),
         ("dynamic-llava", "pictures", "image"),
         ("medm-vl", "thorax", "volume"),

@@ -72,8 +72,8 @@ class CrossAttention(nn.Module):
 class DualEnhancement(nn.Module):
     """Blocks and interleaved pieces enhance each other; the result has the grid of one view.
 
-    Each perspective is laid out as a map and cut again in the other's way, so that a group of one view's size attends to
-    the same places of the other perspective: n * n groups instead of all pairs.
+    Each perspective is laid out as a map and cut again in the other's way, so that a group of one view's size attends
+    to the same places of the other perspective: n * n groups instead of all pairs.
 
     Args:
         width: Channels of the features.

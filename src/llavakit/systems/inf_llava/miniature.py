@@ -2,9 +2,9 @@
 
 A 56 x 56 picture holds a large outline that spans all crops (ring, square, diamond or cross) and a patch of stripes of
 period 2, upright or lying, which halving the resolution hides. The class is both: 4 x 2. Every arm sees the picture
-through the same kind of encoder in views of 28 x 28 and gives the reader 16 tokens: the whole view alone (`low`), its mean
-with the blocks (`local`), with the interleaved pieces (`global`), with the average of both without attention (`average`)
-or with the enhancement module (`dual`). Spec section 11.
+through the same kind of encoder in views of 28 x 28 and gives the reader 16 tokens: the whole view alone (`low`), its
+mean with the blocks (`local`), with the interleaved pieces (`global`), with the average of both without attention
+(`average`) or with the enhancement module (`dual`). Spec section 11.
 """
 
 from __future__ import annotations

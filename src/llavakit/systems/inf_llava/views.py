@@ -17,8 +17,8 @@ from llavakit.views.tensors import resize
 class DualPerspective(ImagePlanner):
     """n * n blocks, then n * n interleaved pieces of the picture at n times the encoder's size, then the whole.
 
-    The picture is brought to `image_size` first, normalised, and resized from there without antialias, as published. For
-    odd n the whole view equals the middle interleaved piece and is left out.
+    The picture is brought to `image_size` first, normalised, and resized from there without antialias, as published.
+    For odd n the whole view equals the middle interleaved piece and is left out.
 
     Args:
         size: Side of a view, the encoder's input.
