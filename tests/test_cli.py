@@ -142,7 +142,7 @@ def test_wrong_usage_is_status_2(arguments, capsys):
 
 
 def failing(error):
-    def train(recipe, overrides):
+    def train(recipe, overrides, check):
         raise error
 
     return SimpleNamespace(train=train)
@@ -181,13 +181,13 @@ def test_train_passes_overrides_on_and_names_the_model(monkeypatch, capsys):
     seen = []
     stages = [SimpleNamespace(name="align", ran=True, folder=Path("x/align"))]
 
-    def train(*arguments):
-        seen.append(arguments)
+    def train(*arguments, check):
+        seen.append((*arguments, check))
         return SimpleNamespace(stages=stages, final=Path("x/final"))
 
     monkeypatch.setitem(sys.modules, "llavakit.training.run", SimpleNamespace(train=train))
     assert cli.run(["train", "r.yaml", "stages.0.lr=1e-3", "output=x", "--on-bad-record", "skip"]) == 0
-    assert seen == [(Path("r.yaml"), ["stages.0.lr=1e-3", "output=x", "on_bad_record=skip"])]
+    assert seen == [(Path("r.yaml"), ["stages.0.lr=1e-3", "output=x", "on_bad_record=skip"], "sample")]
     captured = capsys.readouterr()
     assert captured.out == "x/final\n"
     assert "align: trained" in captured.err
