@@ -22,9 +22,10 @@ from tiny_checkpoints import (
     write_classic,
     write_tokenizer,
 )
+from tiny_server import small_chat
 
 import llavakit
-from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import build, convert, open_checkpoint, save
 from llavakit.checkpoints.files import atomic_folder, clear_write_errors
 from llavakit.checkpoints.inspect import inspect_model
 from llavakit.errors import CheckpointError, UserError
@@ -385,3 +386,19 @@ def test_a_misshaped_tensor_is_not_converted(classic, tmp_path):
         with pytest.raises(CheckpointError, match=r"norm.weight' has shape \[3\], the configuration calls for \[32\]"):
             convert(tmp_path / "own", tmp_path / form, to=form)
         assert not (tmp_path / form).exists()
+
+
+def test_a_checkpoint_says_where_its_template_ends_replies(tmp_path):
+    chat = small_chat()
+    tokenizer = chat.processor.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]}, replace_extra_special_tokens=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat.processor.template = "chatml_direct"
+    save(chat.model.state_dict(), chat.config, chat.processor, tmp_path / "own", {"eos_token_id": 9, "top_k": 3})
+    written = json.loads((tmp_path / "own" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [9, end], "top_k": 3}
+    save(chat.model.state_dict(), chat.config, chat.processor, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "generation_config.json").read_text()) == {"eos_token_id": [2, end]}
+    chat.processor.template = "v1"  # which ends at the tokenizer's own token
+    save(chat.model.state_dict(), chat.config, chat.processor, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "generation_config.json").exists()

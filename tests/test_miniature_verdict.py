@@ -128,3 +128,11 @@ def test_workers_compute_in_one_thread_and_give_it_back():
 
 def threads_of(_):
     return torch.get_num_threads()
+
+
+def test_quantiles_of_t_equal_scipys():
+    stats = pytest.importorskip("scipy.stats")  # of the extra `eval`; miniatures run without it
+    for freedom in (1, 2, 5, 30):
+        for probability in (0.6, 0.95, 0.999):
+            wanted = stats.t.ppf(probability, freedom)
+            assert t_quantile(probability, freedom) == pytest.approx(wanted, rel=1e-7)

@@ -28,7 +28,7 @@ from llavakit.checkpoints.files import (
     read_json,
     write_state,
 )
-from llavakit.checkpoints.text import GENERATION, eos_ids, read_generation, read_tokenizer, tokenizer_folder
+from llavakit.checkpoints.text import GENERATION, eos_ids, read_generation, read_tokenizer, tokenizer_folder, with_ends
 from llavakit.errors import CheckpointError, UserError, quoted
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -314,7 +314,7 @@ def save(
         write_state(scratch, names)
         if processor is not None:
             processor.save_pretrained(scratch)
-        _write_generation(scratch, generation)
+        _write_generation(scratch, with_ends(generation, processor))
 
 
 def _write_generation(folder: Path, generation: Mapping[str, Any] | None) -> None:
@@ -367,7 +367,7 @@ def convert(
             write_state(scratch, layout.write_state(checkpoint.config, checkpoint.state))
             if processor is not None:
                 layout.write_processor(processor, checkpoint.config, scratch)
-            _write_generation(scratch, checkpoint.generation)
+            _write_generation(scratch, with_ends(checkpoint.generation, processor))
     return {
         "from": checkpoint.layout,
         "to": to,

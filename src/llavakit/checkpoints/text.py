@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.checkpoints.files import read_json
+from llavakit.conversation.template import template_for
+from llavakit.conversation.tokens import stop_token_ids
 from llavakit.errors import CheckpointError, quoted
 
 GENERATION = "generation_config.json"
@@ -76,3 +78,21 @@ def eos_ids(generation: Mapping[str, Any], where: Path | str = GENERATION) -> li
     if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
         raise CheckpointError(f"{where}: eos_token_id is {quoted(value)}, it should be an id or a list of ids")
     return list(ids)
+
+
+def with_ends(generation: Mapping[str, Any] | None, processor: Any) -> dict[str, Any]:
+    """The content of generation_config.json with the ids at which the template ends a reply.
+
+    transformers and vLLM read the ends of replies from this file alone. The content stays as it is if the template adds
+    no id to the tokenizer's own.
+
+    Args:
+        processor: A processor with `template` and `tokenizer`, or None.
+    """
+    generation = dict(generation or {})
+    if processor is None:
+        return generation
+    tokenizer = processor.tokenizer
+    known = eos_ids(generation) or [token for token in (tokenizer.eos_token_id,) if token is not None]
+    ends = sorted({*known, *stop_token_ids(template_for(processor.template, tokenizer).stop, tokenizer)})
+    return generation | {"eos_token_id": ends} if set(ends) != set(known) else generation

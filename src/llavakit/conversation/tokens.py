@@ -6,6 +6,7 @@ starts a new word, and a begin token is kept only in front of the first piece. A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llavakit.conversation.template import PLACEHOLDER, Span
@@ -55,3 +56,18 @@ def marks_first_word(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     steps = getattr(backend, "pre_tokenizer", None)
     return getattr(steps, "prepend_scheme", None) == "first"
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The special tokens of a tokenizer and their ids; decoding with `skip_special_tokens` leaves them out."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def stop_token_ids(stops: Sequence[str], tokenizer: Any) -> dict[int, str]:
+    """The stop strings that are one special token (`<|eot_id|>`), by id.
+
+    The text of a reply does not hold special tokens, so these are matched by id. All others are matched in the text.
+    """
+    special = special_tokens(tokenizer) if stops else {}
+    return {special[stop]: stop for stop in stops if stop in special}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llavakit.conversation.tokens import special_tokens, stop_token_ids
 from llavakit.errors import UserError
 from llavakit.generation.request import SamplingParams
 
@@ -48,21 +49,6 @@ class StopStrings:
         """Longest end of the held text that begins the stop string."""
         longest = min(len(stop) - 1, len(self._held))
         return next((size for size in range(longest, 0, -1) if stop.startswith(self._held[-size:])), 0)
-
-
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The special tokens of a tokenizer and their ids; decoding with `skip_special_tokens` leaves them out."""
-    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-
-
-def stop_token_ids(stops: Sequence[str], tokenizer: Any) -> dict[int, str]:
-    """The stop strings that are one special token (`<|eot_id|>`), by id.
-
-    The text of a reply does not hold special tokens, so these are matched by id. All others are matched in the text.
-    """
-    special = special_tokens(tokenizer) if stops else {}
-    return {special[stop]: stop for stop in stops if stop in special}
 
 
 def check_stops(params: SamplingParams, tokenizer: Any) -> None:
