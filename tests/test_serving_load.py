@@ -205,7 +205,8 @@ def check(loaded: Any, requests: int) -> None:
     assert tally.failed > requests / 25
     assert (service.active, service.chat.engine.active, service.chat.engine.waiting) == (0, 0, 0)
     assert left_over() == held
-    assert threading.active_count() <= threads
+    # pools of threads may still fill up; a leak would be one thread per request
+    assert threading.active_count() <= threads + requests // 20
     grown = psutil.Process().memory_info().rss - memory
     assert grown < 40 * 2**20, f"{grown / 2**20:.0f} MiB more"
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llavakit.checkpoints.identity import without_cosmetics
-from llavakit.conversation.template import get_template
+from llavakit.conversation.template import template_for
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -65,7 +65,7 @@ def _network(responder: Any, network: nn.Module) -> dict[str, Any]:
     if processor is not None:
         template = getattr(processor, "template", None)
         if template is not None:
-            template = get_template(template)
+            template = template_for(template, getattr(responder, "tokenizer", None))
             found["template"] = digest_of([template.source, template.stop, template.placement, template.bos])
         images = getattr(processor, "image_processor", None)
         settings = [getattr(processor, name, None) for name in ("sampling", "reading")]

@@ -26,7 +26,7 @@ from llavakit.checkpoints.convert import (
 )
 from llavakit.checkpoints.files import read_json
 from llavakit.checkpoints.layouts import published
-from llavakit.conversation.template import get_template
+from llavakit.conversation.template import template_for
 from llavakit.errors import CheckpointError, RecipeError, UserError
 from llavakit.model.configuration import LlavakitConfig, build_config, register_encoder
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -193,8 +193,8 @@ def build_processor(recipe: Recipe, config: LlavakitConfig) -> LlavakitProcessor
         if key not in known:
             raise RecipeError(f"parts.processor.{key}: unknown key{nearest(str(key), list(known))}")
     try:
-        get_template(parts.template)
         tokenizer = _tokenizer(parts, config)
+        template_for(parts.template, tokenizer)
         return LlavakitProcessor.from_config(config, tokenizer, template=parts.template, **parts.processor)
     except (RecipeError, CheckpointError):
         raise

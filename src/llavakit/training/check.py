@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.optimization import get_scheduler
 
-from llavakit.conversation.template import get_template
+from llavakit.conversation.template import OWN, get_template
 from llavakit.data.dataset import SampleDataset
 from llavakit.data.mixture import Mixture
 from llavakit.errors import RecipeError, RecordError, UserError
@@ -88,7 +88,7 @@ def check_names(recipe: Recipe, number: int) -> Objective:
             f"than the first stage ({families[0]}); all stages of a recipe train the same one, so write two recipes"
         )
     global_batch(stage, distributed.world_size())
-    if stage.template is not None:
+    if stage.template not in (None, OWN):
         with named(number, "template"):
             get_template(stage.template)
     if stage.lora is not None and stage.lora.quantize and importlib.util.find_spec("bitsandbytes") is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llavakit.checkpoints.convert import save
 from llavakit.conversation.labels import label_policy
-from llavakit.conversation.template import get_template
+from llavakit.conversation.template import template_for
 from llavakit.data.records import Record
 from llavakit.errors import RecipeError, RecordError, UserError
 from llavakit.model.configuration import LlavakitConfig
@@ -97,7 +97,7 @@ class LanguageObjective(Objective):
         options = {}
         if stage.labels is not None:
             try:
-                label_policy(stage.labels, get_template(processor.template))
+                label_policy(stage.labels, template_for(processor.template, processor.tokenizer))
             except UserError as error:
                 raise RecipeError(f"labels: {error}") from error
             options["labels"] = stage.labels
