@@ -54,6 +54,7 @@ HERMES = {
     "cut": ('<tool_call>{"name": "weather", "arg', Turn('<tool_call>{"name": "weather", "arg')),
     "cut marker": ("Wait <tool_ca", Turn("Wait <tool_ca")),
     "no number": (CALL.replace('"Ghent"', "NaN"), Turn(CALL.replace('"Ghent"', "NaN"))),
+    "half a character": (CALL.replace("Ghent", r"\ud800"), Turn(CALL.replace("Ghent", r"\ud800"))),
     "deep": ("<tool_call>" + "{" * 5000 + "</tool_call>", Turn("<tool_call>" + "{" * 5000 + "</tool_call>")),
 }
 SUMMARY, REASONING = ("SUMMARY", "I add."), ("REASONING", "3 < 5")

@@ -15,7 +15,6 @@ import httpx  # noqa: E402
 from tiny_server import Running, ask, data_url, expected, media, png, small_chat, strict_server  # noqa: E402
 
 from llavakit.serving.app import Settings  # noqa: E402
-from llavakit.serving.toolcalls import read  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +136,6 @@ def test_halves_of_characters_are_no_failure(server):
     ]
     answers = [httpx.post(url, content=body, headers={"content-type": "application/json"}) for body in bodies]
     assert [answer.status_code for answer in answers] == [400, 400, 400, 400, 200]
-    call = r'<tool_call>{"name": "f", "arguments": {"a": "\ud800"}}</tool_call>'
-    assert read(call, ["f"])[1][0]["function"]["arguments"] == '{"a": "?"}'
 
 
 def test_broken_json_and_oversize_bodies():
@@ -175,7 +172,7 @@ def test_api_keys_are_asked_for():
 def test_a_full_queue_answers_429():
     running = Running(small_chat(), Settings(names=("tiny",), max_queue=0))
     try:
-        running.app.state.service.active = running.app.state.service.chat.engine.max_batch
+        running.app.state.service.active = running.app.state.service.responder.engine.max_batch
         response = httpx.post(f"{running.url}/v1/chat/completions", json={"model": "tiny", "messages": ask()})
         assert response.status_code == 429
         assert response.headers["retry-after"] == "1"
@@ -218,14 +215,6 @@ def test_a_client_that_goes_away_before_the_first_byte_frees_its_place(server):
 
     asyncio.run(server.app(scope | {"root_path": ""}, receive, send))
     assert service.active == 0
-
-
-def test_tool_calls_are_read_and_never_evaluated():
-    text, calls = read('Looking. <tool_call>{"name": "find", "arguments": {"x": 1}}</tool_call>', ["find"])
-    assert text == "Looking."
-    assert calls[0]["function"] == {"name": "find", "arguments": '{"x": 1}'}
-    assert read('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', ["find"])[1] == []
-    assert read("<tool_call>{broken</tool_call>", ["find"]) == ("<tool_call>{broken</tool_call>", [])
 
 
 def test_metrics_and_health(server):

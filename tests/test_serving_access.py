@@ -383,7 +383,7 @@ def test_refusals_are_counted_and_hang_ups_apart(closed):
                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content)
             )
             service = closed.app.state.service
-            _until(lambda service=service: service.chat.engine.active)
+            _until(lambda service=service: service.responder.engine.active)
         _until(lambda before=before: count("hung_up") == before + 1)
     assert count("answered") == answered
     assert closed.app.state.service.active == 0

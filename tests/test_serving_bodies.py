@@ -173,7 +173,7 @@ def _until(condition, seconds=10.0):
 
 def test_prompts_are_refused_by_their_characters(running):
     """All that may become part of the prompt counts, before anything is tokenised."""
-    chat = running.app.state.service.chat
+    chat = running.app.state.service.responder
     most = prompt_characters(chat.processor.tokenizer, chat.engine.max_length)
     assert most == 512 * max(map(len, chat.processor.tokenizer.get_vocab()))
     third = "x" * (most // 3)
@@ -199,7 +199,7 @@ def test_prompts_are_refused_by_their_characters(running):
 
 
 def test_what_fits_is_never_refused_by_its_characters(running):
-    tokenizer = running.app.state.service.chat.processor.tokenizer
+    tokenizer = running.app.state.service.responder.processor.tokenizer
     longest = max(tokenizer.get_vocab(), key=len)
     for text in (longest * 40, "What is in this picture? " * 20, "\U0001f600" * 100):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -222,7 +222,7 @@ def test_the_loop_does_not_parse(running, monkeypatch):
 
 
 def test_length_is_known_after_little_more_than_the_context(running):
-    tokenizer = running.app.state.service.chat.processor.tokenizer
+    tokenizer = running.app.state.service.responder.processor.tokenizer
     read = []
 
     def counting(text, **options):
@@ -244,7 +244,7 @@ def test_work_ends_at_its_next_step_when_nobody_waits(running, monkeypatch, stre
     """A client leaves while its first picture is decoded: nothing of the second is, and nothing is generated."""
     service = running.app.state.service
     begun, go, decoded, queued = threading.Event(), threading.Event(), [], []
-    genuine = service.chat.processor.read_media
+    genuine = service.responder.processor.read_media
 
     def slow(part):
         decoded.append(part)
@@ -252,10 +252,10 @@ def test_work_ends_at_its_next_step_when_nobody_waits(running, monkeypatch, stre
         go.wait(10)
         return genuine(part)
 
-    monkeypatch.setattr(service.chat.processor, "read_media", slow)
-    submit = service.chat.engine.submit
+    monkeypatch.setattr(service.responder.processor, "read_media", slow)
+    submit = service.responder.engine.submit
     monkeypatch.setattr(
-        service.chat.engine, "submit", lambda *args, **options: (queued.append(1), submit(*args, **options))[1]
+        service.responder.engine, "submit", lambda *args, **options: (queued.append(1), submit(*args, **options))[1]
     )
     url = data_url(png())
     content = json.dumps(MODEL | {"messages": [*media("image_url", url), *media("image_url", url)], "stream": stream})
@@ -295,7 +295,7 @@ def test_a_fetch_ends_when_nobody_waits(running, monkeypatch):
 
 
 def test_two_system_messages_are_one(running):
-    chat = running.app.state.service.chat
+    chat = running.app.state.service.responder
     told = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}]
     answer = post(running, MODEL | {"messages": [*told, *ask()], "max_tokens": 6}).json()
     joined = [{"role": "system", "content": "Be brief.\nBe kind."}, *ask()]
@@ -305,7 +305,7 @@ def test_two_system_messages_are_one(running):
 
 
 def test_null_is_as_good_as_nothing(running):
-    chat = running.app.state.service.chat
+    chat = running.app.state.service.responder
     nothing = dict.fromkeys(
         ("stream", "stream_options", "temperature", "top_p", "n", "stop", "seed", "tools", "tool_choice", "logprobs",
          "max_tokens", "metadata", "user", "logit_bias", "response_format", "audio", "functions", "presence_penalty")

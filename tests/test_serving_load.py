@@ -162,7 +162,7 @@ async def storm(url: str, requests: int, healthy: list[Kind], poisoned: list[Kin
 def settle(service: Any) -> None:
     """Wait until the server has noticed that everybody is gone."""
     deadline = time.time() + 10
-    while (service.active or service.chat.engine.busy) and time.time() < deadline:
+    while (service.active or service.responder.engine.busy) and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(0.2)  # for the last connection's task to end
 
@@ -203,7 +203,7 @@ def check(loaded: Any, requests: int) -> None:
     assert tally.whole + tally.left + tally.failed == requests
     assert tally.left > requests / 10
     assert tally.failed > requests / 25
-    assert (service.active, service.chat.engine.active, service.chat.engine.waiting) == (0, 0, 0)
+    assert (service.active, service.responder.engine.active, service.responder.engine.waiting) == (0, 0, 0)
     assert left_over() == held
     # pools of threads may still fill up; a leak would be one thread per request
     assert threading.active_count() <= threads + requests // 20

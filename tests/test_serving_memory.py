@@ -162,10 +162,10 @@ def test_the_server_refuses_what_it_has_no_room_for(running):
 
 def test_views_count_until_the_request_ends(running, monkeypatch):
     service = running.app.state.service
-    step = service.chat.engine.step
-    monkeypatch.setattr(service.chat.engine, "step", lambda: (time.sleep(0.05), step())[1])
+    step = service.responder.engine.step
+    monkeypatch.setattr(service.responder.engine, "step", lambda: (time.sleep(0.05), step())[1])
     message = {"role": "user", "content": [{"type": "image", "image": png()}]}
-    views = service.chat.processor.encode([message])["pixel_values"]
+    views = service.responder.processor.encode([message])["pixel_values"]
     body = {"model": "tiny", "messages": ask(url=data_url(png())), "stream": True, "max_tokens": 300, "stop": "§§"}
     with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body, timeout=30) as response:
         lines = response.iter_lines()  # whose end would close the connection

@@ -57,7 +57,7 @@ def served():
         extra_encoders={"tower3d": {"config": deep, "layer": -1}},
         extra_connectors={"projector3d": {"type": "pooling", "stride": [2, 2, 2], "encoder": "tower3d"}},
     )
-    running = Running(chat, Settings(names=("tiny",)), lambda app: mount(app, chat))
+    running = Running(chat, Settings(names=("tiny",)), lambda app: mount(app))
     yield running, chat
     running.stop()
 
@@ -205,7 +205,7 @@ def test_an_attached_volume_is_shown_slice_by_slice(page, tmp_path):
 
 def test_a_browser_enters_with_a_key_and_asks(browser, picture):
     chat = small_chat(positions=2048)
-    running = Running(chat, Settings(names=("tiny",), api_keys=("right",)), lambda app: mount(app, chat))
+    running = Running(chat, Settings(names=("tiny",), api_keys=("right",)), lambda app: mount(app))
     page = browser.new_page()
     try:
         page.goto(running.url)
@@ -229,7 +229,7 @@ def test_the_page_is_under_the_servers_policy(served, tmp_path):
     chat = served[1]
     media = MediaPolicy(fetch=False, file_bytes=300_000, images=1)
     settings = Settings(names=("tiny",), media=media, json_bytes=20_000, origins=("https://app.example",))
-    running = Running(chat, settings, lambda app: mount(app, chat))
+    running = Running(chat, settings, lambda app: mount(app))
     try:
         with httpx.Client(base_url=running.url, timeout=20) as client:
             config = client.get("/config").json()
@@ -262,7 +262,7 @@ def test_the_page_is_under_the_servers_policy(served, tmp_path):
 
 def test_keys_close_the_page():
     chat = small_chat()
-    running = Running(chat, Settings(api_keys=("right",)), lambda app: mount(app, chat))
+    running = Running(chat, Settings(api_keys=("right",)), lambda app: mount(app))
     try:
         import httpx
 
@@ -288,7 +288,7 @@ def reachable(request, served):
 
     chat = served[1]
     keys = request.param
-    running = Running(chat, Settings(names=("tiny",), api_keys=keys), lambda app: mount(app, chat))
+    running = Running(chat, Settings(names=("tiny",), api_keys=keys), lambda app: mount(app))
     with httpx.Client(base_url=running.url, timeout=20) as client:
         enter(client, keys)
         config = client.get("/config").json()
@@ -444,7 +444,7 @@ def test_the_picture_of_the_documentation(browser, tmp_path):
     chat.name = "LLaVA-1.5 of make demo"
     world = model.parent / "data" / "scene"
     questions = [json.loads(line) for line in (world / "heldout_questions.jsonl").read_text().splitlines()]
-    running = Running(chat, Settings(), lambda app: mount(app, chat))
+    running = Running(chat, Settings(), lambda app: mount(app))
     page = browser.new_page(viewport={"width": 880, "height": 660})
     try:
         visit(page, running.url)

@@ -11,7 +11,7 @@ A model's configuration (`codec`) or its system's card names one; a system regis
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llavakit.conversation.messages import Message, Part
@@ -100,6 +100,19 @@ class Codec:
             UserError: If this codec has none.
         """
         raise UserError(f"tool_choice: this model cannot be made to call {quoted(name)}; use 'auto'")
+
+    def reply(self, tools: Sequence[Tool], choice: str, *, parallel: bool = True) -> tuple[str, Callable[[], Parser]]:
+        """How a reply is to be read under a tool choice: its beginning, "" if it is free, and what makes its parser.
+
+        Raises:
+            UserError: If a function is named that is none of the tools, or cannot be enforced.
+        """
+        names = [tool.name for tool in tools] if choice != NONE else []
+        if choice in (AUTO, NONE, REQUIRED):
+            return "", lambda: self.parser(names, parallel=parallel)
+        if choice not in names:
+            raise UserError(f"tool_choice: {quoted(choice)} is none of the tools")
+        return self.opening(choice), lambda: self.call_parser(choice)
 
     def parse(self, text: str, tools: Sequence[str] = (), *, reason: str | None = "stop") -> Turn:
         """A whole reply as a turn."""

@@ -58,6 +58,13 @@ class Stages(Codec):
     def parser(self, tools: Sequence[str] = (), *, parallel: bool = True) -> Parser:
         return StagesParser(self.stages, self.answer, self.content.parser(tools, parallel=parallel))
 
+    def opening(self, name: str) -> str:
+        begun = "" if self.answer is None else f"{self.answer.opens[0]} "
+        return begun + self.content.opening(name)
+
+    def call_parser(self, name: str) -> Parser:
+        return self.content.call_parser(name)
+
     def render(self, turn: Turn) -> str:
         texts = dict(turn.stages)
         if turn.reasoning and not texts and len(self.stages) == 1:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from llavakit.checkpoints.identity import model_identity
-from llavakit.conversation.codecs import AUTO, NONE, REQUIRED, Codec, Parser, get_codec
+from llavakit.conversation.codecs import Codec, Parser, get_codec
 from llavakit.conversation.encode import encode, escape_special_tokens, tokenize
 from llavakit.conversation.template import template_for
 from llavakit.conversation.turns import Event
-from llavakit.errors import UserError, quoted
+from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk
 from llavakit.generation.responder import Call, Messages, Responder
@@ -86,6 +86,14 @@ class Chat(Responder):
     @property
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
+
+    @property
+    def positions(self) -> int | None:
+        return self.engine.max_length
+
+    @property
+    def gives_logprobs(self) -> bool:
+        return True
 
     @functools.cached_property
     def identity(self) -> str:
@@ -161,18 +169,18 @@ class Chat(Responder):
 
     def _open(self, call: Call, stream: bool, listener: Listener | None) -> Response:
         prepared = self.codec.prepare(call.messages, call.tools, call.tool_choice)
-        tools = [tool.name for tool in call.tools] if call.tool_choice != NONE else []
-        forced = None if call.tool_choice in (AUTO, NONE, REQUIRED) else call.tool_choice
-        if forced is not None and forced not in tools:
-            raise UserError(f"tool_choice: {quoted(forced)} is none of the tools")
-        if forced is not None:  # the reply is begun for the model, so that it cannot be anything but this call
-            prepared = [*prepared, {"role": "assistant", "content": self.codec.opening(forced)}]
-        request = self.request(prepared, continue_final_message=forced is not None, **_given(call.sampling))
-        parsers = [
-            self.codec.parser(tools, parallel=call.parallel_calls) if forced is None else self.codec.call_parser(forced)
-            for _ in range(call.sampling.n)
-        ]
+        opening, parser = self.codec.reply(call.tools, call.tool_choice, parallel=call.parallel_calls)
+        if opening:  # the reply is begun for the model, so that it cannot be anything but this call
+            prepared = [*prepared, {"role": "assistant", "content": opening}]
+        request = self.request(
+            prepared,
+            continue_final_message=bool(opening),
+            before_media=call.before_media,
+            **_given(call.sampling),
+        )
+        parsers = [parser() for _ in range(call.sampling.n)]
         response = EngineResponse(self.engine, parsers, listener)
+        response.held_bytes = sum(view.nbytes for view in request.pixel_values or ())
         response.submit(request, stream)
         return response
 
@@ -292,6 +300,7 @@ class EngineResponse(Response):
         super().__init__(len(parsers), listener)
         self._engine, self._parsers = engine, parsers
         self._submitting = threading.Lock()
+        self._tokens = 0
 
     def submit(self, request: Request, stream: bool) -> None:
         """Queue the request.
@@ -319,12 +328,12 @@ class EngineResponse(Response):
         answer, handle = self.answers[chunk.index], self.handle
         if answer.finish_reason is not None:  # it failed
             return
+        self._tokens += len(chunk.token_ids)
+        self.usage = Usage(handle.prompt_tokens, self._tokens, handle.reused_tokens)
         for event in chunk_events(chunk, self._parsers[chunk.index]):
             if not isinstance(event, FinishEvent):
                 self.deliver(event)
                 continue
-            tokens = sum(len(one.token_ids) for one in self.answers)
-            self.usage = Usage(handle.prompt_tokens, tokens, handle.reused_tokens)
             if event.reason == "error":
                 self.fail(handle.error or RuntimeError("the engine failed"))
             reason = "tool_calls" if answer.calls and event.reason == "stop" else event.reason

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llavakit.errors import UserError
 from llavakit.generation.cache import PrefixStore, one_row_cache, shared_prefix, stack_layers
 from llavakit.generation.prompt import Prompt, PromptReader
-from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk, TokenLogprob
+from llavakit.generation.request import PromptTooLong, Request, RequestHandle, SamplingParams, StreamChunk, TokenLogprob
 from llavakit.generation.rows import PlainRows, sliding_window
 from llavakit.generation.sampling import RowRng, TokenSampler
 from llavakit.generation.stopping import StopStrings, check_stops, stop_token_ids
@@ -139,7 +139,7 @@ class Engine:
         """
         length = len(request.ids()) if request.inputs_embeds is None else request.inputs_embeds.shape[0]
         if not 0 < length < self.max_length:
-            raise UserError(f"request: the prompt has {length} positions, allowed are 1 to {self.max_length - 1}")
+            raise PromptTooLong(f"request: the prompt has {length} positions, allowed are 1 to {self.max_length - 1}")
         if request.sampling.n > self.max_batch:
             raise UserError(f"sampling: n is {request.sampling.n}, this engine holds {self.max_batch} replies")
         check_stops(request.sampling, self.tokenizer)

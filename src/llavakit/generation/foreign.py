@@ -24,7 +24,7 @@ from llavakit.conversation.encode import escape_special_tokens
 from llavakit.conversation.messages import normalise
 from llavakit.conversation.turns import CallEvent, Event
 from llavakit.errors import CheckpointError, UserError
-from llavakit.generation.request import Reply, SamplingParams, StreamChunk
+from llavakit.generation.request import PromptTooLong, Reply, SamplingParams, StreamChunk
 from llavakit.generation.responder import Call, Messages, Responder
 from llavakit.generation.response import Answer, FinishEvent, Response, Usage, chunk_events
 from llavakit.generation.sampling import RowRng, TokenSampler, choice_seed
@@ -144,6 +144,14 @@ class TransformersResponder(Responder):
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
+    def gives_logprobs(self) -> bool:
+        return True
+
+    @property
+    def positions(self) -> int | None:
+        return self._positions
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         return ("image",) if hasattr(self.processor, "image_processor") else ()
 
@@ -166,9 +174,10 @@ class TransformersResponder(Responder):
         params = call.sampling
         if params.n > self.capacity:
             raise UserError(f"sampling: n is {params.n}, this model gives at most {self.capacity} replies")
-        inputs = self._inputs(self.codec.prepare(call.messages, call.tools, call.tool_choice))
-        tools = [tool.name for tool in call.tools] if call.tool_choice != "none" else []
-        parsers = [self.codec.parser(tools, parallel=call.parallel_calls) for _ in range(params.n)]
+        prepared = self.codec.prepare(call.messages, call.tools, call.tool_choice)
+        opening, parser = self.codec.reply(call.tools, call.tool_choice, parallel=call.parallel_calls)
+        inputs = self._inputs(prepared, opening, call.before_media)
+        parsers = [parser() for _ in range(params.n)]
         called = [False] * params.n
         call.count(Usage(prompt_tokens=inputs["input_ids"].shape[1]))
         for chunk in self._chunks(inputs, params, call.check):
@@ -260,13 +269,18 @@ class TransformersResponder(Responder):
 
     # ------------------------------------------------------------------ prompts
 
-    def _inputs(self, messages: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, Tensor]:
+    def _inputs(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        prefix: str = "",
+        before_media: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> dict[str, Tensor]:
         """Model inputs of a conversation, batch of one; with a prefix the reply has begun.
 
         Raises:
             UserError: If the chat template or the processor cannot express it.
         """
-        conversation = self._conversation(messages)
+        conversation = self._conversation(messages, before_media)
         if prefix:
             content: Any = [{"type": "text", "text": prefix}] if self.modalities else prefix
             conversation.append({"role": "assistant", "content": content})
@@ -292,7 +306,11 @@ class TransformersResponder(Responder):
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        before_media: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
         conversation = []
         for number, message in enumerate(normalise(messages)):
             parts: list[dict[str, Any]] = []
@@ -302,6 +320,8 @@ class TransformersResponder(Responder):
                     text = self._placeholders.sub(lambda found: found[0][0] + "\u2060" + found[0][1:], part["text"])
                     parts.append({"type": "text", "text": text})
                 elif part["type"] in self.modalities:
+                    if before_media is not None:
+                        before_media(part)
                     parts.append({"type": "image", "image": load_image(part["image"], limits=self._limits)})
                 else:
                     takes = f"it takes {', '.join(self.modalities)}" if self.modalities else "it takes text alone"
@@ -322,7 +342,7 @@ class TransformersResponder(Responder):
 
     def _check_length(self, length: int) -> None:
         if self._positions is not None and length > self._positions:
-            raise UserError(f"request: {length} positions are needed, this model has {self._positions}")
+            raise PromptTooLong(f"request: {length} positions are needed, this model has {self._positions}")
 
     # ------------------------------------------------------------------ decoding
 

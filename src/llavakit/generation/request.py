@@ -162,6 +162,10 @@ class Reply:
     stop: str | None = None
 
 
+class PromptTooLong(UserError):
+    """A prompt that has more positions than the model takes."""
+
+
 class RequestFailed(RuntimeError):
     """A request that failed inside the engine; others went on."""
 

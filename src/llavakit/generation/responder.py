@@ -19,9 +19,10 @@ A system's card names the factory of its responder (`System.responder`).
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -46,6 +47,7 @@ class Call:
         tools, tool_choice, parallel_calls: See `Responder.submit`.
         options: The responder's own options (an instance of `Responder.options`), or None.
         streamed: Whether somebody wants the text as it comes.
+        before_media: See `Responder.submit`.
         indices: Numbers of the replies that `run` is to generate: one, unless the responder takes them together.
         finish_reason, stop: How the reply ended; `stream` sets them, `run` may.
     """
@@ -60,10 +62,11 @@ class Call:
         parallel_calls: bool = True,
         options: Any = None,
         streamed: bool = True,
+        before_media: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self.messages, self.sampling = messages, sampling
         self.tools, self.tool_choice, self.parallel_calls = tuple(tools), tool_choice, parallel_calls
-        self.options, self.streamed = options, streamed
+        self.options, self.streamed, self.before_media = options, streamed, before_media
         self.indices: tuple[int, ...] = (0,)
         self.finish_reason, self.stop = "stop", None
         self._response = Response()
@@ -88,6 +91,7 @@ class Call:
             parallel_calls=self.parallel_calls,
             options=self.options,
             streamed=self.streamed,
+            before_media=self.before_media,
         )
         one.indices, one._response = indices, response
         return one
@@ -195,7 +199,7 @@ class Responder:
         self.name = name or (parts[0].name if parts else type(self).__name__)
         self._capacity = capacity or (parts[0].capacity if parts else 8)
         self._preset: dict[str, Any] = {}
-        self._queue: deque[tuple[Call, Response]] = deque()
+        self._queue: deque[tuple[contextvars.Context, Call, Response]] = deque()
         self._running: set[Response] = set()
         self._guard = threading.Condition()
         self._active = 0
@@ -244,6 +248,7 @@ class Responder:
         parallel_calls: bool = True,
         stream: bool = True,
         listener: Listener | None = None,
+        before_media: Callable[[Mapping[str, Any]], None] | None = None,
         **fields: Any,
     ) -> Response:
         """Queue a conversation; may be called from any thread.
@@ -256,6 +261,7 @@ class Responder:
             parallel_calls: Whether one reply may hold several calls.
             stream: Whether text comes as it is generated; without it the last events carry all of it, cheaper.
             listener: Called with every event, in the thread that generates; replies of one request may have several.
+            before_media: Called before a media item is read; what it raises ends the request.
             fields: Fields of `SamplingParams` (they win over `sampling`), and this responder's own options.
 
         Raises:
@@ -271,6 +277,7 @@ class Responder:
             parallel_calls=parallel_calls,
             options=self._options(own),
             streamed=stream,
+            before_media=before_media,
         )
         return self._open(call, stream, listener)
 
@@ -362,8 +369,18 @@ class Responder:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer behind `LogprobsEvent`, or None if there are no log probabilities."""
-        return None
+        """The tokenizer that its prompts go through, None if it is not known."""
+        return self.parts[0].tokenizer if self.parts else None
+
+    @property
+    def positions(self) -> int | None:
+        """Positions of prompt and reply together, None if they are not known."""
+        return self.parts[0].positions if self.parts else None
+
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether answers have log probabilities when they are asked for."""
+        return False
 
     @property
     def identity(self) -> str:
@@ -441,7 +458,7 @@ class Responder:
         with self._guard:
             self._running.add(response)
             for one in self._calls(call, response):
-                self._queue.append((one, response))
+                self._queue.append((contextvars.copy_context(), one, response))
                 if self._active < self.capacity:  # of daemons, so that an endless reply does not outlive the program
                     self._active += 1
                     threading.Thread(target=self._serve, name=f"respond-{self.name}", daemon=True).start()
@@ -455,8 +472,8 @@ class Responder:
                     self._active -= 1
                     self._guard.notify_all()
                     return
-                call, response = self._queue.popleft()
-            self._work(call, response)
+                context, call, response = self._queue.popleft()
+            context.run(self._work, call, response)
 
     def _calls(self, call: Call, response: Response) -> list[Call]:
         """The calls that generate the replies of a request: one each."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,9 +51,15 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class LogprobsEvent(Event):
-    """Log probabilities of the newest tokens, if they were asked for."""
+    """Log probabilities of the newest tokens, if they were asked for.
+
+    Args:
+        entries: One per token.
+        text: The raw text that became certain with them, before the codec.
+    """
 
     entries: tuple[TokenLogprob, ...]
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +91,7 @@ def chunk_events(chunk: StreamChunk, parser: Parser) -> list[Event]:
     if chunk.text:
         events += parser.feed(chunk.text)
     if chunk.logprobs:
-        events.append(LogprobsEvent(entries=chunk.logprobs))
+        events.append(LogprobsEvent(entries=chunk.logprobs, text=chunk.text))
     if chunk.finish_reason is not None:
         events += parser.finish(chunk.finish_reason)
         events.append(FinishEvent(reason=chunk.finish_reason, stop=chunk.stop))
@@ -143,6 +150,8 @@ class Response:
         answers: The replies as far as they have come.
         error: What went wrong, if it failed.
         usage: Tokens so far.
+        held_bytes: What its media take until it is done, where that is known when it is queued.
+        began: When the first token or event came, as `time.perf_counter` counts; None before that.
     """
 
     def __init__(self, n: int = 1, listener: Listener | None = None) -> None:
@@ -150,6 +159,8 @@ class Response:
         self.error: Exception | None = None
         self.usage = Usage()
         self.cancelled = False
+        self.held_bytes: int | None = None
+        self.began: float | None = None
         self._listener = listener
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._unread = n
@@ -207,6 +218,8 @@ class Response:
 
     def deliver(self, event: Event) -> None:
         """Record an event and hand it on; a listener that raises cancels the response."""
+        if self.began is None:
+            self.began = time.perf_counter()
         if isinstance(event, FinishEvent):
             event = replace(event, usage=self.usage)
         self.answers[event.index].add(event)

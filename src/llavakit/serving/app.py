@@ -1,6 +1,6 @@
-"""The HTTP server: OpenAI's chat API over the generation engine.
+"""The HTTP server: OpenAI's chat API over a responder.
 
-One process, one engine thread, one event loop. Whoever may not ask is refused from the headers (`access`), bodies are
+One process, one model, one event loop. Whoever may not ask is refused from the headers (`access`), bodies are
 limited and kept off the loop (`bodies`), media are fetched and decoded before a request is queued (`service`); a full
 queue answers 429; a client that goes away frees its row before the next step; a request that fails, fails alone.
 """
@@ -28,10 +28,10 @@ from starlette.requests import ClientDisconnect
 
 from llavakit.data.strict_json import JsonError
 from llavakit.errors import UserError, quoted, shorten
-from llavakit.generation.chat import Chat
+from llavakit.generation.responder import Responder
 from llavakit.media.policy import Refused
 from llavakit.serving.access import Access, Sessions
-from llavakit.serving.answer import Answer, Events
+from llavakit.serving.answer import ChatAnswer, Events
 from llavakit.serving.bodies import BodiesInFlight, BodyLimit, ChatBody
 from llavakit.serving.memory import Account
 from llavakit.serving.presence import Presence
@@ -59,20 +59,20 @@ _CHAT_BODY = {
 _UPLOAD_ID = re.compile(r"^file-[0-9a-f]{32}$")
 
 
-def create_app(chat: Chat, settings: Settings | None = None) -> FastAPI:
-    """The application; the engine's thread lives as long as it."""
+def create_app(responder: Responder, settings: Settings | None = None) -> FastAPI:
+    """The application; the responder's threads live as long as it."""
     settings = settings or Settings()
-    service, sessions = Service(chat, settings), Sessions()
+    service, sessions = Service(responder, settings), Sessions()
     failed = service.metrics.failed
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        chat.engine.start()
+        responder.start()
         housekeeping = asyncio.create_task(_forget_old_uploads(service))
         yield
         housekeeping.cancel()
         service.closing = True
-        await to_thread.run_sync(functools.partial(chat.engine.stop, drain=True))
+        await to_thread.run_sync(functools.partial(responder.stop, drain=True))
 
     app = FastAPI(title="llavakit", version="1", lifespan=lifespan, redoc_url=None)
     app.state.service, app.state.sessions = service, sessions
@@ -87,7 +87,7 @@ def create_app(chat: Chat, settings: Settings | None = None) -> FastAPI:
     )
     _handle_errors(app, service)
     _add_routes(app, service)
-    _describe_chat_request(app)
+    _describe_chat_request(app, service)
     return app
 
 
@@ -97,7 +97,7 @@ async def _forget_old_uploads(service: Service) -> None:
         service.uploads.expire()
 
 
-def _describe_chat_request(app: FastAPI) -> None:
+def _describe_chat_request(app: FastAPI, service: Service) -> None:
     """The schema of chat requests in the OpenAPI document; their bodies are read by `ChatBody`, not by FastAPI."""
     describe = app.openapi
 
@@ -105,7 +105,7 @@ def _describe_chat_request(app: FastAPI) -> None:
         described = describe()
         schemas = described["components"]["schemas"]
         if "ChatRequest" not in schemas:
-            schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            schema = service.request_type.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= {**schema.pop("$defs"), "ChatRequest": schema}
         return described
 
@@ -165,8 +165,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether the server takes requests."""
-        engine = service.chat.engine
-        body = {"status": "closing" if service.closing else "ok", "waiting": engine.waiting, "active": engine.active}
+        responder = service.responder
+        counts = {"waiting": responder.waiting, "active": responder.active}
+        body = {"status": "closing" if service.closing else "ok", **counts}
         return JSONResponse(body, 503 if service.closing else 200)
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -222,7 +223,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         async with Presence(request) as presence:
             account = Account(service.memory)
             incoming = Incoming(body, content, request.state.owner, request.state.body.release, presence, account)
-            answer = Answer(service, incoming)
+            answer = ChatAnswer(service, incoming)
             try:
                 await answer.start()
                 if not body.stream:
@@ -242,7 +243,7 @@ async def _read_chat(request: Request, service: Service) -> tuple[ChatBody, Chat
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise APIError(415, f"send Content-Type: application/json, not {quoted(kind)}")
-    content = ChatBody(settings.json_bytes)
+    content = ChatBody(settings.json_bytes, service.request_type)
     try:
         async for chunk in request.stream():
             content.feed(chunk)

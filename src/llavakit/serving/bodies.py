@@ -155,10 +155,11 @@ class ChatBody:
 
     Args:
         most_json: Bytes of JSON without media; more raise `TooMuch`.
+        request: What the JSON is read as.
     """
 
-    def __init__(self, most_json: int) -> None:
-        self.most_json = most_json
+    def __init__(self, most_json: int, request: type[ChatRequest] = ChatRequest) -> None:
+        self.most_json, self._request = most_json, request
         self.json = bytearray()
         self.media: list[bytearray] = []
         self.value: Any = None  # the JSON, once it is parsed
@@ -220,7 +221,7 @@ class ChatBody:
         """
         self._keep(len(self._pending))
         self.value = parse_json(bytes(self.json))
-        request = ChatRequest.model_validate(self.value)
+        request = self._request.model_validate(self.value)
         used = {self.number(part.source.url) for _, part in request.media_parts()}
         if not used.issuperset(range(len(self.media))):
             raise JsonError("a data URL is read in image_url.url, video_url.url and volume_url.url, and nowhere else")

@@ -9,8 +9,13 @@ _PIECE = 16_384  # characters that are tokenised at a time
 _SHARED = 16  # tokens by which a piece may be longer alone than inside its text; far more than happens
 
 
-def prompt_characters(tokenizer: Any, positions: int) -> int:
-    """The most characters that a prompt of so many positions can come from: each is at most the longest token."""
+def prompt_characters(tokenizer: Any, positions: int | None) -> int | None:
+    """The most characters that a prompt of so many positions can come from: each is at most the longest token.
+
+    None if the model's tokenizer or context is not known.
+    """
+    if tokenizer is None or positions is None:
+        return None
     return positions * max(map(len, tokenizer.get_vocab()), default=1)
 
 

@@ -14,10 +14,10 @@ class Metrics:
     """Counters of one server.
 
     Args:
-        engine: Its queue is read when metrics are.
+        responder: Its queue is read when metrics are.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, responder: Any) -> None:
         self.registry = CollectorRegistry()
         make = {"registry": self.registry}
         self._requests = Counter("llavakit_requests", "Requests that ended", ["outcome"], **make)
@@ -25,11 +25,11 @@ class Metrics:
         self._reply = Counter("llavakit_reply_tokens", "Tokens of replies", **make)
         self._first = Histogram("llavakit_first_token_seconds", "Time to first token", buckets=_SECONDS, **make)
         self._whole = Histogram("llavakit_request_seconds", "Time of a request", buckets=_SECONDS, **make)
-        Gauge("llavakit_waiting", "Requests in the queue", **make).set_function(lambda: engine.waiting)
-        Gauge("llavakit_active", "Replies being decoded", **make).set_function(lambda: engine.active)
+        Gauge("llavakit_waiting", "Requests in the queue", **make).set_function(lambda: responder.waiting)
+        Gauge("llavakit_active", "Replies being decoded", **make).set_function(lambda: responder.active)
 
     def first_token(self, seconds: float) -> None:
-        """A request got its first token."""
+        """The first event of an answer is there."""
         self._first.observe(seconds)
 
     def worked(self, prompt_tokens: int, reply_tokens: int) -> None:

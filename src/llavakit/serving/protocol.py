@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from llavakit.errors import Portable, UserError
@@ -137,11 +137,20 @@ class ToolCall(Strict):
     index: int | None = None
 
 
+class TraceStep(Strict):
+    """A step on the way to an earlier answer."""
+
+    name: str
+    data: dict[str, Any]
+
+
 class ChatMessage(Strict):
-    """One message of the conversation."""
+    """One message of the conversation; an earlier answer may come back as it was given."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
+    reasoning_content: Text | None = None
+    trace: list[TraceStep] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -217,6 +226,7 @@ class ChatRequest(Strict):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    trace: bool | None = None
     response_format: ResponseFormat | None = None
     presence_penalty: NoPenalty | None = None
     frequency_penalty: NoPenalty | None = None
@@ -260,7 +270,7 @@ class ChatRequest(Strict):
             content = message.content or ""
             texts = [content] if isinstance(content, str) else [p.text for p in content if isinstance(p, TextPart)]
             texts += [call.function.name + call.function.arguments for call in message.tool_calls or ()]
-            texts += [message.name or "", message.tool_call_id or ""]
+            texts += [message.name or "", message.tool_call_id or "", message.reasoning_content or ""]
             count += sum(map(len, texts))
         for tool in self.tools or ():
             count += len(json.dumps(tool.function.model_dump(exclude_none=True), ensure_ascii=False))
@@ -270,6 +280,21 @@ class ChatRequest(Strict):
     def budget(self) -> int | None:
         """The longest reply that the client asks for."""
         return self.max_completion_tokens or self.max_tokens
+
+
+def request_type(options: type[BaseModel] | None) -> type[ChatRequest]:
+    """The body of chat requests to a responder that has options of its own; they are fields like the others.
+
+    Raises:
+        ValueError: If an option is called like a field.
+    """
+    if options is None:
+        return ChatRequest
+    both = set(options.model_fields) & set(ChatRequest.model_fields)
+    if both:
+        raise ValueError(f"option {sorted(both)[0]!r} of the responder is called like a field of chat requests")
+    fields = {name: (field.annotation, field) for name, field in options.model_fields.items()}
+    return create_model("ChatRequest", __base__=ChatRequest, **fields)
 
 
 class ErrorDetail(BaseModel):
@@ -287,13 +312,24 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
+class Picture(BaseModel):
+    """A picture that is part of an answer, as a data URL; an extension of OpenAI's form."""
+
+    type: Literal["image_url"]
+    image_url: dict[Literal["url"], str]
+    caption: str
+
+
 class Reply(BaseModel):
-    """What the assistant said."""
+    """What the assistant said; `reasoning_content`, `images` and `trace` (if asked for) extend OpenAI's form."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] = []
+    images: list[Picture] = []
+    trace: list[TraceStep] = []
 
 
 class Choice(BaseModel):
@@ -312,6 +348,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: dict[str, int]
+    completion_tokens_details: dict[str, int] = {}
 
 
 class Completion(BaseModel):
@@ -348,14 +385,15 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def usage(prompt: int, reused: int, completion: int) -> dict[str, Any]:
-    """Token counts."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": reused},
+def usage(used: Any) -> dict[str, Any]:
+    """Token counts of a response (`llavakit.generation.response.Usage`); hidden calls are counted by their purpose."""
+    counts = {
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
     }
+    return counts | ({"completion_tokens_details": dict(used.details)} if used.details else {})
 
 
 def chunk(identity: str, model: str, created: int, choices: list[dict[str, Any]], counts: Any = None) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def serve(
             addresses.
         media_networks: Networks that may be fetched from although they are not public, as `10.1.0.0/16`.
         extra: Further arguments for `vllm serve`.
-        sources: `base` and `vision_tower`, see `llavakit.load`.
+        sources: `base`, `vision_tower`, `responder` and its options, see `llavakit.load`.
 
     Raises:
         UserError: If an extra is missing, the port is taken, or vLLM cannot run the model.
@@ -94,15 +94,15 @@ def serve(
     hosts = hosts_of(socket.gethostname(), host, allowed_hosts)
     settings = Settings(names=names, api_keys=keys, hosts=hosts, origins=origins, max_queue=max_queue, media=policy)
     with console.status(f"loading {model}"):
-        chat = load(model, dtype=dtype, device=device, max_batch=max_batch, **sources)
-    app = create_app(chat, settings)
+        responder = load(model, dtype=dtype, device=device, max_batch=max_batch, **sources)
+    app = create_app(responder, settings)
     address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"
     if web and importlib.util.find_spec("gradio") is None:
         console.print("web app  not installed; get it with: pip install 'llavakit[web]'")
     elif web:
         from llavakit.serving.webapp import mount
 
-        app = mount(app, chat)
+        app = mount(app)
         console.print(f"web app  {address}/")
     console.print(f"API      {address}/v1   (model {names[0]!r}, documentation at {address}/docs)")
     run_until_stopped(http_server(app, settings.connections, host=host, port=port, log_level="warning"))

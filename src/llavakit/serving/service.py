@@ -1,4 +1,4 @@
-"""From a request of the API to the engine's queue: who is admitted, and how messages and media are read.
+"""From a request of the API to the responder's queue: who is admitted, and how messages and media are read.
 
 Media are fetched and decoded before a request is queued. This module knows nothing of answers.
 """
@@ -16,16 +16,15 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 
-from llavakit.conversation.codecs import get_codec
-from llavakit.conversation.encode import escape_special_tokens
 from llavakit.conversation.messages import boxes_part
+from llavakit.conversation.turns import Event, Tool
 from llavakit.errors import FieldError, UserError
-from llavakit.generation.chat import Chat
-from llavakit.generation.request import RequestHandle, StreamChunk
+from llavakit.generation.request import PromptTooLong
+from llavakit.generation.responder import Responder
+from llavakit.generation.response import Response
 from llavakit.media.fetch import MediaFetcher
 from llavakit.media.policy import MediaPolicy, Refused, decode_data_url
 from llavakit.media.source import Attached
-from llavakit.serving import toolcalls
 from llavakit.serving.access import AccessPolicy
 from llavakit.serving.bodies import ChatBody
 from llavakit.serving.length import exceeds, prompt_characters
@@ -33,12 +32,20 @@ from llavakit.serving.logprobs import Spelling
 from llavakit.serving.memory import Account, MemoryBudget, MemoryPolicy, claim
 from llavakit.serving.metrics import Metrics
 from llavakit.serving.presence import Presence
-from llavakit.serving.protocol import APIError, BoxesPart, ChatMessage, ChatRequest, MediaPart, TextPart
+from llavakit.serving.protocol import (
+    APIError,
+    BoxesPart,
+    ChatMessage,
+    ChatRequest,
+    MediaPart,
+    TextPart,
+    request_type,
+)
 from llavakit.serving.uploads import UploadPolicy, Uploads
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
 _RETRY = {503: {"Retry-After": "1"}}
-_KINDS = ("image", "video", "volume")
+_FIELD = re.compile(r"(messages\.[\w.]+|tools|tool_choice)(?=: )|sampling: (\w+)")
 
 
 @dataclass(frozen=True)
@@ -112,24 +119,23 @@ class Service:
     """A loaded model behind the API.
 
     Args:
-        chat: Model, processor and engine.
+        responder: What answers.
         settings: How to behave.
     """
 
-    def __init__(self, chat: Chat, settings: Settings) -> None:
-        self.chat, self.settings = chat, settings
+    def __init__(self, responder: Responder, settings: Settings) -> None:
+        self.responder, self.settings = responder, settings
+        self.request_type = request_type(responder.options)
         self.uploads: Uploads[bytes] = Uploads(self._upload_policy(settings))
-        self.characters = prompt_characters(chat.processor.tokenizer, chat.engine.max_length)
-        self.metrics = Metrics(chat.engine)
+        self.characters = prompt_characters(responder.tokenizer, responder.positions)
+        self.metrics = Metrics(responder)
         self.memory = MemoryBudget(settings.memory)
-        self.spelling = Spelling(chat.processor.tokenizer)
+        self.spelling = Spelling(responder.tokenizer) if responder.gives_logprobs else None
         self.active = 0
         self.closing = False
         self._decoders = CapacityLimiter(2)
-        reading = chat.processor.reading or {}
         self.limits = dataclasses.replace(settings.media.limits, claim=claim)
-        limits = {"limits": self.limits}
-        chat.processor.reading = {modality: {**reading.get(modality, {}), **limits} for modality in _KINDS}
+        responder.restrict(self.limits)
 
     @staticmethod
     def _upload_policy(settings: Settings) -> UploadPolicy:
@@ -145,7 +151,7 @@ class Service:
         """
         if self.closing:
             raise APIError(503, "the server is shutting down", headers={"Retry-After": "10"})
-        if self.active >= self.chat.engine.max_batch + self.settings.max_queue:
+        if self.active >= self.responder.capacity + self.settings.max_queue:
             raise APIError(429, "the queue is full; try again", code="queue_full", headers={"Retry-After": "1"})
         self.active += 1
 
@@ -181,19 +187,21 @@ class Service:
         self._check_characters(count)
 
     def _check_characters(self, count: int) -> None:
-        if count > self.characters:
+        if self.characters is not None and count > self.characters:
             said = f"the texts hold {count} characters; more than {self.characters} never fit the model's context"
             raise APIError(400, said, "messages", CONTEXT_EXCEEDED)
 
     def _check_length(self, messages: list[dict[str, Any]]) -> None:
         """Refuse texts that take more positions than there are, before all of them are tokenised."""
+        most, tokenizer = self.responder.positions, self.responder.tokenizer
+        if most is None or tokenizer is None:
+            return
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-        most = self.chat.engine.max_length
-        if sum(map(len, texts)) > 4 * most and exceeds(texts, self.chat.processor.tokenizer, most):
+        if sum(map(len, texts)) > 4 * most and exceeds(texts, tokenizer, most):
             said = f"the texts take more than the {most} positions of the model's context"
             raise APIError(400, said, "messages", CONTEXT_EXCEEDED)
 
-    async def submit(self, incoming: Incoming, listener: Callable[[StreamChunk], None]) -> RequestHandle:
+    async def submit(self, incoming: Incoming, listener: Callable[[Event], None]) -> Response:
         """Fetch, decode and queue a request.
 
         Raises:
@@ -201,50 +209,64 @@ class Service:
         """
         request = incoming.body
         self._check_characters(request.characters())
-        sampling = self._sampling(request)
+        fields = self._sampling(request) | self._tools(request) | self._own(request)
         messages = await self._messages(incoming)
         incoming.arrived()
         incoming.presence.check()
-        prepare = functools.partial(self._prepare, messages, sampling, incoming)
+        submit = functools.partial(self._submit, messages, fields, incoming, listener)
         try:
-            prepared = await to_thread.run_sync(prepare, limiter=self._decoders)
-            incoming.presence.check()
-            length, most = len(prepared.input_ids), self.chat.engine.max_length - 1
-            if length > most:
-                said = f"the prompt has {length} positions with its media; the model's context takes {most}"
-                raise APIError(400, said, "messages", CONTEXT_EXCEEDED)
-            return self.chat.engine.submit(prepared, stream=bool(request.stream), listener=listener)
+            return await to_thread.run_sync(submit, limiter=self._decoders)
+        except PromptTooLong as error:
+            raise APIError(400, str(error), "messages", CONTEXT_EXCEEDED) from None
         except Refused as refused:  # of the readers, for want of memory
-            raise APIError(refused.status, str(refused), "messages", headers=_RETRY.get(refused.status)) from None
+            raise refused_error(refused) from None
         except UserError as error:
-            named = re.match(r"(messages\.[\w.]+)(?=: )|sampling: (\w+)", str(error))
-            raise APIError(400, str(error), named[1] or named[2] if named else "messages") from None
+            raise APIError(400, str(error), field_of(error)) from None
 
-    def _prepare(self, messages: list[dict[str, Any]], sampling: dict[str, Any], incoming: Incoming) -> Any:
+    def _submit(
+        self,
+        messages: list[dict[str, Any]],
+        fields: dict[str, Any],
+        incoming: Incoming,
+        listener: Callable[[Event], None],
+    ) -> Response:
         incoming.presence.check()  # it may have waited for a thread
-
         self._check_length(messages)
 
         def before(part: Any) -> None:
             incoming.presence.check()
             incoming.account.keep(0)  # the item before it is cut into views
 
-        escaped = escape_special_tokens(messages, self.chat.processor.tokenizer)
-        name = toolcalls.forced(incoming.body)
-        if name is not None:  # the reply is begun for the model
-            escaped = [*escaped, {"role": "assistant", "content": get_codec(None).opening(name)}]
         with incoming.account.counting() as account:
-            request = self.chat.request(
-                escaped, continue_final_message=name is not None, before_media=before, **sampling
-            )
-            account.keep(sum(view.nbytes for view in request.pixel_values or ()))
-        return request
+            messages = self.responder.escape(messages)
+            response = self.responder.submit(messages, listener=listener, before_media=before, **fields)
+            if response.held_bytes is not None:
+                account.keep(response.held_bytes)
+        return response
+
+    def _own(self, request: ChatRequest) -> dict[str, Any]:
+        """The responder's own options as far as they are given."""
+        options = self.responder.options
+        names = () if options is None else options.model_fields
+        return {name: getattr(request, name) for name in names if name in request.model_fields_set}
+
+    def _tools(self, request: ChatRequest) -> dict[str, Any]:
+        choice = request.tool_choice or "auto"
+        tools = [tool.function for tool in request.tools or ()]
+        return {
+            "tools": [Tool(tool.name, tool.description, tool.parameters) for tool in tools],
+            "tool_choice": choice if isinstance(choice, str) else choice.function.name,
+            "parallel_calls": request.parallel_tool_calls is not False,
+            "stream": bool(request.stream),
+        }
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
         settings = self.settings
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        if (request.n or 1) > self.chat.engine.max_batch:
-            raise APIError(400, f"this server answers at most n = {self.chat.engine.max_batch}", "n")
+        if (request.n or 1) > self.responder.capacity:
+            raise APIError(400, f"this server answers at most n = {self.responder.capacity}", "n")
+        if request.logprobs and self.spelling is None:
+            raise APIError(400, "this model gives no log probabilities", "logprobs")
         given = {
             "temperature": settings.temperature if request.temperature is None else request.temperature,
             "max_new_tokens": min(request.budget or settings.default_tokens, settings.max_tokens),
@@ -268,27 +290,22 @@ class Service:
             content = await self._content(message, f"messages.{number}", tally, incoming)
             if role == "system" and number and all(each["role"] == "system" for each in messages):
                 messages[0]["content"] += [{"type": "text", "text": "\n"}, *content]  # templates take one
-            else:
-                messages.append({"role": role, "content": content})
-        tools = toolcalls.describe(request)
-        if tools is not None:
-            part = {"type": "text", "text": tools}
-            if messages[0]["role"] == "system":
-                messages[0]["content"] = [*messages[0]["content"], {"type": "text", "text": "\n"}, part]
-            else:
-                messages.insert(0, {"role": "system", "content": [part]})
+                continue
+            further = message.model_dump(
+                include={"name", "tool_calls", "tool_call_id", "reasoning_content"}, exclude_none=True
+            )
+            messages.append({"role": role, "content": content, **further})
         return messages
 
     async def _content(
         self, message: ChatMessage, where: str, tally: Tally, incoming: Incoming
     ) -> list[dict[str, Any]]:
-        calls = [{"type": "text", "text": toolcalls.as_text(message)}] if message.tool_calls else []
         if message.content is None:
             if message.role != "assistant":
                 raise APIError(400, f"a {message.role} message needs content", f"{where}.content")
-            return calls
+            return []
         if isinstance(message.content, str):
-            return [{"type": "text", "text": message.content}, *calls]
+            return [{"type": "text", "text": message.content}]
         parts = []
         for number, part in enumerate(message.content):
             if isinstance(part, TextPart):
@@ -306,7 +323,7 @@ class Service:
             incoming.presence.check()
             content = await self._media(part, f"{name}.url", tally, incoming)
             parts.append({"type": part.modality, part.modality: Attached(content, name)})
-        return [*parts, *calls]
+        return parts
 
     async def _media(self, part: MediaPart, name: str, tally: Tally, incoming: Incoming) -> bytes:
         """The content of a media item."""
@@ -351,3 +368,14 @@ class Tally:
         self._bytes += size
         if self._bytes > self._policy.request_bytes:
             raise APIError(413, f"the media of a request hold at most {self._policy.request_bytes} bytes", name)
+
+
+def field_of(error: UserError) -> str:
+    """The field of a request that an error is about."""
+    found = _FIELD.match(str(error))
+    return found[1] or found[2] if found else "messages"
+
+
+def refused_error(refused: Refused) -> APIError:
+    """What the client is told of media for which there is no room."""
+    return APIError(refused.status, str(refused), "messages", headers=_RETRY.get(refused.status))

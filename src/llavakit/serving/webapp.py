@@ -24,10 +24,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.middleware import Middleware
 
-from llavakit.conversation.encode import escape_special_tokens
-from llavakit.conversation.turns import TextDelta
 from llavakit.errors import UserError
-from llavakit.generation.chat import Chat
 from llavakit.generation.request import RequestFailed
 from llavakit.media import load_volume
 from llavakit.media.source import Attached, Limits
@@ -39,6 +36,7 @@ from llavakit.serving.service import Service
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 VOLUMES = (".npy", ".nii", ".nii.gz")
 NOT_ANSWERED = "Not answered"  # title of what the page shows in place of a reply
+REASONING = "Reasoning"  # title of what led to a reply; it is not sent back
 _SAVE = """(text) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
@@ -77,8 +75,10 @@ def messages_of(history: list[dict[str, Any]], read: Opener) -> list[dict[str, A
     """
     messages: list[dict[str, Any]] = []
     for turn in history:
-        if (turn.get("metadata") or {}).get("title") == NOT_ANSWERED:
+        title = (turn.get("metadata") or {}).get("title")
+        if title == NOT_ANSWERED:
             del messages[-1:]
+        if title in (NOT_ANSWERED, REASONING):
             continue
         content = turn["content"]
         parts = [_part(piece, read) for piece in (content if isinstance(content, list) else [content])]
@@ -178,7 +178,7 @@ def examples(files: PageFiles) -> list[dict[str, Any]]:
 
 def build(service: Service, files: PageFiles) -> gr.Blocks:
     """The page; its files are opened through `files`, and only there."""
-    chat, viewer = service.chat, Viewer(service)
+    responder, viewer = service.responder, Viewer(service)
 
     def opener(request: gr.Request) -> Opener:
         session = request.request.state.session
@@ -191,7 +191,7 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
         top_p: float,
         length: int,
         request: gr.Request,
-    ) -> Iterator[str | gr.ChatMessage]:
+    ) -> Iterator[Any]:
         attached = [{"type": "file", "file": {"path": path}} for path in message.get("files", [])]
         turn = {"role": "user", "content": [*attached, {"type": "text", "text": message.get("text", "")}]}
         admitted = False
@@ -200,15 +200,15 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
             admitted = True
             messages = messages_of([*history, turn], opener(request))
             service.check_messages(messages)
-            messages = escape_special_tokens(messages, chat.processor.tokenizer)
-            text = ""
             with service.counting():
-                response = chat.submit(messages, temperature=temperature, top_p=top_p, max_new_tokens=int(length))
+                response = responder.submit(
+                    responder.escape(messages), temperature=temperature, top_p=top_p, max_new_tokens=int(length)
+                )
+            said = response.answers[0]
             try:
-                for event in response:
-                    if isinstance(event, TextDelta):
-                        text += event.text
-                    yield text
+                for _ in response:
+                    thought = [gr.ChatMessage(content=said.reasoning, metadata={"title": REASONING})]
+                    yield [*thought, said.content] if said.reasoning else said.content
             finally:
                 response.cancel()  # of a reply that was stopped
         except (UserError, APIError, RequestFailed) as error:  # raised, it would leave the page without a text box
@@ -228,14 +228,14 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
         with _told():
             return export(history, opener(request))
 
-    modalities = chat.processor.spec.routes
+    modalities = responder.modalities
     media = [f"{modality}s" for modality in ("image", "video", "volume") if modality in modalities]
     endings = (
         ["image"] * ("image" in modalities)
         + ["video"] * ("video" in modalities)
         + [*VOLUMES] * ("volume" in modalities)
     )
-    name = Path(chat.name).name
+    name = Path(responder.name).name
     about = f"Ask about {', '.join(media)}" if media else "Ask"
     options = {"fill_height": True, "analytics_enabled": False}
     with gr.Blocks(title=f"{name} - llavakit", **options) as page:
@@ -266,7 +266,7 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
             additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
             examples=[[example, None, None, None] for example in examples(files)] if "image" in modalities else None,
             cache_examples=False,
-            concurrency_limit=chat.engine.max_batch,
+            concurrency_limit=responder.capacity,
         )
         if "volume" in modalities:
             with gr.Accordion("Volume viewer", open=False):
@@ -294,7 +294,7 @@ def _told() -> Iterator[None]:
 _API = re.compile(r"^/(v1/.*|health|metrics|docs(/.*)?|openapi\.json)$")
 
 
-def mount(app: FastAPI, chat: Chat) -> FastAPI:
+def mount(app: FastAPI) -> FastAPI:
     """The page at `/` of an application that `create_app` made, under the same settings.
 
     Uploads lie in a folder of this process alone, which goes when the application ends.
