@@ -36,8 +36,8 @@ class Scripted:
 
     max_batch, max_length, waiting, active, busy = 8, 512, 0, 0, False
 
-    def __init__(self, tokenizer, says: str) -> None:
-        self.tokenizer, self.says, self.prompts = tokenizer, says, []
+    def __init__(self, tokenizer, says: str, reason: str = "stop") -> None:
+        self.tokenizer, self.says, self.reason, self.prompts = tokenizer, says, reason, []
 
     def start(self) -> None: ...
 
@@ -52,7 +52,7 @@ class Scripted:
             for reply in handle.replies:
                 for letter in self.says:
                     handle.deliver(StreamChunk(reply.index, (5,), letter))
-                handle.deliver(StreamChunk(reply.index, (2,), finish_reason="stop"))
+                handle.deliver(StreamChunk(reply.index, (2,), finish_reason=self.reason))
 
         threading.Timer(0.02, speak).start()
         return handle

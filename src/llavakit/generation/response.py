@@ -95,7 +95,7 @@ def chunk_events(chunk: StreamChunk, parser: Parser) -> list[Event]:
     if chunk.finish_reason is not None:
         events += parser.finish(chunk.finish_reason)
         events.append(FinishEvent(reason=chunk.finish_reason, stop=chunk.stop))
-    return [replace(event, index=chunk.index) for event in events]
+    return [replace(event, index=chunk.index) for event in events] if chunk.index else events
 
 
 @dataclass

@@ -137,6 +137,12 @@ class ToolCall(Strict):
     index: int | None = None
 
 
+class AnsweredImage(ImagePart):
+    """A picture of an earlier answer."""
+
+    caption: Text | None = None
+
+
 class TraceStep(Strict):
     """A step on the way to an earlier answer."""
 
@@ -150,6 +156,7 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     reasoning_content: Text | None = None
+    images: list[AnsweredImage] | None = None
     trace: list[TraceStep] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -262,6 +269,8 @@ class ChatRequest(Strict):
             for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
                 if isinstance(part, MediaPart):
                     yield f"messages.{number}.content.{place}.{part.type}", part
+            for place, part in enumerate(message.images or ()):
+                yield f"messages.{number}.images.{place}.{part.type}", part
 
     def characters(self) -> int:
         """Characters that may become part of the prompt: texts, calls, results and tools."""

@@ -294,8 +294,23 @@ class Service:
             further = message.model_dump(
                 include={"name", "tool_calls", "tool_call_id", "reasoning_content"}, exclude_none=True
             )
+            if message.images:
+                further["images"] = await self._images(message, f"messages.{number}.images", tally, incoming)
             messages.append({"role": role, "content": content, **further})
         return messages
+
+    async def _images(
+        self, message: ChatMessage, where: str, tally: Tally, incoming: Incoming
+    ) -> list[dict[str, Any]]:
+        """Pictures of an earlier answer, for responders that go on with them; the prompt of a model has none."""
+        if message.role != "assistant":
+            raise APIError(400, f"a {message.role} message has its images in content", where)
+        found = []
+        for number, part in enumerate(message.images):
+            name = f"{where}.{number}.{part.type}"
+            content = await self._media(part, f"{name}.url", tally, incoming)
+            found.append({"type": "image", "image": Attached(content, name), "caption": part.caption or ""})
+        return found
 
     async def _content(
         self, message: ChatMessage, where: str, tally: Tally, incoming: Incoming
