@@ -22,7 +22,9 @@ pytest.importorskip("gradio", reason="the web app's environment: make test-web")
 playwright = pytest.importorskip("playwright.sync_api", reason="the web app's environment: make test-web")
 from tiny_server import Running, png, small_chat  # noqa: E402
 
+from llavakit.conversation.turns import ReasoningDelta, TextDelta  # noqa: E402
 from llavakit.errors import UserError  # noqa: E402
+from llavakit.generation.responder import Responder  # noqa: E402
 from llavakit.media.policy import MediaPolicy  # noqa: E402
 from llavakit.media.source import Limits  # noqa: E402
 from llavakit.serving.app import Settings  # noqa: E402
@@ -147,6 +149,51 @@ def test_stop_and_retry(page, served, monkeypatch):
     while (messages := exported(page)) != [question, wanted] and time.time() < deadline:
         page.wait_for_timeout(200)
     assert messages == [question, wanted]
+
+
+SAID = "Because <SUMMARY> matters:\n\nif x < y then <b>B</b> & *not*\n<script>document.title = 'run'</script>"
+
+
+class Thinking(Responder):
+    """Thinks aloud, and answers with what a page might take for its own."""
+
+    def __init__(self):
+        super().__init__(name="thinking")
+        self.seen = []
+
+    def run(self, call):
+        self.seen.append(call.messages)
+        yield ReasoningDelta(text="3 <b>4</b>, so B.", stage="REASONING")
+        for letter in SAID:
+            yield TextDelta(text=letter)
+
+
+def test_the_page_shows_what_the_model_wrote(browser):
+    responder = Thinking()
+    running = Running(responder, Settings(), mount)
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    try:
+        visit(page, running.url)
+        ask(page, "Why?")
+        answered(page, 2)  # the reasoning is a note of its own
+        shown = page.locator("[data-testid=bot]").all()
+        assert "Reasoning" in shown[0].inner_text()
+        assert "3 <b>4</b>, so B." in shown[0].text_content().replace("\u2060", "")
+        assert shown[1].inner_text().replace("\u2060", "").strip() == SAID
+        assert page.title() != "run"
+        page.get_by_label("Copy message").last.click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("navigator.clipboard.readText()").replace("\u2060", "").endswith(SAID)
+        ask(page, "And?")
+        answered(page, 4)
+        answer = {"role": "assistant", "content": [{"type": "text", "text": SAID}]}
+        assert [dict(message) for message in responder.seen[1]][1] == answer  # reasoning is not sent back
+        if name := os.environ.get("WEBAPP_REASONING"):
+            page.screenshot(path=name)
+    finally:
+        context.close()
+        running.stop()
 
 
 def test_the_keyboard_is_enough(page):

@@ -299,9 +299,7 @@ class Service:
             messages.append({"role": role, "content": content, **further})
         return messages
 
-    async def _images(
-        self, message: ChatMessage, where: str, tally: Tally, incoming: Incoming
-    ) -> list[dict[str, Any]]:
+    async def _images(self, message: ChatMessage, where: str, tally: Tally, incoming: Incoming) -> list[dict[str, Any]]:
         """Pictures of an earlier answer, for responders that go on with them; the prompt of a model has none."""
         if message.role != "assistant":
             raise APIError(400, f"a {message.role} message has its images in content", where)

@@ -37,6 +37,10 @@ VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 VOLUMES = (".npy", ".nii", ".nii.gz")
 NOT_ANSWERED = "Not answered"  # title of what the page shows in place of a reply
 REASONING = "Reasoning"  # title of what led to a reply; it is not sent back
+# Gradio takes every text as HTML. An invisible word joiner behind the first character keeps what a model writes from
+# being a tag or an entity, and the copy button gives what is seen; escaped, it would give `&lt;`.
+_TAG = re.compile(r"[<&](?=[A-Za-z/!?#])")
+_MARKED = re.compile("([<&])\u2060")
 _SAVE = """(text) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
@@ -82,6 +86,8 @@ def messages_of(history: list[dict[str, Any]], read: Opener) -> list[dict[str, A
             continue
         content = turn["content"]
         parts = [_part(piece, read) for piece in (content if isinstance(content, list) else [content])]
+        if turn["role"] == "assistant":
+            parts = [part | {"text": _MARKED.sub(r"\1", part["text"])} if "text" in part else part for part in parts]
         if messages and messages[-1]["role"] == turn["role"]:
             messages[-1]["content"] += parts
         else:
@@ -207,8 +213,9 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
             said = response.answers[0]
             try:
                 for _ in response:
-                    thought = [gr.ChatMessage(content=said.reasoning, metadata={"title": REASONING})]
-                    yield [*thought, said.content] if said.reasoning else said.content
+                    text, reasoning = (_TAG.sub("\\g<0>\u2060", one) for one in (said.content, said.reasoning))
+                    thought = [gr.ChatMessage(content=reasoning, metadata={"title": REASONING})]
+                    yield [*thought, text] if reasoning else text
             finally:
                 response.cancel()  # of a reply that was stopped
         except (UserError, APIError, RequestFailed) as error:  # raised, it would leave the page without a text box
@@ -250,7 +257,13 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
             render=False,
         )
         window = gr.Chatbot(
-            height="62vh", min_height=280, buttons=["copy"], show_label=False, placeholder=f"### {about}", render=False
+            height="62vh",
+            min_height=280,
+            buttons=["copy"],
+            show_label=False,
+            placeholder=f"### {about}",
+            render_markdown=False,  # rendered, tags and marks of the model would vanish from what it wrote
+            render=False,
         )
         settings = [
             gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: most probable)", render=False),
