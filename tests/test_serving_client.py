@@ -260,9 +260,24 @@ def test_a_named_function_is_called_whatever_the_model_says(client, stream):
     turns = [choice.delta if stream else choice.message for choice in choices]
     assert [call.function.name for turn in turns for call in turn.tool_calls or ()] == ["find"]
     assert not any(turn.content for turn in turns)
-    assert choices[-1].finish_reason == "tool_calls"
+    assert choices[-1].finish_reason == "length"  # its arguments were cut
     with pytest.raises(openai.BadRequestError, match="not among the tools"):
         client.chat.completions.create(model="tiny", messages=ask(), **options | {"tools": [WEATHER]})
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_named_function_that_is_called_in_time_is_a_call(reason):
+    chat = small_chat()
+    chat.engine = Scripted(chat.processor.tokenizer, '{"town": "Ghent"}}</tool_call> and so on', reason=reason)
+    running = Running(chat, Settings(names=("tiny",)))
+    try:
+        named = {"type": "function", "function": {"name": "weather"}}
+        options = {"tools": [WEATHER], "tool_choice": named, "model": "tiny", "messages": ask()}
+        (choice,) = running.client().chat.completions.create(**options).choices
+        assert choice.message.tool_calls[0].function.arguments == '{"town": "Ghent"}'
+        assert (choice.message.content, choice.finish_reason) == (None, "tool_calls")
+    finally:
+        running.stop()
 
 
 @pytest.mark.parametrize("parallel", [True, False])

@@ -49,7 +49,13 @@ def held_back(text: str, markers: Sequence[str]) -> int:
 
 
 class Parser:
-    """Reads one reply as it comes; this one takes everything as the answer."""
+    """Reads one reply as it comes; this one takes everything as the answer.
+
+    Attributes:
+        complete: Whether the turn is whole, whatever else the model writes.
+    """
+
+    complete = False
 
     def __init__(self) -> None:
         self._trim = Trimmer()
@@ -403,6 +409,7 @@ class ArgumentsParser(Parser):
         place = self._held.find(Hermes.CLOSE)
         while place >= 0 and _in_string(self._held[:place]):
             place = self._held.find(Hermes.CLOSE, place + 1)
+        self.complete = place >= 0
         return self._call(self._held[:place]) if place >= 0 else []
 
     def finish(self, reason: str | None = "stop") -> list[Event]:

@@ -93,8 +93,9 @@ def chunk_events(chunk: StreamChunk, parser: Parser) -> list[Event]:
     if chunk.logprobs:
         events.append(LogprobsEvent(entries=chunk.logprobs, text=chunk.text))
     if chunk.finish_reason is not None:
-        events += parser.finish(chunk.finish_reason)
-        events.append(FinishEvent(reason=chunk.finish_reason, stop=chunk.stop))
+        reason = "stop" if parser.complete and chunk.finish_reason == "length" else chunk.finish_reason
+        events += parser.finish(reason)
+        events.append(FinishEvent(reason=reason, stop=chunk.stop))
     return [replace(event, index=chunk.index) for event in events] if chunk.index else events
 
 

@@ -32,7 +32,7 @@ class Presence:
         Raises:
             APIError: 499, if the client has gone.
         """
-        if self._leaving.done():
+        if self._leaving.done() and not self._leaving.cancelled():  # cancelled: the answer has begun
             raise APIError(499, "the client closed the request")
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
