@@ -40,7 +40,7 @@ def test_schemathesis_finds_no_failure(keys):
     running = Running(small_chat(), Settings(names=("tiny",), api_keys=keys, max_tokens=3, default_tokens=3))
     headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+        schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json", headers=headers)
         for result in schema.get_all_operations():
             operation = result.ok()
 

@@ -136,6 +136,7 @@ def test_stop_and_retry(page, served, monkeypatch):
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step())[1])
     ask(page, "Tell me a long story")
+    page.wait_for_function("document.querySelector('[data-testid=bot] .prose')?.innerText.trim()")  # it has begun
     page.locator(".stop-button").click()
     deadline = time.time() + 5
     while engine.busy and time.time() < deadline:
