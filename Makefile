@@ -23,7 +23,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint bench clean
+.PHONY: help install demo serve test test-slow test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-adapters: $(STAMP)  ## table: adapters made by PEFT with each of its option
 
 test-parity-bites: $(STAMP)  ## golden cases fail where a user entry is broken, and hold under variations; 2 minutes
 	$(BIN)/python -W ignore tests/parity_bites.py $(ARGS)
+
+test-exports: $(STAMP)  ## table: exports to transformers by encoder and decoder, pixels and logits against llavakit's
+	$(BIN)/python -W ignore tests/export_cases.py
 
 test-oldest:  ## the fast tests against the oldest transformers that is supported, in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest

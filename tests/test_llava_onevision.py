@@ -23,8 +23,9 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.proof.golden import find_cases, run_case
-from llavakit.systems.llava_onevision.checkpoint import Classic, Hf, media_of, settings_of
+from llavakit.systems.llava_onevision.checkpoint import Classic, media_of, settings_of
 from llavakit.systems.llava_onevision.data import time_instruction, with_time_instruction
+from llavakit.systems.llava_onevision.hf_checkpoint import Hf
 from llavakit.views.plan import MediaSize
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-onevision"
@@ -499,7 +500,7 @@ def test_a_clip_from_a_file_is_answered_and_sampling_can_be_configured(classic, 
     assert chat.processor.sampling == {"type": "rate", "fps": 1}
     assert chat.processor.encode(messages)["visual_sizes"] == [MediaSize(3, 32, 48)]
     for name, message in (
-        ("sampling", "write sampling.OPTION"),
+        ("sampling", "write template, sampling.OPTION"),
         ("reading.film.rate", "unknown modality"),
         ("reading.video.partly", "did you mean 'partial'"),
     ):

@@ -84,6 +84,15 @@ def test_cropping_early_is_cropping_late(resample):
         assert pixels.resize_and_crop(image, 28, 28, method).tobytes() == expected.tobytes()
 
 
+def test_cropping_early_is_cropping_late_at_every_aspect_ratio():
+    generator = np.random.default_rng(0)
+    for width, height, size in generator.integers((5, 5, 8), (260, 260, 64), (300, 3)).tolist():
+        image, crop = noise(width, height), size - size % 3
+        whole = image.resize(pixels.shortest_edge(width, height, size), Image.Resampling.BICUBIC)
+        expected = pixels.centre_crop(whole, crop, crop)
+        assert pixels.resize_and_crop(image, size, crop).tobytes() == expected.tobytes(), (width, height, size)
+
+
 def test_very_long_strip_does_not_fill_memory():
     for planner in ("square", "pad"):
         (view,) = cut(PLANNERS.build({"type": planner, "size": 336}), Image.new("RGB", (60_000, 2), (9, 9, 9)))

@@ -27,6 +27,7 @@ from PIL import Image
 import llavakit
 from llavakit import LlavakitConfig, LlavakitForConditionalGeneration, LlavakitProcessor
 from llavakit.checkpoints.convert import convert, save
+from llavakit.checkpoints.prompts import VLLM_TEMPLATE
 from llavakit.errors import UserError
 from llavakit.serving.vllm_plugin import check
 from llavakit.systems.llava_onevision.checkpoint import media_of
@@ -130,7 +131,9 @@ def in_vllm(folder: Path, monkeypatch, **options) -> list[tuple[list[int], list[
         monkeypatch.setenv(name, value)
     engine = vllm.LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=2048, max_num_seqs=4, **options)
     settings = vllm.SamplingParams(temperature=0, max_tokens=NEW)
-    answers = engine.chat(conversations(), settings, use_tqdm=False)
+    template = folder / VLLM_TEMPLATE  # what `llavakit serve --engine vllm` names
+    template = template.read_text() if template.is_file() else None
+    answers = engine.chat(conversations(), settings, use_tqdm=False, chat_template=template)
     engine.llm_engine.engine_core.shutdown()
     return [(list(answer.prompt_token_ids), list(answer.outputs[0].token_ids)) for answer in answers]
 

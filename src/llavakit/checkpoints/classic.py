@@ -19,8 +19,6 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.vision.geometry import geometry_of
 from llavakit.vision.known import KNOWN_ENCODERS
 
-OWN_TOWER = "vision_tower"  # name of an encoder that was not published on its own
-
 
 class ClassicLayout(Layout):
     """The classic code base: `model.mm_projector.*`, `model.vision_tower.vision_tower.*`, flat language-model keys.
@@ -41,6 +39,7 @@ class ClassicLayout(Layout):
         "image_crop_resolution": "belongs to image_aspect_ratio crop_split, which is refused",
         "image_split_resolution": "belongs to image_aspect_ratio crop_split, which is refused",
     }
+    own_tower: ClassVar[str] = "vision_tower"  # names an encoder that was not published on its own, and its folder
     model_types: ClassVar[tuple[str, ...]] = ()
     text_types: ClassVar[dict[str, str]] = {"mistral": "mistral", "qwen": "qwen2"}
     own_renames: ClassVar[Renames] = ()
@@ -151,8 +150,8 @@ class ClassicLayout(Layout):
     def read(
         self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
     ) -> tuple[LlavakitConfig, LazyState]:
-        if raw.get("mm_vision_tower") == OWN_TOWER and (folder / OWN_TOWER / "config.json").is_file():
-            sources = {"encoder": folder / OWN_TOWER, **sources}
+        if raw.get("mm_vision_tower") == self.own_tower and (folder / self.own_tower / "config.json").is_file():
+            sources = {"encoder": folder / self.own_tower, **sources}
         config = self.read_config(raw, sources)
         if (folder / "adapter_config.json").is_file():
             state = self._read_lora(folder, sources)
@@ -229,11 +228,14 @@ class ClassicLayout(Layout):
 
     def write_parts(self, config: LlavakitConfig, folder: Path) -> None:
         """An encoder that nobody published is described in a folder of its own, which `read` looks for."""
-        named = self.write_config(config).get("mm_vision_tower")
-        if named == OWN_TOWER:
-            (folder / OWN_TOWER).mkdir()
-            text = json.dumps(config.vision_config.to_dict(), indent=2, default=str)
-            (folder / OWN_TOWER / "config.json").write_text(text + "\n", encoding="utf-8")
+        if self.write_config(config).get("mm_vision_tower") == self.own_tower:
+            (folder / self.own_tower).mkdir()
+            text = json.dumps(self.own_encoder(config), indent=2, default=str)
+            (folder / self.own_tower / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def own_encoder(self, config: LlavakitConfig) -> dict[str, Any]:
+        """config.json of an encoder that was not published on its own, as `encoder_config` reads it."""
+        return config.vision_config.to_dict()
 
     def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
         text = config.text_config.to_dict()
@@ -246,7 +248,7 @@ class ClassicLayout(Layout):
             "mm_projector_type": "linear" if depth == 1 else f"mlp{depth}x_gelu",
             "mm_vision_select_layer": config.vision_feature_layer,
             "mm_vision_select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
-            "mm_vision_tower": names.get(config.vision_config.image_size, OWN_TOWER),
+            "mm_vision_tower": names.get(config.vision_config.image_size, self.own_tower),
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llavakit.data import strict_json
-from llavakit.errors import CheckpointError, WriteError, quoted
+from llavakit.errors import CheckpointError, UserError, WriteError, quoted
 
 SHARD_BYTES = 5 * 1024**3
 
@@ -83,6 +83,69 @@ class LazyState(Mapping[str, Tensor]):
 
         return LazyState({name: reader(name) for name in self}, self.origin)
 
+    def split(self, name: str, parts: Sequence[str]) -> LazyState:
+        """The same tensors, one of them cut along its first dimension into equal parts (a fused qkv, for instance).
+
+        Args:
+            name: The tensor that is cut.
+            parts: Names of the parts in order; one name alone renames it.
+
+        Raises:
+            CheckpointError: When a part is read, if the tensor cannot be cut so; at once, if a name is taken.
+        """
+        taken = next((part for part in parts if part in self and part != name), None)
+        if taken is not None:
+            raise CheckpointError(f"{self.origin.get(name, '')}: holds {quoted(name)} and {quoted(taken)}, which it is")
+
+        def reader(number: int) -> Callable[[], Tensor]:
+            def read() -> Tensor:
+                whole = self[name]
+                if whole.dim() == 0 or whole.shape[0] % len(parts):
+                    raise CheckpointError(
+                        f"{self.origin.get(name, '')}: tensor {quoted(name)} of shape {list(whole.shape)} has no "
+                        f"{len(parts)} equal parts"
+                    )
+                return whole if len(parts) == 1 else whole.chunk(len(parts))[number].contiguous()
+
+            return read
+
+        readers = {key: read for key, read in self._readers.items() if key != name}
+        readers |= {part: reader(number) for number, part in enumerate(parts)}
+        return LazyState(readers, self.origin | dict.fromkeys(parts, self.origin.get(name, "")))
+
+    def added(self, base: LazyState, overlapping: Callable[[str], bool] = lambda name: False) -> LazyState:
+        """These tensors as differences: each that the base has is added to it, in the type of the difference.
+
+        Args:
+            base: What the differences were taken from; every tensor of it must be here.
+            overlapping: Names of tensors that may be larger here (a grown vocabulary); the base is added to their
+                first rows and columns.
+
+        Raises:
+            CheckpointError: If the base has a tensor that is not here; when a tensor is read, if shapes differ.
+        """
+        absent = next((name for name in base if name not in self), None)
+        if absent is not None:
+            raise CheckpointError(f"the base model has {quoted(absent)}, which the weight differences do not have")
+
+        def reader(name: str) -> Callable[[], Tensor]:
+            def read() -> Tensor:
+                delta, own = self[name], base[name]
+                fits = delta.dim() == own.dim() and all(a >= b for a, b in zip(delta.shape, own.shape, strict=True))
+                if delta.shape != own.shape and not (overlapping(name) and fits):
+                    raise CheckpointError(
+                        f"{self.origin.get(name, '')}: the difference {quoted(name)} has shape {list(delta.shape)}, "
+                        f"the base model's tensor {list(own.shape)}"
+                    )
+                total = delta.clone()
+                total[tuple(slice(side) for side in own.shape)] += own.to(delta.dtype)
+                return total
+
+            return read
+
+        changed = {name: reader(name) for name in base}
+        return LazyState(self._readers | changed, self.origin)
+
     def joined(self, other: Mapping[str, Tensor]) -> LazyState:
         """These tensors and others; the others win."""
         if not isinstance(other, LazyState):
@@ -99,6 +162,39 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; a model folder holds config.json")
     return strict_json.read_json(path, kind=dict, error=CheckpointError)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """One guard for all that reads a file: whatever transformers, tokenizers or a layout raise becomes one line.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: In place of any exception; it names the file.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if not str(error).startswith(f"{path.name}: "):
+            raise
+        raise CheckpointError(f"{path.parent}/{error}") from error
+    except Exception as error:  # foreign readers raise anything at all on broken values
+        raise CheckpointError(f"{path}: {said(error)}") from error
+
+
+def said(error: Exception) -> str:
+    """What an exception says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UserError) and lines:
+        return lines[0]
+    if isinstance(error, KeyError):
+        return f"{quoted(error.args[0] if error.args else None)} is missing or unknown"
+    if not lines:
+        return type(error).__name__
+    line = lines[0] if isinstance(error, OSError) else lines[-1]  # strict configurations say the reason last
+    return line if len(line) <= 300 else line[:297] + "..."
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

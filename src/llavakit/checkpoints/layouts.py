@@ -51,11 +51,17 @@ class Layout:
         form: "original" (the authors' files) or "hf" (transformers' own class for it).
         inert: Keys of its config.json that carry no meaning for inference, each with the reason; see `INERT`. Every
             other key must be read by `read`, or the folder is refused.
+        known_changes: Options of a model that this layout has no place for, and that are written all the same, each
+            with what that means; conversion tells the user. Any other option that is lost is an error.
+        vllm_assumes: Keys of its config.json that vLLM's own class takes for granted, whatever the file says, with the
+            values that it takes; a model that says otherwise would be answered for from wrong features.
     """
 
     system: ClassVar[str]
     form: ClassVar[str]
     inert: ClassVar[Mapping[str, str]] = {}
+    known_changes: ClassVar[Mapping[str, str]] = {}
+    vllm_assumes: ClassVar[Mapping[str, Any]] = {}
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         """Whether a folder with this config.json is in this layout."""
@@ -83,6 +89,10 @@ class Layout:
     def expresses(self, config: LlavakitConfig) -> bool:
         """Whether a model with this configuration can be written in this layout."""
         return config.system == self.system
+
+    def objections(self, config: LlavakitConfig) -> list[str]:
+        """Why a model cannot be written in this layout, each naming an option; empty if it can."""
+        return [] if self.expresses(config) else [f"its parts are not those of {self.system}"]
 
     def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
         """The published config.json."""
@@ -136,7 +146,11 @@ def layout_for(config: LlavakitConfig, form: str) -> Layout:
     from llavakit.checkpoints.causal import CausalLayout
 
     known = layouts().values() if config.media else [CausalLayout()]
-    for layout in known:
-        if layout.form == form and layout.expresses(config):
-            return layout
-    raise UserError(f"a model of system {config.system!r} with these parts cannot be written as {form!r}")
+    found = [(layout, layout.objections(config)) for layout in known if layout.form == form]
+    found.sort(key=lambda pair: (len(pair[1]) > 0, pair[0].system != config.system, len(pair[1])))
+    if not found:
+        raise UserError(f"no layout of the form {form!r} is known")
+    layout, objections = found[0]
+    if objections:
+        raise UserError(f"this model cannot be written as {form!r}: {'; '.join(objections)}")
+    return layout

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.checkpoints.files import read_json
-from llavakit.conversation.template import template_for
+from llavakit.conversation.encode import chat_template_for
+from llavakit.conversation.template import get_template, template_for
 from llavakit.conversation.tokens import stop_token_ids
 from llavakit.errors import CheckpointError, quoted
+from llavakit.registry import TEMPLATES
+from llavakit.system import systems
 
 GENERATION = "generation_config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -96,3 +99,66 @@ def with_ends(generation: Mapping[str, Any] | None, processor: Any) -> dict[str,
     known = eos_ids(generation) or [token for token in (tokenizer.eos_token_id,) if token is not None]
     ends = sorted({*known, *stop_token_ids(template_for(processor.template, tokenizer).stop, tokenizer)})
     return generation | {"eos_token_id": ends} if set(ends) != set(known) else generation
+
+
+def chat_template_of(folder: Path) -> str | None:
+    """The chat template that transformers' processors and tokenizers find in a folder; None if there is none.
+
+    Raises:
+        CheckpointError: If a file that should hold one is broken.
+    """
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{jinja}: is not UTF-8 text") from None
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        found = read_json(path).get("chat_template") if path.is_file() else None
+        if isinstance(found, list):  # several templates by name
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
+            found = named.get("default")
+        if isinstance(found, Mapping):
+            found = found.get("default")
+        if found is not None and not isinstance(found, str):
+            raise CheckpointError(f"{path}: chat_template is {quoted(found)}, it should be a Jinja text")
+        if found:
+            return found
+    return None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a folder brings a chat template of its own."""
+    return chat_template_of(folder) is not None
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """Added and special tokens of a folder's tokenizer by their text, from its JSON files alone.
+
+    Raises:
+        CheckpointError: If a file is broken.
+    """
+    found: dict[str, int] = {}
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
+        path = folder / name
+        entries = read_json(path).get(key) if path.is_file() else None
+        if isinstance(entries, Mapping):
+            entries = [{"id": number, **entry} for number, entry in entries.items() if isinstance(entry, Mapping)]
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, Mapping) and isinstance(entry.get("content"), str) and str(entry.get("id")).isdigit():
+                found[entry["content"]] = int(entry["id"])
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        found |= {text: number for text, number in read_json(path).items() if isinstance(number, int)}
+    return found
+
+
+def known_template(tokenizer: Any) -> str | None:
+    """The name of llavakit's template whose text a tokenizer's chat template is; None if it is none of them."""
+    systems()  # they register templates
+    for name in TEMPLATES:
+        for begins in (None, False):
+            if chat_template_for(name, tokenizer, begins=begins) == tokenizer.chat_template:
+                return get_template(name).name
+    return None

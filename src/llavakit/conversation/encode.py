@@ -91,7 +91,7 @@ def encode(
             f"template {template.name!r} wrote {text.count(PLACEHOLDER)} placeholders for {len(media)} media; "
             "it does not take media in this place"
         )
-    ids, offsets = tokenize(text, tokenizer)
+    ids, offsets = tokenize(text, tokenizer, whole=template.jinja is not None)
     if template.bos == "once" and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids, offsets = ids[1:], offsets[1:]
     if template.bos == "before_text" and text.startswith(PLACEHOLDER) and ids[:1] == [tokenizer.bos_token_id]:
@@ -102,15 +102,19 @@ def encode(
     return Encoded(ids, found.ids, media, text, found.fully_masked, found.weights, notes)
 
 
-def chat_template_for(template: str | Template, tokenizer: Any) -> str:
+def chat_template_for(template: str | Template, tokenizer: Any, *, begins: bool | None = None) -> str:
     """The Jinja text to save with a tokenizer, with which transformers and servers get the ids of `encode`.
 
     They tokenise the rendered text as a whole, placeholders included, and add no special tokens.
+
+    Args:
+        begins: Whether the text opens with the begin token. Default: where the tokenizer puts it in front of a text.
     """
     template = template_for(template, tokenizer)
     if template.jinja is not None:
         return template.jinja
-    begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] != [None]
+    if begins is None:
+        begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] != [None]
     return template.whole(begins=begins, restarts=marks_first_word(tokenizer))
 
 

@@ -167,7 +167,8 @@ class Template:
         ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if self.jinja is None:
             return self._rendered(source, bare, **ends, **options)
-        bare = [message | {"content": _as_text(message["content"])} for message in bare]
+        if not self._takes_parts:
+            bare = [message | {"content": _as_text(message["content"])} for message in bare]
         text, spans = self._rendered(source, bare, **ends)
         if training and not spans:
             spans = self._answers(text, bare)
@@ -192,6 +193,16 @@ class Template:
         text, answers = texts[0], spans[0] if marked else []
         return text, [(start, min(end, len(text))) for start, end in answers if start < min(end, len(text))]
 
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        """Whether `jinja` reads contents as lists of parts; templates of language models read strings alone."""
+        probe = "\u2318"
+        try:
+            text, _ = self._rendered(self.source, [{"role": "user", "content": [{"type": "text", "text": probe}]}])
+        except UserError:
+            return False
+        return probe in text and "'text'" not in text
+
     def _answers(self, text: str, messages: list[Message]) -> list[Span]:
         """Answers of a template without `{% generation %}` marks: what each assistant turn adds to the text."""
         spans = []
@@ -209,11 +220,14 @@ class Template:
         return spans
 
 
-def _as_text(parts: list[Part]) -> str | list[Part]:
-    """Parts as one string where all of them are text: templates of language models take strings alone."""
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
+def _as_text(parts: list[Part]) -> str:
+    """Parts as one string: a media item is its placeholder, on a line of its own as transformers' users write it."""
+    texts = []
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        texts.append(part["text"] if part["type"] == "text" else PLACEHOLDER)
+        if part["type"] != "text" and following is not None and not following.get("text", "").startswith("\n"):
+            texts.append("\n")
+    return "".join(texts)
 
 
 def _bare(part: Part) -> Part:
@@ -240,7 +254,7 @@ def get_template(template: str | Template) -> Template:
 
 
 def own_template(tokenizer: Any) -> Template:
-    """The chat template that a tokenizer brings.
+    """The chat template that a tokenizer brings, or that was given to it from the files of a processor.
 
     Raises:
         UserError: If it brings none.

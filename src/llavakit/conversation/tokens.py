@@ -15,14 +15,20 @@ from llavakit.errors import UserError
 IMAGE_PLACEHOLDER = -200
 
 
-def tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+def tokenize(text: str, tokenizer: Any, *, whole: bool = False) -> tuple[list[int], list[Span]]:
     """Ids of a rendered text and the characters [start, end) that each covers.
+
+    Args:
+        whole: Tokenise the text in one go, placeholders included, as transformers' processors do; the tokenizer then
+            has a special token of the placeholder's name, and adds no begin token to a text that opens with it.
 
     Raises:
         UserError: If the tokenizer gives no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} gives no character offsets; use the fast tokenizer of this model")
+    if whole:
+        return _whole(text, tokenizer)
     ids: list[int] = []
     offsets: list[Span] = []
     position = 0
@@ -40,6 +46,14 @@ def tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
         offsets += [(position + start, position + end) for start, end in piece_offsets[begin:]]
         position += len(piece)
     return ids, offsets
+
+
+def _whole(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    encoded = tokenizer(text, return_offsets_mapping=True, return_attention_mask=False, add_special_tokens=not begun)
+    image = tokenizer.convert_tokens_to_ids(PLACEHOLDER) if PLACEHOLDER in text else None
+    ids = [IMAGE_PLACEHOLDER if token == image else token for token in encoded["input_ids"]]
+    return ids, [tuple(span) for span in encoded["offset_mapping"]]
 
 
 def _piece(piece: str, tokenizer: Any) -> tuple[list[int], list[Span]]:

@@ -37,6 +37,7 @@ def load(
     *,
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    template: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     max_batch: int = 16,
@@ -51,6 +52,7 @@ def load(
             `#NAME` the first model that it lists).
         base: The language model, for LoRA and connector-only files.
         vision_tower: The encoder, for files that do not contain it.
+        template: Name of the chat template, instead of the model's own; "tokenizer" is the one in its files.
         dtype: "float32", "bfloat16" or "float16"; default float32 on a CPU, bfloat16 on a GPU.
         device: Default the first GPU if there is one.
         max_batch: Requests that are decoded together.
@@ -82,7 +84,7 @@ def load(
         return make(
             load_foreign(folder, raw, name=str(model), dtype=dtype, device=device, max_batch=max_batch, codec=codec)
         )
-    checkpoint = open_checkpoint(model, base=base, vision_tower=vision_tower)
+    checkpoint = open_checkpoint(model, base=base, vision_tower=vision_tower, template=template)
     card = systems().get(checkpoint.config.system)
     make = factory(responder, wanted or card, responder_options)
     codec = get_codec(checkpoint.config.codec or getattr(wanted or card, "codec", None))

@@ -30,6 +30,7 @@ _KINDS: dict[str, type] = {
 MAIN_ENCODER, MAIN_CONNECTOR = "vision_tower", "multi_modal_projector"
 NO_PLACEHOLDER = -1  # `image_token_id` of a model without a vision side
 ROUTE_KEYS = ("encoder", "connector", "views", "arrange")
+STRATEGIES = ("default", "full", "drop_first")
 ENCODER_KEYS = ("config", "layer", "strategy")
 DEFAULT_MEDIA = {"image": {"views": {"type": "pad", "size": 336}, "arrange": {"type": "flat"}}}
 
@@ -89,7 +90,8 @@ class LlavakitConfig(PreTrainedConfig):
             for connectors that read several).
         language_adapter: `{"type": name, **options}` of an adapter that runs the decoder, or None.
         vision_feature_layer: Hidden state(s) of the main encoder that the connector reads.
-        vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps them.
+        vision_feature_select_strategy: "default" drops class and register tokens, "full" keeps them, "drop_first"
+            drops one token, whatever it is (what transformers' classes mean by "default").
         image_token_id: Placeholder id; one per visual token in expanded prompts. -1 for a model that takes no media.
         template: Name of the chat template the weights were trained with.
         codec: Name of the codec of reasoning and tool calls, or None for that of the system.
@@ -146,10 +148,10 @@ class LlavakitConfig(PreTrainedConfig):
                 raise UserError(f"vision_feature_layer: is {layer!r}, it should be the number of a layer, or several")
             if depth is not None and not -depth - 1 <= layer <= depth:
                 raise UserError(f"vision_feature_layer: is {layer}, the encoder has {depth} layers")
-        if self.vision_feature_select_strategy not in ("default", "full"):
+        if self.vision_feature_select_strategy not in STRATEGIES:
             raise UserError(
                 f"vision_feature_select_strategy: is {self.vision_feature_select_strategy!r}, "
-                "it should be 'default' or 'full'"
+                "it should be 'default' or 'full' (or 'drop_first')"
             )
 
     @property

@@ -444,7 +444,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         super().__init__(config)
         self.model = LlavakitModel(config)
         text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=_head_has_bias(text))
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=head_has_bias(text))
         names = {id(module): name for name, module in self.named_modules()}
         table = names[id(self.get_input_embeddings())]
         self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"} if config.tie_word_embeddings else {}
@@ -592,7 +592,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         return super().generate(**kwargs)
 
 
-def _head_has_bias(text_config: Any) -> bool:
+def head_has_bias(text_config: Any) -> bool:
     """Whether this family's head has a bias, asked of a one-layer copy without memory."""
     small = type(text_config)(**{**text_config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
     with torch.device("meta"):

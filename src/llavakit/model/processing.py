@@ -16,7 +16,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import make_flat_list_of_images, to_numpy_array
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import ImagesKwargs, MultiModalData
 
 from llavakit import media as readers
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
@@ -45,6 +45,13 @@ def architecture_of(config: LlavakitConfig) -> dict[str, Any]:
     }
 
 
+class LlavakitImagesKwargs(ImagesKwargs, total=False):
+    """Options of one call beside transformers' own; see `LlavakitImageProcessorPil.preprocess`."""
+
+    modality: str
+    modalities: list[str]
+
+
 class LlavakitImageProcessorPil(BaseImageProcessor):
     """Images to views by the planner of the configuration; the image half of `LlavakitProcessor`.
 
@@ -53,6 +60,7 @@ class LlavakitImageProcessorPil(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "visual_sizes", "visual_modalities"]
+    valid_kwargs = LlavakitImagesKwargs
 
     def __init__(self, architecture: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -75,9 +83,18 @@ class LlavakitImageProcessorPil(BaseImageProcessor):
         return {key: value for key, value in super().to_dict().items() if not key.startswith("_spec")}
 
     def preprocess(
-        self, images: Any, return_tensors: str | None = None, modality: str = "image", **kwargs: Any
+        self,
+        images: Any,
+        return_tensors: str | None = None,
+        modality: str = "image",
+        modalities: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Views of every image.
+
+        Args:
+            modality: Of all images: "image", or "multi_image" for images among several of one prompt.
+            modalities: Of each image, instead.
 
         Returns:
             `pixel_values`: views of all images, stacked if they share a shape, else a list;
@@ -86,13 +103,16 @@ class LlavakitImageProcessorPil(BaseImageProcessor):
         """
         views: list[np.ndarray] = []
         sizes: list[MediaSize] = []
-        for image in make_flat_list_of_images(images):
+        images = make_flat_list_of_images(images)
+        modalities = [modality] * len(images) if modalities is None else modalities
+        for image, own in zip(images, modalities, strict=True):
             image = readers.load_image(_as_pil(image))
             size = MediaSize(1, image.height, image.width)
-            plan = self.spec.plan(modality, size)
-            views += self.spec.route(modality).planner.cut(image, plan)
+            plan = self.spec.plan(own, size)
+            views += self.spec.route(own).planner.cut(image, plan)
             sizes.append(size)
-        data = {"visual_sizes": np.array(sizes), "visual_modalities": np.full(len(sizes), MODALITIES.index(modality))}
+        kinds = np.array([MODALITIES.index(own) for own in modalities])
+        data = {"visual_sizes": np.array(sizes), "visual_modalities": kinds}
         stacked = len({view.shape for view in views}) <= 1
         if stacked:
             return BatchFeature({"pixel_values": np.stack(views), **data}, tensor_type=return_tensors)
@@ -210,12 +230,20 @@ class LlavakitProcessor(ProcessorMixin):
         """Plans and layouts of the configuration."""
         return self.image_processor.spec
 
+    def use_template(self, template: str) -> None:
+        """Write prompts by another template.
+
+        Raises:
+            UserError: If there is none of this name, or the tokenizer brings none of its own ("tokenizer").
+        """
+        self.template, self.chat_template = template, chat_template_for(template, self.tokenizer)
+
     def configure(self, changes: Mapping[str, Any]) -> None:
-        """Change how media are read, by dotted names.
+        """Change how media are read, and the template, by dotted names.
 
         Args:
             changes: `{"sampling.type": "rate", "sampling.fps": 2, "reading.volume.orientation": "RAS"}`. A new type of
-                sampling forgets the options of the old one.
+                sampling forgets the options of the old one. `{"template": "v1"}` is `use_template`.
 
         Raises:
             UserError: If a name is unknown.
@@ -224,12 +252,14 @@ class LlavakitProcessor(ProcessorMixin):
         reading = {modality: dict(options) for modality, options in (self.reading or {}).items()}
         for name, value in changes.items():
             match name.split("."):
+                case ["template"]:
+                    self.use_template(value)
                 case ["sampling", option]:
                     sampling[option] = value
                 case ["reading", modality, option]:
                     reading.setdefault(modality, {})[option] = value
                 case _:
-                    raise UserError(f"{name}: unknown; write sampling.OPTION or reading.KIND.OPTION")
+                    raise UserError(f"{name}: unknown; write template, sampling.OPTION or reading.KIND.OPTION")
         self.sampling, self.reading = sampling or None, check_reading(reading) or None
 
     # llavakit's door: messages
@@ -343,9 +373,27 @@ class LlavakitProcessor(ProcessorMixin):
 
     # transformers' door: text and images
 
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Ids and views of texts with `<image>` and their images; see `ProcessorMixin.__call__`.
+
+        Images of a text that has several are cut as such ("multi_image"). The tokenizer adds no begin token to a text
+        that opens with one, as a rendered chat template does.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        bos = self.tokenizer.bos_token
+        if bos and texts and all(isinstance(one, str) and one.startswith(bos) for one in texts):
+            kwargs.setdefault("add_special_tokens", False)
+        counts = [one.count(IMAGE_TOKEN) for one in texts if isinstance(one, str)]
+        if images is not None and sum(counts) == len(make_flat_list_of_images(images)):
+            modalities = [("multi_image" if count > 1 else "image") for count in counts for _ in range(count)]
+            given = kwargs.get("images_kwargs", {})
+            if not {"modality", "modalities"} & set(given):
+                kwargs["images_kwargs"] = {**given, "modalities": modalities}
+        return super().__call__(images=images, text=text, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         size = MediaSize(*(int(side) for side in image_inputs["visual_sizes"][image_idx]))
-        runs = self.spec.layout(kwargs.get("modality", "image"), size)
+        runs = self.spec.layout(MODALITIES[int(image_inputs["visual_modalities"][image_idx])], size)
         return "".join(IMAGE_TOKEN * run.visual + self.tokenizer.decode(list(run.ids)) for run in runs)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:

@@ -119,7 +119,7 @@ class MediaSpec:
             connector=connector,
             planner=PLANNERS.build(options["views"]),
             arrangement=ARRANGEMENTS.build(options.get("arrange", {"type": "flat"})),
-            geometries=tuple(geometry_of(encoder) for encoder, _, _ in settings),
+            geometries=tuple(geometry_of(encoder).for_strategy(strategy) for encoder, _, strategy in settings),
             keep_prefix=tuple(strategy == "full" for _, _, strategy in settings),
             widths=widths,
             region_widths=region_widths,

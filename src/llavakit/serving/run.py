@@ -154,6 +154,7 @@ def vllm_arguments(
 
 def _serve_vllm(model: str, arguments: list[str], console: Console) -> None:
     """Replace this process by `vllm serve`, which loads llavakit's plugin by its entry point."""
+    from llavakit.checkpoints.prompts import VLLM_TEMPLATE
     from llavakit.serving.vllm_plugin import check
 
     for hint in check(model):
@@ -162,4 +163,7 @@ def _serve_vllm(model: str, arguments: list[str], console: Console) -> None:
     command = str(beside) if beside.is_file() else shutil.which("vllm")
     if command is None:
         raise UserError("vLLM is not installed here; install it in an environment of its own, see docs/serving.md")
+    template = Path(model) / VLLM_TEMPLATE
+    if template.is_file() and "--chat-template" not in arguments:
+        arguments = ["--chat-template", str(template), *arguments]
     os.execv(command, [command, "serve", model, *arguments])

@@ -13,9 +13,6 @@ from typing import Any
 from llavakit.errors import UserError
 
 NATIVE = "serve it with llavakit serve --engine native"
-# What vLLM's own classes take for granted, by transformers' model type: it expands a prompt to so many placeholders
-# whatever config.json says, and a checkpoint that says otherwise would be answered for from wrong features.
-FIXED = {"llava_onevision": {"vision_aspect_ratio": "anyres_max_9"}}
 
 
 def register() -> None:
@@ -41,8 +38,9 @@ def check(model: str | Path) -> list[str]:
     Raises:
         UserError: With the reason and what to do.
     """
-    from llavakit.checkpoints.convert import open_checkpoint
+    from llavakit.checkpoints import layouts
     from llavakit.checkpoints.files import read_json
+    from llavakit.checkpoints.opening import open_checkpoint
     from llavakit.model.configuration import LlavakitConfig
 
     path = Path(model)
@@ -51,7 +49,8 @@ def check(model: str | Path) -> list[str]:
     raw = read_json(path / "config.json")
     own = raw.get("model_type") == LlavakitConfig.model_type
     if not own and "text_config" in raw:
-        for key, value in FIXED.get(raw.get("model_type"), {}).items():
+        layout = layouts.published(path, raw)
+        for key, value in (layout.vllm_assumes if layout is not None else {}).items():
             if raw.get(key, value) != value:
                 raise UserError(
                     f"{model}/config.json: {key} is {raw[key]!r}, but vLLM's class for {raw['model_type']} takes "
@@ -73,11 +72,11 @@ def _has_class_in_vllm(config: Any) -> bool:
     from llavakit.checkpoints import layouts
 
     try:
-        raw = layouts.layout_for(config, "hf").write_config(config)
+        layout = layouts.layout_for(config, "hf")
     except UserError:
         return False
-    fixed = FIXED.get(raw["model_type"], {})
-    return all(raw.get(key, value) == value for key, value in fixed.items())
+    raw = layout.write_config(config)
+    return all(raw.get(key, value) == value for key, value in layout.vllm_assumes.items())
 
 
 def refuse(config: Any, name: str | Path) -> None:

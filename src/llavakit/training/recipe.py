@@ -103,7 +103,7 @@ class Parts(Section):
     extra_connectors: dict[str, dict[str, Any]] | None = None
     language_adapter: dict[str, Any] | None = None
     vision_feature_layer: int | list[int] = -2
-    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_feature_select_strategy: Literal["default", "full", "drop_first"] = "default"
     image_token_id: int | None = None
     template: str = "v1"
     extras: dict[str, Any] | None = None

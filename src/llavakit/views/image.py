@@ -24,6 +24,7 @@ class ImagePlanner(Planner):
         size: Side of the (square) encoder input in pixels.
         image_mean, image_std: Normalisation per channel; CLIP's by default.
         resample: Pillow filter by name or number.
+        rescale_factor: What 8-bit values are multiplied with before they are normalised.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class ImagePlanner(Planner):
         image_mean: Sequence[float] = pixels.CLIP_MEAN,
         image_std: Sequence[float] = pixels.CLIP_STD,
         resample: str | int = "bicubic",
+        rescale_factor: float = 1 / 255,
     ) -> None:
         if not isinstance(size, int) or size < 1:
             raise UserError(f"size: must be a positive number of pixels, got {size!r}")
-        self.size, self.image_mean = size, tuple(image_mean)
+        self.size, self.image_mean, self.image_std = size, tuple(image_mean), tuple(image_std)
         self.resample = pixels.resampling(resample)
-        self.normalise = pixels.Normaliser(image_mean, image_std)
+        self.normalise = pixels.Normaliser(image_mean, image_std, rescale_factor)
 
     def cut(self, item: Any, plan: Plan) -> list[np.ndarray]:
         """Views of one RGB image, float32 [3, height, width] each."""
@@ -93,13 +95,22 @@ class Pad(Square):
 
 
 class Squash(ImagePlanner):
-    """Plain resize to `size` x `size`, aspect ratio not kept (SigLIP's processor)."""
+    """Plain resize to `size` x `size`, aspect ratio not kept (SigLIP's processor).
+
+    Args:
+        crop: Side of the middle square that is kept, `size` if None.
+    """
+
+    def __init__(self, *, size: int = 336, crop: int | None = None, **options: Any) -> None:
+        super().__init__(size=size, **options)
+        self.crop = size if crop is None else crop
 
     def plan(self, size: MediaSize) -> Plan:
-        return Plan("image", size, (View(self.size, self.size),))
+        return Plan("image", size, (View(self.crop, self.crop),))
 
     def render(self, image: Image.Image, plan: Plan) -> list[Image.Image]:
-        return [image.resize((self.size, self.size), self.resample)]
+        resized = image.resize((self.size, self.size), self.resample)
+        return [pixels.centre_crop(resized, self.crop, self.crop)]
 
 
 class AnyRes(ImagePlanner):

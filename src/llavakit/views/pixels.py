@@ -178,10 +178,12 @@ def resize_and_crop(
         left, top = (width - across) // 2, (height - down) // 2
         right, bottom = min((left + across) * x, image.width), min((top + down) * y, image.height)
         return centre_crop(image.resize((across, down), resample, box=(left * x, top * y, right, bottom)), crop, crop)
-    if crop > size or resample == Image.Resampling.NEAREST:
+    # From version 13 on Pillow resizes columns first where the height shrinks much, and rounds other values in between.
+    tall = 2 * image.height > 3 * image.width
+    if tall or crop > size or resample == Image.Resampling.NEAREST:
         return centre_crop(image.resize((width, height), resample), crop, crop)
     left, top = (width - crop) // 2, (height - crop) // 2
-    # Rows first, as Pillow does, but only the rows and columns that the kept square depends on.
+    # Rows first, as Pillow does otherwise, but only the rows and columns that the kept square depends on.
     reach = 3 * max(y, 1.0) + 2  # no filter reaches further
     first, last = max(int(top * y - reach), 0), min(int((top + crop) * y + reach) + 1, image.height)
     rows = _crop(image, 0, first, image.width, last - first) if last - first < image.height else image

@@ -62,7 +62,8 @@ def encode_views(
 
     Args:
         layer: Which hidden state to read; several are concatenated along channels.
-        strategy: "default" drops class and register tokens, "full" keeps them.
+        strategy: "default" drops class and register tokens, "full" keeps them, "drop_first" drops one token, whatever
+            it is.
 
     llavakit's own encoders may define `features(pixel_values, layer, strategy)` themselves.
     """
@@ -72,6 +73,8 @@ def encode_views(
     states = hidden_states(encoder, pixel_values, layers)
     if strategy == "default":
         states = [state[:, geometry.prefix_tokens :] for state in states]
+    elif strategy == "drop_first":
+        states = [state[:, 1:] for state in states]
     return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
 
 

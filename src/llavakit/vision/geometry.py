@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,21 @@ class Geometry:
         if keep_prefix and self.prefix_tokens:
             return (1, 1, grid[0] * grid[1] * grid[2] + self.prefix_tokens)
         return grid
+
+    def for_strategy(self, strategy: str) -> Geometry:
+        """The geometry of what `encode_views` selects by this strategy.
+
+        "drop_first" leaves a grid only where the encoder has just one token in front of its grid; else a single row.
+        """
+        if strategy != "drop_first" or self.prefix_tokens == 1:
+            return self
+
+        def row(depth: int, height: int, width: int, keep_prefix: bool) -> Grid:
+            *_, tokens = self.grid(View(height, width, depth), keep_prefix=True)
+            rest = self.grid(View(height, width, depth))
+            return (1, 1, (tokens if self.prefix_tokens else rest[0] * rest[1] * rest[2]) - 1)
+
+        return replace(self, own_grid=row)
 
 
 def _patch(config: Any, prefix: int) -> Geometry:

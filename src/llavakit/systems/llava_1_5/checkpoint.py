@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from transformers import PreTrainedConfig
 
 from llavakit.checkpoints.classic import ClassicLayout
-from llavakit.checkpoints.files import LazyState, read_folder
-from llavakit.checkpoints.layouts import Layout, rename_with
+from llavakit.checkpoints.files import LazyState
+from llavakit.checkpoints.preprocessor import OLD_PROCESSOR, PROCESSOR, planner_options, processor_options
+from llavakit.checkpoints.prompts import VLLM_TEMPLATE, export_template, export_tokenizer, vllm_template
+from llavakit.checkpoints.transformers_layout import TransformersLayout, check_processor, write_strategy
+from llavakit.conversation.template import OWN
 from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.routes import MediaSpec
+from llavakit.views.plan import MediaSize
+from llavakit.vision.geometry import geometry_of
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-EXTRA_ROWS = 64  # the published conversion grows the vocabulary by so many rows: <image>, <pad>, unused
+IMAGES = ("image", "multi_image")
 
 
 def pinpoints_of(value: Any) -> list[list[int]]:
@@ -82,125 +87,74 @@ class Classic(ClassicLayout):
         return super().write_config(config) | fields
 
 
-class Hf(Layout):
-    """`llava-hf/llava-1.5-*`: reads old and new key forms, writes the form that transformers and vLLM both read."""
+class Hf(TransformersLayout):
+    """`llava-hf/llava-1.5-*` and every other folder of `LlavaForConditionalGeneration`.
+
+    Pixels, chat template and tokenizer are those of the folder's files, so prompts and pixels equal `AutoProcessor`'s.
+    The published 1.5 files cut the middle of a picture where the authors' code pads.
+    """
 
     system = "llava-1.5"
-    form = "hf"
+    model_type = "llava"
+    class_name = "LlavaForConditionalGeneration"
 
-    def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
-        return raw.get("model_type") == "llava" and "text_config" in raw
-
-    def expresses(self, config: LlavakitConfig) -> bool:
-        image = config.media.get("image", {})
-        plain = image.get("arrange", {"type": "flat"})["type"] == "flat" and image["views"]["type"] in ("pad", "square")
-        return (
-            plain
-            and config.connector["type"] == "mlp"
-            and config.connector.get("depth", 2) == 2
-            and config.language_adapter is None
-            and set(config.media) <= {"image", "multi_image"}
-        )
-
-    def read(
-        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
-    ) -> tuple[LlavakitConfig, LazyState]:
-        from transformers import LlavaConfig, LlavaImageProcessor
-
-        config = LlavaConfig.from_dict(raw)
-        size = config.vision_config.image_size
-        # the published processor files crop (do_pad false); the training of these weights padded
-        pad = True
-        for name in ("processor_config.json", "preprocessor_config.json"):
-            if (folder / name).is_file():
-                options, _ = LlavaImageProcessor.get_image_processor_dict(folder)
-                pad = bool(options.get("do_pad", True))
-        views = {"type": "pad" if pad else "square", "size": size, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-        native = LlavakitConfig(
-            text_config=config.text_config,
-            vision_config=config.vision_config,
-            connector={"type": "mlp", "act": config.projector_hidden_act, "bias": config.multimodal_projector_bias},
-            media={"image": {"views": views, "arrange": {"type": "flat"}}},
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            image_token_id=config.image_token_id,
-            tie_word_embeddings=config.tie_word_embeddings,
-            template="mistral_instruct" if config.text_config.model_type == "mistral" else "v1",
-            system=self.system,
-        )
-        rules = (
-            (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
-            (r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
-            (r"^language_model\.lm_head\.", "lm_head."),
-            (r"^language_model\.model\.", "model.language_model."),
-        )
-        return native, read_folder(folder).renamed(rename_with(rules))
-
-    @staticmethod
-    def _grown(config: LlavakitConfig) -> int:
-        """Vocabulary of the exported model; room for `<image>` and `<pad>` is made where the model has none."""
-        vocabulary = config.text_config.vocab_size
-        return vocabulary if config.image_token_id < vocabulary else vocabulary + EXTRA_ROWS
-
-    def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
-        from transformers import LlavaConfig
-
-        text = config.text_config.to_dict() | {"vocab_size": self._grown(config)}
-        causal = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-        tokens = (576,) if config.vision_config.image_size == 336 else ()
-        grid = config.vision_config.image_size // config.vision_config.patch_size
-        exported = LlavaConfig(
-            text_config=text,
-            vision_config=config.vision_config.to_dict(),
-            image_token_index=config.image_token_id,
-            image_seq_length=tokens[0] if tokens else grid * grid,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            projector_hidden_act=config.connector.get("act", "gelu"),
-            multimodal_projector_bias=config.connector.get("bias", True),
-            tie_word_embeddings=config.tie_word_embeddings,
-        ).to_dict()
-        exported["architectures"] = ["LlavaForConditionalGeneration"]
-        exported["text_config"]["architectures"] = [causal.get(config.text_config.model_type, "LlamaForCausalLM")]
-        return exported
-
-    def write_state(self, config: LlavakitConfig, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-        rename = rename_with(
-            (
-                (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
-                (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
-                (r"^model\.language_model\.", "language_model.model."),
-                (r"^lm_head\.", "language_model.lm_head."),
+    def media(self, folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
+        check_processor(folder, config)
+        views = planner_options(folder)
+        if views is None and config.vision_config.model_type != "clip_vision_model":
+            raise CheckpointError(
+                f"{folder}: no {OLD_PROCESSOR} or {PROCESSOR}; pictures could be cut and normalised in any way"
             )
-        )
-        rows = self._grown(config)
-        for name in state:
-            tensor = state[name]
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")) and tensor.shape[0] < rows:
-                mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
-                tensor = torch.cat([tensor, mean.expand(rows - tensor.shape[0], -1)])
-            yield rename(name), tensor
+        if views is None:
+            views = {
+                "type": "pad",
+                "size": config.vision_config.image_size,
+                "image_mean": CLIP_MEAN,
+                "image_std": CLIP_STD,
+            }
+        return {"image": {"views": views, "arrange": {"type": "flat"}}}
+
+    def usual_template(self, folder: Path, config: PreTrainedConfig) -> str:
+        template = {"llama": "v1", "mistral": "mistral_instruct"}.get(config.text_config.model_type)
+        return template or OWN
+
+    def own_objections(self, config: LlavakitConfig) -> list[str]:
+        found = [f"media.{name}: transformers' class takes images alone" for name in config.media if name not in IMAGES]
+        image = config.media.get("image")
+        if image is None:
+            return [*found, "media.image: is missing, transformers' class takes images"]
+        if config.media.get("multi_image", image) != image:
+            found.append("media.multi_image: transformers treats every image alike")
+        arrange = image.get("arrange", {"type": "flat"})
+        if arrange["type"] != "flat":
+            found.append(f"media.image.arrange.type: is {arrange['type']!r}, transformers' class has 'flat'")
+        _, objection = processor_options(image["views"])
+        if objection:
+            found.append(objection)
+        stride, patch = geometry_of(config.vision_config).stride[1], getattr(config.vision_config, "patch_size", None)
+        if stride != patch:
+            found.append(
+                f"vision_config.patch_size: transformers counts a token per {patch} pixels, this encoder gives one per "
+                f"{stride}"
+            )
+        return found
+
+    def own_config(self, config: LlavakitConfig) -> dict[str, Any]:
+        return {"image_seq_length": MediaSpec(config).count("image", MediaSize(1, 336, 336))}
 
     def write_processor(self, processor: Any, config: LlavakitConfig, folder: Path) -> None:
         from transformers import LlavaImageProcessor, LlavaProcessor
 
-        views = config.media["image"]["views"]
-        size = views["size"]
-        image_processor = LlavaImageProcessor(
-            do_pad=views["type"] == "pad",
-            size={"shortest_edge": size},
-            crop_size={"height": size, "width": size},
-            image_mean=views.get("image_mean", CLIP_MEAN),
-            image_std=views.get("image_std", CLIP_STD),
-        )
-        tokenizer = processor.tokenizer
-        if tokenizer.pad_token is None:
-            tokenizer.add_special_tokens({"pad_token": "<pad>"})
-        LlavaProcessor(
-            image_processor,
-            tokenizer,
+        options, _ = processor_options(config.media["image"]["views"])
+        made = LlavaProcessor(
+            LlavaImageProcessor(**options),
+            export_tokenizer(processor.tokenizer, self.rows(config)),
             patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=1 if config.vision_config.model_type == "clip_vision_model" else 0,
-            chat_template=processor.chat_template,
-        ).save_pretrained(folder)
+            vision_feature_select_strategy=write_strategy(config),
+            num_additional_image_tokens=geometry_of(config.vision_config).prefix_tokens,
+        )
+        made.chat_template = export_template(made, processor)
+        made.save_pretrained(folder)
+        other = vllm_template(made.tokenizer, made.chat_template)
+        if other is not None:
+            (folder / VLLM_TEMPLATE).write_text(other, encoding="utf-8")

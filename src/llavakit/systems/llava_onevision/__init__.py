@@ -31,7 +31,7 @@ SYSTEM = System(
         "connectors": {"residual_mlp": ".residual:ResidualMLP"},
         "layouts": {
             "llava-onevision-classic": ".checkpoint:Classic",
-            "llava-onevision-hf": ".checkpoint:Hf",
+            "llava-onevision-hf": ".hf_checkpoint:Hf",
         },
     },
 )

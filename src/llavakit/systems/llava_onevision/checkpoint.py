@@ -1,4 +1,4 @@
-"""LLaVA-OneVision's published files: the authors' layout and transformers' `LlavaOnevisionForConditionalGeneration`.
+"""LLaVA-OneVision's published files in the authors' layout; transformers' is `hf_checkpoint`.
 
 `media_of` says what the published settings mean for images, several images and videos; `settings_of` is its inverse.
 """
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from llavakit.checkpoints.classic import ClassicLayout, mlp_options
-from llavakit.checkpoints.files import LazyState, read_folder, read_json
-from llavakit.checkpoints.layouts import Layout, rename_with
+from llavakit.checkpoints.files import LazyState, read_json
 from llavakit.errors import CheckpointError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.routes import MediaSpec
@@ -28,7 +27,6 @@ HALF = [0.5, 0.5, 0.5]
 SIGLIP = "google/siglip-so400m-patch14-384"
 SAMPLING = {"type": "uniform", "frames": 32}  # the published harness; training read one frame per second, at most 32
 POOL_STRIDE = 2  # the published code never passes on the stride of its configuration
-VOCABULARY_MULTIPLE = 64
 
 Settings = Mapping[str, Any]
 
@@ -159,6 +157,11 @@ class Classic(ClassicLayout):
     """`lmms-lab/llava-onevision-*`: a SigLIP encoder without its last layer, Qwen2, one newline vector."""
 
     system = "llava-onevision"
+    own_tower = "siglip_vision_tower"
+    known_changes = {
+        "media.image.arrange.rounding": "the authors' code unpads with int(), so a few sizes get other token counts",
+        "media.multi_image.arrange.single_newline": "the authors' code ends every image among several with a newline",
+    }
     model_types = ("llava_qwen", "llava", "qwen2")
     inert = ClassicLayout.inert | {
         "rope_scaling": "the published model class overrules any scaling of positions",
@@ -246,12 +249,15 @@ class Classic(ClassicLayout):
             "mm_projector_type": projector,
             "mm_vision_select_layer": -2,
             "mm_vision_select_feature": "patch",
-            "mm_vision_tower": SIGLIP if known else "siglip_vision_tower",
+            "mm_vision_tower": SIGLIP if known else self.own_tower,
             "rope_theta": config.text_config.rope_parameters["rope_theta"],
             "tokenizer_model_max_length": config.text_config.max_position_embeddings,
             "tokenizer_padding_side": "right",
             **settings_of(config.media),
         }
+
+    def own_encoder(self, config: LlavakitConfig) -> dict[str, Any]:
+        return super().own_encoder(config) | {"num_hidden_layers": config.vision_config.num_hidden_layers + 1}
 
     def write_state(self, config: LlavakitConfig, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
         first = first_block(config.connector)
@@ -291,182 +297,3 @@ def connector_options(name: str) -> dict[str, Any]:
     if residual:
         return {"type": "residual_mlp", "depth": int(residual[1]), "blocks": int(residual[2])}
     return mlp_options(name)
-
-
-# transformers' layout
-
-
-class Hf(Layout):
-    """`llava-hf/llava-onevision-*`: reads old and new key forms, writes the form that transformers and vLLM read.
-
-    transformers unpads with its own rounding, so models read from there get `rounding: hf`, and give the same token
-    counts as transformers.
-    """
-
-    system = "llava-onevision"
-    form = "hf"
-
-    def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
-        return raw.get("model_type") == "llava_onevision"
-
-    def read(
-        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
-    ) -> tuple[LlavakitConfig, LazyState]:
-        from transformers import LlavaOnevisionConfig
-
-        config = LlavaOnevisionConfig.from_dict(raw)
-        settings = {
-            "mm_patch_merge_type": "spatial_unpad",
-            "image_aspect_ratio": config.vision_aspect_ratio,
-            "image_grid_pinpoints": [[width, height] for height, width in config.image_grid_pinpoints],
-        }
-        media = media_of(settings, config.vision_config.image_size, rounding="hf")
-        _normalise_like(folder, media)
-        native = LlavakitConfig(
-            text_config=config.text_config,
-            vision_config=config.vision_config,
-            connector={"type": "mlp", "act": config.projector_hidden_act, "bias": config.multimodal_projector_bias},
-            media=media,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            image_token_id=config.image_token_id,
-            tie_word_embeddings=config.tie_word_embeddings,
-            template="qwen_1_5",
-            system=self.system,
-            extras={"processor": {"sampling": dict(SAMPLING)}},
-        )
-        rules = (
-            (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
-            (r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
-            (r"^(?:model\.)?image_newline$", "model.image_newline"),
-            (r"^language_model\.lm_head\.", "lm_head."),
-            (r"^language_model\.model\.", "model.language_model."),
-        )
-        return native, read_folder(folder).renamed(rename_with(rules))
-
-    def expresses(self, config: LlavakitConfig) -> bool:
-        settings = settings_of(config.media)
-        return (
-            settings is not None
-            and settings["mm_patch_merge_type"] == "spatial_unpad"
-            and settings["image_aspect_ratio"].startswith("anyres_max_")
-            and settings["mm_spatial_pool_mode"] == "bilinear"
-            and "mm_newline_position" not in settings
-            and config.media["multi_image"]["arrange"].get("single_newline", True)
-            and config.connector["type"] == "mlp"
-            and config.connector.get("depth", 2) == 2
-            and config.language_adapter is None
-        )
-
-    @staticmethod
-    def _rows(config: LlavakitConfig) -> int:
-        """Vocabulary of the exported model: grown to a multiple of 64 where `<image>` and `<video>` have no row."""
-        rows = config.text_config.vocab_size
-        if config.image_token_id + 1 < rows:
-            return rows
-        return -(-(max(rows, config.image_token_id + 2)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-    def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
-        from transformers import LlavaOnevisionConfig
-
-        settings = settings_of(config.media)
-        exported = LlavaOnevisionConfig(
-            text_config=config.text_config.to_dict() | {"vocab_size": self._rows(config)},
-            vision_config=config.vision_config.to_dict(),
-            image_token_index=config.image_token_id,
-            video_token_index=config.image_token_id + 1,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            projector_hidden_act=config.connector.get("act", "gelu"),
-            multimodal_projector_bias=config.connector.get("bias", True),
-            tie_word_embeddings=config.tie_word_embeddings,
-            image_grid_pinpoints=[[height, width] for width, height in settings["image_grid_pinpoints"]],
-            vision_aspect_ratio=settings["image_aspect_ratio"],
-        ).to_dict()
-        exported["architectures"] = ["LlavaOnevisionForConditionalGeneration"]
-        exported["text_config"]["architectures"] = ["Qwen2ForCausalLM"]
-        return exported
-
-    def write_state(self, config: LlavakitConfig, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-        rename = rename_with(
-            (
-                (r"^model\.vision_tower\.(?:vision_model\.)?", "vision_tower.vision_model."),
-                (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
-                (r"^model\.image_newline$", "image_newline"),
-                (r"^model\.language_model\.", "language_model.model."),
-                (r"^lm_head\.", "language_model.lm_head."),
-            )
-        )
-        rows = self._rows(config)
-        for name in state:
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                continue
-            tensor = state[name]
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")) and tensor.shape[0] < rows:
-                mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
-                tensor = torch.cat([tensor, mean.expand(rows - tensor.shape[0], -1)])
-            yield rename(name), tensor
-
-    def write_processor(self, processor: Any, config: LlavakitConfig, folder: Path) -> None:
-        """Tokenizer with `<image>` and `<video>`, and `processor_config.json`.
-
-        The file is written by hand: transformers cannot build its video processor without torchvision.
-        """
-        tokenizer = copy.deepcopy(processor.tokenizer)
-        if "<video>" not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]}, replace_extra_special_tokens=False)
-        tokenizer.save_pretrained(folder)
-        raw = read_json(folder / "config.json")
-        raw["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
-        if raw["video_token_index"] >= raw["text_config"]["vocab_size"]:
-            raise CheckpointError(
-                f"{folder}: the token <video> has no row in the embedding; give it the id after <image>"
-            )
-        _write_json(folder / "config.json", raw)
-        views = config.media["image"]["views"]
-        pixels = {
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": views["image_mean"],
-            "image_std": views["image_std"],
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-            "size": {"height": views["size"], "width": views["size"]},
-        }
-        grid = config.vision_config.image_size // config.vision_config.patch_size
-        own = {
-            "processor_class": "LlavaOnevisionProcessor",
-            "image_token": "<image>",
-            "video_token": "<video>",
-            "num_image_tokens": grid * grid,
-            "vision_aspect_ratio": raw["vision_aspect_ratio"],
-            "vision_feature_select_strategy": config.vision_feature_select_strategy,
-            "image_processor": {
-                "image_processor_type": "LlavaOnevisionImageProcessor",
-                "do_pad": True,
-                "image_grid_pinpoints": raw["image_grid_pinpoints"],
-                **pixels,
-            },
-            "video_processor": {"video_processor_type": "LlavaOnevisionVideoProcessor", **pixels},
-        }
-        _write_json(folder / "processor_config.json", own)
-        template = Path(__file__).with_name("hf_chat_template.jinja").read_text(encoding="utf-8")
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def _normalise_like(folder: Path, media: Mapping[str, Any]) -> None:
-    """Mean and deviation of the files' own preprocessor, where they bring one."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            continue
-        options = read_json(folder / name)
-        options = options.get("image_processor", options)
-        for section in media.values():
-            views = section["views"].get("frame", section["views"])
-            views |= {key: options[key] for key in ("image_mean", "image_std") if options.get(key)}
