@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from tiny_server import small_chat
 
 import llavakit
@@ -74,9 +75,9 @@ def model(monkeypatch):
 
 @pytest.fixture
 def picture(tmp_path):
-    file = tmp_path / "a b.png"
-    file.write_bytes(b"")
-    return str(file)
+    path = tmp_path / "a b.png"
+    Image.new("RGB", (8, 8)).save(path)
+    return str(path)
 
 
 def cpu_seconds(arguments: list[str]) -> tuple[float, str]:
@@ -120,6 +121,7 @@ def test_version(capsys):
         (["systems", "llava-1.55"], "unknown system 'llava-1.55'; did you mean 'llava-1.5'?"),
         (["parity", "no/such/folder"], "no/such/folder: no such folder"),
         (["chat", "model", "--image", "missing.png"], "missing.png: no such image file"),
+        (["chat", "model", "--image", __file__], "test_cli.py: is not an image"),
         (["phantom", "scene", "out", "size"], "size: not an assignment; write key=value"),
         (["phantom", "scen", "out"], "did you mean 'scene'?"),
         (["score", "pop", "--predictions", "p"], "did you mean 'pope'?"),

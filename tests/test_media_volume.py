@@ -67,6 +67,14 @@ def test_sform_and_qform_that_disagree():
     refused(lambda: load_volume(image.to_bytes(), affine="qform"), "states no qform")
 
 
+def test_axes_of_space_may_be_of_length_1():
+    """One sagittal slice with an axis of time of length 1: the first axis stays."""
+    values = np.arange(20, dtype=np.int16).reshape(1, 4, 5, 1)
+    volume = load_volume(nifti(values, np.diag([-1, -1, 1, 1])))
+    assert np.array_equal(volume.values, values[..., 0].transpose(2, 1, 0))
+    refused(lambda: load_volume(nifti(np.zeros((1, 4, 5, 6), np.int16))), "6 volumes")
+
+
 def test_values_that_are_no_grey_values():
     rgb = np.zeros((3, 4, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     refused(lambda: load_volume(nifti(rgb)), "holds colours (RGB)", "one real number per voxel")

@@ -36,15 +36,17 @@ def attachment(modality: str, place: str) -> dict[str, Any]:
     Raises:
         UserError: If there is nothing at `place`, or it may not be fetched.
     """
+    from llavakit.media import image_size
     from llavakit.media.source import fetched
 
-    content = fetched(place)  # once, though every turn of a conversation reads it again
-    if content is not place:
-        return {"type": modality, modality: content}
-    local = Path(place).expanduser()
-    if not local.exists():
-        raise UserError(f"{place}: no such {modality} file")
-    return {"type": modality, modality: str(local)}
+    source = fetched(place)  # once, though every turn of a conversation reads it again
+    if source is place:
+        source = str(Path(place).expanduser())
+        if not Path(source).exists():
+            raise UserError(f"{place}: no such {modality} file")
+    if modality == "image":
+        image_size(source)  # what is no image is refused before a model is loaded
+    return {"type": modality, modality: source}
 
 
 class Session:

@@ -13,7 +13,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,11 @@ def discreet(name: str, problem: str, advice: str = "") -> Iterator[None]:
         raise MediaError(f"{name}: {problem} ({type(error).__name__}){'; ' * bool(advice)}{advice}") from None
 
 
-def read_dataset(file: Source, name: str, *, pixels: bool = True) -> Any:
+def read_dataset(file: Source, name: str, *, pixels: bool = True, fields: Sequence[str] | None = None) -> Any:
     """The data set of a DICOM file, with or without its pixels.
+
+    Args:
+        fields: Keep these alone.
 
     Raises:
         MediaError: If it is none or damaged.
@@ -65,7 +68,9 @@ def read_dataset(file: Source, name: str, *, pixels: bool = True) -> Any:
             raise MediaError(f"{name}: is not a readable DICOM file; {looks_like(file)}")
     with discreet(name, "is a damaged DICOM file", "export it again"):
         _check_inflated(file, name)
-        return pydicom.dcmread(file if isinstance(file, Path) else io.BytesIO(file), stop_before_pixels=not pixels)
+        source = file if isinstance(file, Path) else io.BytesIO(file)
+        tags = None if fields is None else list(fields)
+        return pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=tags)
 
 
 def _check_inflated(file: Source, name: str) -> None:

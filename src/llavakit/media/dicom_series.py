@@ -18,6 +18,8 @@ _GAP = 1.5  # distance of neighbouring slices, in median distances, from which o
 _TOLERANCE = 1e-4  # of direction cosines and of spacings in mm; scanners write them with rounding errors
 _DRIFT = 0.1  # pixels by which slices may be shifted against each other before they are brought into line
 _MOST_FILES = 100_000
+_FIELDS = ("SeriesInstanceUID", "InstanceNumber", "Rows", "Columns", "NumberOfFrames", "SliceThickness", "PixelSpacing")
+_FIELDS += ("ImageOrientationPatient", "ImagePositionPatient")  # what is kept of every header
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 
 Slices = list[tuple[Path, Any]]
@@ -70,7 +72,7 @@ def _headers(folder: Path) -> Slices:
             if path.suffix.lower() in _SUFFIXES:
                 raise MediaError(f"{path}: is not a readable DICOM file; {looks_like(path)}")
             continue
-        header = dicom.read_dataset(path, str(path), pixels=False)
+        header = dicom.read_dataset(path, str(path), pixels=False, fields=_FIELDS)
         if "Rows" in header and "Columns" in header:
             found.append((path, header))
     return found

@@ -57,6 +57,8 @@ def load_nifti(
         raise MediaError(f"{name}: holds {what}; a volume holds one real number per voxel")
     if len(shape) == 4 and shape[3] > 1:
         raise MediaError(f"{name}: has shape {shape}, {shape[3]} volumes; split it and give one volume of three axes")
+    while len(shape) > 3 and shape[-1] == 1:  # the first three axes are those of space, however long
+        shape = shape[:-1]
     axes = shape_of_volume(shape, dtype, name, limits)
     affine = _affine(image, name, orientation, choice)
     values = _values(image, file, name, axes, keep_integers)

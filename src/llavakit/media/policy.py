@@ -28,7 +28,9 @@ _UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is routed in pub
 _SPECIAL = tuple(  # what `ipaddress` calls global in some releases of Python
     map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20"))
 )
-_LIMITS = Limits(pixels=50_000_000, file_bytes=32 * 2**20, frames=512, video_pixels=2**28, voxels=2**27)
+_LIMITS = Limits(
+    pixels=50_000_000, file_bytes=32 * 2**20, frames=512, video_pixels=2**28, voxels=2**27, video_frames=500_000
+)
 
 
 class Refused(MediaError):

@@ -238,7 +238,7 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
     modalities = responder.modalities
     media = [f"{modality}s" for modality in ("image", "video", "volume") if modality in modalities]
     endings = (
-        ["image"] * ("image" in modalities)
+        ["image", ".dcm"] * ("image" in modalities)
         + ["video"] * ("video" in modalities)
         + [*VOLUMES] * ("volume" in modalities)
     )
