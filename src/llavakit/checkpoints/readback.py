@@ -178,7 +178,7 @@ def _part(part: Any) -> Any:
         return [_part(item) for item in part]
     if isinstance(part, Mapping):
         return {key: _part(item) for key, item in part.items()}
-    if not type(part).__module__.startswith("llavakit."):
-        return part if isinstance(part, (int, float, str, bool, type(None))) else repr(part)
-    values = {name: _part(value) for name, value in vars(part).items() if not name.startswith("_")}
+    if isinstance(part, (int, float, str, bool, type(None))):
+        return part
+    values = {name: _part(value) for name, value in getattr(part, "__dict__", {}).items() if not name.startswith("_")}
     return {"type": type(part).__name__, **values}
