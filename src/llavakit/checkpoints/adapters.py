@@ -339,7 +339,8 @@ class _Merge:
             module, _, attribute = name.rpartition(".")
             tensor = self.base[self.own[name]]
             dtype = tensor.dtype
-            alone.get_submodule(module)._parameters[attribute] = nn.Parameter(tensor.float(), requires_grad=False)
+            own = tensor.to(torch.float32, copy=True)  # PEFT merges in place; the base must stay as it is
+            alone.get_submodule(module)._parameters[attribute] = nn.Parameter(own, requires_grad=False)
         model = self._attached(alone)
         given = {f"{_PREFIX}{name}": self.adapter[name].float() for name in self.layers[layer]}
         expected = set(_adapter_state(model))

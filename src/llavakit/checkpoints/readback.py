@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from llavakit.checkpoints.files import LazyState
 from llavakit.errors import CheckpointError, quoted
@@ -149,7 +150,10 @@ def _layers(config: LlavakitConfig) -> list[int]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if key not in _FORMAL and item is not None}
+        kept = {key: item for key, item in value.items() if key not in _FORMAL and item is not None}
+        return {str(key): _plain(item) for key, item in kept.items()}  # JSON knows text keys alone
+    if isinstance(value, PreTrainedConfig):
+        return _plain(value.to_dict())
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
