@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llavakit.checkpoints.convert import build, convert, open_checkpoint
-from llavakit.errors import MediaError
+from llavakit.errors import CheckpointError, MediaError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
@@ -201,6 +201,34 @@ def test_published_layout_round_trips(ct, tmp_path):
     assert set(written) == set(source)
     assert all(torch.equal(written[name], source[name]) for name in source)
     build(open_checkpoint(tmp_path / "again"))
+
+
+def test_patch_of_siglip_drops_the_first_patch_as_published(ct, tmp_path):
+    raw = json.loads((ct / "config.json").read_text()) | {"encoder_image_select_feature": "patch"}
+    (ct / "config.json").write_text(json.dumps(raw))
+    config = open_checkpoint(ct).config
+    assert config.vision_feature_select_strategy == "drop_first"
+    size = config.vision_config.image_size
+    net = build(open_checkpoint(ct))
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tower = net.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+        seen = net.get_image_features(pixels).last_hidden_state
+    assert torch.equal(seen, tower[:, 1:])
+    convert(ct, tmp_path / "again", to="original")
+    assert open_checkpoint(tmp_path / "again").config.vision_feature_select_strategy == "drop_first"
+    (ct / "config.json").write_text(json.dumps(raw | {"encoder_image_select_feature": "pooled"}))
+    with pytest.raises(CheckpointError, match="encoder_image_select_feature is 'pooled'"):
+        open_checkpoint(ct)
+
+
+def test_the_text_side_of_a_contrastive_encoder_is_left_out_and_nothing_else(ct):
+    state = load_file(ct / "model.safetensors")
+    save_file(state | {"encoder_image.encoder.logit_scale": torch.zeros(1)}, ct / "model.safetensors")
+    build(open_checkpoint(ct))
+    save_file(state | {"encoder_image.encoder.logit_scales": torch.zeros(1)}, ct / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is unknown to the configuration"):
+        build(open_checkpoint(ct))
 
 
 def test_published_shapes_of_the_second_generation():

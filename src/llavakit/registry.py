@@ -167,6 +167,7 @@ ARRANGEMENTS.add("flat", "llavakit.splice.layout:Flat")
 ARRANGEMENTS.add("spatial", "llavakit.splice.tiles:Spatial")
 ARRANGEMENTS.add("spatial_unpad", "llavakit.splice.tiles:SpatialUnpad")
 ARRANGEMENTS.add("frames", "llavakit.splice.tiles:Frames")
+ARRANGEMENTS.add("wrapped", "llavakit.splice.wrapped:Wrapped")
 ARRANGEMENTS.add("faster_video", "llavakit.splice.tiles:FasterVideo")
 
 CODECS.add("plain", "llavakit.conversation.codecs:Codec")

@@ -8,16 +8,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from llavakit.checkpoints.adapters import strip_trainable_prefix
 from llavakit.checkpoints.fields import Fields, check_known
-from llavakit.checkpoints.files import LazyState, read_file, read_folder, read_json
+from llavakit.checkpoints.files import LazyState, holds_weights, read_file, read_folder, read_json
 from llavakit.checkpoints.layouts import Layout, Renames, rename_with
+from llavakit.checkpoints.text import special_ids, tokenizer_folder
 from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.vision.geometry import geometry_of
 from llavakit.vision.known import KNOWN_ENCODERS
+
+NORM = "model.norm.weight"
+SMALL_NORM = 0.02  # mean size; those of trained models are above 1
+DIFFERENCE = 0.1  # of the base model's norm
 
 
 class ClassicLayout(Layout):
@@ -93,7 +99,6 @@ class ClassicLayout(Layout):
         encoder = self.encoder_config(raw, sources)
         text = self.text_config(raw)
         raw.one_of("use_mm_proj", True)
-        raw.one_of("mm_use_im_start_end", False)
         feature = raw.one_of("mm_vision_select_feature", "patch", "cls_patch")
         fields: dict[str, Any] = {
             "text_config": text,
@@ -108,7 +113,11 @@ class ClassicLayout(Layout):
             "eos_token_id": raw.get("eos_token_id"),
             "pad_token_id": raw.get("pad_token_id"),
         }
-        config = LlavakitConfig(**(fields | self.extend_config(raw, encoder)))
+        fields |= self.extend_config(raw, encoder)
+        if raw.one_of("mm_use_im_start_end", False, True):
+            image = fields["media"]["image"]
+            image["arrange"] = wrapped(image.get("arrange"), sources.get("folder"), sources.get("base"))
+        config = LlavakitConfig(**fields)
         check_known(config.vision_config, encoder, f"configuration of the encoder {quoted(raw.get('mm_vision_tower'))}")
         self._check_width(config, raw.get("mm_hidden_size"))
         return config
@@ -116,9 +125,7 @@ class ClassicLayout(Layout):
     @staticmethod
     def _check_width(config: LlavakitConfig, announced: Any) -> None:
         """Refuse a file that announces features of another width than its encoder has."""
-        layers = config.vision_feature_layer
-        count = len(layers) if isinstance(layers, (list, tuple)) else 1
-        width = geometry_of(config.vision_config).width * count
+        width = _feature_width(config)
         if announced is not None and announced != width:
             raise CheckpointError(
                 f"config.json: mm_hidden_size is {quoted(announced)}, the encoder's features have {width}"
@@ -152,18 +159,35 @@ class ClassicLayout(Layout):
     ) -> tuple[LlavakitConfig, LazyState]:
         if raw.get("mm_vision_tower") == self.own_tower and (folder / self.own_tower / "config.json").is_file():
             sources = {"encoder": folder / self.own_tower, **sources}
-        config = self.read_config(raw, sources)
+        config = self.read_config(raw, {"folder": folder, **sources})
         if (folder / "adapter_config.json").is_file():
             state = self._read_lora(folder, sources)
         elif any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):
             stem = read_folder(folder, "mm_projector").renamed(strip_trainable_prefix)
             state = read_folder(self._base(folder, sources, raw.get("_name_or_path"))).joined(stem)
         else:
-            state = read_folder(folder)
+            state = whole_model(folder, read_folder(folder), sources.get("base"))
         state = state.renamed(rename_with(self.renames_in()))
-        if not any(name.startswith("model.vision_tower.") for name in state):
-            state = state.joined(self._read_tower(raw, sources))
-        return config, self.drop_unused(config, state)
+        return config, self.drop_unused(config, self._with_encoder(state, folder, raw, sources))
+
+    def _with_encoder(
+        self, state: LazyState, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> LazyState:
+        """The tensors with those of the encoder: the files' own, or those of the folder that was given."""
+        stored = any(name.startswith("model.vision_tower.") for name in state)
+        given = sources.get("encoder")
+        if not stored or "exchange" in sources:
+            rest = state.renamed(lambda name: None if name.startswith("model.vision_tower.") else name)
+            return rest.joined(self._read_tower(raw, sources))
+        if given is not None and given.parent != folder and holds_weights(given):
+            other = self._read_tower(raw, sources)
+            differs = next((name for name in other if name in state and not _alike(state[name], other[name])), None)
+            if differs is not None:
+                raise CheckpointError(
+                    f"{folder}: holds an encoder of its own, which is not that of --vision-tower ({quoted(differs)} "
+                    "differs); leave the option out, or exchange the encoder with convert --exchange-vision-tower"
+                )
+        return state
 
     def read_own(self, folder: Path, raw: Mapping[str, Any]) -> LazyState:
         if (folder / "adapter_config.json").is_file():
@@ -188,10 +212,7 @@ class ClassicLayout(Layout):
                 f"the checkpoint holds no vision encoder and {folder} is not a local folder; "
                 "name the encoder's folder with --vision-tower"
             )
-        rules = (
-            (r"^(?:vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.", r"model.vision_tower.\1."),
-        )
-        return read_folder(folder).renamed(rename_with(rules, keep_unmatched=False))
+        return read_encoder(folder).renamed(lambda name: f"model.vision_tower.{name}")
 
     @staticmethod
     def _base(folder: Path, sources: Mapping[str, Path], named: str | None) -> Path:
@@ -244,16 +265,97 @@ class ClassicLayout(Layout):
         fields = {
             "architectures": ["LlavaLlamaForCausalLM"],
             "model_type": self.model_types[0],
-            "mm_hidden_size": config.vision_config.hidden_size,
+            "mm_hidden_size": _feature_width(config),
             "mm_projector_type": "linear" if depth == 1 else f"mlp{depth}x_gelu",
             "mm_vision_select_layer": config.vision_feature_layer,
             "mm_vision_select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
             "mm_vision_tower": names.get(config.vision_config.image_size, self.own_tower),
-            "mm_use_im_start_end": False,
+            "mm_use_im_start_end": config.media.get("image", {}).get("arrange", {}).get("type") == "wrapped",
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,
         }
         return {key: value for key, value in text.items() if key not in ("model_type", "_name_or_path")} | fields
+
+
+# The text side of contrastive models, which their files hold beside the encoder.
+_TEXT_SIDE = re.compile(r"(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$)")
+
+
+def read_encoder(folder: Path) -> LazyState:
+    """The tensors of an encoder's folder under the names of transformers' class; without a text side."""
+    state = read_folder(folder).renamed(lambda name: None if _TEXT_SIDE.match(name) else name)
+    return state.renamed(rename_with(((r"^(?:vision_model|dinov2|vit)\.", ""),)))
+
+
+def whole_model(folder: Path, state: LazyState, base: Path | None) -> LazyState:
+    """The tensors of a folder that holds a whole model, as weights or as differences to those of a base model.
+
+    Differences (`*-delta-*` on the hub) are known by their last norm, which training hardly changes.
+
+    Raises:
+        CheckpointError: If a base is given for weights, or differences come without one.
+    """
+    if NORM not in state:
+        return state
+    size = state[NORM].float().abs().mean()
+    if base is None:
+        if size < SMALL_NORM:
+            raise CheckpointError(
+                f"{folder}: holds weight differences ({NORM} is nearly zero); name the base model with --base"
+            )
+        return state
+    below = read_folder(base)
+    if NORM in below and size < DIFFERENCE * below[NORM].float().abs().mean():
+        return state.added(below, overlapping=lambda name: name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if tokenizer_folder(folder) is not None:
+        raise CheckpointError(
+            f"{folder}: holds a whole model, so --base would be ignored; it is for adapters, connectors alone and "
+            "weight differences"
+        )
+    return state  # the base gives the tokenizer
+
+
+def _alike(stored: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same in the lesser of their precisions."""
+    if stored.shape != other.shape:
+        return False
+    dtype = min(stored.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(stored.to(dtype), other.to(dtype))
+
+
+IMAGE_MARKS = ("<im_start>", "<im_end>")
+
+
+def wrapped(inner: Mapping[str, Any] | None, *folders: Path | None) -> dict[str, Any]:
+    """The arrangement of a checkpoint whose images stand between two tokens of its tokenizer.
+
+    Args:
+        folders: Where the tokenizer's files may be.
+
+    Raises:
+        CheckpointError: If they do not hold the two tokens.
+    """
+    known = special_ids(next((folder for folder in folders if tokenizer_folder(folder)), Path()))
+    absent = next((mark for mark in IMAGE_MARKS if mark not in known), None)
+    if absent is not None:
+        raise CheckpointError(
+            f"config.json: mm_use_im_start_end is true, and the tokenizer's files hold no token {absent!r}"
+        )
+    before, after = ([known[mark]] for mark in IMAGE_MARKS)
+    return {"type": "wrapped", "before": before, "after": after, "inner": dict(inner or {"type": "flat"})}
+
+
+def unwrapped(arrange: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An arrangement without tokens around it."""
+    arrange = dict(arrange or {"type": "flat"})
+    return dict(arrange.get("inner") or {"type": "flat"}) if arrange["type"] == "wrapped" else arrange
+
+
+def _feature_width(config: LlavakitConfig) -> int:
+    """Channels of the features that the connector reads."""
+    layers = config.vision_feature_layer
+    count = len(layers) if isinstance(layers, (list, tuple)) else 1
+    return geometry_of(config.vision_config).width * count
 
 
 def _same_tower(known: Mapping[str, Any], config: LlavakitConfig) -> bool:

@@ -101,6 +101,7 @@ def convert(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     template: str | None = None,
+    exchange_vision_tower: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint in another layout.
 
@@ -112,6 +113,7 @@ def convert(
         dst: New folder; must not exist or be empty.
         to: "llavakit", "hf" (transformers' class, which vLLM reads too) or "original".
         template: Name of the template, instead of the source's own.
+        exchange_vision_tower: Write the encoder `vision_tower` in place of the source's own.
 
     Returns:
         What was done: layouts, number of tensors, whether there was a tokenizer, and notes on what the new layout has
@@ -125,7 +127,9 @@ def convert(
     dst = Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is not empty; name a new folder")
-    checkpoint = open_checkpoint(src, base=base, vision_tower=vision_tower, template=template)
+    checkpoint = open_checkpoint(
+        src, base=base, vision_tower=vision_tower, template=template, exchange_vision_tower=exchange_vision_tower
+    )
     base_folder = local_folder(base) if base is not None else None
     _check_names(checkpoint)
     empty = to_disk(checkpoint.config, skeleton(checkpoint).state_dict())

@@ -254,6 +254,12 @@ def read_folder(folder: Path, stem: str | None = None) -> LazyState:
     raise CheckpointError(f"{folder}: no weights; it should hold {wanted}")
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a model, sharded or not."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / f"{name}{suffix}").is_file() for name in names for suffix in ("", ".index.json"))
+
+
 def _read_shards(folder: Path, index: Path) -> LazyState:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -34,7 +34,7 @@ from llavakit.checkpoints.text import (
     tokenizer_folder,
 )
 from llavakit.conversation.template import OWN, PLACEHOLDER, get_template
-from llavakit.errors import CheckpointError, quoted
+from llavakit.errors import CheckpointError, UserError, quoted
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
@@ -105,6 +105,7 @@ def open_checkpoint(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     template: str | None = None,
+    exchange_vision_tower: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint in any known layout.
 
@@ -114,6 +115,7 @@ def open_checkpoint(
             folder that holds an adapter alone.
         vision_tower: Folder or hub id of the encoder, for files that do not contain it.
         template: Name of the template to use instead of the model's own.
+        exchange_vision_tower: Use the encoder `vision_tower` in place of the one that the files contain.
 
     Raises:
         CheckpointError: One clear line.
@@ -128,6 +130,10 @@ def open_checkpoint(
     raw = _read_config(folder)
     given = {"base": base, "encoder": vision_tower}
     sources = {name: local_folder(place) for name, place in given.items() if place is not None}
+    if exchange_vision_tower:
+        if "encoder" not in sources:
+            raise UserError("--exchange-vision-tower: name the new encoder with --vision-tower")
+        sources["exchange"] = sources["encoder"]
     with naming(folder / "config.json"):
         if raw.get("model_type") == LlavakitConfig.model_type:
             config, state = read_own(folder, raw)

@@ -40,6 +40,9 @@ Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1, mps
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: what fits the device.")]
 Base = Annotated[str | None, typer.Option(help="Language model of a LoRA or connector-only checkpoint.")]
 Encoder = Annotated[str | None, typer.Option(help="Encoder of a checkpoint that does not contain it.")]
+Template = Annotated[
+    str | None, typer.Option(help="Chat template instead of the model's own; `tokenizer` is the one in its files.")
+]
 WayToAnswer = Annotated[
     str | None,
     typer.Option(help="System in whose way to answer, or module:factory; plain is the model alone. Default: its own."),
@@ -182,6 +185,7 @@ def chat(
     dtype: Dtype = None,
     base: Base = None,
     vision_tower: Encoder = None,
+    template: Template = None,
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
 ) -> None:
@@ -205,7 +209,9 @@ def chat(
     import llavakit
 
     loaded = llavakit.load(
-        model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower), **answering
+        model,
+        **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template),
+        **answering,
     )
     if processor:
         loaded.configure(_assignments(processor))
@@ -268,6 +274,7 @@ def evaluate(
     dtype: Dtype = None,
     base: Base = None,
     vision_tower: Encoder = None,
+    template: Template = None,
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
     as_json: Json = False,
@@ -296,7 +303,9 @@ def evaluate(
     from llavakit.evaluation.run import evaluate as run_evaluation
 
     loaded = llavakit.load(
-        model, **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower), **answering
+        model,
+        **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template),
+        **answering,
     )
     output = output or Path("runs", "eval", task, f"{name}.jsonl")
     with _writing(output):
@@ -348,6 +357,11 @@ def convert(
     to: Annotated[Form, typer.Option(help="hf is what transformers and vLLM read; original is the paper's own.")],
     base: Base = None,
     vision_tower: Encoder = None,
+    template: Template = None,
+    exchange_vision_tower: Annotated[
+        bool,
+        typer.Option("--exchange-vision-tower", help="Put --vision-tower in place of the encoder in SRC."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another layout.
@@ -360,11 +374,14 @@ def convert(
     """
     from llavakit.checkpoints.convert import convert as run_conversion
 
-    done = run_conversion(src, dst, to=to.value, **_given(base=base, vision_tower=vision_tower))
+    sources = _given(base=base, vision_tower=vision_tower, template=template)
+    done = run_conversion(src, dst, to=to.value, exchange_vision_tower=exchange_vision_tower, **sources)
     if as_json:
         _print_json(done)
     else:
         print(f"{src} ({done['from']}) -> {dst} ({done['to']}), {done['tensors']} tensors")
+        for note in done["notes"]:
+            print(f"note: {note}", file=sys.stderr)
         if not done.get("tokenizer", True):
             print("no tokenizer was found, so none was written; name one with --base", file=sys.stderr)
 
@@ -574,6 +591,7 @@ def serve(
     dtype: Dtype = None,
     base: Base = None,
     vision_tower: Encoder = None,
+    template: Template = None,
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
     extra: Annotated[list[str] | None, typer.Option(help="Argument for `vllm serve`; may be repeated.")] = None,
@@ -590,7 +608,7 @@ def serve(
     """
     from llavakit.serving.run import serve as run_server
 
-    options = _given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, name=name)
+    options = _given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template, name=name)
     options |= _answering(responder, responder_option)
     run_server(
         model,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from llavakit.checkpoints.classic import ClassicLayout
+from llavakit.checkpoints.classic import ClassicLayout, unwrapped
 from llavakit.checkpoints.files import LazyState
 from llavakit.checkpoints.preprocessor import OLD_PROCESSOR, PROCESSOR, planner_options, processor_options
 from llavakit.checkpoints.prompts import VLLM_TEMPLATE, export_template, export_tokenizer, vllm_template
+from llavakit.checkpoints.text import special_ids, tokenizer_folder
 from llavakit.checkpoints.transformers_layout import TransformersLayout, check_processor, write_strategy
 from llavakit.conversation.template import OWN
 from llavakit.errors import CheckpointError, quoted
@@ -24,6 +26,7 @@ from llavakit.vision.geometry import geometry_of
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 IMAGES = ("image", "multi_image")
+YI_VOCABULARY = 64_000  # of v1.6-34b's decoder, whose tokenizer need not list its ChatML tokens as added ones
 
 
 def pinpoints_of(value: Any) -> list[list[int]]:
@@ -45,6 +48,29 @@ def views_of(raw: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {"type": ratio, **common}
 
 
+def template_of(config: LlavakitConfig, started_from: str, sources: Mapping[str, Path]) -> str:
+    """The template of the authors' files, by the decoder and its tokenizer; their code goes by the folder's name.
+
+    Args:
+        started_from: The model that training started from, as config.json names it.
+        sources: Folders whose tokenizer's files are looked at.
+    """
+    if config.text_config.model_type == "mistral":
+        return "mistral_instruct"
+    folder = tokenizer_folder(sources.get("folder"), sources.get("base"))
+    known = special_ids(folder) if folder is not None else {}
+    if "<|im_end|>" in known or config.text_config.vocab_size == YI_VOCABULARY:
+        return "chatml_direct"
+    if "<|eot_id|>" in known:
+        return "llava_llama_3"
+    name = started_from.lower()
+    if re.search(r"llama-?2", name) and "vicuna" not in name:
+        return "llava_llama_2"
+    if config.media["image"]["arrange"]["type"] == "wrapped":
+        return "llava_v1" if "v1" in name else "llava_v0"
+    return "v1"
+
+
 class Classic(ClassicLayout):
     """`liuhaotian/llava-v1.5-*` (and the v1.6 files that the same code reads)."""
 
@@ -61,14 +87,17 @@ class Classic(ClassicLayout):
 
     def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
         merge = raw.get("mm_patch_merge_type") or "flat"
-        template = {"mistral": "mistral_instruct"}.get(self.text_config(raw)["model_type"], "v1")
         views = views_of(raw, encoder["image_size"])
-        media = {"image": {"views": views, "arrange": {"type": merge}}}
-        return {"media": media, "template": template}
+        return {"media": {"image": {"views": views, "arrange": {"type": merge}}}}
+
+    def read_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LlavakitConfig:
+        config = super().read_config(raw, sources)
+        config.template = template_of(config, str(raw.get("_name_or_path") or ""), sources)
+        return config
 
     def drop_unused(self, config: LlavakitConfig, state: LazyState) -> LazyState:
         """Without the newline vector where images are not laid out with it."""
-        arrange = config.media["image"]["arrange"]["type"]
+        arrange = unwrapped(config.media["image"]["arrange"])["type"]
         return state.renamed(
             lambda name: None if name == "model.image_newline" and arrange != "spatial_unpad" else name
         )
@@ -78,7 +107,7 @@ class Classic(ClassicLayout):
         planner = image["views"]["type"]
         fields: dict[str, Any] = {
             "image_aspect_ratio": "square" if planner == "square" else planner,
-            "mm_patch_merge_type": image.get("arrange", {"type": "flat"})["type"],
+            "mm_patch_merge_type": unwrapped(image.get("arrange"))["type"],
         }
         if planner == "anyres":
             fields["image_grid_pinpoints"] = image["views"]["pinpoints"]

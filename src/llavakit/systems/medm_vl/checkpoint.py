@@ -6,6 +6,7 @@ configurations of the published ones are written out here, others are read from 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llavakit.checkpoints.files import LazyState, read_folder, read_json
 from llavakit.checkpoints.layouts import Layout, rename_with
 from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
+from llavakit.vision.geometry import geometry_of
 from llavakit.vision.known import KNOWN_ENCODERS
 
 KNOWN_LLMS: dict[str, dict[str, Any]] = {
@@ -50,6 +52,10 @@ TEMPLATES = {
 CONNECTORS = {"mlp": "mlp", "spatial_pooling": "pooling", "attn_pooling": "attention_pooling"}
 VOLUME_TOWER, VOLUME_CONNECTOR = "volume_tower", "volume_projector"
 PUBLISHED_QUERIES = 256
+# The text side of the contrastive model that the published files still hold; no answer depends on it.
+_UNUSED = re.compile(
+    r"encoder_image(?:3d)?\.encoder\.(?:language_encoder\.|mm_vision_proj\.|mm_language_proj\.|logit_scale$)"
+)
 VOLUME_SIZE = (32, 256, 256)  # of both published 3D encoders
 
 
@@ -81,7 +87,8 @@ class Published(Layout):
         self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
     ) -> tuple[LlavakitConfig, LazyState]:
         config = self.read_config(raw, sources)
-        return config, read_folder(folder).renamed(rename_with(self.renames_in(config)))
+        used = read_folder(folder).renamed(lambda name: None if _UNUSED.match(name) else name)
+        return config, used.renamed(rename_with(self.renames_in(config)))
 
     def read_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LlavakitConfig:
         """llavakit's configuration of either generation of config.json."""
@@ -177,10 +184,13 @@ class Published(Layout):
             encoder = self._part(fields, f"encoder_{slot}", KNOWN_ENCODERS, folder)
             encoder["model_type"] = f"{kind}_vision_model"
         layer = int(fields.get(f"encoder_{slot}_select_layer", -1))
-        # SigLIP has no class token, so keeping it keeps everything; other encoders drop it with "patch"
-        keeps = fields.get(f"encoder_{slot}_select_feature", "patch") != "patch" and kind != "siglip"
+        feature = fields.one_of(f"encoder_{slot}_select_feature", "patch", "cls_patch") or "patch"
+        if kind == "siglip":  # without a class token, the authors' "patch" drops the first patch
+            strategy = "drop_first" if feature == "patch" else "full"
+        else:
+            strategy = "default" if feature == "patch" else "full"
         connector = self._connector(fields, slot, encoder)
-        return encoder, layer, "full" if keeps else "default", connector
+        return encoder, layer, strategy, connector
 
     @staticmethod
     def _connector(fields: Mapping[str, Any], slot: str, encoder: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,11 +261,12 @@ class Published(Layout):
             encoder, layer, strategy = config.encoder_config(encoder)
             options = config.connector_options(connector)
             kind = kinds.get(encoder.model_type, encoder.model_type.removesuffix("_vision_model"))
+            keeps_all = strategy == "full" or (strategy == "default" and not geometry_of(encoder).prefix_tokens)
             fields |= {
                 f"encoder_{slot}_type": kind,
                 f"encoder_{slot}_config": encoder.to_dict(),
                 f"encoder_{slot}_select_layer": layer,
-                f"encoder_{slot}_select_feature": "cls_patch" if strategy == "full" or kind == "siglip" else "patch",
+                f"encoder_{slot}_select_feature": "cls_patch" if keeps_all else "patch",
                 f"connector_{slot}_type": names[options["type"]],
                 f"connector_{slot}_name": f"mlp{options.get('depth', 2)}x_gelu",
             }
