@@ -109,18 +109,9 @@ def config_of(recipe: Recipe, *, read_sources: bool = True) -> LlavakitConfig:
         for name in LlavakitConfig.__annotations__
         if name in Parts.model_fields and getattr(parts, name) is not None
     }
-    for name, default in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
-        given = getattr(parts, name)
-        source = parts.init.get({"text_config": "language_model", "vision_config": "vision_tower"}[name])
-        below = None
-        if source is not None and (given is None or read_sources):
-            below = _config_in(local_folder(source), name)
-        if given is not None:
-            fields[name] = checked_config(given, default, f"parts.{name}", below)
-        elif below is not None:
-            fields[name] = below
-        elif name == "text_config" or parts.media != {}:
-            raise RecipeError(f"parts.{name}: is missing; give it, or a checkpoint under parts.init")
+    for name in ("text_config", "vision_config"):
+        if name == "text_config" or parts.media != {} or parts.vision_config or "vision_tower" in parts.init:
+            fields[name] = part_config(parts, name, read_sources=read_sources)
     for name, encoder in (parts.extra_encoders or {}).items():
         if "config" in encoder:
             where = f"parts.extra_encoders.{name}.config"
@@ -141,6 +132,27 @@ def config_of(recipe: Recipe, *, read_sources: bool = True) -> LlavakitConfig:
     return config
 
 
+def part_config(parts: Parts, name: str, *, read_sources: bool = True) -> PreTrainedConfig:
+    """`text_config` or `vision_config` of a recipe's parts; see `config_of`.
+
+    Raises:
+        RecipeError: If neither the recipe nor a checkpoint gives it.
+    """
+    part, default = {
+        "text_config": ("language_model", "llama"),
+        "vision_config": ("vision_tower", "clip_vision_model"),
+    }[name]
+    given, source = getattr(parts, name), parts.init.get(part)
+    below = None
+    if source is not None and (given is None or read_sources):
+        below = _config_in(local_folder(source), name)
+    if given is not None:
+        return checked_config(given, default, f"parts.{name}", below)
+    if below is None:
+        raise RecipeError(f"parts.{name}: is missing; give it, or a checkpoint under parts.init")
+    return below
+
+
 def _config_in(folder: Path, name: str) -> PreTrainedConfig:
     """The configuration `text_config` or `vision_config` of a checkpoint, or of a model that is that part alone."""
     raw = read_json(folder / "config.json")
@@ -148,6 +160,8 @@ def _config_in(folder: Path, name: str) -> PreTrainedConfig:
     if layout is not None:
         options = layout.part_config(folder, raw, name)
         return build_config(options, options["model_type"])
+    if raw.get("model_type") in ENCODERS and raw["model_type"] not in CONFIG_MAPPING:
+        register_encoder(raw["model_type"])
     config = AutoConfig.from_pretrained(folder)
     nested = getattr(config, name, None)
     return nested if nested is not None and hasattr(nested, "model_type") else config
@@ -253,12 +267,7 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
                 _copy(model.lm_head, head.state_dict(), where)
             return
         if part == "vision_tower" or part in model.config.extra_encoders:
-            source_model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-            inner = getattr(source_model, "vision_model", source_model)
-            own = module.state_dict()
-            wrapped = all(name.startswith("vision_model.") for name in own)
-            prefix = "vision_model." if wrapped and not hasattr(inner, "vision_model") else ""
-            _copy(module, {f"{prefix}{name}": tensor for name, tensor in inner.state_dict().items()}, where)
+            initialise_encoder(module, source, where)
             return
     adapted = (folder / ADAPTER).is_file() and part == "language_model"
     own = layout is not None and not adapted
@@ -269,6 +278,31 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
     if part == "language_model" and not model.config.tie_word_embeddings:
         head = {name.removeprefix("lm_head."): state[name] for name in state if name.startswith("lm_head.")}
         _copy(model.lm_head, head, where)
+
+
+def initialise_encoder(module: nn.Module, source: str, where: str) -> None:
+    """Give an encoder the weights of a checkpoint: of an encoder, of a model of two towers, or of a whole model.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    folder = local_folder(source)
+    raw = read_json(folder / "config.json")
+    layout = published(folder, raw)
+    if layout is not None or raw.get("model_type") == LlavakitConfig.model_type:
+        state: Mapping[str, Tensor] = layout.read_own(folder, raw) if layout else open_checkpoint(folder).state
+        state = {n.removeprefix("model.vision_tower."): state[n] for n in state if n.startswith("model.vision_tower.")}
+    else:
+        if raw.get("model_type") in ENCODERS and raw["model_type"] not in CONFIG_MAPPING:
+            register_encoder(raw["model_type"])
+        whole = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        state = getattr(whole, "vision_model", whole).state_dict()
+    if all(
+        name.startswith("vision_model.") for name in module.state_dict()
+    ):  # some transformers releases wrap encoders
+        state = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
+    with torch.no_grad():
+        _copy(module, state, where)
 
 
 def _copy(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -358,7 +358,14 @@ class StageCollator:
     ) -> None:
         self.pad_token_id, self.features, self.flat = pad_token_id, features, flat
         self.stand_ins = dict(stand_ins or {})
-        self.collator = Collator(pad_token_id, max_length, padding_side, packing)
+        self.settings = {"max_length": max_length, "padding_side": padding_side, "packing": packing}
+
+    def collate(self, samples: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
+        """Tokens and media alone, with `pad` at padding."""
+        settings = dict(self.settings)
+        if self.flat:
+            settings = {"packing": True, "max_length": sum(len(sample["input_ids"]) for sample in samples)}
+        return Collator(pad, **settings)(samples)
 
     def __call__(self, samples: Sequence[Mapping[str, Any] | Failure]) -> dict[str, Any] | Failure:
         failed = next((sample for sample in samples if isinstance(sample, Failure)), None)
@@ -367,12 +374,22 @@ class StageCollator:
         tokens = sum(len(sample["input_ids"]) for sample in samples)
         used = {modality for sample in samples for modality in sample["visual_modalities"]}
         samples = [*samples, *(own for modalities, own in self.stand_ins.items() if not used.intersection(modalities))]
-        length = sum(len(sample["input_ids"]) for sample in samples)
-        collator = Collator(self.pad_token_id, max_length=length, packing=True) if self.flat else self.collator
-        batch = collator(samples) | {"tokens": tokens}
+        batch = self.collate(samples, self.pad_token_id) | {"tokens": tokens}
         if self.features and "pixel_values" in batch:
             batch["features"] = batch.pop("pixel_values")
         return batch
+
+
+def sample_index(collator: StageCollator, samples: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Which sample is at each position of the batch that a collator makes of samples, -1 at padding.
+
+    For objectives that look at single samples of a packed batch.
+    """
+    numbered = [
+        {"input_ids": torch.full((len(sample["input_ids"]),), number), "visual_modalities": ()}
+        for number, sample in enumerate(samples)
+    ]
+    return collator.collate(numbered, -1)["input_ids"]
 
 
 def stand_ins(

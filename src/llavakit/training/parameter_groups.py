@@ -103,7 +103,7 @@ def train_rows(model: nn.Module, stage: Stage, tokenizer: Any) -> None:
             continue
         where = f"train.{part}.rows"
         inside = [(name, p) for name, p in model.named_parameters() if part_of(public_name(name), stage.train) == part]
-        vocabulary = core(model).config.text_config.vocab_size
+        vocabulary = getattr(getattr(core(model).config, "text_config", None), "vocab_size", None)
         if len(inside) != 1 or inside[0][1].dim() != 2 or len(inside[0][1]) != vocabulary:
             tables = "language_model.embed_tokens, lm_head"
             raise RecipeError(f"{where}: {part} is no table with one row per token; name one, such as {tables}")
