@@ -186,3 +186,60 @@ def test_a_base_for_a_whole_checkpoint_is_not_ignored(tmp_path):
     shutil.copytree(folder, tmp_path / "base")
     with pytest.raises(CheckpointError, match="--base"):
         build(open_checkpoint(folder, base=tmp_path / "base", vision_tower=encoder))
+
+
+def test_an_encoder_in_open_clips_files_is_read(tmp_path):
+    """OpenAI's CLIP under open_clip's names: fused projections, sizes and activation from its own config."""
+    folder, encoder = write_classic(tmp_path)
+    for file in sorted(folder.glob("pytorch_model-*.bin")):
+        kept = {name: tensor.clone() for name, tensor in torch.load(file).items() if "vision_tower" not in name}
+        torch.save(kept, file)
+    names = dict.fromkeys(torch.load(folder / "pytorch_model-00001-of-00002.bin"), "pytorch_model-00001-of-00002.bin")
+    names |= dict.fromkeys(torch.load(folder / "pytorch_model-00002-of-00002.bin"), "pytorch_model-00002-of-00002.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    wanted = build(open_checkpoint(folder, vision_tower=encoder)).state_dict()
+    own = {name.removeprefix("vision_model."): t for name, t in load_file(encoder / "model.safetensors").items()}
+    state = {
+        "visual.class_embedding": own["embeddings.class_embedding"],
+        "visual.positional_embedding": own["embeddings.position_embedding.weight"],
+        "visual.conv1.weight": own["embeddings.patch_embedding.weight"],
+        "visual.proj": torch.zeros(16, 8),
+    }
+    for kind in ("weight", "bias"):
+        state[f"visual.ln_pre.{kind}"] = own[f"pre_layrnorm.{kind}"]
+        state[f"visual.ln_post.{kind}"] = own[f"post_layernorm.{kind}"]
+        for n in range(3):
+            block, layer = f"visual.transformer.resblocks.{n}.", f"encoder.layers.{n}."
+            state[f"{block}attn.in_proj_{kind}"] = torch.cat([own[f"{layer}self_attn.{x}_proj.{kind}"] for x in "qkv"])
+            state[f"{block}attn.out_proj.{kind}"] = own[f"{layer}self_attn.out_proj.{kind}"]
+            state[f"{block}mlp.c_fc.{kind}"] = own[f"{layer}mlp.fc1.{kind}"]
+            state[f"{block}mlp.c_proj.{kind}"] = own[f"{layer}mlp.fc2.{kind}"]
+            for m in (1, 2):
+                state[f"{block}ln_{m}.{kind}"] = own[f"{layer}layer_norm{m}.{kind}"]
+    other = tmp_path / "open_clip"
+    other.mkdir()
+    save_file(state, other / "open_clip_model.safetensors")
+    model = {"vision_cfg": {"head_width": 8}, "quick_gelu": True}
+    (other / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    opened = open_checkpoint(folder, vision_tower=other)
+    assert opened.config.vision_config.hidden_act == "quick_gelu"
+    found = build(opened).state_dict()
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_layouts_with_several_encoders_name_a_prefix_for_each():
+    from llavakit.checkpoints.classic import ClassicLayout
+    from llavakit.checkpoints.layouts import rename_with
+
+    class Two(ClassicLayout):
+        system = "two"
+        tower_prefixes = {
+            "vision_tower": "model.image_tower.image_tower.",
+            "video_tower": "model.video_tower.video_tower.vision_model.",
+        }
+
+    inward = rename_with(Two().renames_in())
+    assert inward("model.image_tower.image_tower.pre_layrnorm.bias") == "model.vision_tower.pre_layrnorm.bias"
+    assert inward("model.video_tower.video_tower.vision_model.x") == "model.video_tower.x"
+    assert inward("model.video_tower.video_tower.x") == "model.video_tower.x"

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from llavakit.checkpoints.adapters import strip_trainable_prefix
+from llavakit.checkpoints.encoders import check_same, encoder_options, holds_encoder, read_encoder
 from llavakit.checkpoints.fields import Fields, check_known
-from llavakit.checkpoints.files import LazyState, holds_weights, read_file, read_folder, read_json
+from llavakit.checkpoints.files import LazyState, read_file, read_folder, read_json
 from llavakit.checkpoints.layouts import Layout, Renames, rename_with
 from llavakit.checkpoints.text import special_ids, tokenizer_folder
 from llavakit.errors import CheckpointError, quoted
@@ -21,6 +21,7 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.vision.geometry import geometry_of
 from llavakit.vision.known import KNOWN_ENCODERS
 
+_LEVEL = "vision_model."
 NORM = "model.norm.weight"
 SMALL_NORM = 0.02  # mean size; those of trained models are above 1
 DIFFERENCE = 0.1  # of the base model's norm
@@ -31,6 +32,10 @@ class ClassicLayout(Layout):
 
     Reads full checkpoints, LoRA folders (adapter plus `non_lora_trainables.bin`) and connector-only files.
     Subclasses override `extend_config`, `own_renames` and the class attributes.
+
+    Attributes:
+        tower_prefixes: Attribute of each encoder -> what its tensors' names begin with in the files. A level
+            `vision_model.` at its end is written, and need not be there when it is read.
     """
 
     form = "original"
@@ -45,6 +50,7 @@ class ClassicLayout(Layout):
         "image_crop_resolution": "belongs to image_aspect_ratio crop_split, which is refused",
         "image_split_resolution": "belongs to image_aspect_ratio crop_split, which is refused",
     }
+    tower_prefixes: ClassVar[Mapping[str, str]] = {"vision_tower": "model.vision_tower.vision_tower.vision_model."}
     own_tower: ClassVar[str] = "vision_tower"  # names an encoder that was not published on its own, and its folder
     model_types: ClassVar[tuple[str, ...]] = ()
     text_types: ClassVar[dict[str, str]] = {"mistral": "mistral", "qwen": "qwen2"}
@@ -75,9 +81,9 @@ class ClassicLayout(Layout):
         """The encoder's configuration: from a given or named local folder, else from the table of known encoders."""
         named = str(raw["mm_vision_tower"])
         for folder in (sources.get("encoder"), Path(named)):
-            if folder is not None and (folder / "config.json").is_file():
-                config = read_json(folder / "config.json")
-                return config.get("vision_config", config) | {"model_type": vision_model_type(config)}
+            options = encoder_options(folder) if folder is not None else None
+            if options is not None:
+                return options
         if named in KNOWN_ENCODERS:
             return dict(KNOWN_ENCODERS[named])
         raise CheckpointError(
@@ -137,7 +143,10 @@ class ClassicLayout(Layout):
         """Published names to llavakit's."""
         return (
             *self.own_renames,
-            (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+            *(
+                (rf"^{re.escape(prefix.removesuffix(_LEVEL))}(?:vision_model\.)?", f"model.{name}.")
+                for name, prefix in self.tower_prefixes.items()
+            ),
             (r"^model\.mm_projector\.(weight|bias)$", r"model.multi_modal_projector.linear_1.\1"),
             *((rf"^model\.mm_projector\.{2 * n}\.", f"model.multi_modal_projector.linear_{n + 1}.") for n in range(6)),
             (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
@@ -148,7 +157,7 @@ class ClassicLayout(Layout):
         single = config.connector.get("depth", 2) == 1
         return (
             *self.own_renames_out,
-            (r"^model\.vision_tower\.(?:vision_model\.)?", "model.vision_tower.vision_tower.vision_model."),
+            *((rf"^model\.{name}\.(?:vision_model\.)?", prefix) for name, prefix in self.tower_prefixes.items()),
             *(((r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector."),) if single else ()),
             *((rf"^model\.multi_modal_projector\.linear_{n + 1}\.", f"model.mm_projector.{2 * n}.") for n in range(6)),
             (r"^model\.language_model\.", "model."),
@@ -173,21 +182,25 @@ class ClassicLayout(Layout):
     def _with_encoder(
         self, state: LazyState, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
     ) -> LazyState:
-        """The tensors with those of the encoder: the files' own, or those of the folder that was given."""
-        stored = any(name.startswith("model.vision_tower.") for name in state)
-        given = sources.get("encoder")
-        if not stored or "exchange" in sources:
-            rest = state.renamed(lambda name: None if name.startswith("model.vision_tower.") else name)
-            return rest.joined(self._read_tower(raw, sources))
-        if given is not None and given.parent != folder and holds_weights(given):
-            other = self._read_tower(raw, sources)
-            differs = next((name for name in other if name in state and not _alike(state[name], other[name])), None)
-            if differs is not None:
-                raise CheckpointError(
-                    f"{folder}: holds an encoder of its own, which is not that of --vision-tower ({quoted(differs)} "
-                    "differs); leave the option out, or exchange the encoder with convert --exchange-vision-tower"
-                )
+        """The tensors with those of the encoders: the files' own, or those of the folder that was given."""
+        for tower in self.tower_prefixes:
+            own = f"model.{tower}."
+            stored = any(name.startswith(own) for name in state)
+            given = sources.get("encoder")
+            if not stored or "exchange" in sources:
+                rest = state.renamed(lambda name, own=own: None if name.startswith(own) else name)
+                state = rest.joined(self._read_tower(tower, raw, sources))
+            elif given is not None and given.parent != folder and holds_encoder(given):
+                check_same(state, self._read_tower(tower, raw, sources), folder)
         return state
+
+    def tower_folder(self, tower: str, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> Path:
+        """Where the files of an encoder are that the checkpoint does not hold; layouts with several override it.
+
+        Args:
+            tower: Attribute of the encoder.
+        """
+        return sources.get("encoder") or Path(str(raw["mm_vision_tower"]))
 
     def read_own(self, folder: Path, raw: Mapping[str, Any]) -> LazyState:
         if (folder / "adapter_config.json").is_file():
@@ -205,14 +218,14 @@ class ClassicLayout(Layout):
         """Tensors that the original never used and llavakit does not build."""
         return state
 
-    def _read_tower(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LazyState:
-        folder = sources.get("encoder") or Path(str(raw["mm_vision_tower"]))
+    def _read_tower(self, tower: str, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LazyState:
+        folder = self.tower_folder(tower, raw, sources)
         if not folder.is_dir():
             raise CheckpointError(
                 f"the checkpoint holds no vision encoder and {folder} is not a local folder; "
                 "name the encoder's folder with --vision-tower"
             )
-        return read_encoder(folder).renamed(lambda name: f"model.vision_tower.{name}")
+        return read_encoder(folder).renamed(lambda name: f"model.{tower}.{name}")
 
     @staticmethod
     def _base(folder: Path, sources: Mapping[str, Path], named: str | None) -> Path:
@@ -277,16 +290,6 @@ class ClassicLayout(Layout):
         return {key: value for key, value in text.items() if key not in ("model_type", "_name_or_path")} | fields
 
 
-# The text side of contrastive models, which their files hold beside the encoder.
-_TEXT_SIDE = re.compile(r"(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$)")
-
-
-def read_encoder(folder: Path) -> LazyState:
-    """The tensors of an encoder's folder under the names of transformers' class; without a text side."""
-    state = read_folder(folder).renamed(lambda name: None if _TEXT_SIDE.match(name) else name)
-    return state.renamed(rename_with(((r"^(?:vision_model|dinov2|vit)\.", ""),)))
-
-
 def whole_model(folder: Path, state: LazyState, base: Path | None) -> LazyState:
     """The tensors of a folder that holds a whole model, as weights or as differences to those of a base model.
 
@@ -313,14 +316,6 @@ def whole_model(folder: Path, state: LazyState, base: Path | None) -> LazyState:
             "weight differences"
         )
     return state  # the base gives the tokenizer
-
-
-def _alike(stored: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same in the lesser of their precisions."""
-    if stored.shape != other.shape:
-        return False
-    dtype = min(stored.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(stored.to(dtype), other.to(dtype))
 
 
 IMAGE_MARKS = ("<im_start>", "<im_end>")
@@ -361,12 +356,6 @@ def _feature_width(config: LlavakitConfig) -> int:
 def _same_tower(known: Mapping[str, Any], config: LlavakitConfig) -> bool:
     own = config.vision_config.to_dict()
     return all(own.get(key) == value for key, value in known.items())
-
-
-def vision_model_type(config: Mapping[str, Any]) -> str:
-    """The vision part's model type of a CLIP-like config.json."""
-    kind = config.get("model_type", "clip")
-    return kind if kind.endswith("_vision_model") or "vision_config" not in config else f"{kind}_vision_model"
 
 
 def mlp_options(name: str) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Encoders that checkpoints name and do not contain: their configuration and tensors from a folder of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llavakit.checkpoints.files import LazyState, holds_weights, read_folder, read_json
+from llavakit.checkpoints.layouts import rename_with
+from llavakit.errors import CheckpointError, quoted
+from llavakit.vision.open_clip import is_open_clip, read_open_clip_folder
+
+# The text side of contrastive models, which their files hold beside the encoder.
+_TEXT_SIDE = re.compile(r"(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$)")
+
+
+def read_encoder(folder: Path) -> LazyState:
+    """The tensors of an encoder's folder under the names of transformers' class; without a text side.
+
+    Args:
+        folder: In transformers' or open_clip's files.
+    """
+    if is_open_clip(folder):
+        return read_open_clip_folder(folder).state
+    state = read_folder(folder).renamed(lambda name: None if _TEXT_SIDE.match(name) else name)
+    return state.renamed(rename_with(((r"^(?:vision_model|dinov2|vit)\.", ""),)))
+
+
+def encoder_options(folder: Path) -> dict[str, Any] | None:
+    """Options of an encoder's configuration, from transformers' or open_clip's files; None if the folder has none."""
+    if is_open_clip(folder):
+        return read_open_clip_folder(folder).config
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_json(folder / "config.json")
+    nested = config.get("vision_config", config)
+    if not isinstance(nested, Mapping):
+        raise CheckpointError(f"{folder / 'config.json'}: vision_config is {quoted(nested)}, it should be an object")
+    return {**nested, "model_type": vision_model_type(config)}
+
+
+def holds_encoder(folder: Path) -> bool:
+    """Whether a folder holds an encoder's weights."""
+    return is_open_clip(folder) or holds_weights(folder)
+
+
+def check_same(state: LazyState, other: LazyState, folder: Path) -> None:
+    """Refuse an encoder that was named beside another one in the files."""
+    differs = next((name for name in other if name in state and not _alike(state[name], other[name])), None)
+    if differs is not None:
+        raise CheckpointError(
+            f"{folder}: holds an encoder of its own, which is not that of --vision-tower ({quoted(differs)} differs); "
+            "leave the option out, or exchange the encoder with convert --exchange-vision-tower"
+        )
+
+
+def _alike(stored: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same in the lesser of their precisions."""
+    if stored.shape != other.shape:
+        return False
+    dtype = min(stored.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(stored.to(dtype), other.to(dtype))
+
+
+def vision_model_type(config: Mapping[str, Any]) -> str:
+    """The vision part's model type of a CLIP-like config.json."""
+    kind = config.get("model_type", "clip")
+    return kind if kind.endswith("_vision_model") or "vision_config" not in config else f"{kind}_vision_model"
