@@ -272,3 +272,35 @@ def test_a_large_model_is_rehearsed_with_its_first_layers(tmp_path, monkeypatch)
     convert(tmp_path / "own", tmp_path / "hf", to="hf")
     assert seen == [2]
     assert worst(tmp_path / "own", tmp_path / "hf") < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw.update(template=3), "template is 3, it should be a string"),
+        (lambda raw: raw.update(sampling="fast"), "sampling is 'fast', it should be an object"),
+        (lambda raw: raw.update(reading=[1]), "reading is [1], it should be an object"),
+        (lambda raw: raw.update(image_processor=[]), "image_processor is [], it should be an object"),
+        (lambda raw: raw.update(mood="good"), "'mood': 'good' is not understood"),
+        (lambda raw: raw.update(template="v11"), "unknown chat template 'v11'"),
+        (lambda raw: raw["image_processor"].update(architecture=3), "architecture is 3"),
+        (
+            lambda raw: raw["image_processor"]["architecture"]["media"]["image"]["views"].update(size=16),
+            "config.json: media.image.views.size is 32, and 16 in processor_config.json",
+        ),
+        (
+            lambda raw: raw["image_processor"]["architecture"].update(vision_feature_layer=-1),
+            "config.json: vision_feature_layer is -2, and -1 in processor_config.json",
+        ),
+    ],
+)
+def test_our_own_processor_files_fit_the_configuration_or_are_one_line(tmp_path, change, said):
+    write(tmp_path / "own", "clip", "llama")
+    path = tmp_path / "own" / "processor_config.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError) as caught:
+        llavakit.load(tmp_path / "own")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -191,3 +191,20 @@ def check_known(config: PreTrainedConfig, options: Mapping[str, Any], where: str
             continue
         if not hasattr(cls(), key):  # what a class computes for itself (names of stages) it may be given too
             raise CheckpointError(not_understood(where, key, value, sorted(known)))
+
+
+def compare_values(ours: Any, theirs: Any, where: str, other: str, path: str = "") -> None:
+    """Refuse two files that say the same thing differently.
+
+    Args:
+        ours, theirs: JSON values.
+        where, other: The files, for messages.
+
+    Raises:
+        CheckpointError: It names the first place where they differ, and both values.
+    """
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in sorted({*ours, *theirs} - set(INERT)):
+            compare_values(ours.get(key), theirs.get(key), where, other, f"{path}.{key}" if path else key)
+    elif ours != theirs:
+        raise CheckpointError(f"{where}: {path} is {quoted(ours)}, and {quoted(theirs)} in {other}")

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llavakit.checkpoints.convert import open_checkpoint
-from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.checkpoints.opening import open_checkpoint, skeleton
 from llavakit.model.routes import MediaSpec
 from llavakit.views.plan import MediaSize
 
@@ -33,8 +30,7 @@ def inspect_model(model: str | Path, **sources: Any) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(model, **sources)
     config = checkpoint.config
-    with torch.device("meta"):
-        net = LlavakitForConditionalGeneration(config)
+    net = skeleton(checkpoint)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.model.named_children()}
     if net.model.image_newline is not None:
         parts["image_newline"] = net.model.image_newline.numel()

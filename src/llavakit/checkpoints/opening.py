@@ -6,6 +6,7 @@ processor.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llavakit.checkpoints import adapters, layouts
 from llavakit.checkpoints.adapter_base import TRAINED, find_base
 from llavakit.checkpoints.classic import ClassicLayout
 from llavakit.checkpoints.encoder_names import to_disk, to_memory
-from llavakit.checkpoints.fields import Fields, check_known
+from llavakit.checkpoints.fields import Fields, check_known, compare_values
 from llavakit.checkpoints.files import (
     LazyState,
     assign_state,
@@ -37,7 +38,7 @@ from llavakit.conversation.template import OWN, PLACEHOLDER, get_template
 from llavakit.errors import CheckpointError, UserError, quoted
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.processing import LlavakitProcessor
+from llavakit.model.processing import LlavakitProcessor, architecture_of
 from llavakit.model.routes import MediaSpec
 
 
@@ -256,7 +257,9 @@ def load_tokenizer(folder: Path, base: Path | None = None, config: LlavakitConfi
     if place is None:
         raise CheckpointError(f"{folder}: no tokenizer; it should hold tokenizer.json, tokenizer.model or vocab.json")
     with naming(place / "tokenizer.json"):
-        return read_tokenizer(place, config and config.text_config)
+        tokenizer = read_tokenizer(place, config and config.text_config)
+        tokenizer("a b")  # some values of tokenizer_config.json are looked at no sooner
+        return tokenizer
 
 
 def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> LlavakitProcessor:
@@ -265,9 +268,9 @@ def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> Llavakit
     if checkpoint.base is not None and not (folder / "processor_config.json").is_file():
         return load_processor(checkpoint.base, base)
     if (folder / "processor_config.json").is_file() and checkpoint.layout == "llavakit":
-        read_json(folder / "processor_config.json")
         load_tokenizer(folder, config=config)  # says clearly what is wrong with its files
         with naming(folder / "processor_config.json"):
+            _check_own_processor(folder / "processor_config.json", config)
             processor = LlavakitProcessor.from_pretrained(folder)
         if checkpoint.template is not None:
             processor.use_template(checkpoint.template)
@@ -282,6 +285,32 @@ def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> Llavakit
     # published vocabularies have spare rows, so the id that the tokenizer gives <image> may lie inside
     config.image_token_id = processor.image_token_id
     return processor
+
+
+def _check_own_processor(path: Path, config: LlavakitConfig) -> None:
+    """Refuse a processor's file with unknown keys, wrong types, or that was made for another configuration."""
+    fields = Fields(read_json(path), "processor_config.json")
+    inert = dict.fromkeys(("processor_class", "auto_map"), "names what llavakit's folders always have")
+    for name, kind in (("template", str), ("sampling", dict), ("reading", dict), ("image_processor", dict)):
+        value = fields.get(name)
+        if value is not None and not isinstance(value, kind):
+            kinds = {str: "a string", dict: "an object"}
+            raise CheckpointError(f"{fields.where}: {name} is {quoted(value)}, it should be {kinds[kind]}")
+    if fields.get("template") not in (None, OWN):
+        get_template(fields["template"])
+    image = Fields(fields["image_processor"] or {}, f"{fields.where}: image_processor")
+    made_for = image.get("architecture")
+    if made_for is not None:
+        if not isinstance(made_for, dict):
+            raise CheckpointError(f"{image.where}: architecture is {quoted(made_for)}, it should be an object")
+        both = [
+            architecture_of(config),
+            architecture_of(LlavakitConfig(**made_for)),
+        ]  # defaults filled in on both sides
+        ours, theirs = json.loads(json.dumps(both, default=str))
+        compare_values(ours, theirs, "config.json", fields.where)
+    image.finish(dict.fromkeys(("image_processor_type", "auto_map"), "names what llavakit's folders always have"))
+    fields.finish(inert)
 
 
 def _check_placeholder(checkpoint: Checkpoint, tokenizer: Any) -> None:

@@ -22,6 +22,7 @@ from llavakit.views.plan import MediaSize
 
 PROCESSOR, OLD_PROCESSOR = "processor_config.json", "preprocessor_config.json"
 TOLERANCE = 1e-5
+LARGEST_SIDE = 8192  # of an encoder's input
 PADS = "LlavaImageProcessor"  # the one whose do_pad means a square around the whole picture
 IMAGE_INERT = dict.fromkeys(
     (
@@ -101,6 +102,11 @@ def _views(processor: Any, options: Fields, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: crop_size is {quoted(crop)}; llavakit reads a height and a width that are equal"
         )
+    for value in (side, crop.get("height", side)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIDE:
+            raise CheckpointError(
+                f"{path}: size and crop_size: {quoted(value)} is no side of 1 to {LARGEST_SIDE} pixels"
+            )
     views: dict[str, Any] = {"type": "pad" if padded else kind, "size": side}
     if crop and crop["height"] != side:
         views["crop"] = crop["height"]

@@ -30,6 +30,7 @@ _KINDS: dict[str, type] = {
 MAIN_ENCODER, MAIN_CONNECTOR = "vision_tower", "multi_modal_projector"
 NO_PLACEHOLDER = -1  # `image_token_id` of a model without a vision side
 ROUTE_KEYS = ("encoder", "connector", "views", "arrange")
+MOST_LAYERS = 1000  # of a part; more would be built for hours before a tensor is found missing
 STRATEGIES = ("default", "full", "drop_first")
 ENCODER_KEYS = ("config", "layer", "strategy")
 DEFAULT_MEDIA = {"image": {"views": {"type": "pad", "size": 336}, "arrange": {"type": "flat"}}}
@@ -141,6 +142,10 @@ class LlavakitConfig(PreTrainedConfig):
         for name, kind in _KINDS.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise UserError(f"{name}: is {value!r}, it should be of type {kind.__name__}")
+        for where, part in (("text_config", self.text_config), ("vision_config", self.vision_config)):
+            depth = getattr(part, "num_hidden_layers", 1)
+            if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= MOST_LAYERS:
+                raise UserError(f"{where}.num_hidden_layers: is {depth!r}, it should be a number up to {MOST_LAYERS}")
         layers = self.vision_feature_layer
         depth = getattr(self.vision_config, "num_hidden_layers", None)
         for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
