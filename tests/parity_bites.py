@@ -42,7 +42,7 @@ CLAIMS: dict[str, dict[str, tuple[str, str]]] = {
         "engine": (ENTRIES["engine"], "e2e-logits"),
         "samples": (ENTRIES["samples"], "sampler-lengths"),
         "collator": (ENTRIES["collator"], "e2e-logits"),
-        "read_config": ("llavakit.systems.llava_1_5.checkpoint.Classic.read_config", "e2e-logits"),
+        "read_config": ("llavakit.systems.llava_1_5.checkpoint.LlavaLayout.read_config", "e2e-logits"),
         "score": (ENTRIES["score"], "eval-pope"),
     },
     "llava-onevision": {
@@ -50,7 +50,7 @@ CLAIMS: dict[str, dict[str, tuple[str, str]]] = {
         "engine": (ENTRIES["engine"], "e2e_logits"),
         "samples": (ENTRIES["samples"], "preprocess"),
         "collator": (ENTRIES["collator"], "token_layout"),
-        "read_config": ("llavakit.systems.llava_onevision.checkpoint.Classic.read_config", "e2e_logits"),
+        "read_config": ("llavakit.systems.llava_onevision.checkpoint.OnevisionLayout.read_config", "e2e_logits"),
     },
     "llava-uhd": {
         "encode": (ENTRIES["encode"], "preprocess_0"),
@@ -64,12 +64,12 @@ CLAIMS: dict[str, dict[str, tuple[str, str]]] = {
         "engine": (ENTRIES["engine"], "generate_image"),
         "samples": (ENTRIES["samples"], "labels_llama3"),
         "collator": (ENTRIES["collator"], "e2e_image_c1_batch"),
-        "read_config": ("llavakit.systems.llava_mini.checkpoint.Classic.read_config", "generate_image"),
+        "read_config": ("llavakit.systems.llava_mini.checkpoint.LlavaMiniLayout.read_config", "generate_image"),
         "score": (ENTRIES["score"], "pope"),
     },
     "dynamic-llava": {
         "collator": (ENTRIES["collator"], "train_step_multiturn"),
-        "read_config": ("llavakit.systems.dynamic_llava.checkpoint.Classic.read_config", "cached_decode_a"),
+        "read_config": ("llavakit.systems.dynamic_llava.checkpoint.DynamicLlavaLayout.read_config", "cached_decode_a"),
     },
     "medm-vl": {
         "encode": (ENTRIES["encode"], "templates"),

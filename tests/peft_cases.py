@@ -18,7 +18,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from llavakit.checkpoints.convert import build, convert, open_checkpoint, save
+from llavakit.checkpoints.convert import convert, save
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.errors import CheckpointError
 
 TOLERANCE = 1e-5

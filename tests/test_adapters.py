@@ -17,8 +17,9 @@ from peft_cases import CASES, TOLERANCE, WITHOUT_EFFECT, Case
 from safetensors.torch import load_file, save_file
 
 from llavakit.checkpoints.adapter_base import OtherBase, record_base
-from llavakit.checkpoints.convert import Checkpoint, build, convert, open_checkpoint, save
+from llavakit.checkpoints.convert import convert, save
 from llavakit.checkpoints.inspect import inspect_model
+from llavakit.checkpoints.opening import Checkpoint, build, open_checkpoint
 from llavakit.errors import CheckpointError
 
 peft = pytest.importorskip("peft")

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_classic
 
-from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.fields import INERT, Fields
 from llavakit.checkpoints.files import atomic_folder
 from llavakit.checkpoints.layouts import Layout
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.errors import CheckpointError
 from llavakit.registry import LAYOUTS
 

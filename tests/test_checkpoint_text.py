@@ -13,7 +13,8 @@ from tiny_checkpoints import TOKENIZER, write_classic
 from tokenizers import Tokenizer
 
 import llavakit
-from llavakit.checkpoints.convert import convert, load_processor, load_tokenizer, open_checkpoint, save
+from llavakit.checkpoints.convert import convert, save
+from llavakit.checkpoints.opening import load_processor, load_tokenizer, open_checkpoint
 from llavakit.errors import CheckpointError
 
 TEXTS = ("What is this, then?", "  two  blanks\nand 12,345 naïve 猫", "end")

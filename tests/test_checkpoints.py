@@ -25,9 +25,10 @@ from tiny_checkpoints import (
 from tiny_server import small_chat
 
 import llavakit
-from llavakit.checkpoints.convert import build, convert, open_checkpoint, save
+from llavakit.checkpoints.convert import convert, save
 from llavakit.checkpoints.files import atomic_folder, clear_write_errors
 from llavakit.checkpoints.inspect import inspect_model
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.errors import CheckpointError, UserError
 
 
@@ -247,7 +248,7 @@ def test_load_answers_about_an_image(classic):
 
 
 def test_published_shapes_of_seven_billion_parameters():
-    from llavakit.systems.llava_1_5.checkpoint import Classic
+    from llavakit.systems.llava_1_5.checkpoint import LlavaLayout
 
     raw = classic_config(
         hidden_size=4096,
@@ -259,14 +260,14 @@ def test_published_shapes_of_seven_billion_parameters():
         mm_hidden_size=1024,
         mm_vision_tower="openai/clip-vit-large-patch14-336",
     )
-    config = Classic().read_config(raw, {})
+    config = LlavaLayout().read_config(raw, {})
     with torch.device("meta"):
         net = tiny.LlavakitForConditionalGeneration(config)
     count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
     assert count(net.model.vision_tower) == 303_507_456
     assert count(net.model.multi_modal_projector) == 20_979_712
     assert count(net.model.language_model) + count(net.lm_head) == 6_738_415_616
-    names = dict(Classic().write_state(config, net.state_dict()))
+    names = dict(LlavaLayout().write_state(config, net.state_dict()))
     assert tuple(names["model.mm_projector.0.weight"].shape) == (4096, 1024)
     assert tuple(names["model.layers.31.mlp.down_proj.weight"].shape) == (4096, 11008)
     assert "model.vision_tower.vision_tower.vision_model.encoder.layers.23.mlp.fc2.bias" in names

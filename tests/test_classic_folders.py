@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import WIDTH, write_classic
 
 import llavakit
-from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.errors import CheckpointError, UserError
 from llavakit.registry import ARRANGEMENTS
 from llavakit.splice.layout import Run

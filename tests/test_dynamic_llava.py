@@ -524,9 +524,9 @@ def test_save_and_load(tmp_path):
 
 
 def test_the_published_layout_goes_there_and_back(tmp_path):
-    from llavakit.checkpoints.convert import build as build_from
-    from llavakit.checkpoints.convert import open_checkpoint
     from llavakit.checkpoints.layouts import detect
+    from llavakit.checkpoints.opening import build as build_from
+    from llavakit.checkpoints.opening import open_checkpoint
 
     net, _ = build(use_instruct_predictor=True)
     net.config.system = "dynamic-llava"

@@ -14,9 +14,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llavakit
 from llavakit.checkpoints import layouts
-from llavakit.checkpoints.convert import convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import open_checkpoint
 from llavakit.errors import CheckpointError, UserError
-from llavakit.systems.llava_1_5.checkpoint import Hf
+from llavakit.systems.llava_1_5.checkpoint import LlavaTransformersLayout
 
 FAST = {("clip", "llama"), ("siglip", "qwen2"), ("dinov2", "mistral"), ("clip", "phi"), ("siglip", "gpt2")}
 CELLS = [
@@ -169,7 +170,7 @@ def test_our_own_processor_cuts_several_images_as_such(tmp_path):
 # What is written is read back
 
 
-class Swapped(Hf):
+class Swapped(LlavaTransformersLayout):
     """A layout that writes wrong tensors of the right shapes."""
 
     def write_state(self, config, state):
@@ -179,14 +180,14 @@ class Swapped(Hf):
             yield name, tensor.flip(-1) if wrong else tensor
 
 
-class Lost(Hf):
+class Lost(LlavaTransformersLayout):
     """A layout that forgets a tensor."""
 
     def write_state(self, config, state):
         yield from (pair for pair in super().write_state(config, state) if "layers.1.mlp.up_proj" not in pair[0])
 
 
-class Other(Hf):
+class Other(LlavaTransformersLayout):
     """A layout that writes another configuration."""
 
     def write_config(self, config):

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.connectors.base import Features
 from llavakit.errors import UserError
 from llavakit.model.configuration import LlavakitConfig

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llavakit.checkpoints.convert import build as build_checkpoint
-from llavakit.checkpoints.convert import convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build as build_checkpoint
+from llavakit.checkpoints.opening import open_checkpoint
 from llavakit.data.collate import Collator
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
@@ -27,7 +28,7 @@ from llavakit.proof.golden import run_case
 from llavakit.registry import PLANNERS
 from llavakit.system import get_system
 from llavakit.systems.llava_mini import cost, miniature
-from llavakit.systems.llava_mini.checkpoint import Classic
+from llavakit.systems.llava_mini.checkpoint import LlavaMiniLayout
 from llavakit.systems.llava_mini.compressor import Compressor
 from llavakit.systems.llava_mini.connector import CompressorPrefusion, Shape
 from llavakit.systems.llava_mini.prefusion import compacted
@@ -573,7 +574,7 @@ def test_published_shapes_of_the_released_model():
         },
         "max_position_embeddings": 131072,
     }
-    layout = Classic()
+    layout = LlavaMiniLayout()
     config = layout.read_config(raw, {})
     assert config.template == "llava_llama_3_1"
     with torch.device("meta"):

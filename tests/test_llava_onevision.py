@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import llavakit
-from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.conversation.template import get_template
 from llavakit.data.collate import Collator
 from llavakit.errors import CheckpointError, UserError
@@ -23,9 +24,9 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.proof.golden import find_cases, run_case
-from llavakit.systems.llava_onevision.checkpoint import Classic, media_of, settings_of
+from llavakit.systems.llava_onevision.checkpoint import OnevisionLayout, media_of, settings_of
 from llavakit.systems.llava_onevision.data import time_instruction, with_time_instruction
-from llavakit.systems.llava_onevision.hf_checkpoint import Hf
+from llavakit.systems.llava_onevision.hf_checkpoint import OnevisionTransformersLayout
 from llavakit.views.plan import MediaSize
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-onevision"
@@ -314,7 +315,7 @@ def test_files_of_the_first_stage_join_language_model_and_tower(classic, tmp_pat
 @pytest.mark.parametrize("connector", ["mlp2x_res2x_gelu", "linear", "mlp3x_gelu"])
 def test_every_published_connector_name_survives_the_round_trip(connector):
     raw = released("0.5B", mm_projector_type=connector, hidden_size=32, num_hidden_layers=1, intermediate_size=8)
-    layout = Classic()
+    layout = OnevisionLayout()
     config = layout.read_config(raw, {})
     with torch.device("meta"):
         names = set(LlavakitForConditionalGeneration(config).state_dict())
@@ -332,7 +333,7 @@ def test_every_published_connector_name_survives_the_round_trip(connector):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_shapes(size):
-    config = Classic().read_config(released(size), {})
+    config = OnevisionLayout().read_config(released(size), {})
     with torch.device("meta"):
         model = LlavakitForConditionalGeneration(config)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.model.named_children()}
@@ -344,14 +345,14 @@ def test_published_shapes(size):
     }[size]
     assert counts["vision_tower"] == 397_747_744
     assert (counts["multi_modal_projector"], counts["language_model"] + head) == expected
-    written = Classic().write_config(config)
+    written = OnevisionLayout().write_config(config)
     assert written["mm_vision_tower"] == SIGLIP
     assert len(written["image_grid_pinpoints"]) == 36
-    published = {name for name, _ in Classic().write_state(config, model.state_dict())}
+    published = {name for name, _ in OnevisionLayout().write_state(config, model.state_dict())}
     assert ("lm_head.weight" in published) is (size != "0.5B")
     assert "model.vision_tower.vision_tower.vision_model.encoder.layers.25.mlp.fc2.weight" in published
     assert "model.vision_tower.vision_tower.vision_model.encoder.layers.26.mlp.fc2.weight" not in published
-    assert Hf().write_config(config)["vision_aspect_ratio"] == "anyres_max_9"
+    assert OnevisionTransformersLayout().write_config(config)["vision_aspect_ratio"] == "anyres_max_9"
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_settings_and_media_are_inverses(settings):
 
 
 def spec_of(**options) -> MediaSpec:
-    config = Classic().read_config(released("0.5B"), {})
+    config = OnevisionLayout().read_config(released("0.5B"), {})
     config.media = media_of(RELEASED, 384, **options)
     return MediaSpec(config)
 

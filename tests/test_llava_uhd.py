@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system

@@ -14,8 +14,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.inspect import inspect_model
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.connectors.general import MLP
 from llavakit.errors import CheckpointError, RecipeError
 from llavakit.generation.load import load

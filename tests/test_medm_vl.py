@@ -11,7 +11,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from llavakit.checkpoints.convert import build, convert, open_checkpoint
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.errors import CheckpointError, MediaError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.golden import find_cases, run_case

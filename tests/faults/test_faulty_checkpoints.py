@@ -18,8 +18,9 @@ from export_cases import write
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_classic
 
-from llavakit.checkpoints.convert import build, convert, load_processor, open_checkpoint
+from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.inspect import inspect_model
+from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
 from llavakit.data.strict_json import parse_json
 
 

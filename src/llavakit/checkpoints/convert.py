@@ -26,9 +26,7 @@ from llavakit.checkpoints.opening import (
     build,
     check_tied,
     load_processor,
-    load_tokenizer,
     local_folder,
-    names_in_memory,
     open_checkpoint,
     read_own,
     skeleton,
@@ -45,18 +43,6 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 
-__all__ = [
-    "FORMS",
-    "Checkpoint",
-    "build",
-    "convert",
-    "load_processor",
-    "load_tokenizer",
-    "local_folder",
-    "names_in_memory",
-    "open_checkpoint",
-    "save",
-]
 FORMS = ("llavakit", "hf", "original")
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from llavakit.checkpoints.causal import CausalLayout
-from llavakit.checkpoints.convert import build, load_processor, local_folder, open_checkpoint
 from llavakit.checkpoints.files import read_json
 from llavakit.checkpoints.layouts import published
+from llavakit.checkpoints.opening import build, load_processor, local_folder, open_checkpoint
 from llavakit.conversation.codecs import get_codec
 from llavakit.errors import UserError
 from llavakit.generation.chat import Chat

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llavakit.checkpoints.convert import build, open_checkpoint
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.conversation.messages import is_media, normalise, split_literals
 from llavakit.conversation.template import get_template

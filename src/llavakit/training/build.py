@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 from llavakit.checkpoints.adapters import CONFIG as ADAPTER
-from llavakit.checkpoints.convert import (
+from llavakit.checkpoints.files import read_json
+from llavakit.checkpoints.layouts import published
+from llavakit.checkpoints.opening import (
     build,
     load_processor,
     load_tokenizer,
@@ -24,8 +26,6 @@ from llavakit.checkpoints.convert import (
     names_in_memory,
     open_checkpoint,
 )
-from llavakit.checkpoints.files import read_json
-from llavakit.checkpoints.layouts import published
 from llavakit.conversation.template import template_for
 from llavakit.errors import CheckpointError, RecipeError, UserError
 from llavakit.model.configuration import LlavakitConfig, build_config, register_encoder

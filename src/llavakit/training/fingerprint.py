@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llavakit.checkpoints.convert import local_folder
 from llavakit.checkpoints.files import read_json
 from llavakit.checkpoints.identity import file_identity, model_identity
+from llavakit.checkpoints.opening import local_folder
 from llavakit.conversation.messages import media_of
 from llavakit.data.mixture import Mixture, read_specs
 from llavakit.data.paths import split_part

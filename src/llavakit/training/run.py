@@ -35,8 +35,9 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from llavakit.checkpoints.adapter_base import move_record
-from llavakit.checkpoints.convert import local_folder, open_checkpoint, save
+from llavakit.checkpoints.convert import save
 from llavakit.checkpoints.files import atomic_folder, clear_write_errors
+from llavakit.checkpoints.opening import local_folder, open_checkpoint
 from llavakit.data.mixture import check_choice
 from llavakit.data.records import BadRecords
 from llavakit.data.strict_json import read_json

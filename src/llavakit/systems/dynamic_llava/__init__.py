@@ -23,6 +23,6 @@ SYSTEM = System(
     checkpoints=("Osilly/Dynamic-LLaVA-7B", "Osilly/Dynamic-LLaVA-13B"),
     parts={
         "adapters": {"dynamic_sparsification": ".adapter:DynamicSparsification"},
-        "layouts": {"dynamic-llava-classic": ".checkpoint:Classic"},
+        "layouts": {"dynamic-llava-classic": ".checkpoint:DynamicLlavaLayout"},
     },
 )

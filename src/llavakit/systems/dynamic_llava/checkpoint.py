@@ -60,7 +60,7 @@ def unused_predictors(adapter: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"model.language_adapter.{name}." for name, is_built in built.items() if not is_built)
 
 
-class Classic(ClassicLayout):
+class DynamicLlavaLayout(ClassicLayout):
     """`Osilly/Dynamic-LLaVA-*`; training may have left LLaVA-1.5's `model_type` in config.json."""
 
     system = "dynamic-llava"

@@ -21,7 +21,7 @@ from llavakit.proof.golden import Case, Example, Result, examples
 from llavakit.systems.dynamic_llava.adapter import Decisions, DynamicSparsification, Sample
 from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, masked_softmax
 from llavakit.systems.dynamic_llava.cache import SelectiveCache
-from llavakit.systems.dynamic_llava.checkpoint import SPARSE_DEFAULTS, Classic
+from llavakit.systems.dynamic_llava.checkpoint import SPARSE_DEFAULTS, DynamicLlavaLayout
 from llavakit.systems.dynamic_llava.cost import paper_flops
 from llavakit.systems.dynamic_llava.decisions import rate_penalty, temperature, threshold_keep, top_keep
 from llavakit.systems.dynamic_llava.predictors import ImagePredictor, TextPredictor
@@ -183,7 +183,7 @@ def tiny_model(case: Case) -> LlavakitForConditionalGeneration:
     """The case's model, opened as a published checkpoint."""
     vision = check_keys(case.config["vision"], CLIPVisionConfig().to_dict(), "config.vision")
     sparse = check_keys(case.config["sparse_config"], (*SPARSE_DEFAULTS, "gumbel_tau"), "config.sparse_config")
-    raw = {"model_type": Classic.model_types[0], **case.config["llm"], "sparse_config": sparse}
+    raw = {"model_type": DynamicLlavaLayout.model_types[0], **case.config["llm"], "sparse_config": sparse}
     encoder = {"model_type": "clip_vision_model", **vision}
     return published_model(raw, case.weights(), encoder, known=("sparse_config",))
 
@@ -224,7 +224,7 @@ def train_step(case: Case) -> Result:
     tensors |= {f"answer_mask.{number}": mask for number, mask in enumerate(decisions.answer)}
     for name in ("instruct_mask", "last_instruct_mask"):
         tensors |= {f"{name}.{number}": mask for number, mask in enumerate(decisions.instruct)}
-    renames = rename_with(Classic().renames_out(model.config))
+    renames = rename_with(DynamicLlavaLayout().renames_out(model.config))
     tensors |= {f"grad.{renames(name)}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Result(tensors=tensors, mask={"logits": batch.meaningful()})
 

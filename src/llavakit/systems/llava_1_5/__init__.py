@@ -24,7 +24,10 @@ SYSTEM = System(
         "llava-hf/llava-1.5-13b-hf",
     ),
     parts={
-        "layouts": {"llava-1.5-classic": ".checkpoint:Classic", "llava-1.5-hf": ".checkpoint:Hf"},
+        "layouts": {
+            "llava-1.5-classic": ".checkpoint:LlavaLayout",
+            "llava-1.5-hf": ".checkpoint:LlavaTransformersLayout",
+        },
         "templates": {
             "mpt_miscounted": ".templates:MPT",
             "chatml_direct_miscounted": ".templates:CHATML_DIRECT",

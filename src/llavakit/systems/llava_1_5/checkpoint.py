@@ -71,7 +71,7 @@ def template_of(config: LlavakitConfig, started_from: str, sources: Mapping[str,
     return "v1"
 
 
-class Classic(ClassicLayout):
+class LlavaLayout(ClassicLayout):
     """`liuhaotian/llava-v1.5-*` (and the v1.6 files that the same code reads)."""
 
     system = "llava-1.5"
@@ -116,7 +116,7 @@ class Classic(ClassicLayout):
         return super().write_config(config) | fields
 
 
-class Hf(TransformersLayout):
+class LlavaTransformersLayout(TransformersLayout):
     """`llava-hf/llava-1.5-*` and every other folder of `LlavaForConditionalGeneration`.
 
     Pixels, chat template and tokenizer are those of the folder's files, so prompts and pixels equal `AutoProcessor`'s.

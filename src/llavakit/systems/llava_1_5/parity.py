@@ -20,7 +20,7 @@ from llavakit.proof.classic_batch import ClassicBatch, Entry, as_rows
 from llavakit.proof.entries import TINY, check_keys, fitting, greedy, loaded, published_model
 from llavakit.proof.golden import Case, Example, Result
 from llavakit.systems.llava_1_5 import parity_eval, parity_text, parity_views
-from llavakit.systems.llava_1_5.checkpoint import Classic, Hf
+from llavakit.systems.llava_1_5.checkpoint import LlavaLayout, LlavaTransformersLayout
 from llavakit.views.plan import MediaSize
 from llavakit.vision.multiscale import MultiscaleConfig, MultiscaleEncoder
 
@@ -115,7 +115,7 @@ def connector(case: Case) -> Result:
         width = case.config["mm_hidden_size"]
         hidden = width if name == "identity" else case.config["hidden_size"]
         net = MLP(vision_width=width, hidden_size=hidden, **options)
-        rename = rename_with(Classic().renames_in())
+        rename = rename_with(LlavaLayout().renames_in())
         prefix, own = f"{name}/", {}
         for key, tensor in case.weights().items():
             if key.startswith(prefix):
@@ -196,7 +196,7 @@ def end_to_end(case: Case) -> Iterator[Example]:
     case.informational("config.attention", "config.bos", "config.tokens_per_image")
     inputs = case.tensors
     model = model_of(case)
-    rename = rename_with(Classic().renames_in())
+    rename = rename_with(LlavaLayout().renames_in())
 
     def forward(side: str, suffix: str) -> Result:
         batch = classic_batch(case, model, whole_images(inputs["pixel_values"]), padding_side=side)
@@ -288,11 +288,11 @@ def checkpoint_conversion(case: Case) -> Result:
     """Key names of the classic, the hub and the transformers layout, from the layouts' own renames."""
     case.informational("config.*", "inputs.safetensors")
     names = list(case.wanted.json["classic_to_llava_hf_hub"])
-    to_native = rename_with(Classic().renames_in())
+    to_native = rename_with(LlavaLayout().renames_in())
     native = {name: to_native(name) for name in names}
     vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4}
     config = LlavakitConfig(text_config={"model_type": "llama", "vocab_size": 1}, vision_config=vision)
-    written = Hf().write_state(config, {name: torch.zeros(1, 1) for name in native.values()})
+    written = LlavaTransformersLayout().write_state(config, {name: torch.zeros(1, 1) for name in native.values()})
     hub = dict(zip(names, (name for name, _ in written), strict=True))
     return Result(json={"classic_to_llava_hf_hub": hub, "classic_to_transformers_5_23": native})
 

@@ -21,6 +21,6 @@ SYSTEM = System(
         "planners": {"grid_and_whole": ".views:GridAndWhole"},
         "connectors": {"compressor_prefusion": ".connector:CompressorPrefusion"},
         "templates": {"llava_llama_3_1": ".templates:LLAVA_LLAMA_3_1"},
-        "layouts": {"llava-mini-classic": ".checkpoint:Classic"},
+        "layouts": {"llava-mini-classic": ".checkpoint:LlavaMiniLayout"},
     },
 )

@@ -26,7 +26,7 @@ def media_of(size: int, ratio: int = 1, pad: bool = False) -> dict[str, Any]:
     return {"image": {"views": views}, "video": {"views": {"type": "frames", "nearest": size, "frame": views}}}
 
 
-class Classic(ClassicLayout):
+class LlavaMiniLayout(ClassicLayout):
     """`ICTNLP/llava-mini-llama-3.1-8b`, and Vicuna models trained with the same code."""
 
     system = "llava-mini"

@@ -44,7 +44,7 @@ from llavakit.proof.entries import (
 )
 from llavakit.proof.golden import Case, Example, Result, component, examples, take
 from llavakit.splice.scatter import IGNORE
-from llavakit.systems.llava_mini.checkpoint import Classic, media_of
+from llavakit.systems.llava_mini.checkpoint import LlavaMiniLayout, media_of
 from llavakit.systems.llava_mini.compressor import Compressor, resized_table
 from llavakit.systems.llava_mini.connector import CompressorPrefusion, units_of
 from llavakit.systems.llava_mini.views import GridAndWhole, blocks
@@ -350,7 +350,7 @@ def model_of(case: Case, views: int, *, blank: bool) -> LlavakitForConditionalGe
         config.connector |= {"compressor_heads": heads, "text_only": "blank" if blank else "raw"}
 
     return published_model(
-        {"model_type": Classic.model_types[0], "mm_projector_type": "mlp2x_gelu", **llm},
+        {"model_type": LlavaMiniLayout.model_types[0], "mm_projector_type": "mlp2x_gelu", **llm},
         case.weights(),
         {"model_type": "clip_vision_model", **check_keys(vision, CLIPVisionConfig().to_dict(), "config.vision")},
         known=SETTINGS,

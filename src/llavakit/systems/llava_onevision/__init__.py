@@ -30,8 +30,8 @@ SYSTEM = System(
     parts={
         "connectors": {"residual_mlp": ".residual:ResidualMLP"},
         "layouts": {
-            "llava-onevision-classic": ".checkpoint:Classic",
-            "llava-onevision-hf": ".hf_checkpoint:Hf",
+            "llava-onevision-classic": ".checkpoint:OnevisionLayout",
+            "llava-onevision-hf": ".hf_checkpoint:OnevisionTransformersLayout",
         },
     },
 )

@@ -153,7 +153,7 @@ def _comparable(media: Mapping[str, Any]) -> dict[str, Any]:
 # The authors' layout
 
 
-class Classic(ClassicLayout):
+class OnevisionLayout(ClassicLayout):
     """`lmms-lab/llava-onevision-*`: a SigLIP encoder without its last layer, Qwen2, one newline vector."""
 
     system = "llava-onevision"

@@ -29,7 +29,7 @@ from llavakit.systems.llava_onevision.checkpoint import SAMPLING, media_of, sett
 from llavakit.views.plan import MediaSize
 
 
-class Hf(TransformersLayout):
+class OnevisionTransformersLayout(TransformersLayout):
     """`llava-hf/llava-onevision-*`: reads old and new key forms, writes the form that transformers and vLLM read.
 
     transformers unpads with its own rounding, so models read from there get `rounding: hf`, and give the same token

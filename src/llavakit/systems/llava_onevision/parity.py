@@ -22,7 +22,7 @@ from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
 from llavakit.splice.tiles import pool
 from llavakit.systems.llava_onevision import parity_data, parity_views
 from llavakit.systems.llava_onevision.checkpoint import (
-    Classic,
+    OnevisionLayout,
     connector_options,
     first_block,
     kept_tower,
@@ -69,7 +69,7 @@ def projector(case: Case) -> dict[str, Tensor]:
     case.informational("config.mm_hidden_size")
     features, outputs = case.tensors["features"], {}
     batch, tokens, width = features.shape
-    rename = rename_with(Classic().renames_in())
+    rename = rename_with(OnevisionLayout().renames_in())
     for name in case.config["types"]:
         options = connector_options(name)
         hidden = width if name == "identity" else case.config["hidden_size"]
@@ -314,7 +314,7 @@ class Run:
             facts["loss"] = out.loss.item()
         if request.get("grads"):
             out.loss.backward()
-            rename = rename_with(Classic().renames_out(self.model.config))
+            rename = rename_with(OnevisionLayout().renames_out(self.model.config))
             gradients = {rename(key): parameter.grad for key, parameter in self.model.named_parameters()}
             facts["grad_norms"] = {key: None if g is None else float(g.norm()) for key, g in gradients.items()}
             named = {f"{self.name}/grad_{key.removeprefix('model.')}": g for key, g in gradients.items()}

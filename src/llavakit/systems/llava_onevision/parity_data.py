@@ -31,7 +31,7 @@ from llavakit.proof.entries import (
     views_of,
 )
 from llavakit.proof.golden import Case, Example, Result, examples, take
-from llavakit.systems.llava_onevision.checkpoint import Classic, media_of
+from llavakit.systems.llava_onevision.checkpoint import OnevisionLayout, media_of
 from llavakit.systems.llava_onevision.data import (
     lead_with_media,
     listed_times,
@@ -271,7 +271,7 @@ def dataset_items(case: Case) -> Iterator[Example]:
 # Optimiser groups
 
 
-class _WithEncoder(Classic):
+class _WithEncoder(OnevisionLayout):
     """The published layout with the encoder's configuration given instead of named."""
 
     def __init__(self, encoder: Mapping[str, Any]) -> None:
@@ -286,7 +286,7 @@ def param_groups(case: Case) -> dict[str, Any]:
     settings = {"model_type": "llava_qwen", **case.config["model_config"]}
     encoder = {"model_type": "siglip_vision_model", **case.config["vision"]}
     config = _WithEncoder(encoder).read_config(settings, {})
-    rename = rename_with(Classic().renames_out(config))
+    rename = rename_with(OnevisionLayout().renames_out(config))
     found = {}
     for name, run in case.inputs.items():
         own = {
