@@ -20,6 +20,7 @@ from llavakit.conversation.template import OWN
 from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.routes import MediaSpec
+from llavakit.systems.llava_1_5.names import inferred_template, model_name
 from llavakit.views.plan import MediaSize
 from llavakit.vision.geometry import geometry_of
 
@@ -67,7 +68,7 @@ def template_of(config: LlavakitConfig, started_from: str, sources: Mapping[str,
     if re.search(r"llama-?2", name) and "vicuna" not in name:
         return "llava_llama_2"
     if config.media["image"]["arrange"]["type"] == "wrapped":
-        return "llava_v1" if "v1" in name else "llava_v0"
+        return inferred_template(model_name(started_from))
     return "v1"
 
 

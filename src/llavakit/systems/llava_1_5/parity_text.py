@@ -13,7 +13,6 @@ from torch import nn
 
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, tokenize
 from llavakit.conversation.messages import Message, from_llava, media_first, to_llava
-from llavakit.conversation.names import inferred_template, model_name
 from llavakit.conversation.stop import KeywordStop
 from llavakit.data import scienceqa
 from llavakit.data.collate import Collator
@@ -30,6 +29,7 @@ from llavakit.proof.entries import (
 )
 from llavakit.proof.golden import Case, Example, Result, component, examples, take
 from llavakit.splice.scatter import IGNORE
+from llavakit.systems.llava_1_5.names import inferred_template, model_name
 from llavakit.training.dataset import WORDS_PER_IMAGE, Samples
 from llavakit.training.lora_targets import targets_of
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, top_level_parts

@@ -1,6 +1,7 @@
 """What the original tools infer from the name of a published checkpoint.
 
-llavakit takes a template from the configuration. Older checkpoints carry none; a converter may ask here.
+llavakit goes by the configuration and the tokenizer. The first LLaVA's files name no template in either, so the name of
+the model that training started from decides.
 """
 
 from __future__ import annotations
