@@ -886,15 +886,13 @@ def test_two_processes_killed_four_times_end_in_the_same_bits(world: Path, tmp_p
     assert not [path for path in cut.rglob(".*") if path.is_dir()]  # nothing half-written is left
 
 
-def test_accelerate_reads_the_configuration_files() -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-    assert files
-    for path in files:
-        config = load_config_from_file(str(path))
-        assert config.fsdp_config["fsdp_version"] == 2
-        assert str(config.distributed_type).endswith("FSDP")
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_second_way_to_shard_is_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(RecipeError, match="shard: true"):
+        run(world, tmp_path)
 
 
 def test_repeated_layers_are_what_is_sharded() -> None:

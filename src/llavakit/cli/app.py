@@ -244,7 +244,7 @@ def train(
     Examples:
       llavakit train recipe.yaml
       llavakit train recipe.yaml output=runs/mine stages.1.epochs=2 stages.1.learning_rate=1e-5
-      accelerate launch --config_file fsdp2.yaml -m llavakit.cli train recipe.yaml
+      torchrun --nproc-per-node 8 -m llavakit.cli train recipe.yaml stages.tune.shard=true
     """
     from llavakit.training.run import train as run_training
 

@@ -1,11 +1,12 @@
 """Several processes: sharding the model with FSDP2, and what must happen in one of them or in all.
 
 `shard` works on GPUs (NCCL) and on CPUs (gloo). Start with `torchrun --nproc-per-node N -m llavakit.cli train ...` and
-`shard: true` in the stage, or let accelerate shard with one of the files in `configs/`.
+`shard: true` in the stage.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from llavakit.errors import UserError
+from llavakit.errors import RecipeError, UserError
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -34,6 +35,19 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the first process."""
     return world_size() == 1 or dist.get_rank() == 0
+
+
+def refuse_other_sharding() -> None:
+    """A launcher that wants accelerate to shard too would have two libraries do it.
+
+    Raises:
+        RecipeError: If this process was started by one.
+    """
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            raise RecipeError(
+                f"{variable}: accelerate does not shard here; start with torchrun and write shard: true in the stage"
+            )
 
 
 def barrier() -> None:

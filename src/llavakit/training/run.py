@@ -119,6 +119,7 @@ def train(
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    distributed.refuse_other_sharding()
     check_choice("check", check, ("sample", "all"))
     output = Path(recipe.output)
     stamps = distributed.on_main(lambda: _prepare(recipe, output, check, records))
