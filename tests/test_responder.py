@@ -20,6 +20,7 @@ from llavakit.errors import UserError
 from llavakit.evaluation.run import evaluate
 from llavakit.generation import RequestFailed, SamplingParams
 from llavakit.generation.chat import Chat
+from llavakit.generation.identity import identity_of
 from llavakit.generation.responder import Responder
 from llavakit.generation.response import FinishEvent, Usage
 from llavakit.system import System, systems
@@ -302,11 +303,13 @@ def test_a_card_names_the_responder_that_load_gives(checkpoint, chat):
     assert loaded.modalities == ("image",)
     plain = llavakit.load(checkpoint, responder="plain")
     assert isinstance(plain, Chat)
-    assert loaded.identity == llavakit.load(checkpoint.parent / checkpoint.name).identity
-    assert plain.identity in loaded.identity
+    same = llavakit.load(checkpoint.parent / "." / checkpoint.name)
+    assert identity_of(loaded) == identity_of(same)
+    assert identity_of(loaded)["parts"] == [identity_of(plain)]
     options = {"prefix": "majority", "members": 1}
     named = llavakit.load(checkpoint, responder=f"{__name__}:Vote", responder_options=options)
     assert named.submit(QUESTION).result().reasoning == "majority of 1"
+    assert identity_of(named)["settings"] == {"prefix": "majority"}
 
 
 @pytest.mark.parametrize(

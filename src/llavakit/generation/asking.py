@@ -10,6 +10,7 @@ here knows what is asked.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from llavakit.conversation.messages import MEDIA
 from llavakit.conversation.turns import ToolCall
 from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.errors import UserError
+from llavakit.generation.identity import digest_of, identity_of
 from llavakit.generation.remote import APIRefused, CallFailed, RemoteResponder, Spending
 from llavakit.generation.request import RequestFailed, SamplingParams
 from llavakit.generation.responder import SAMPLING, Messages, Responder
@@ -193,11 +195,15 @@ class Asker:
         except (UserError, RequestFailed) as error:
             raise CallFailed(str(error)) from error
 
+    @functools.cached_property
+    def _identity(self) -> str:
+        return digest_of(identity_of(self.responder))
+
     def _key(self, messages: Messages, attempt: int, fields: Mapping[str, Any]) -> str:
         sampling = {name: value for name, value in fields.items() if name in SAMPLING}
         others = {name: value for name, value in fields.items() if name not in SAMPLING}
         identity = [
-            self.responder.identity,
+            self._identity,
             attempt,
             content_of(messages),
             asdict(replace(self.sampling, **sampling)),

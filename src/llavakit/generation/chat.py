@@ -7,16 +7,13 @@ print(model.chat([{"role": "user", "content": [{"type": "image", "image": "x.png
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from llavakit.checkpoints.identity import model_identity
 from llavakit.conversation.codecs import Codec, Parser, get_codec
 from llavakit.conversation.encode import encode, escape_special_tokens, tokenize
 from llavakit.conversation.template import template_for
@@ -44,7 +41,6 @@ class Chat(Responder):
         name: What to call it in messages.
         max_batch: Requests that are decoded together.
         codec: How the model writes reasoning and tool calls, a codec or its name; default: what its configuration says.
-        folders: The folders that it was read from; their content is the model's identity.
     """
 
     def __init__(
@@ -54,13 +50,11 @@ class Chat(Responder):
         name: str = "model",
         max_batch: int = 16,
         codec: str | Codec | None = None,
-        folders: Sequence[Path] = (),
     ) -> None:
         super().__init__(name=name)
         self.model, self.processor = model, processor
         self.codec = get_codec(codec or getattr(model.config, "codec", None))
         self.engine = Engine(model, max_batch=max_batch, tokenizer=processor.tokenizer)
-        self._folders = tuple(folders)
 
     @property
     def config(self) -> Any:
@@ -94,15 +88,6 @@ class Chat(Responder):
     @property
     def gives_logprobs(self) -> bool:
         return True
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """Digest of the model's files, and what decides its prompts; without folders the name."""
-        if not self._folders:
-            return self.name
-        weights = [model_identity(folder) for folder in self._folders]
-        processor = self.processor
-        return repr([weights, processor.template, processor.sampling, processor.reading, type(self.codec).__qualname__])
 
     def escape(self, messages: Messages) -> list[Any]:
         return escape_special_tokens(messages, self.processor.tokenizer)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavakit.checkpoints.identity import model_identity
 from llavakit.conversation.codecs import Codec, get_codec
 from llavakit.conversation.encode import escape_special_tokens
 from llavakit.conversation.messages import normalise
@@ -112,7 +111,6 @@ class TransformersResponder(Responder):
         name: What to call it in messages.
         max_batch: Most replies of one request.
         codec: How the model writes reasoning and tool calls.
-        folder: Where it was read from; its content is the model's identity.
     """
 
     def __init__(
@@ -123,11 +121,10 @@ class TransformersResponder(Responder):
         name: str = "model",
         max_batch: int = 16,
         codec: str | Codec | None = None,
-        folder: Path | None = None,
     ) -> None:
         super().__init__(name=name, capacity=max_batch)
         self.model, self.processor, self.codec = model.eval(), processor, get_codec(codec)
-        self._folder, self._limits = folder, Limits()
+        self._limits = Limits()
         self._turn = threading.Lock()
         self._stateful = bool(getattr(model, "_is_stateful", False))
         text = model.config.get_text_config()
@@ -154,10 +151,6 @@ class TransformersResponder(Responder):
     @property
     def modalities(self) -> tuple[str, ...]:
         return ("image",) if hasattr(self.processor, "image_processor") else ()
-
-    @property
-    def identity(self) -> str:
-        return self.name if self._folder is None else model_identity(self._folder)
 
     def escape(self, messages: Messages) -> list[Any]:
         return escape_special_tokens(messages, self.tokenizer)

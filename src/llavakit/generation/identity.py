@@ -11,12 +11,13 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llavakit.checkpoints.identity import without_cosmetics
+from llavakit.checkpoints.identity import file_identity, without_cosmetics
 from llavakit.conversation.template import template_for
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -26,8 +27,9 @@ def identity_of(responder: Any) -> dict[str, Any]:
     """What decides the answers of a responder, as JSON: digests and settings by name.
 
     A responder with a network gives `weights`, `dtype`, `configuration`, `tokenizer`, `template`, `media` (how media
-    are read), `ends` (ids that end an answer) and `codec`; one composed of others their identities; any other the name
-    that it calls itself (its address and model, for one behind an API).
+    are read), `ends` (ids that end an answer) and `codec`; one composed of others their identities and its `settings`,
+    of which files are known by their content; any other the name that it calls itself (its address and model, for one
+    behind an API).
     """
     kind = f"{type(responder).__module__}.{type(responder).__qualname__}"
     network = getattr(responder, "model", None)
@@ -35,10 +37,22 @@ def identity_of(responder: Any) -> dict[str, Any]:
         return {"responder": kind, **_network(responder, network)}
     parts = [identity_of(part) for part in getattr(responder, "parts", ())]
     found: dict[str, Any] = {"responder": kind, "options": _plain(getattr(responder, "_preset", {}))}
+    settings = getattr(responder, "settings", None) or {}
+    if settings:
+        found["settings"] = {name: _setting(value) for name, value in settings.items()}
     if parts:
         return found | {"parts": parts}
     own = getattr(responder, "identity", None)
     return found | {"name": own if isinstance(own, str) else getattr(responder, "name", None)}
+
+
+def _setting(value: Any) -> Any:
+    """A value by content, if it is the path of a file or folder."""
+    place = Path(value) if isinstance(value, (str, os.PathLike)) and len(str(value)) < 4096 else None
+    if place is None or not place.exists():
+        return _plain(value)
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    return digest_of([[str(path.relative_to(place)), file_identity(path)] for path in files])
 
 
 def digest_of(value: Any) -> str:

@@ -90,8 +90,7 @@ def load(
     codec = get_codec(checkpoint.config.codec or getattr(wanted or card, "codec", None))
     processor = load_processor(checkpoint, local_folder(base) if base is not None else None)
     net = build(checkpoint, dtype=dtype, device=device)
-    sources = [checkpoint.folder, *(local_folder(place) for place in (base, vision_tower) if place is not None)]
-    return make(Chat(net, processor, name=str(model), max_batch=max_batch, codec=codec, folders=sources))
+    return make(Chat(net, processor, name=str(model), max_batch=max_batch, codec=codec))
 
 
 def _foreign(
@@ -209,6 +208,7 @@ def factory(
         if not isinstance(found, Responder):
             raise UserError(f"responder {responder or card.slug!r} is a {type(found).__name__}, not a Responder")
         found.preset(**{name: value for name, value in given.items() if name not in own})
+        found.settings = own
         return found
 
     return made

@@ -190,6 +190,7 @@ class Responder:
 
     Attributes:
         options: A pydantic model of further options that a request may have, or None.
+        settings: What it was made with, as far as that decides answers; part of its identity.
     """
 
     options: ClassVar[type[Any] | None] = None
@@ -198,6 +199,7 @@ class Responder:
         self.parts = parts
         self.name = name or (parts[0].name if parts else type(self).__name__)
         self._capacity = capacity or (parts[0].capacity if parts else 8)
+        self.settings: Mapping[str, Any] = {}
         self._preset: dict[str, Any] = {}
         self._queue: deque[tuple[contextvars.Context, Call, Response]] = deque()
         self._running: set[Response] = set()
@@ -384,8 +386,8 @@ class Responder:
 
     @property
     def identity(self) -> str:
-        """What answers, by content where it can be known; part of the key of kept answers."""
-        return f"{type(self).__module__}.{type(self).__qualname__}({', '.join(part.identity for part in self.parts)})"
+        """What answers, in words, where there is no network whose weights say it; see `generation.identity`."""
+        return self.name
 
     def escape(self, messages: Messages) -> list[Any]:
         """Messages from outside in which no text acts as a special token of the model."""
