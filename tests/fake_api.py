@@ -74,25 +74,29 @@ class FakeAPI:
                     outer.most = max(outer.most, outer.now)
                 try:
                     found = reply(body)
-                    if isinstance(found, Failure):
-                        data = json.dumps({"error": {"message": found.message}}).encode()
-                        self.send(found.status, data, found.headers)
-                        return
-                    if isinstance(found, str):
-                        found = {"role": "assistant", "content": found}
-                    if "role" in found:
-                        reason = "tool_calls" if found.get("tool_calls") else "stop"
-                        if body.get("stream"):
-                            events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(found, reason)]
-                            self.send(200, "".join([*events, "data: [DONE]\n\n"]).encode(), {}, "text/event-stream")
-                            return
-                        found = completion(found, reason, body.get("n", 1))
-                    self.send(200, json.dumps(found).encode(), {})
+                finally:
+                    with outer.lock:  # before the answer is sent: the client may ask again as soon as it has it
+                        outer.now -= 1
+                try:
+                    self.answer(body, found)
                 except ConnectionError:
                     self.close_connection = True
-                finally:
-                    with outer.lock:
-                        outer.now -= 1
+
+            def answer(self, body: dict[str, Any], found: Any) -> None:
+                if isinstance(found, Failure):
+                    data = json.dumps({"error": {"message": found.message}}).encode()
+                    self.send(found.status, data, found.headers)
+                    return
+                if isinstance(found, str):
+                    found = {"role": "assistant", "content": found}
+                if "role" in found:
+                    reason = "tool_calls" if found.get("tool_calls") else "stop"
+                    if body.get("stream"):
+                        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks(found, reason)]
+                        self.send(200, "".join([*events, "data: [DONE]\n\n"]).encode(), {}, "text/event-stream")
+                        return
+                    found = completion(found, reason, body.get("n", 1))
+                self.send(200, json.dumps(found).encode(), {})
 
             def send(self, status: int, data: bytes, headers: dict[str, str], kind: str = "application/json") -> None:
                 self.send_response(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llavakit.errors import CheckpointError, UserError
 from llavakit.evaluation.run import evaluate
 from llavakit.generation import SamplingParams
 from llavakit.generation.foreign import TransformersResponder
+from llavakit.generation.identity import identity_of
 from llavakit.generation.search import stage_beam_search
 
 KINDS = ("mllama", "gemma3", "mamba")
@@ -39,6 +41,21 @@ def models(folders: dict[str, Path]) -> dict[str, TransformersResponder]:
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest, models: dict[str, TransformersResponder]) -> TransformersResponder:
     return models[request.param]
+
+
+def test_identity_is_content(folders: dict[str, Path], tmp_path: Path):
+    """Another path is the same model; another chat template or picture size is another one."""
+    moved = shutil.copytree(folders["gemma3"], tmp_path / "moved")
+    first = identity_of(llavakit.load(folders["gemma3"], device="cpu"))
+    assert identity_of(llavakit.load(moved, device="cpu")) == first
+    template = moved / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# other #}x")
+    other = identity_of(llavakit.load(moved, device="cpu"))
+    assert {key for key in first if first[key] != other[key]} == {"template"}
+    for file in moved.glob("*processor_config.json"):
+        file.write_text(re.sub(r'"(height|width)": \d+', r'"\1": 14', file.read_text()))
+    third = identity_of(llavakit.load(moved, device="cpu"))
+    assert {key for key in other if other[key] != third[key]} == {"media"}
 
 
 def asked(model: TransformersResponder, text: str = "What is this?", colour: str = "red") -> list[dict[str, Any]]:

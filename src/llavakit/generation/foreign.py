@@ -97,9 +97,7 @@ def load_foreign(
         if found[problem]:
             tensor = sorted(map(str, found[problem]))[0]
             raise CheckpointError(f"{folder}: tensor {tensor} is {problem.removesuffix('_keys')}")
-    return TransformersResponder(
-        model.to(device), processor, name=name, max_batch=max_batch, codec=codec, folder=folder
-    )
+    return TransformersResponder(model.to(device), processor, name=name, max_batch=max_batch, codec=codec)
 
 
 class TransformersResponder(Responder):

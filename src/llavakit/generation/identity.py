@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llavakit.checkpoints.identity import file_identity, without_cosmetics
 from llavakit.conversation.template import template_for
+from llavakit.model.processing import LlavakitProcessor
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -76,14 +77,15 @@ def _network(responder: Any, network: nn.Module) -> dict[str, Any]:
         "ends": _plain(getattr(responder, "eos_token_ids", None)),
         "codec": type(getattr(responder, "codec", None)).__qualname__,
     }
-    if processor is not None:
-        template = getattr(processor, "template", None)
-        if template is not None:
-            template = template_for(template, getattr(responder, "tokenizer", None))
-            found["template"] = digest_of([template.source, template.stop, template.placement, template.bos])
-        images = getattr(processor, "image_processor", None)
-        settings = [getattr(processor, name, None) for name in ("sampling", "reading")]
-        found["media"] = digest_of([without_cosmetics(getattr(images, "architecture", None)), *map(_plain, settings)])
+    if isinstance(processor, LlavakitProcessor):
+        template = template_for(processor.template, processor.tokenizer)
+        found["template"] = digest_of([template.source, template.stop, template.placement, template.bos])
+        media = [processor.image_processor.architecture, processor.sampling, processor.reading]
+        found["media"] = digest_of([without_cosmetics(media[0]), *map(_plain, media[1:])])
+    elif processor is not None:  # transformers' own, a tokenizer where the model takes text alone
+        found["template"] = digest_of(processor.chat_template)
+        parts = [getattr(processor, f"{kind}_processor", None) for kind in ("image", "video")]
+        found["media"] = digest_of([without_cosmetics(part.to_dict()) for part in parts if part is not None])
     return found
 
 
