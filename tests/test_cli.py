@@ -70,7 +70,9 @@ class Echo(Responder):
 def model(monkeypatch):
     echo = Echo()
     monkeypatch.setitem(llavakit.__dict__, "load", lambda name, **options: echo)
-    return echo
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    yield echo
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class Portable(Exception):
 
 
 class UserError(Portable):
-    """A mistake in the user's input; the message stands alone as one clear line."""
+    """A mistake in the user's input; the message is one clear line that needs no context."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(_presentable(str(message)))

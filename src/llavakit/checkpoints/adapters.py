@@ -37,7 +37,7 @@ _UNMERGEABLE = {
 
 # Ways to start an adapter that change the base model so that it cannot be had again.
 _LOST_BASES = {
-    "pissa_niter": "took a random part out of the base model, which nobody can take out again; save the adapter with "
+    "pissa_niter": "took a random part out of the base model, which cannot be restored; save the adapter with "
     "PEFT's path_initial_model_for_weight_conversion",
     "loftq": "replaced the base model by a quantised one, which PEFT makes again on CUDA alone; merge the adapter with "
     "PEFT there",

@@ -261,7 +261,7 @@ class ClassicLayout(Layout):
                 yield new, state[name]
 
     def write_parts(self, config: LlavakitConfig, folder: Path) -> None:
-        """An encoder that nobody published is described in a folder of its own, which `read` looks for."""
+        """An encoder without a published name is described in a folder beside, which `read` looks for."""
         if self.write_config(config).get("mm_vision_tower") == self.own_tower:
             (folder / self.own_tower).mkdir()
             text = json.dumps(self.own_encoder(config), indent=2, default=str)

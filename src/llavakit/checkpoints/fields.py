@@ -115,7 +115,7 @@ class Fields(Mapping[str, Any]):
         return len(self._values)
 
     def unread(self) -> dict[str, Any]:
-        """What nobody has read so far."""
+        """Keys that have not been read so far."""
         return {key: value for key, value in self._values.items() if self._names[key] not in self._read}
 
     def one_of(self, key: str, *allowed: Any) -> Any:

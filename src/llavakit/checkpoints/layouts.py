@@ -79,7 +79,7 @@ class Layout:
         raise NotImplementedError(f"{type(self).__name__} must define read")
 
     def read_own(self, folder: Path, raw: Mapping[str, Any]) -> LazyState:
-        """Tensors that the folder itself holds, under llavakit's names: for whoever takes one part out of it."""
+        """Tensors that the folder itself holds, under llavakit's names; used when a single part is initialised."""
         return self.read(folder, raw, {})[1]
 
     def part_config(self, folder: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def read_tokenizer(folder: Path, config: Any = None) -> Any:
 
     transformers picks a class by the decoder's type, and several classes build a tokenizer of their own kind around
     the vocabulary of tokenizer.json, whatever its other sections say. The general class takes the file as it is. Where
-    a SentencePiece model lies beside it, transformers' class stands: the authors' code read that model.
+    there is a SentencePiece model beside it, transformers' class is kept: the authors' code read that model.
 
     Args:
         folder: Holds tokenizer.json, tokenizer.model or vocab.json.

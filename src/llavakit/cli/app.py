@@ -265,7 +265,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Predictions; default: runs/eval/TASK/FOLDER--MODEL.jsonl.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions; not scored.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N questions only; not scored.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: as published.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE for the scoring.")] = None,
@@ -661,7 +661,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has left; there is nobody to tell
+    except BrokenPipeError:  # the reader of our output is gone, so no message can reach it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

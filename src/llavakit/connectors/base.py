@@ -135,7 +135,7 @@ class Prompt:
         segments: Number of the packed sample that a position belongs to [batch, length].
         media_segments: Row and segment that each media item of the batch belongs to, in prompt order.
         media: For every media item that the connector gets, its number among all media of the batch in prompt order.
-        answers: True at earlier answers of a conversation that goes on [batch, length], or None; known only to callers
+        answers: True at the answers of earlier turns [batch, length], or None; known only to callers
             that encoded messages.
         digests: For every media item of the batch what names its content, or None.
         memory: With `digests`, where results that depend on a media item alone may be kept for later prompts:

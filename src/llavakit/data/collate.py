@@ -33,7 +33,7 @@ class Collator:
 
     Args:
         pad_token_id: Id written where there is no token.
-        max_length: Samples are cut to so many tokens; the length of packed rows. None leaves them whole.
+        max_length: Most tokens of a sample, and the length of packed rows; longer samples are cut. None: no limit.
         padding_side: "right" or "left"; padded batches only.
         packing: Whether to pack. A batch becomes as few rows as `llavakit.data.packing.pack_rows` finds, which
             are never more than a plan of `llavakit.training.dataset.plan_batches` has.

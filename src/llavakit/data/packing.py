@@ -60,7 +60,7 @@ def in_order(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """The better of `first_fit_decreasing` and `in_order`.
 
-    A batch that was planned as so many rows, and comes row after row, never takes more rows here.
+    Repacking a planned batch row by row never needs more rows than the plan.
     """
     fitted, kept = first_fit_decreasing(lengths, row_length), in_order(lengths, row_length)
     return kept if len(kept) <= len(fitted) else fitted

@@ -75,7 +75,7 @@ class _Spans(Source):
     def __getitem__(self, index: int) -> Any:
         text = self._read(int(self.begins[index]), int(self.ends[index]))
         try:
-            # what stands in keys that nobody reads may be NaN, which many writers allow
+            # values of unused keys may be NaN, which many writers allow
             return parse_json(text, finite=False)
         except JsonError as error:
             raise RecordError(self.file, self.line(index), "record", str(error)) from None
@@ -112,7 +112,7 @@ class JsonlSource(_Spans):
         return begins[keep], ends[keep]
 
     def _refuse_several_lines(self, begin: int, end: int) -> None:
-        """Refuse a file whose first record goes on in the next lines; every line of it would be a broken record."""
+        """Refuse a file whose first record spans several lines; every line of it would be a broken record."""
         text = self._read(begin, begin + _LONGEST_RECORD)
         start = len(text) - len(text.removeprefix(BYTE_ORDER_MARK).lstrip())
         close = _closing(text, start) if text[start : start + 1] == b"{" else None

@@ -54,7 +54,7 @@ class Record:
         messages: Normalised messages; media are absolute paths, bytes or objects that are open already.
         file: The data file.
         line: Line number (JSONL) or number in the list, counted from 1.
-        raw: The entry as it stands in the file, for keys that only a system knows.
+        raw: The entry as written in the file, for keys that only a system knows.
         notes: How the entry was read where a user may have meant something else, in words.
     """
 

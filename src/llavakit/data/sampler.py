@@ -95,7 +95,7 @@ def modality_grouped(
     Args:
         lengths: Positive with media, negative without.
         generator: Shuffles the samples of each modality.
-        order_generator: Shuffles the megabatches; `generator` goes on if it is not given.
+        order_generator: Shuffles the megabatches; `generator` is used if it is not given.
         group: How each modality is grouped by length: `length_grouped` or `widely_grouped`.
         drop_remainder: Whether to leave the joined remainder out.
 

@@ -1,7 +1,7 @@
 """YAML from files and command lines: one reader for recipes, lists of data and assignments.
 
 PyYAML raises exceptions of several classes for what it does not accept (`ValueError` for the 31st of February,
-`RecursionError` for deep nesting), and builds values in which one small list stands a million times (aliases of
+`RecursionError` for deep nesting), and builds values that repeat one small list a million times (aliases of
 aliases). Here all of it is a `YamlError` of one line.
 """
 

@@ -2,7 +2,7 @@
 
 A line is an answer of one run to one question. `run` is the digest of what decides answers (weights, dtype, template,
 decoding: `llavakit.generation.identity`), `asked` that of the question's text and of the content of its media. Paths
-are in neither, so the same run goes on under another path, and a model that was retrained in place is asked again.
+are in neither, so a run can be resumed under another path, and a model that was retrained in place is asked again.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     answers = asker.ask_all(conversations)  # an Answer or a CallFailed each
 
 Interrupted at any moment, the same calls ask only what has no answer yet. A call that failed is no answer and is never
-kept: whoever counts leaves it out and says how many there were. Judges, teachers and rewards are built on this; nothing
-here knows what is asked.
+kept: callers that count leave it out and report how many there were. Judges, teachers and rewards are built on this;
+nothing here knows what is asked.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class Asker:
 
 
 def content_of(value: Any) -> Any:
-    """A value with media by their content, as JSON: where a file lies and how its path is written does not count."""
+    """A value with media by their content, as JSON: neither a file's location nor the spelling of its path counts."""
     if isinstance(value, Mapping):
         kind = value.get("type")
         return {

@@ -348,7 +348,7 @@ def shared_prefix(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def prompt_keys(ids: Sequence[int], image_token_id: int, visuals: Sequence[tuple[int, bytes]]) -> np.ndarray:
-    """Token ids with every visual position replaced by a number that stands for the media item's content.
+    """Token ids with every visual position replaced by a number derived from the media item's content.
 
     Args:
         visuals: Number of visual tokens and content digest of every media item in prompt order.

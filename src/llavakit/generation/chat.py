@@ -119,7 +119,7 @@ class Chat(Responder):
         """Messages as a request for the engine.
 
         Args:
-            continue_final_message: Whether the reply goes on with the last message.
+            continue_final_message: Whether the reply continues the last message.
             before_media: See `LlavakitProcessor.encode`.
             sampling: Fields of `SamplingParams` (`max_new_tokens`, `temperature`, `top_p`, `stop`, `seed`, ...).
         """
@@ -175,7 +175,7 @@ class Chat(Responder):
         """The root of a search: the prompt with its media, read once.
 
         Args:
-            prefix: Beginning of the reply, from which every branch goes on.
+            prefix: Beginning of the reply, which every branch continues.
         """
         messages = self.codec.prepare(messages)
         if prefix:

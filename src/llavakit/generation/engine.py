@@ -259,7 +259,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # nobody may wait for a thread that is gone
+            except Exception as error:  # callers must not wait for a thread that has died
                 self._abort(error)
 
     def _abort(self, error: Exception) -> None:

@@ -183,7 +183,7 @@ class TransformersResponder(Responder):
         """The root of a search, see `llavakit.generation.search`.
 
         Args:
-            prefix: Beginning of the reply, from which every branch goes on.
+            prefix: Beginning of the reply, which every branch continues.
         """
         return Branch(self._inputs(self.codec.prepare(messages), prefix))
 

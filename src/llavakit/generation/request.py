@@ -1,4 +1,4 @@
-"""What a caller says to the engine and hears from it: requests, sampling parameters, pieces, results, handles."""
+"""Request and response types of the generation engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SamplingParams:
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: Keep the smallest set of tokens whose probability reaches this.
-        top_k: Keep so many tokens; 0 keeps all.
+        top_k: Number of most probable tokens to keep; 0 keeps all.
         min_p: Keep tokens at least this fraction as probable as the best one.
         repetition_penalty: Above 1 makes tokens of prompt and reply less likely (as in transformers).
         seed: Makes the reply reproducible, whatever else the engine is doing; None draws one from torch's generator.

@@ -154,7 +154,7 @@ class Call:
         return responder.score(context, replies)
 
     def check(self) -> None:
-        """Raise if nobody waits for the answer any more; for work between calls.
+        """Raise if the caller has gone; for work between calls.
 
         Raises:
             Cancelled: If the request was cancelled.

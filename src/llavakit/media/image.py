@@ -214,7 +214,7 @@ def load_image(
         exif_transpose: Turn the image upright as its camera noted. The published code never does; switch it off to
             repeat its numbers on such files. TIFF files always come upright.
         background: Colour behind transparent pixels. None drops the alpha channel as the published code does, which
-            shows whatever colour lies under transparent pixels.
+            shows the colour values of transparent pixels.
         frame: Number of the frame or page, from 0. None takes the first of an animation, and refuses a DICOM file with
             several.
 

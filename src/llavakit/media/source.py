@@ -32,7 +32,7 @@ class MediaSize(NamedTuple):
 
 
 def unclaimed(name: str, size: int) -> None:
-    """`Limits.claim` where nobody counts memory."""
+    """`Limits.claim` where memory is not counted."""
 
 
 @dataclass(frozen=True)

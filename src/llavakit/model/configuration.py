@@ -1,4 +1,4 @@
-"""The configuration of the one model class: parts by registered name, media by kind.
+"""The configuration of the one model class: parts by registered name, media by modality.
 
 media:
   image:                     # modality: image, video, volume, or multi_image (an image among several)
@@ -68,7 +68,7 @@ def register_encoder(model_type: str) -> None:
     """Make transformers know an encoder of llavakit's own or of a system by the model type in its configuration.
 
     Raises:
-        UserError: If nobody registered one of that type.
+        UserError: If none of that type is registered.
     """
     cls = ENCODERS.get(model_type)
     AutoConfig.register(model_type, cls.config_class, exist_ok=True)

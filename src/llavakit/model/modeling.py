@@ -2,8 +2,8 @@
 
     pixel_values ─▶ vision_tower ─▶ multi_modal_projector ─▶ arrange ─▶ scatter into embeddings ─▶ language_model
 
-Parts are chosen by the configuration. The model knows of media kinds and plans; it does not know which published
-system it is. Names of weights follow transformers' LLaVA.
+Parts are chosen by the configuration. The model knows modalities and plans, but not which published system it is.
+Names of weights follow transformers' LLaVA.
 """
 
 from __future__ import annotations
@@ -494,7 +494,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
 
         Args:
             labels: [batch, length], -100 where nothing is to be learned.
-            logits_to_keep: Compute logits of the last so many positions only (0: all).
+            logits_to_keep: Number of last positions to compute logits for (0: all).
             skip_logits: With `labels`, compute logits only where there is a label and do not return them.
             num_items_in_batch: Number of labels over all accumulated batches, the loss's denominator.
             label_weights: [batch, length], factors of the cross entropy of each label; the denominator stays the number

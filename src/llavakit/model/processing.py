@@ -1,8 +1,8 @@
 """The processor: messages in, expanded ids and views out.
 
 It owns everything that turns files into model inputs (planners, sampling of frames, template, tokenizer) and is
-saved with the checkpoint. Two doors lead in: `encode` takes messages and is what training, chat and serving use;
-`__call__` is transformers' door (text with `<image>` and a list of images).
+saved with the checkpoint. There are two entry points: `encode` takes messages and is what training, chat and serving
+use; `__call__` is transformers' interface (text with `<image>` and a list of images).
 """
 
 from __future__ import annotations
@@ -259,10 +259,10 @@ class LlavakitProcessor(ProcessorMixin):
                 case ["reading", modality, option]:
                     reading.setdefault(modality, {})[option] = value
                 case _:
-                    raise UserError(f"{name}: unknown; write template, sampling.OPTION or reading.KIND.OPTION")
+                    raise UserError(f"{name}: unknown; write template, sampling.OPTION or reading.MODALITY.OPTION")
         self.sampling, self.reading = sampling or None, check_reading(reading) or None
 
-    # llavakit's door: messages
+    # llavakit's interface: messages
 
     def read_media(self, part: Mapping[str, Any]) -> tuple[Any, MediaSize]:
         """Open the media item of a content part: a path, bytes or an object that is open already.
@@ -371,7 +371,7 @@ class LlavakitProcessor(ProcessorMixin):
             "fully_masked": encoded.fully_masked,
         }
 
-    # transformers' door: text and images
+    # transformers' interface: text and images
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Ids and views of texts with `<image>` and their images; see `ProcessorMixin.__call__`.

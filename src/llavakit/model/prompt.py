@@ -18,7 +18,7 @@ class PromptInfo:
     """What the caller knows of a prompt beside its ids.
 
     Attributes:
-        answers: True at earlier answers of a conversation that goes on [batch, length]; shorter if none follow.
+        answers: True at the answers of earlier turns [batch, length]; shorter if none follow.
         length: Number of columns that the model has not generated itself; None for all.
     """
 

@@ -79,7 +79,7 @@ class Tracked(dict):
         return dict, (self.copy(),)
 
     def unread(self) -> list[str]:
-        """Dotted names of the keys that nobody read, also those of mappings inside."""
+        """Dotted names of the keys that were not read, also those of nested mappings."""
         names = []
         for key, value in super().items():
             if key not in self.read:
@@ -99,7 +99,7 @@ def tracked(value: Any, where: str = "") -> Any:
 
 
 def unread(value: Any) -> list[str]:
-    """Dotted names of all keys inside `value` that nobody read."""
+    """Dotted names of all keys inside `value` that were not read."""
     if isinstance(value, Tracked):
         return value.unread()
     if isinstance(value, list):

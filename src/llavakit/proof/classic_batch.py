@@ -60,10 +60,10 @@ class ClassicBatch:
         media: Entries in the order in which placeholders take them, by placeholder id.
         attention_mask: True at real tokens; None means that all are.
         labels: None for none.
-        max_length: Rows are cut to so many tokens after media are in place, perhaps in the middle of one.
+        max_length: Rows are cut to this length after media are in place, perhaps in the middle of one.
         padding_side: "right" or "left".
         pad_token_id: Written where there is no token.
-        spare: Whether a row without a placeholder uses up one entry that nobody sees, as the original's loader sends.
+        spare: Whether a row without a placeholder uses up one entry without showing it, as the original's loader sends.
         features: Whether the entries' views are encoder features.
     """
 

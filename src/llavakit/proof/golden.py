@@ -229,7 +229,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _without(value: Any, paths: Sequence[str], path: str = "") -> Any:
-    """`value` without what lies at `paths`; `_NOTHING` if nothing is left."""
+    """`value` without the values at `paths`; `_NOTHING` if nothing is left."""
     if path and path in paths:
         return _NOTHING
     inner = f"{path}." if path else ""
@@ -306,7 +306,7 @@ class _Run:
         return set(tensors)
 
     def _remainder(self, rest: Result | None, paths: Sequence[str], tensors: set[str]) -> None:
-        """Compare what no example covers with `rest`; what nobody computed is missing."""
+        """Compare what no example covers with `rest`; what was not computed is missing."""
         left = {name: tensor for name, tensor in self.expected.tensors.items() if name not in tensors}
         json_left = _without(self.expected.json, paths) if self.expected.has_json else _NOTHING
         if rest is None and not left and json_left is _NOTHING:

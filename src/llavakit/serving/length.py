@@ -10,7 +10,7 @@ _SHARED = 16  # tokens by which a piece may be longer alone than inside its text
 
 
 def prompt_characters(tokenizer: Any, positions: int | None) -> int | None:
-    """The most characters that a prompt of so many positions can come from: each is at most the longest token.
+    """The most characters that a prompt of `positions` tokens can come from: each is at most the longest token.
 
     None if the model's tokenizer or context is not known.
     """
@@ -20,7 +20,7 @@ def prompt_characters(tokenizer: Any, positions: int | None) -> int | None:
 
 
 def exceeds(texts: Iterable[str], tokenizer: Any, positions: int) -> bool:
-    """Whether texts take more than so many positions; True is certain, and known after little more than those."""
+    """Whether texts take more than `positions` tokens; True is certain, and known after reading little more."""
     count = 0
     for text in texts:
         for piece in _pieces(text):

@@ -122,7 +122,7 @@ class LlavakitForVllm(TransformersMultiModalForCausalLM):
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """What stands for a media item in a prompt whose chat template takes plain strings."""
+        """Text in place of a media item, for chat templates that take plain strings."""
         return IMAGE_TOKEN if modality == "image" else None
 
     def recursive_replace(self) -> None:

@@ -35,7 +35,7 @@ class Spatial(Arrangement):
 
     Args:
         unpad: Drop the map's padding and end every row of it with the newline.
-        max_tiles: With `unpad`, shrink the map bilinearly to the tokens of so many tiles where it is more than 1.1
+        max_tiles: With `unpad`, shrink the map bilinearly to the tokens of this many tiles where it is more than 1.1
             times too long on a side (LLaVA-OneVision's `anyres_max_N`).
         rounding: "int" unpads like the published code, "hf" like transformers.
         maxpool: Halve the map by 2x2 maximum pooling instead; it then stays padded and gets no newlines.
@@ -171,7 +171,7 @@ def _pooling(options: dict[str, Any] | None) -> tuple[str, int] | None:
 class Frames(Arrangement):
     """Frames one after another, each pooled, with newlines where the checkpoint was trained with them.
 
-    An entry with several layers (a video encoder's grid) counts as so many frames.
+    An entry with several layers (a video encoder's grid) counts as one frame per layer.
 
     Args:
         newline: "one_token" one at the very end, "grid" after every row of every frame, "frame" after every frame,

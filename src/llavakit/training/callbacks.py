@@ -1,4 +1,4 @@
-"""What a training run shows and leaves behind: a progress bar, and the loss curve as JSON.
+"""Progress bar of a training run, and its loss curve as JSON.
 
 `metrics.json` of a stage is written with every checkpoint and at the end, and holds all that the trainer logged;
 `tokens` are those of all processes without padding, `seconds` also count steps that a kill made necessary again:
@@ -6,7 +6,7 @@
     {"stage", "steps", "finished", "seconds", "tokens", "trainable": {part: parameters},
      "log": [{"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}, ...], "skipped": [...]}
 
-An objective's own values stand beside the loss.
+Values that an objective reports are logged beside the loss.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Bar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the finished bar standing."""
+        """Keep the finished bar on screen."""
         self.close()
 
     def close(self) -> None:

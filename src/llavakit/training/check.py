@@ -1,8 +1,7 @@
 """Checks of a whole recipe before its first step, so that no stage trains for another one that cannot start.
 
 Cheap checks come first: names and contradictions of all stages, then the parts on meta tensors, then the files, then
-a sample of the records with their media (or all of them). What holds here is not checked for ever: a file may vanish
-while training runs.
+a sample of the records with their media (or all of them). A file may still vanish while training runs.
 """
 
 from __future__ import annotations

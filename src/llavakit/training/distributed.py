@@ -138,7 +138,7 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
 
 
 class Sharded(nn.Module):
-    """A sharded model as the trainer holds it: another object than the model, so that nobody wraps it in DDP."""
+    """A sharded model as the trainer holds it: a separate object, so that it is not wrapped in DDP."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

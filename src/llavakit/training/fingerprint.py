@@ -38,7 +38,7 @@ def _digest(value: Any) -> str:
 
 
 class Content:
-    """Content of a recipe's files, each looked at once. None stands for what is not there (any more)."""
+    """Content of a recipe's files, each looked at once. None if a file does not exist (any more)."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], str | None] = {}

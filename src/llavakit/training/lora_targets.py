@@ -87,7 +87,7 @@ def _is_wanted(name: str, module: nn.Module, stage: Stage, attentions: Mapping[s
     whole = part_of(public, stage.train)
     if whole is not None and not stage.train[whole].freeze:
         raise RecipeError(f"lora.parts: {public} trains in full (train.{whole}), so there is nothing to adapt")
-    if lora.targets is None:  # an attention module stands for its projections
+    if lora.targets is None:  # an attention module includes its projections
         return _attention_around(name, attentions) is None
     return name.rpartition(".")[2] in lora.targets
 

@@ -18,7 +18,7 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     dotted, equals, text = assignment.partition("=")
     if not equals or not dotted:
         raise RecipeError(f"{assignment}: not an assignment; write dotted.key=value")
-    if dotted == "data.on_bad_record":  # reads well on the command line; the key stands beside `data`
+    if dotted == "data.on_bad_record":  # reads well on the command line; the key is a sibling of `data`
         dotted = "on_bad_record"
     keys = dotted.split(".")
     node: Any = raw

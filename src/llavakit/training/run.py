@@ -13,7 +13,7 @@ output/
   final/                      the last stage's model
 
 Before the first step everything that is still to run is checked (`training.check`). A stage whose `final` is there is
-finished and skipped; one with checkpoints goes on from the newest. Both say which recipe, data and base made them
+finished and skipped; one with checkpoints resumes from the newest. Both say which recipe, data and base made them
 (`training.json`), so that changed ones never pass for the old ones.
 """
 

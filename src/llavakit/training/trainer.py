@@ -39,7 +39,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _warmed_up(rate: Callable[[int], float], steps: int) -> Callable[[int], float]:
-    """A schedule whose warm-up of so many steps ends one step earlier, so that it can begin above zero."""
+    """A schedule whose warm-up ends one step earlier, so that the first step has a rate above zero."""
     return lambda step: (step + 1) / steps if step < steps else rate(step)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-STEP = 64  # buffers grow by at least so many entries
+STEP = 64  # fewest entries that a buffer grows by
 
 
 class Rows:

@@ -40,7 +40,7 @@ class Size:
     heads: int
 
     def config(self, layers: int) -> Any:
-        """Its configuration with so many layers."""
+        """Its configuration with the given number of layers."""
         from transformers import LlamaConfig
 
         return LlamaConfig(

@@ -19,7 +19,7 @@ class Roles(NamedTuple):
     """Stretches of one sample.
 
     Attributes:
-        image: From the first to the last visual token; several images are spanned with what lies between them.
+        image: From the first to the last visual token; with several images, the text between them is included.
         instruct: After the image up to the answer; earlier turns belong to it.
         answer: The last assistant turn; empty if nothing is supervised.
         last_instruct: The last user turn within `instruct`, from its marker; all of `instruct` if there is none.

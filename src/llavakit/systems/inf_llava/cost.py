@@ -34,7 +34,7 @@ LLAMA_3 = {
 
 @functools.cache
 def vision(pixels: int) -> int:
-    """All 24 layers of CLIP ViT-L/14 on a square of so many pixels a side."""
+    """All 24 layers of CLIP ViT-L/14 on a square of `pixels` x `pixels`."""
     known = KNOWN_ENCODERS["openai/clip-vit-large-patch14-336"]
     config = CLIPVisionConfig(**{key: value for key, value in known.items() if key != "model_type"})
     return vision_flops(config, pixels, pixels).total

@@ -97,7 +97,7 @@ class CompressorPrefusion(MLP):
         compressor_size: C; an image becomes C x C tokens.
         compressor_heads: Attention heads of the compressor.
         prefusion_layer_num: Number of pre-fusion blocks.
-        second_turn: What happens to earlier answers when a conversation goes on: "fuse" them like all text (the
+        second_turn: What happens to earlier answers in later turns: "fuse" them like all text (the
             published behaviour), or leave them "raw" and hidden as in training, so that the decoder's cache of the
             first turn stays valid.
         text_only: Samples without media: "raw" leaves their embeddings alone, "blank" fuses them with an image of

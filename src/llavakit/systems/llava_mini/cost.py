@@ -88,13 +88,13 @@ def encoder_flops() -> Flops:
 
 @functools.cache
 def prefill(name: str, tokens: int) -> Flops:
-    """The language model on so many positions, head included."""
+    """The language model on `tokens` positions, head included."""
     return prefill_flops(decoder(name)[1], tokens)
 
 
 @functools.cache
 def projector_flops(tokens: int, hidden: int) -> Flops:
-    """The projector on so many features."""
+    """The projector on `tokens` features."""
     net = on_meta(lambda: MLP(vision_width=VISION, hidden_size=hidden))
     return count(lambda: net.project(torch.empty(tokens, VISION, device="meta")))
 

@@ -101,7 +101,7 @@ class Prefusion(nn.Module):
         return run_layers(self.layers, hidden, self.rotary_emb, positions, attention_mask=mask, cache=cache)
 
     def state_bytes(self, tokens: int, itemsize: int) -> int:
-        """Size of the keys and values of so many vision tokens."""
+        """Size of the keys and values of a number of vision tokens."""
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -118,7 +118,7 @@ def causal_mask(seen: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
 
     Args:
         seen: Visible positions [batch, length].
-        queries: The queries are the last so many positions.
+        queries: Number of last positions that are queries.
     """
     length = seen.shape[1]
     before = torch.ones(queries, length, dtype=torch.bool, device=seen.device).tril(length - queries)

@@ -1,6 +1,6 @@
 """LLaVA-UHD's claim, small: slices that follow the image beat a fixed grid and a low-resolution square.
 
-A 14 x 14 patch of stripes lies somewhere on noise; its class is direction and period. Canvases come in seven shapes
+A 14 x 14 patch of stripes is placed on noise; its class is direction and period. Canvases come in seven shapes
 from 1:4 to 4:1, and two more that are never trained on. Three arms see the same pictures through the same kind of
 encoder and reader: the whole image squeezed into a square (`lowres`), a fixed 3 x 2 grid plus overview (`fixed`), and
 the planner's native slices plus overview (`uhd`), the last two with 4 tokens per view (spec section 11).

@@ -235,7 +235,7 @@ def pooling_size(case: Case) -> Result:
 
 
 class GivenSlices(Planner):
-    """Plans of views that a case hands over ready-made, looked up by a number that stands for the size.
+    """Plans of views that a case hands over ready-made, looked up by a number in place of the size.
 
     Args:
         plans: Per number, (height, width) of the overview and of a slice, and the row and column of every slice.

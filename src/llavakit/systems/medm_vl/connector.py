@@ -23,7 +23,7 @@ class AttentionPooling(MLP):
     Args:
         queries: Number of tokens of a media item.
         heads: Attention heads.
-        slices: Give each of so many slices a learned embedding; 0 is as published.
+        slices: Number of slices with a learned embedding each; 0, as published, for none.
         options: Of the MLP.
     """
 

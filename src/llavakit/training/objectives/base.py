@@ -51,7 +51,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Step:
-    """Where a batch stands in an optimiser step.
+    """Position of a batch within an optimiser step.
 
     Attributes:
         items: Sum of `Objective.items` over all batches of the step, of all processes, at least 1.

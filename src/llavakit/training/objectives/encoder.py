@@ -35,7 +35,7 @@ VIEWS = "views.json"
 
 
 class ImageViews:
-    """Cuts images for an encoder; stands where a whole model has its processor.
+    """Cuts images for an encoder; takes the place of a whole model's processor.
 
     Args:
         options: `{"type": planner, **options}`.
