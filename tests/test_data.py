@@ -614,10 +614,15 @@ def test_long_samples_are_cut_but_never_through_media():
 
 def test_workers_share_the_list_of_broken_records(tmp_path):
     mixture = Mixture([{"path": [record(n) for n in range(8)]}])
-    data = SampleDataset(mixture, toy_encode, on_bad_record="skip", bad=BadRecords(tmp_path / "bad.jsonl"))
+
+    def encode(messages):
+        return toy_encode(messages) | {"notes": ("read oddly",) if "Q2" in str(messages) else ()}
+
+    data = SampleDataset(mixture, encode, on_bad_record="skip", bad=BadRecords(tmp_path / "bad.jsonl"))
     loader = DataLoader(data, batch_size=2, sampler=data.order(0, 0), collate_fn=Collator(0), num_workers=2)
     assert sum(len(batch["input_ids"]) for batch in loader) == 8
     assert [error.line for error in data.bad.errors()] == [6]
+    assert data.bad.report().splitlines()[-1] == "<memory>:3: read oddly"
     assert data.lengths() == [-len(data[n]["input_ids"]) for n in range(8)]
 
 

@@ -316,7 +316,7 @@ class BadRecords:
 
     Args:
         log: A JSONL file that every process appends to, so that workers and ranks share one list. Without it only
-            records that this process met are known.
+            the records of this process are known.
     """
 
     def __init__(self, log: str | Path | None = None) -> None:
@@ -330,34 +330,53 @@ class BadRecords:
         if key in self._own:
             return
         self._own[key] = error
-        if self.log is not None:
-            entry = {"file": error.file, "line": error.line, "field": error.field, "problem": error.problem}
-            with self.log.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
+        self._write(file=error.file, line=error.line, field=error.field, problem=error.problem)
 
     def note(self, file: str, line: int, notes: Iterable[str]) -> None:
         """Note how a record was read; the report counts the records of a file with the same note."""
         for note in notes:
-            self._notes.setdefault((file, note), set()).add(line)
+            lines = self._notes.setdefault((file, note), set())
+            if line not in lines:
+                lines.add(line)
+                self._write(file=file, line=line, note=note)
+
+    def _write(self, **entry: Any) -> None:
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+
+    def _logged(self) -> Iterator[dict[str, Any]]:
+        """What all processes wrote."""
+        if self.log is None or not self.log.exists():
+            return
+        for text in self.log.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(text)
+            except ValueError:  # a kill tore the line; the record will be met again
+                continue
 
     def errors(self) -> list[RecordError]:
         """All records that were left out, by file and line."""
         found = dict(self._own)
-        if self.log is not None and self.log.exists():
-            for text in self.log.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(text)
-                except ValueError:  # a kill tore the line; the record will be met again
-                    continue
+        for entry in self._logged():
+            if "note" not in entry:
                 found.setdefault((entry["file"], entry["line"]), RecordError(**entry))
         return [found[key] for key in sorted(found)]
+
+    def _all_notes(self) -> dict[tuple[str, str], set[int]]:
+        """Lines of the records by file and note, of all processes."""
+        found = {key: set(lines) for key, lines in self._notes.items()}
+        for entry in self._logged():
+            if "note" in entry:
+                found.setdefault((entry["file"], entry["note"]), set()).add(entry["line"])
+        return found
 
     def __len__(self) -> int:
         return len(self.errors())
 
     def __bool__(self) -> bool:
         """Whether there is anything to report."""
-        return bool(len(self) or self._notes)
+        return bool(len(self) or self._all_notes())
 
     def report(self, most: int = 20) -> str:
         """What was left out or noted, in words; the first `most` records by name."""
@@ -372,7 +391,7 @@ class BadRecords:
 
     def _note_lines(self) -> list[str]:
         found = []
-        for (file, note), lines in sorted(self._notes.items(), key=lambda item: (item[0][0], min(item[1]))):
+        for (file, note), lines in sorted(self._all_notes().items(), key=lambda item: (item[0][0], min(item[1]))):
             more = f" (and {len(lines) - 1} more such)" if len(lines) > 1 else ""
             found.append(f"{file}:{min(lines)}: {note}{more}")
         return found
