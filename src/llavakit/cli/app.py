@@ -35,6 +35,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.")]
 Slug = Annotated[str, typer.Argument(metavar="SLUG", help="Name of a system; `llavakit systems` lists them.")]
+Judge = Annotated[str | None, typer.Option(help="Model that reviews answers: a folder, hub id, address or API model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1, mps. Default: the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: what fits the device.")]
@@ -268,6 +269,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N questions only; not scored.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: as published.")] = None,
+    judge: Judge = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE for the scoring.")] = None,
     question_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for reading the questions.")] = None,
     device: Device = None,
@@ -288,6 +290,7 @@ def evaluate(
       llavakit eval runs/demo/final --task phantom --questions heldout.jsonl
       llavakit eval MODEL --task pope --questions coco_pope_random.json --images val2014
       llavakit eval MODEL --task scienceqa --questions q.json --gold gold.jsonl --json
+      llavakit eval MODEL --task critic-pointwise --questions q.jsonl --judge lmms-lab/llava-critic-7b
     """
     from llavakit.evaluation.score import benchmark, print_result
 
@@ -297,7 +300,7 @@ def evaluate(
             raise UserError(f"{place}: no such file")
     # Every finished run is called "final": the folder above it tells them apart.
     name = "--".join(Path(model).resolve().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
-    settings = {"score_options": _assignments(option or ()), "question_options": _assignments(question_option or ())}
+    settings = {"score_options": _scoring(option, judge), "question_options": _assignments(question_option or ())}
     answering = _answering(responder, responder_option)
     import llavakit
     from llavakit.evaluation.run import evaluate as run_evaluation
@@ -333,10 +336,11 @@ def score(
     task: Annotated[str, typer.Argument(metavar="TASK", help="Benchmark, for instance scienceqa, vqav2, pope.")],
     predictions: Annotated[Path, typer.Option(help='JSONL of {"question_id", "text"}.')],
     gold: Annotated[Path | None, typer.Option(help="The benchmark's answers.")] = None,
+    judge: Judge = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE of the benchmark.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score existing predictions, without a model.
+    """Score existing predictions.
 
     \b
     Examples:
@@ -347,7 +351,19 @@ def score(
     from llavakit.evaluation.score import print_result
     from llavakit.evaluation.score import score as compute
 
-    print_result(compute(task, predictions, gold, **_assignments(option or ())), as_json)
+    print_result(compute(task, predictions, gold, **_scoring(option, judge)), as_json)
+
+
+def _scoring(option: list[str] | None, judge: str | None) -> dict[str, Any]:
+    """Options of a score; the judge may be named by either option.
+
+    Raises:
+        UserError: If both name one.
+    """
+    found = _assignments(option or ())
+    if judge is not None and "judge" in found:
+        raise UserError("--judge: -o judge= names one too; leave one of them out")
+    return found | _given(judge=judge)
 
 
 @app.command()

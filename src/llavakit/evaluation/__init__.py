@@ -36,6 +36,7 @@ _BENCHMARKS = {
     "relaxed_accuracy": "generic:RelaxedAccuracy",
     "text_overlap": "overlap:TextOverlap",
     "agreement": "agreement:Agreement",
+    "verdict_agreement": "agreement:VerdictAgreement",
 }
 
 for _name, _target in _BENCHMARKS.items():

@@ -19,17 +19,18 @@ def parse_pair(review: str) -> list[float]:
 
 
 def review_content(
-    context: str | Sequence[str], question: str, first: str, second: str, rule: str, role: str = "Assistant"
+    context: str | Sequence[str] | None, question: str, first: str, second: str, rule: str, role: str = "Assistant"
 ) -> str:
     """What a judge is shown of two answers: context, question, both answers, instruction.
 
     Args:
-        context: Caption of the image, or several that become lines.
+        context: Caption of the image, or several that become lines; None where the judge sees the image.
         rule: The instruction to the judge.
         role: What the answers' authors are called.
     """
-    context = context if isinstance(context, str) else "\n".join(context)
-    parts = [("Context", context), ("Question", question)]
+    parts = [("Question", question)]
+    if context is not None:
+        parts.insert(0, ("Context", context if isinstance(context, str) else "\n".join(context)))
     blocks = [f"[{name}]\n{text}\n\n" for name, text in parts]
     blocks += [f"[{role} {n}]\n{text}\n\n[End of {role} {n}]\n\n" for n, text in ((1, first), (2, second))]
     return "".join(blocks) + f"[System]\n{rule}\n\n"

@@ -10,6 +10,7 @@ and asked again by the next call.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def evaluate(
     """
     chosen = benchmark(task)
     whole = chosen.questions(questions, images, **checked(chosen.questions, question_options or {}, task))
+    checked(chosen.score, score_options or {}, task)  # before anything is asked
     if not whole:
         raise UserError(f"{questions}: holds no question")
     _unique(whole, str(questions))
@@ -95,7 +97,10 @@ def evaluate(
     if gold is None and chosen.questions_are_gold:
         gold = questions
     if gold is not None and limit is None:
-        result["metrics"] = score(task, output, gold, **(score_options or {}))["metrics"]
+        options = dict(score_options or {})
+        if images is not None and "images" in inspect.signature(chosen.score).parameters:
+            options.setdefault("images", str(images))
+        result["metrics"] = score(task, output, gold, **options)["metrics"]
     return result
 
 

@@ -5,6 +5,7 @@ A correlation of a constant sequence is undefined and given as None.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -39,3 +40,40 @@ def pairwise_accuracy(first: Sequence[float], second: Sequence[float]) -> float 
     if not ordered:
         return None
     return sum((first[i] - first[j]) * (second[i] - second[j]) > 0 for i, j in ordered) / len(ordered)
+
+
+def kendall(first: Sequence[float], second: Sequence[float]) -> dict[str, float | None]:
+    """Kendall's tau of two sequences of scores, without and with a correction for ties.
+
+    Returns:
+        tau_a: (concordant - discordant) / all pairs, None for fewer than two items; tau_b: the same over the geometric
+        mean of the pairs that each sequence orders, None if one of them orders none.
+    """
+    pairs = list(combinations(range(len(second)), 2))
+    signs = [(_sign(first[i] - first[j]), _sign(second[i] - second[j])) for i, j in pairs]
+    difference = sum(x * y for x, y in signs)
+    ordered = [sum(abs(own) for own in column) for column in zip(*signs, strict=True)] or [0, 0]
+    return {
+        "tau_a": difference / len(pairs) if pairs else None,
+        "tau_b": difference / math.sqrt(ordered[0] * ordered[1]) if all(ordered) else None,
+    }
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def verdict_accuracy(judge: Sequence[str], people: Sequence[str], tie: str = "tie") -> dict[str, float | None]:
+    """How often verdicts on pairs of answers agree with people's; None where there is no such pair.
+
+    Returns:
+        with_ties: three ways, all pairs; without_human_ties: pairs that people decided, where a judge's tie is wrong;
+        without_any_ties: pairs that both decided.
+    """
+    pairs = list(zip(judge, people, strict=True))
+    kept = {
+        "with_ties": pairs,
+        "without_human_ties": [pair for pair in pairs if pair[1] != tie],
+        "without_any_ties": [pair for pair in pairs if tie not in pair],
+    }
+    return {name: sum(own == other for own, other in some) / len(some) if some else None for name, some in kept.items()}
