@@ -63,8 +63,8 @@ ARENA_BASELINE = "claude-3-sonnet-20240229"
 ARENA_TASK = (  # llavakit's own words; the published system text asks for the same
     "Two AI assistants answered a user's question about an image. First answer the question yourself. Then compare "
     "both answers with yours: are they right, helpful, relevant and concise, and what do they leave out? End with "
-    "exactly one of these verdicts: [[A>>B]] if assistant A is much better, [[A>B]] if A is slightly better, [[A=B]] if both "
-    "are about the same, [[B>A]] if B is slightly better, [[B>>A]] if B is much better."
+    "exactly one of these verdicts: [[A>>B]] if assistant A is much better, [[A>B]] if A is slightly better, "
+    "[[A=B]] if both are about the same, [[B>A]] if B is slightly better, [[B>>A]] if B is much better."
 )
 
 
