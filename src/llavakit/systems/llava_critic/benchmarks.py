@@ -235,6 +235,7 @@ class CriticPairs(Benchmark):
         price_in: float | None = None,
         price_out: float | None = None,
         max_cost: float | None = None,
+        extra: str = "error",
     ) -> dict[str, Any]:
         """Win rate in percent of the pairs that were judged, ties half.
 
@@ -260,8 +261,8 @@ class CriticPairs(Benchmark):
             "max_cost": max_cost,
         }
         questions = read_records(need_gold(gold, self.title, Reviewed.gold_file))
-        own = list(pair(questions, read_records(predictions)))
-        others = {question.id: answer for question, answer in pair(questions, read_records(against))}
+        own = list(pair(questions, read_records(predictions), extra=extra))
+        others = {question.id: answer for question, answer in pair(questions, read_records(against), extra=extra)}
         asker = need_judge(options, predictions)
         folder = folder_of(gold, images)
         asked = []
