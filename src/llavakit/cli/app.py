@@ -267,6 +267,9 @@ def evaluate(
         Path | None, typer.Option(help="Predictions; default: runs/eval/TASK/FOLDER--MODEL.jsonl.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N questions only; not scored.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Ask the K-th of N parts of the questions only; not scored.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: as published.")] = None,
     judge: Judge = None,
@@ -310,7 +313,8 @@ def evaluate(
         **_given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template),
         **answering,
     )
-    output = output or Path("runs", "eval", task, f"{name}.jsonl")
+    part = "" if shard is None else f"--{shard.replace('/', '-of-')}"
+    output = output or Path("runs", "eval", task, f"{name}{part}.jsonl")
     with _writing(output):
         result = run_evaluation(
             loaded,
@@ -322,6 +326,7 @@ def evaluate(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             limit=limit,
+            shard=shard,
             **settings,
         )
     print(f"{result['asked']} questions asked; predictions are in {result['predictions']}", file=sys.stderr)

@@ -6,14 +6,15 @@ Labels follow from the characters that a token covers.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llavakit.conversation.labels import LabelPolicy, Tokens, label_policy
-from llavakit.conversation.messages import Message, Part, is_media, normalise
-from llavakit.conversation.template import PLACEHOLDER, Template, template_for
+from llavakit.conversation.messages import Message, Part, is_media, normalise, text_of
+from llavakit.conversation.template import PLACEHOLDER, Span, Template, template_for
 from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, tokenize
 from llavakit.errors import UserError
 from llavakit.media.regions import read_regions
@@ -76,8 +77,8 @@ def encode(
     training = not (add_generation_prompt or continue_final_message)
     policy = label_policy("spans" if labels is None and not training else labels, template)
     messages, notes = normalise(messages), ()
-    if training:
-        messages, notes = _training_turns(messages, template)
+    if not (template.keeps_first_answer if training else template.prompts_keep_first_answer):
+        messages, notes = _without_first_answer(messages, template)
     text, answers = template.render(
         messages,
         add_generation_prompt=add_generation_prompt,
@@ -91,7 +92,11 @@ def encode(
             f"template {template.name!r} wrote {text.count(PLACEHOLDER)} placeholders for {len(media)} media; "
             "it does not take media in this place"
         )
-    ids, offsets = tokenize(text, tokenizer, whole=template.jinja is not None)
+    given = _given_ids(messages, answers) if template.jinja is None else {}
+    ids, offsets = tokenize(
+        text, tokenizer, whole=template.jinja is not None, cuts={*_cuts(text, template), *itertools.chain(*given)}
+    )
+    ids, offsets = _with_given(ids, offsets, given, keeps_end=not template.as_generated)
     if template.bos == "once" and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids, offsets = ids[1:], offsets[1:]
     if template.bos == "before_text" and text.startswith(PLACEHOLDER) and ids[:1] == [tokenizer.bos_token_id]:
@@ -142,10 +147,53 @@ def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[M
     return [{**given, **message} for given, message in zip(messages, escaped, strict=True)]
 
 
-def _training_turns(messages: list[Message], template: Template) -> tuple[list[Message], tuple[str, ...]]:
-    """The messages of a training sample, and what was left out of them."""
+def _cuts(text: str, template: Template) -> Iterator[int]:
+    """Where the tokenizer starts anew by the template's rule."""
+    if template.breaks:
+        marks = sorted(template.breaks, key=len, reverse=True)
+        yield from (found.end() for found in re.finditer("|".join(map(re.escape, marks)), text))
+
+
+def _given_ids(messages: list[Message], answers: Sequence[Span]) -> dict[Span, list[int]]:
+    """The ids that assistant turns bring (`token_ids`), by the characters of the turn.
+
+    Raises:
+        UserError: If the template does not say where every turn of the assistant stands.
+    """
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if not any("token_ids" in turn for turn in turns):
+        return {}
+    for own in (turns, [turn for turn in turns if text_of(turn)]):
+        if len(own) == len(answers):
+            pairs = zip(answers, own, strict=True)
+            return {span: list(turn["token_ids"]) for span, turn in pairs if "token_ids" in turn}
+    raise UserError("messages: the template does not mark the assistant's turns, so token_ids have no place in it")
+
+
+def _with_given(
+    ids: list[int], offsets: list[Span], given: Mapping[Span, Sequence[int]], *, keeps_end: bool
+) -> tuple[list[int], list[Span]]:
+    """Tokens in which those of a span with ids of its own are these.
+
+    Args:
+        keeps_end: Whether the span's last token, its end mark, follows ids that do not end with it.
+    """
+    for (start, end), own in given.items():
+        inside = [place for place, (a, b) in enumerate(offsets) if start <= a and b <= end and b > a]
+        if not inside:
+            continue
+        first, last = inside[0], inside[-1] + 1
+        if keeps_end and own[-1:] != ids[last - 1 : last]:
+            last -= 1
+        ids = [*ids[:first], *own, *ids[last:]]
+        offsets = [*offsets[:first], *[(start, end)] * len(own), *offsets[last:]]
+    return ids, offsets
+
+
+def _without_first_answer(messages: list[Message], template: Template) -> tuple[list[Message], tuple[str, ...]]:
+    """The messages from the first turn of the user on, and what was left out of them."""
     first = 1 if messages[0]["role"] == "system" else 0
-    if template.keeps_first_answer or len(messages) <= first or messages[first]["role"] != "assistant":
+    if len(messages) <= first or messages[first]["role"] != "assistant":
         return messages, ()
     note = f"an assistant turn before the first user turn is left out, as the template {template.name!r} was trained"
     return messages[:first] + messages[first + 1 :], (note,)

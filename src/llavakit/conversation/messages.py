@@ -7,6 +7,8 @@ A conversation is a list of `{"role": ..., "content": [parts]}`. A part is a dic
     {"type": "boxes", "boxes": [[x1, y1, x2, y2], ...], "labels": [...], "scores": [...]}
                                         regions of the image before it, corners in pixels; labels and scores optional
 
+An assistant's turn may also bring `token_ids`, the ids it was generated as; llavakit's own templates then read these.
+
 This module converts the forms in which conversations arrive (OpenAI requests, LLaVA's `conversations/from/value`) into
 this one and back. It opens no media and knows no template.
 """
@@ -93,7 +95,19 @@ def _message(message: Any, where: str) -> Message:
         content = []
     if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
         raise FieldError(f"{where}.content", f"must be a string or a list of parts, not {type(content).__name__}")
-    return {"role": role, "content": [_part(part, f"{where}.content.{n}") for n, part in enumerate(content)]}
+    parts = [_part(part, f"{where}.content.{n}") for n, part in enumerate(content)]
+    given = message.get("token_ids")
+    if given is None:
+        return {"role": role, "content": parts}
+    if role != "assistant" or not _is_ids(given):
+        raise FieldError(f"{where}.token_ids", "must be a list of token ids, of an assistant's turn alone")
+    return {"role": role, "content": parts, "token_ids": list(given)}
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value
+    )
 
 
 def _part(part: Any, where: str) -> Part:

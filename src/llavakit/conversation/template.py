@@ -85,13 +85,18 @@ class Template:
         system: System text if the messages bring none.
         stop: Strings at which the assistant's turn is over.
         values: Further variables of the Jinja file; `before` and `after` are written around every placeholder.
+        after_media: Written behind every placeholder, whatever the placement; no further line break follows then.
+        breaks: Strings after which the tokenizer starts anew, as where the original code tokenises the pieces of a
+            prompt one by one.
         placement: "front": a message's only media item is moved before its text as `<image>\\n`; "lead": the same,
             unless it comes first already; "keep": media stay where they are.
         labels: Label policy, see `llavakit.conversation.labels`.
         rounds: For the policy "rounds".
         marks: For the policy "marks".
-        keeps_first_answer: Whether training samples keep an assistant turn in front of the first user turn. Prompts
-            always keep it.
+        keeps_first_answer: Whether training samples keep an assistant turn in front of the first user turn.
+        prompts_keep_first_answer: The same for prompts.
+        as_generated: Whether the ids that an assistant's turn brings are the whole turn, also without an end mark;
+            otherwise an end mark that they lack follows.
         bos: What happens to the tokenizer's begin token if the template writes one too: "double" keeps both, "once"
             drops one; "before_text" drops the tokenizer's own in front of a prompt that opens with a media item.
         training: File that writes training samples, if it is another one.
@@ -104,11 +109,15 @@ class Template:
     system: str = ""
     stop: tuple[str, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
+    after_media: str = ""
+    breaks: tuple[str, ...] = ()
     placement: str = "front"
     labels: str = "spans"
     rounds: Rounds | None = None
     marks: Marks | None = None
     keeps_first_answer: bool = False
+    prompts_keep_first_answer: bool = True
+    as_generated: bool = False
     bos: str = "double"
     training: str | None = None
     jinja: str | None = None
@@ -135,7 +144,10 @@ class Template:
         return opening + self._source(self.file, gap=gap)
 
     def _source(self, file: str, **values: Any) -> str:
-        values = {"default_system": self.system, "default_placement": self.placement, **self.values, **values}
+        own = {"default_system": self.system, "default_placement": self.placement}
+        if self.after_media:
+            own["after_media"] = self.after_media
+        values = {**own, **self.values, **values}
         head = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items())
         return head + _read("_content") + _read(file)
 

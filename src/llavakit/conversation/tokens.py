@@ -6,7 +6,8 @@ starts a new word, and a begin token is kept only in front of the first piece. A
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from llavakit.conversation.template import PLACEHOLDER, Span
@@ -15,10 +16,13 @@ from llavakit.errors import UserError
 IMAGE_PLACEHOLDER = -200
 
 
-def tokenize(text: str, tokenizer: Any, *, whole: bool = False) -> tuple[list[int], list[Span]]:
+def tokenize(
+    text: str, tokenizer: Any, *, whole: bool = False, cuts: Collection[int] = ()
+) -> tuple[list[int], list[Span]]:
     """Ids of a rendered text and the characters [start, end) that each covers.
 
     Args:
+        cuts: Characters before which the tokenizer starts anew, beside the ends of media items; not with `whole`.
         whole: Tokenise the text in one go, placeholders included, as transformers' processors do; the tokenizer then
             has a special token of the placeholder's name, and adds no begin token to a text that opens with it.
 
@@ -33,8 +37,8 @@ def tokenize(text: str, tokenizer: Any, *, whole: bool = False) -> tuple[list[in
     offsets: list[Span] = []
     position = 0
     has_bos = False
-    for number, piece in enumerate(text.split(PLACEHOLDER)):
-        if number:
+    for number, (piece, follows_media) in enumerate(_pieces(text, cuts)):
+        if follows_media:
             ids.append(IMAGE_PLACEHOLDER)
             offsets.append((position, position + len(PLACEHOLDER)))
             position += len(PLACEHOLDER)
@@ -46,6 +50,17 @@ def tokenize(text: str, tokenizer: Any, *, whole: bool = False) -> tuple[list[in
         offsets += [(position + start, position + end) for start, end in piece_offsets[begin:]]
         position += len(piece)
     return ids, offsets
+
+
+def _pieces(text: str, cuts: Collection[int]) -> Iterator[tuple[str, bool]]:
+    """The stretches of text between media items and at cuts, each with whether a media item stands before it."""
+    position = 0
+    for number, piece in enumerate(text.split(PLACEHOLDER)):
+        position += len(PLACEHOLDER) * (number > 0)
+        inside = sorted(cut - position for cut in cuts if position < cut < position + len(piece))
+        for begin, end in itertools.pairwise([0, *inside, len(piece)]):
+            yield piece[begin:end], number > 0 and begin == 0
+        position += len(piece)
 
 
 def _whole(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:

@@ -52,7 +52,7 @@ def question_key(question_id: Any, stored: Mapping[str, Any]) -> Key:
 def asked_digest(question: Question) -> str:
     """Digest of what a question shows the model: its texts, and the content of its media."""
     digest = hashlib.sha256()
-    for message in question.messages():
+    for message in question.turns():
         for part in message["content"]:
             value = part["text"] if part["type"] == "text" else _content(part[part["type"]])
             digest.update(json.dumps([message["role"], part["type"], value]).encode())

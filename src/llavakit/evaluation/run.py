@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llavakit.errors import RecordError, UserError
+from llavakit.errors import RecordError, UserError, quoted
 from llavakit.evaluation.benchmarks.base import Question
 from llavakit.evaluation.predictions import Key, PredictionsFile, Run, question_key
 from llavakit.evaluation.score import benchmark, checked, score
 
 if TYPE_CHECKING:
-    from llavakit.generation.responder import Responder
+    from llavakit.generation.responder import Answer, Responder
+
+T = TypeVar("T")
 
 
 def evaluate(
@@ -39,6 +42,7 @@ def evaluate(
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     limit: int | None = None,
+    shard: str | None = None,
     resume: bool = True,
     model_id: str | None = None,
     question_options: dict[str, Any] | None = None,
@@ -59,6 +63,8 @@ def evaluate(
         batch_size: Questions per model call.
         max_new_tokens: Longest answer; by default as published for the benchmark.
         limit: Ask only this many questions, the first ones; there is no score then.
+        shard: "K/N": ask only the K-th of N blocks, see `block_of`; there is no score then. `score` takes the
+            predictions files of all blocks together.
         model_id: Name stored with the predictions, which then belong to this name too; by default the model's `name`.
         question_options, score_options: Options of the benchmark's `questions` and `score`.
 
@@ -75,7 +81,9 @@ def evaluate(
     if not whole:
         raise UserError(f"{questions}: holds no question")
     _unique(whole, str(questions))
-    asked = whole[:limit]
+    asked = (whole if shard is None else block_of(whole, *_shard(shard)))[:limit]
+    if not asked:
+        raise UserError(f"shard={shard}: there is no question in it; {questions} holds {len(whole)}")
     length = max_new_tokens or chosen.max_new_tokens
     console = console or Console(stderr=True)
     file = PredictionsFile(output, run_of(model, length, model_id), resume)
@@ -96,12 +104,29 @@ def evaluate(
     result: dict[str, Any] = {"task": task, "predictions": str(output), "asked": len(todo), "metrics": None}
     if gold is None and chosen.questions_are_gold:
         gold = questions
-    if gold is not None and limit is None:
+    if gold is not None and limit is None and shard is None:
         options = dict(score_options or {})
         if images is not None and "images" in inspect.signature(chosen.score).parameters:
             options.setdefault("images", str(images))
         result["metrics"] = score(task, output, gold, **options)["metrics"]
     return result
+
+
+def block_of(items: Sequence[T], number: int, blocks: int) -> Sequence[T]:
+    """The consecutive block with this number (from 1) of items that are cut into blocks of ceil(items / blocks).
+
+    As the authors of LLaVA split work: the last blocks may be shorter, or empty.
+    """
+    size = -(-len(items) // blocks)
+    return items[(number - 1) * size : number * size]
+
+
+def _shard(shard: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
+    number, blocks = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= blocks:
+        raise UserError(f"shard={quoted(shard)}: must be K/N with K from 1 to N, as in 2/8")
+    return number, blocks
 
 
 def run_of(model: Responder, max_new_tokens: int, model_id: str | None = None) -> Run:
@@ -130,12 +155,33 @@ def _ask(
         bar = progress.add_task("answering", total=len(questions))
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            found = model.answer_all([question.messages() for question in batch], max_new_tokens=max_new_tokens)
+            found = _answers(model, batch, max_new_tokens)
             pairs = list(zip(batch, found, strict=True))
             failures += [(question, answer) for question, answer in pairs if isinstance(answer, UserError)]
             file.append([(question, answer) for question, answer in pairs if not isinstance(answer, UserError)])
             progress.advance(bar, len(batch))
     return failures
+
+
+def _answers(model: Responder, questions: Sequence[Question], max_new_tokens: int) -> list[Answer | UserError]:
+    """The last answer to every question; questions of several turns are asked turn by turn, all of them together."""
+    turns = [question.turns() for question in questions]
+    conversations: list[list[dict[str, Any]]] = [[] for _ in questions]
+    answers: dict[int, Answer | UserError] = {}
+    for number in range(max(map(len, turns))):
+        open_ = [n for n, own in enumerate(turns) if number < len(own) and not isinstance(answers.get(n), UserError)]
+        for n in open_:
+            if number:
+                conversations[n].append(answers[n].message() | _ids(answers[n]))
+            conversations[n].append(turns[n][number])
+        found = model.answer_all([conversations[n] for n in open_], max_new_tokens=max_new_tokens)
+        answers |= dict(zip(open_, found, strict=True))
+    return [answers[n] for n in range(len(questions))]
+
+
+def _ids(answer: Answer) -> dict[str, Any]:
+    """The ids of an answer that the next turn reads as it was generated, where the message holds the whole text."""
+    return {"token_ids": answer.token_ids} if answer.token_ids and answer.content == answer.text else {}
 
 
 def _unique(questions: Sequence[Question], file: str) -> None:

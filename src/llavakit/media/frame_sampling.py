@@ -31,6 +31,12 @@ def every(total: int, frames: int) -> list[int]:
     return np.arange(0, total, total / frames).astype(int)[:frames].tolist()
 
 
+def strided(total: int, frames: int) -> list[int]:
+    """Every (total // frames)-th frame from the first on; more than `frames` where that is not exact, all frames of a
+    short video (LLaVA-NeXT-Interleave's demo)."""
+    return list(range(0, total, max(total // frames, 1)))
+
+
 def midpoints(total: int, frames: int) -> list[int]:
     """Middles of `frames` equal stretches, at most `total` (Video-ChatGPT, LLaVA-Mini); halves round to even."""
     frames = max(min(frames, total), 1)
@@ -91,6 +97,7 @@ def everything(total: int) -> list[int]:
 RULES: dict[str, Callable[..., list[int]]] = {
     "uniform": uniform,
     "every": every,
+    "strided": strided,
     "midpoints": midpoints,
     "midpoints_per_second": midpoints_per_second,
     "step": step,

@@ -23,23 +23,19 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question as it is put to a model.
+class Turn:
+    """One turn of the user.
 
     Attributes:
-        question_id: As in the published file.
-        text: The user's text, with hints and the response-format sentence.
-        media: Content parts that come before the text: `{"type": "image", "image": PATH or PIL image}`.
-        stored: Further fields to keep with the prediction (the prompt, the round of a circular question).
+        text: The text, in which `<image>` marks the place of a picture.
+        media: Content parts: `{"type": "image", "image": PATH or PIL image}`.
     """
 
-    question_id: str | int
     text: str
     media: tuple[Mapping[str, Any], ...] = ()
-    stored: Mapping[str, Any] = field(default_factory=dict)
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The question as one user message.
+    def message(self) -> dict[str, Any]:
+        """The turn as a message.
 
         Media go where the text has their marks (`<image>`), if it has as many; otherwise before the text.
         """
@@ -51,7 +47,35 @@ class Question:
         else:
             text = "".join(part["text"] for part in parts if not is_media(part)).strip()
             content = [*self.media, {"type": "text", "text": text}]
-        return [{"role": "user", "content": [dict(part) for part in content]}]
+        return {"role": "user", "content": [dict(part) for part in content]}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as it is put to a model.
+
+    Attributes:
+        question_id: As in the published file.
+        text: The user's text, with hints and the response-format sentence.
+        media: Content parts that come before the text: `{"type": "image", "image": PATH or PIL image}`.
+        stored: Further fields to keep with the prediction (the prompt, the round of a circular question).
+        later: Further turns of the user, asked one after another behind the model's own answers; the last answer is
+            the prediction.
+    """
+
+    question_id: str | int
+    text: str
+    media: tuple[Mapping[str, Any], ...] = ()
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    later: tuple[Turn, ...] = ()
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What is asked first, as one user message; see `Turn.message`."""
+        return [Turn(self.text, self.media).message()]
+
+    def turns(self) -> list[dict[str, Any]]:
+        """All turns of the user as messages."""
+        return [*self.messages(), *(turn.message() for turn in self.later)]
 
 
 class Benchmark:

@@ -19,5 +19,7 @@ _TEXT_METRICS = (
     *("medical_precision", "medical_recall", "medical_f1"),
 )
 
+TEXT_METRICS.add("pypi_rouge_l", "llavakit.evaluation.metrics.rouge:pypi_rouge_l")
+
 for _name in _TEXT_METRICS:
     TEXT_METRICS.add(_name, f"llavakit.evaluation.metrics.text:{_name}")

@@ -7,6 +7,7 @@ The same word means different numbers in different toolkits, so the toolkit is p
     sacrebleu_*  corpus BLEU of the package sacrebleu, its own tokenisation (13a)
     google_*     F1 of the package rouge-score, without stemming
     medical_*    word overlap of medical VQA (LLaVA-Med)
+    pypi_*       the package rouge 1.0.1 (`metrics.rouge`)
 
 A metric takes texts and gives a `TextScore`. The COCO and NLTK definitions are written out here, since the packages
 that hold them want Java or download data. METEOR and BERTScore are missing: they need WordNet and a language model.
