@@ -77,6 +77,13 @@ CLAIMS: dict[str, dict[str, tuple[str, str]]] = {
         "collator": (ENTRIES["collator"], "e2e_2d_siglip_mlp"),
         "read_config": ("llavakit.systems.medm_vl.checkpoint.Published.read_config", "e2e_2d_siglip_mlp"),
     },
+    "surgical-llava": {
+        "encode": (ENTRIES["encode"], "inference_prompt"),
+        "samples": (ENTRIES["samples"], "training_prompt_and_labels"),
+        "collator": (ENTRIES["collator"], "e2e_logits"),
+        "read_config": ("llavakit.systems.surgical_llava.checkpoint.VideoChatGPT.read_config", "e2e_logits"),
+        "score": (ENTRIES["score"], "surgical_vqa_metrics"),
+    },
 }
 # Lists of inputs that are independent of each other, and the lists of their outputs.
 PARALLEL: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -105,6 +112,9 @@ PARALLEL: dict[str, tuple[str, tuple[str, ...]]] = {
     "dynamic-llava/tau_schedule": ("items", ("tau",)),
     "dynamic-llava/token_roles": ("samples", ("samples",)),
     "medm-vl/templates": ("", ("",)),
+    "surgical-llava/frame_sampling": ("pairs", ("sampling",)),
+    "surgical-llava/inference_prompt": ("", ("",)),
+    "surgical-llava/training_prompt_and_labels": ("", ("",)),
 }
 # Batches whose rows each own one medium, and the setting that says where they are padded.
 BATCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
@@ -147,6 +157,8 @@ TYPES = (
     "medm-vl/e2e_2d_siglip_mlp",
     "medm-vl/tower_m3dclip",
     "medm-vl/tower_medmclip",
+    "surgical-llava/clip_to_video_tokens",
+    "surgical-llava/e2e_logits",
 )
 EXACT = ("keep", "shape", "ids", "generate", "num_", "hidden_states")
 

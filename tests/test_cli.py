@@ -35,6 +35,7 @@ COMMANDS = [
     "cost",
     "reproduce",
     "phantom",
+    "prepare",
     "serve",
     "doctor",
 ]

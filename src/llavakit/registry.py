@@ -147,6 +147,7 @@ WORLDS = Registry("phantom world", "llavakit.phantom")
 CODECS = Registry("assistant codec")
 OBJECTIVES = Registry("training objective")
 LAYOUTS = Registry("checkpoint layout")
+PREPARATIONS = Registry("preparation of data")
 
 # Built-in parts, as places to import from on first use. Parts of one published system are on that system's card.
 ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleEncoder")

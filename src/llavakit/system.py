@@ -126,6 +126,7 @@ _REGISTRIES = {
     "codecs": registry.CODECS,
     "objectives": registry.OBJECTIVES,
     "layouts": registry.LAYOUTS,
+    "preparations": registry.PREPARATIONS,
 }
 
 

@@ -99,6 +99,10 @@ class ClassicLayout(Layout):
         """What a system adds to or changes in the configuration (media, template, adapter, ...)."""
         raise NotImplementedError(f"{type(self).__name__} must define extend_config")
 
+    def wraps_images(self, raw: Fields) -> bool:
+        """Whether the tokens `IMAGE_MARKS` stand around every image."""
+        return bool(raw.one_of("mm_use_im_start_end", False, True))
+
     def read_config(self, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> LlavakitConfig:
         """llavakit's configuration from a classic config.json."""
         raw = raw if isinstance(raw, Fields) else Fields(raw)
@@ -120,7 +124,7 @@ class ClassicLayout(Layout):
             "pad_token_id": raw.get("pad_token_id"),
         }
         fields |= self.extend_config(raw, encoder)
-        if raw.one_of("mm_use_im_start_end", False, True):
+        if self.wraps_images(raw):
             image = fields["media"]["image"]
             image["arrange"] = wrapped(image.get("arrange"), sources.get("folder"), sources.get("base"))
         config = LlavakitConfig(**fields)

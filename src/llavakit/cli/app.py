@@ -593,6 +593,40 @@ def phantom(
 
 
 @app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="video_instruct, surgical_dialogues, ...")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Annotations or records: a file or a folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Records to write: .json or .jsonl.")],
+    assignments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the preparation.")
+    ] = None,
+    on_bad_record: Annotated[OnBadRecord, typer.Option(help="What to do with a broken record.")] = OnBadRecord.stop,
+    as_json: Json = False,
+) -> None:
+    """Make training records of annotations or of other people's files.
+
+    What a model was asked is kept beside OUT; interrupted, the same command goes on.
+
+    \b
+    Examples:
+      llavakit prepare video_instruct VideoInstruct100K.json train.json suffix=.mp4
+      llavakit prepare surgical_dialogues cholec80 dialogues.jsonl teacher=http://localhost:8000/v1
+    """
+    options = _assignments(assignments or ())
+    from llavakit.data.preparation import prepare as run_preparation
+
+    with _writing(output):
+        found = run_preparation(name, source, output, on_bad_record=on_bad_record.value, **options)
+    if as_json:
+        _print_json(found)
+        return
+    left_out = found.pop("left_out")
+    print(f"{output}: {', '.join(f'{value} {key}' for key, value in found.items())}")
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+
+
+@app.command()
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",

@@ -84,12 +84,15 @@ class Template:
             folder of another package.
         system: System text if the messages bring none.
         stop: Strings at which the assistant's turn is over.
-        values: Further variables of the Jinja file; `before` and `after` are written around every placeholder.
+        values: Further variables of the Jinja file; `before` and `after` are written around every placeholder,
+            `joint` between one that was moved to the front and the text (default a newline).
         after_media: Written behind every placeholder, whatever the placement; no further line break follows then.
         breaks: Strings after which the tokenizer starts anew, as where the original code tokenises the pieces of a
             prompt one by one.
         placement: "front": a message's only media item is moved before its text as `<image>\\n`; "lead": the same,
-            unless it comes first already; "keep": media stay where they are.
+            unless it comes first already; "back": it is moved behind the text as `\\n<image>`; "keep": media stay
+            where they are.
+        training_placement: The placement in training samples, if it is another one.
         labels: Label policy, see `llavakit.conversation.labels`.
         rounds: For the policy "rounds".
         marks: For the policy "marks".
@@ -112,6 +115,7 @@ class Template:
     after_media: str = ""
     breaks: tuple[str, ...] = ()
     placement: str = "front"
+    training_placement: str | None = None
     labels: str = "spans"
     rounds: Rounds | None = None
     marks: Marks | None = None
@@ -175,6 +179,8 @@ class Template:
         """
         source = self._source(self.training) if training and self.training else self.source
         bare = [{"role": m["role"], "content": [_bare(part) for part in m["content"]]} for m in messages]
+        if placement is None and training:
+            placement = self.training_placement
         options = {} if placement is None else {"placement": placement}
         ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if self.jinja is None:

@@ -37,6 +37,8 @@ _BENCHMARKS = {
     "text_overlap": "overlap:TextOverlap",
     "agreement": "agreement:Agreement",
     "verdict_agreement": "agreement:VerdictAgreement",
+    "classes": "classes:Classes",
+    "five_aspects": "five_aspects:FiveAspects",
 }
 
 for _name, _target in _BENCHMARKS.items():

@@ -66,27 +66,40 @@ def _closest_length(candidate: int, references: Sequence[Words]) -> int:
 # The definitions of NLTK and of the COCO caption evaluation
 
 
-def sentence_bleu(
-    candidate: Words, references: Sequence[Words], weights: Sequence[float] = (0.25,) * 4, epsilon: float | None = None
+def corpus_bleu(
+    candidates: Sequence[Words],
+    references: Sequence[Sequence[Words]],
+    weights: Sequence[float] = (0.25,) * 4,
+    epsilon: float | None = None,
 ) -> float:
-    """BLEU of one sentence as NLTK defines it.
+    """BLEU of a corpus as NLTK defines it: counts of n-grams and lengths are summed over all texts.
 
     Args:
         weights: One weight per n-gram order.
         epsilon: What an order without any match counts as its numerator (NLTK's smoothing method 1 uses 0.1); without
-            it, the smallest positive number is its precision. A text without a common word scores 0 anyway.
+            it, the smallest positive number is its precision. Texts without a common word score 0 anyway.
     """
-    hits = [_clipped(candidate, references, n) for n in range(1, len(weights) + 1)]
+    pairs = list(zip(candidates, references, strict=True))
+    orders = range(1, len(weights) + 1)
+    hits = [sum(_clipped(words, own, n) for words, own in pairs) for n in orders]
     if not hits[0]:
         return 0.0
+    totals = [sum(max(1, len(words) - n + 1) for words, _ in pairs) for n in orders]
     logs = []
-    for n, (hit, weight) in enumerate(zip(hits, weights, strict=True), 1):
-        total = max(1, len(candidate) - n + 1)
+    for hit, total, weight in zip(hits, totals, weights, strict=True):
         precision = hit / total if hit else (sys.float_info.min if epsilon is None else epsilon / total)
         logs.append(weight * math.log(precision))
-    wanted = _closest_length(len(candidate), references)
-    penalty = 1.0 if len(candidate) > wanted else math.exp(1 - wanted / len(candidate))
+    length = sum(len(words) for words, _ in pairs)
+    wanted = sum(_closest_length(len(words), own) for words, own in pairs)
+    penalty = 1.0 if length > wanted else math.exp(1 - wanted / length)
     return penalty * math.exp(math.fsum(logs))
+
+
+def sentence_bleu(
+    candidate: Words, references: Sequence[Words], weights: Sequence[float] = (0.25,) * 4, epsilon: float | None = None
+) -> float:
+    """BLEU of one sentence as NLTK defines it; see `corpus_bleu`."""
+    return corpus_bleu([candidate], [references], weights, epsilon)
 
 
 def coco_bleu(

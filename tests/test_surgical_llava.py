@@ -1,0 +1,353 @@
+"""Surgical-LLaVA: golden figures, pooling, files, templates, questions, judges, records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from llavakit.connectors.base import Features
+from llavakit.conversation.template import get_template
+from llavakit.conversation.turns import TextDelta
+from llavakit.data.preparation import prepare
+from llavakit.errors import RecordError, UserError
+from llavakit.evaluation.benchmarks import five_aspects
+from llavakit.evaluation.judges import Judge
+from llavakit.evaluation.metrics.classes import ClassAnswers, macro_scores
+from llavakit.evaluation.score import benchmark, score
+from llavakit.generation.responder import Responder
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.proof.golden import find_cases, run_case
+from llavakit.systems.surgical_llava.connector import SpatioTemporal, pool
+from llavakit.views.plan import MediaSize
+
+GOLDEN = Path(__file__).parent / "golden" / "surgical-llava"
+
+
+@pytest.mark.parametrize("path", find_cases([GOLDEN]), ids=lambda path: path.name)
+def test_golden(path):
+    report = run_case(path)
+    assert report.status == "passed", report.reason
+
+
+# Pooling
+
+
+def connector(**options) -> SpatioTemporal:
+    return SpatioTemporal(vision_width=6, hidden_size=8, **options)
+
+
+def features(*clips: torch.Tensor) -> Features:
+    flat = [clip.flatten(0, 1) for clip in clips]
+    grids = [(1, 1, clip.shape[1]) for clip in clips for _ in clip]
+    return Features(torch.cat(flat), grids, [number for number, clip in enumerate(clips) for _ in clip])
+
+
+def test_pooling_keeps_its_promises():
+    torch.manual_seed(0)
+    clip = torch.randn(7, 5, 6)
+    pooled = pool(clip, 10)
+    assert pooled.shape == (15, 6)
+    assert not pooled[7:10].any()
+    order = torch.randperm(7)
+    other = pool(clip[order], 10)
+    torch.testing.assert_close(other[:7], pooled[:7][order])
+    torch.testing.assert_close(other[10:], pooled[10:])
+    still = pool(clip[:1].expand(4, 5, 6), None)
+    assert still.shape == (9, 6)
+    torch.testing.assert_close(still[:4], still[:1].expand(4, 6))
+    torch.testing.assert_close(still[4:], clip[0])
+    shifted = pool(clip + 3, 10) - pooled
+    assert torch.allclose(shifted[:7], torch.tensor(3.0))
+    assert not shifted[7:10].any()
+    assert len(pool(torch.randn(12, 5, 6), 10)) == 17  # never cut
+    assert pool(clip.half(), None).dtype == torch.float32
+    assert pool(clip.double(), None).dtype == torch.float64
+
+
+def test_free_slots_are_the_bias_and_batches_equal_single_clips():
+    torch.manual_seed(0)
+    net, clips = connector(slots=9, precision=None), [torch.randn(3, 4, 6), torch.randn(9, 4, 6), torch.randn(1, 4, 6)]
+    with torch.no_grad():
+        together = net(features(*clips), [None] * 3)
+        assert together.grids == [(9, 1, 1), (1, 1, 4)] * 3
+        assert together.media_index == [0, 0, 1, 1, 2, 2]
+        for number, clip in enumerate(clips):
+            alone = net(features(clip), [None]).values
+            torch.testing.assert_close(together.values[13 * number : 13 * (number + 1)], alone)
+        bias = net.linear_1.bias.expand(8, 8)
+        torch.testing.assert_close(together.values[27:35], bias)
+        rounded = connector(slots=9)
+        rounded.load_state_dict(net.state_dict())
+        wanted = net.project(pool(clips[0], 9).half().float())
+        torch.testing.assert_close(rounded(features(clips[0]), [None]).values, wanted)
+
+
+def model(**options) -> LlavakitForConditionalGeneration:
+    fields = tiny.config().to_dict()
+    view = {"type": "squash", "size": tiny.SIZE}
+    media = {"image": {"views": view}, "video": {"views": {"type": "frames", "frame": view}}}
+    fields |= {"connector": {"type": "spatio_temporal", **options}, "media": media}
+    fields["media"]["volume"] = {"views": {"type": "volume_slices", "size": tiny.SIZE, "slices": 5}}
+    torch.manual_seed(0)
+    return LlavakitForConditionalGeneration(LlavakitConfig.from_dict(fields)).eval()
+
+
+@pytest.mark.parametrize("slots", [100, 8, None])
+def test_the_number_of_tokens_does_not_depend_on_the_length(slots):
+    media = model(slots=slots).model.media
+    patches = media.count("image", MediaSize(1, 30, 40)) - (slots or 1)
+    for frames in (1, 2, 8):
+        assert media.count("video", MediaSize(frames, 30, 40)) == (slots or frames) + patches
+    assert media.count("volume", MediaSize(64, 30, 40)) == (slots or 5) + patches
+    if slots == 8:
+        with pytest.raises(UserError, match="has 8 slots, the video has 9 frames; sample fewer"):
+            media.count("video", MediaSize(9, 30, 40))
+
+
+def test_frames_slices_and_pictures_train_and_tiles_are_refused():
+    net = model(slots=6)
+    media = net.model.media
+    sizes = [MediaSize(3, 20, 20), MediaSize(1, 20, 20), MediaSize(9, 20, 20)]
+    kinds = ["video", "image", "volume"]
+    views = torch.randn(3 + 1 + 5, 3, tiny.SIZE, tiny.SIZE)
+    count = media.count("image", sizes[1])
+    ids = torch.tensor([[1, *[tiny.TOKEN] * 3 * count, 5]])
+    out = net(
+        input_ids=ids,
+        labels=ids.masked_fill(ids == tiny.TOKEN, -100),
+        pixel_values=views,
+        visual_sizes=torch.tensor(sizes),
+        visual_modalities=torch.tensor([["image", "video", "volume"].index(kind) for kind in kinds]),
+    )
+    out.loss.backward()
+    assert net.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    fields = net.config.to_dict()
+    fields["media"]["image"]["views"] = {"type": "anyres", "size": tiny.SIZE, "pinpoints": [[2 * tiny.SIZE] * 2]}
+    tiled = LlavakitForConditionalGeneration(LlavakitConfig.from_dict(fields))
+    with pytest.raises(UserError, match="one view of every frame"):
+        tiled.model.media.count("image", MediaSize(1, 80, 80))
+
+
+@pytest.mark.parametrize("options", [{"slots": 0}, {"slots": True}, {"slots": "9"}, {"precision": "int8"}])
+def test_options_that_mean_nothing_are_refused(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        connector(**options)
+
+
+# Templates
+
+
+def test_clips_follow_the_question_in_prompts_and_stay_in_records():
+    clip, text = {"type": "video"}, {"type": "text", "text": " What is done? "}
+    asked = [{"role": "user", "content": [clip, text]}]
+    rendered, _ = get_template("video_chatgpt_v1").render(asked, add_generation_prompt=True)
+    assert rendered.endswith("video. USER:  What is done? \n<image> ASSISTANT:")
+    record = [*asked, {"role": "assistant", "content": [{"type": "text", "text": "Cutting."}]}]
+    kept, spans = get_template("vicuna_v1_1").render(record, training=True)
+    assert kept.endswith("USER: <image> What is done?  ASSISTANT: Cutting.</s>")
+    assert [kept[slice(*span)] for span in spans] == [" Cutting.</s>"]
+    front, _ = get_template("vicuna_v1_1_front").render(record, training=True)
+    assert front.endswith("USER: <image> USER: What is done? ASSISTANT: Cutting.</s>")
+    default, _ = get_template("video_chatgpt_default").render(asked, add_generation_prompt=True)
+    assert default.endswith("naturally.\n###Human:  What is done? \n<image>###Assistant:")
+
+
+# Questions with classes
+
+
+def test_free_text_becomes_the_longest_class_that_it_names():
+    classes = ClassAnswers(["Grasping", "Tissue_Manipulation", "left-top", "no", "1", "11", "Vesículas_Seminales"])
+    expected = {"grasping.": 0, "It is tissue manipulation, no?": 1, "LEFT TOP": 2, "The answer is no": 3, "11": 5}
+    expected |= {"nothing": None, "": None, "1 of 1": 4, "Vesi\u0301culas-seminales!": 6, "not known": None}
+    assert {text: classes(text) for text in expected} == expected
+    assert ClassAnswers(["left", "down"])("left or down") is None
+    with pytest.raises(UserError, match="two of them read 'a b'"):
+        ClassAnswers(["a-b", "A_b"])
+
+
+def test_invalid_answers_are_wrong_and_no_class():
+    found = macro_scores([0, 0, 1, 2], [0, None, 1, 1])
+    assert found == pytest.approx(
+        {
+            "accuracy": 0.5,
+            "precision": (1 + 0.5 + 1) / 3,
+            "recall": (0.5 + 1 + 0) / 3,
+            "fscore": (2 / 3 + 2 / 3 + 0) / 3,
+        }
+    )
+    assert macro_scores([0], [1], zero_division=0)["recall"] == 0
+    with pytest.raises(UserError, match="at least one"):
+        macro_scores([], [])
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def data_sets(tmp_path):
+    """The three data sets in their published folders."""
+    write(
+        tmp_path / "endovis18_vqa/seq_5/vqa/Classification/frame000_QA.txt",
+        "what is the organ?|kidney\n\nwhere?|left-top",
+    )
+    write(tmp_path / "endovis18_vqa/seq_2/vqa/Classification/frame001_QA.txt", "state?|Idle\n")
+    for frame in (100, 150):
+        write(tmp_path / f"cholec80_vqa/Classification/5/{frame}_QA.txt", "phase?|preparation\ntools?|1\n")
+    write(
+        tmp_path / "cholec80_vqa/Sentence/5/100_QA.txt",
+        "phase?|the phase is preparation\nused?|a grasper-like tool is used\n",
+    )
+    write(tmp_path / "psi_ava_vqa/Val/C1_location.txt", "CASE001/00001.jpg|where?|top left\n")
+    write(tmp_path / "psi_ava_vqa/Val/C2_action.txt", "CASE001/00001.jpg|what?|['Hold']\n")
+    write(tmp_path / "psi_ava_vqa/Val/C4_step.txt", "CASE001/00001.jpg|step?|Succion\n")
+    return tmp_path
+
+
+def answers(path: Path, texts: dict[str, str]) -> Path:
+    return write(path, "".join(json.dumps({"question_id": name, "text": text}) + "\n" for name, text in texts.items()))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "pictures", "replies", "expected"),
+    [
+        (
+            "endovis18_vqa",
+            {},
+            ["seq_5/left_frames/frame000.png"] * 2,
+            ["the kidney", "at the right"],
+            {"accuracy": 50, "invalid": 1, "invalid_rate": 50, "precision": 100, "recall": 50},
+        ),
+        ("endovis18_vqa", {"split": "train"}, ["seq_2/left_frames/frame001.png"], ["idle"], {"fscore": 100}),
+        ("cholec80_vqa", {"every": 100}, ["cropped_image/5/100.png"] * 2, ["preparation", "2"], {"accuracy": 50}),
+        (
+            "cholec80_vqa",
+            {"form": "Sentence"},
+            ["cropped_image/5/100.png"] * 2,
+            ["The phase is preparation", "a grasper - like tool is used"],
+            {"bleu_1": 100, "bleu_4": 100, "cider": 10.0},
+        ),
+        ("psi_ava_vqa", {}, ["keyframes/CASE001/00001.jpg"] * 2, ["top left", "Succion"], {"accuracy": 100}),
+    ],
+)
+def test_published_folders_are_asked_and_scored(data_sets, task, options, pictures, replies, expected):
+    folder = data_sets / task
+    asked = benchmark(task).questions(folder, **options)
+    assert [question.media[0]["image"] for question in asked] == [str(folder / picture) for picture in pictures]
+    file = answers(data_sets / "answers.jsonl", {q.question_id: text for q, text in zip(asked, replies, strict=True)})
+    metrics = score(task, file, folder, **options)["metrics"]
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("what is it?", r"a_QA.txt:2: \(line\): is 'what is it\?', it should be question\|answer"),
+        ("a|b|c", r"a_QA.txt:2: \(line\)"),
+        ("where?| ", "a_QA.txt:2: answer: is empty"),
+    ],
+)
+def test_lines_that_do_not_parse_are_named(tmp_path, line, problem):
+    write(tmp_path / "seq_1/vqa/Classification/a_QA.txt", f"organ?|kidney\n{line}\n")
+    with pytest.raises(RecordError, match=problem):
+        benchmark("endovis18_vqa").questions(tmp_path)
+
+
+def test_answers_outside_the_classes_and_empty_folders_are_named(tmp_path):
+    write(tmp_path / "seq_1/vqa/Classification/a_QA.txt", "organ?|spleen\n")
+    asked = benchmark("endovis18_vqa").questions(tmp_path, choices=True)
+    assert asked[0].text.startswith("organ?\nAnswer with one of: kidney, Idle")
+    file = answers(tmp_path / "answers.jsonl", {asked[0].question_id: "kidney"})
+    with pytest.raises(RecordError, match=r"a_QA\.txt:1: answer: is 'spleen', which is no class of EndoVis-18-VQA"):
+        score("endovis18_vqa", file, tmp_path)
+    with pytest.raises(UserError, match=r"holds no text file of the split 'train' \(Classification\)"):
+        benchmark("endovis18_vqa").questions(tmp_path, split="train")
+    with pytest.raises(UserError, match="split=test: must be train or val"):
+        benchmark("endovis18_vqa").questions(tmp_path, split="test")
+
+
+# The five aspects
+
+
+class Scripted(Responder):
+    """A judge that replies by rule."""
+
+    def __init__(self, rule) -> None:
+        super().__init__(name="scripted")
+        self.rule, self.told = rule, []
+
+    def run(self, call):
+        self.told.append(call.messages[-1]["content"])
+        yield TextDelta(text=self.rule(call.messages[-1]["content"]))
+
+
+def test_judges_of_five_aspects(tmp_path):
+    items = [{"video_name": "v", "Q": f"q{n}", "A": "a"} for n in range(3)]
+    gold = write(tmp_path / "generic.json", json.dumps(items))
+    for name in ("v.mp4", "w.avi"):
+        write(tmp_path / name, "")
+    asked = benchmark("five_aspects").questions(gold)
+    assert [question.question_id for question in asked] == ["v_0", "v_1", "v_2"]
+    assert asked[0].media == ({"type": "video", "video": str(tmp_path / "v.mp4")},)
+    file = answers(tmp_path / "answers.jsonl", {question.question_id: "p" for question in asked})
+    replies = {"q0": "{'score': 4.9}", "q1": "{''score': 4.8}", "q2": "{'score': '2'}"}
+    judge = Judge(Scripted(lambda text: next(reply for q, reply in replies.items() if f"Question: {q}" in text)))
+    found = score("five_aspects", file, gold, judge=judge, aspects=["correctness", "temporal"])["metrics"]
+    assert (found["correctness"], found["temporal"], found["unreadable"], found["count"]) == (3.0, 3.0, 2, 3)
+    assert judge.asked == 10  # what cannot be read is asked three times
+    double = [{"video_name": "w", "Q1": "a?", "Q2": "b?", "A": "c", "pred1": "x", "pred2": "y"}]
+    judge = Judge(Scripted(lambda text: "{'score': 5}"))
+    found = score("five_aspects", write(tmp_path / "two.json", json.dumps(double)), judge=judge)["metrics"]
+    assert found["consistency"] == 5
+    assert "Question 1: a?\nQuestion 2: b?" in judge.responder.told[0]
+    with pytest.raises(UserError, match="aspects=detail: these items can be judged for consistency"):
+        score("five_aspects", tmp_path / "two.json", judge=judge, aspects="detail")
+    with pytest.raises(RecordError, match=r"generic\.json:3: Q: has no answer"):
+        score("five_aspects", answers(tmp_path / "few.jsonl", {"v_0": "p", "v_1": "p"}), gold, judge=judge)
+    lost = write(tmp_path / "lost.json", json.dumps([{"video_name": "x", "Q": "q", "A": "a"}]))
+    with pytest.raises(RecordError, match=r"lost\.json:1: video_name: 'x': .* holds no such video"):
+        benchmark("five_aspects").questions(lost)
+
+
+def test_scores_are_cut_to_whole_numbers_and_bad_ones_raise():
+    read = [five_aspects.parse_reply(reply) for reply in ("{'score': 3.9}", "{'score': '-2'}", "nan")]
+    assert five_aspects.average_score(read[:2]) == 0.5
+    assert read[2] is None
+    for reply in ("{'score': None}", "{'grade': 3}", "4", "{'score': '3.5'}"):
+        with pytest.raises((TypeError, KeyError, ValueError)):
+            five_aspects.average_score([five_aspects.parse_reply(reply)])
+
+
+# Records
+
+
+def test_instructions_become_records(tmp_path):
+    rows = [{"q": f"q{n}?", "a": f"a{n}", "video_id": f"v{n}"} for n in range(3)]
+    source = write(tmp_path / "in.json", json.dumps(rows))
+    found = prepare("video_instruct", source, tmp_path / "out.json")
+    assert (found["records"], found["left_out"]) == (3, [])
+    made = json.loads((tmp_path / "out.json").read_text())
+    assert [record["conversations"][0]["value"] for record in made] == ["q0?\n<video>", "<video>\nq1?", "q2?\n<video>"]
+    write(tmp_path / "clips/v1.mp4", "")
+    write(tmp_path / "clips/v2.mp4", "")
+    found = prepare("video_instruct", source, tmp_path / "out.jsonl", suffix=".mp4", videos=tmp_path / "clips")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found["records"] == 2
+    assert [line["video"] for line in lines] == ["v1.mp4", "v2.mp4"]
+    assert lines[1]["conversations"][0]["value"] == "q2?\n<video>"
+    rows[1] = {"q": "q", "video_id": "v1"}
+    source.write_text(json.dumps(rows))
+    with pytest.raises(RecordError, match=r"in\.json:2: a: is missing"):
+        prepare("video_instruct", source, tmp_path / "out.json")
+    found = prepare("video_instruct", source, tmp_path / "out.json", on_bad_record="skip")
+    assert found["records"] == 2
+    assert "in.json:2: a: is missing" in found["left_out"][0]
+    with pytest.raises(UserError, match="unknown option 'sufix'; did you mean 'suffix'"):
+        prepare("video_instruct", source, tmp_path / "out.json", sufix=".mp4")
