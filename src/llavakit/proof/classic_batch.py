@@ -1,11 +1,14 @@
 """Batches of the original code (padded ids with -200 for a media item, a list of media) as the product's batches.
 
 The original strips padding, puts visual vectors in place of -200, cuts rows and pads them again, all on embeddings.
-Here every row becomes a sample as `LlavakitProcessor.encode` gives it, and the stage's collator makes the batch.
+Here every row becomes messages, of which `Samples` and `LlavakitProcessor.encode` make a sample, and the stage's
+collator makes the batch. Rows that no message can say (see `verbatim.is_conversation`) and ready visual vectors are
+laid out directly.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +21,7 @@ from llavakit.data.collate import Collator
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES
 from llavakit.model.visuals import gather_media
+from llavakit.proof.verbatim import VerbatimRows, is_conversation
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand
 from llavakit.training.dataset import StageCollator
@@ -79,12 +83,14 @@ class ClassicBatch:
     features: bool = False
     used: list[Entry] = field(default_factory=list, init=False)
     samples: list[dict[str, Any]] = field(default_factory=list, init=False)
+    _text: set[int] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.max_length = self.max_length or None
         waiting = {token: iter(entries) for token, entries in self.media.items()}
-        masks, labels = as_rows(self.attention_mask), as_rows(self.labels)
-        for number, row in enumerate(as_rows(self.input_ids) or []):
+        rows, masks, labels = (as_rows(values) for values in (self.input_ids, self.attention_mask, self.labels))
+        self._text = {token for row in rows or [] for token in row if token not in waiting and token >= 0}
+        for number, row in enumerate(rows or []):
             seen = [True] * len(row) if masks is None else [bool(x) for x in masks[number]]
             ids = [i for i, real in zip(row, seen, strict=True) if real]
             own = None if labels is None else [t for t, real in zip(labels[number], seen, strict=True) if real]
@@ -103,6 +109,13 @@ class ClassicBatch:
         if not entries and self.spare:
             for left in waiting.values():
                 next(left, None)
+        self.used += entries
+        places = [place for place, token in enumerate(ids) if token in waiting]
+        found = {place: (entry.modality, entry.size) for place, entry in zip(places, entries, strict=True)}
+        text = [0 if token in waiting else token for token in ids]
+        if all(entry.vectors is None for entry in entries) and is_conversation(text, labels, found):
+            views = [view for entry in entries for view in entry.views]
+            return self._rows.sample(text, labels, found, views)
         spliced = expand(
             [IMAGE_PLACEHOLDER if token in waiting else token for token in ids],
             labels,
@@ -110,7 +123,6 @@ class ClassicBatch:
             placeholder=IMAGE_PLACEHOLDER,
             image_token_id=self.model.config.image_token_id,
         )
-        self.used += entries
         return {
             "input_ids": spliced.ids,
             "labels": spliced.labels,
@@ -118,6 +130,10 @@ class ClassicBatch:
             "visual_sizes": [entry.size for entry in entries],
             "visual_modalities": [MODALITIES.index(entry.modality) for entry in entries],
         }
+
+    @functools.cached_property
+    def _rows(self) -> VerbatimRows:
+        return VerbatimRows(self.model.config, self._text | {0})
 
     def _layout(self, entry: Entry) -> Sequence[Run]:
         if entry.vectors is not None:
