@@ -3,9 +3,8 @@
     python tests/parity_bites.py            every system
     python tests/parity_bites.py llava-1.5  one system
 
-Each user entry that a system's adapters claim to go through is broken in turn; at least one case of the system must
-fail then. After that the cases run in variations whose right answer follows from the recorded one: lists of
-independent inputs reversed and doubled, batches in another order, padding on the other side, inputs in another
+Each user entry is broken in turn; at least one case of the system must fail then, see `parity_entries`. After that the
+cases run in variations whose right answer follows from the recorded one: lists of independent inputs reversed and doubled, batches in another order, padding on the other side, inputs in another
 floating-point type. Prints one line per check; exit status 1 if one does not hold.
 """
 
@@ -19,72 +18,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from parity_entries import bites, proved_systems
 from safetensors.torch import load_file, save_file
 
-from llavakit.proof.golden import Report, run_case
+from llavakit.proof.golden import run_case
 
 GOLDEN = Path(__file__).parent / "golden"
 
-ENTRIES = {
-    "encode": "llavakit.model.processing.LlavakitProcessor.encode",
-    "engine": "llavakit.generation.engine.Engine.__init__",
-    "samples": "llavakit.training.dataset.Samples.__init__",
-    "collator": "llavakit.training.dataset.StageCollator.__call__",
-    "score": "llavakit.evaluation.score.score",
-}
-# What a system's adapters claim to enter through, and a component that does.
-CLAIMS: dict[str, dict[str, tuple[str, str]]] = {
-    "llava-1.5": {
-        "encode": (ENTRIES["encode"], "labels-v1"),
-        "engine": (ENTRIES["engine"], "e2e-logits"),
-        "samples": (ENTRIES["samples"], "sampler-lengths"),
-        "collator": (ENTRIES["collator"], "e2e-logits"),
-        "read_config": ("llavakit.systems.llava_1_5.checkpoint.LlavaLayout.read_config", "e2e-logits"),
-        "score": (ENTRIES["score"], "eval-pope"),
-    },
-    "llava-onevision": {
-        "encode": (ENTRIES["encode"], "preprocess"),
-        "engine": (ENTRIES["engine"], "e2e_logits"),
-        "samples": (ENTRIES["samples"], "preprocess"),
-        "collator": (ENTRIES["collator"], "token_layout"),
-        "read_config": ("llavakit.systems.llava_onevision.checkpoint.OnevisionLayout.read_config", "e2e_logits"),
-    },
-    "llava-uhd": {
-        "encode": (ENTRIES["encode"], "preprocess_0"),
-        "collator": (ENTRIES["collator"], "end_to_end"),
-        "read_config": ("llavakit.systems.llava_uhd.checkpoint.Released.read_config", "end_to_end"),
-        "drop_unused": ("llavakit.systems.llava_uhd.checkpoint.Released.drop_unused", "spatial_resampler"),
-        "score": (ENTRIES["score"], "metric_pope"),
-    },
-    "llava-mini": {
-        "encode": (ENTRIES["encode"], "labels_llama3"),
-        "engine": (ENTRIES["engine"], "generate_image"),
-        "samples": (ENTRIES["samples"], "labels_llama3"),
-        "collator": (ENTRIES["collator"], "e2e_image_c1_batch"),
-        "read_config": ("llavakit.systems.llava_mini.checkpoint.LlavaMiniLayout.read_config", "generate_image"),
-        "score": (ENTRIES["score"], "pope"),
-    },
-    "dynamic-llava": {
-        "collator": (ENTRIES["collator"], "train_step_multiturn"),
-        "read_config": ("llavakit.systems.dynamic_llava.checkpoint.DynamicLlavaLayout.read_config", "cached_decode_a"),
-    },
-    "medm-vl": {
-        "encode": (ENTRIES["encode"], "templates"),
-        "samples": (ENTRIES["samples"], "templates"),
-        "collator": (ENTRIES["collator"], "e2e_2d_siglip_mlp"),
-        "read_config": ("llavakit.systems.medm_vl.checkpoint.Published.read_config", "e2e_2d_siglip_mlp"),
-    },
-    "surgical-llava": {
-        "encode": (ENTRIES["encode"], "inference_prompt"),
-        "samples": (ENTRIES["samples"], "training_prompt_and_labels"),
-        "collator": (ENTRIES["collator"], "e2e_logits"),
-        "read_config": ("llavakit.systems.surgical_llava.checkpoint.VideoChatGPT.read_config", "e2e_logits"),
-        "score": (ENTRIES["score"], "surgical_vqa_metrics"),
-    },
-}
 # Lists of inputs that are independent of each other, and the lists of their outputs.
 PARALLEL: dict[str, tuple[str, tuple[str, ...]]] = {
     "llava-1.5/anyres-plan": ("sizes_wh", ("plans",)),
@@ -161,17 +103,6 @@ TYPES = (
     "surgical-llava/e2e_logits",
 )
 EXACT = ("keep", "shape", "ids", "generate", "num_", "hidden_states")
-
-
-MESSAGE = "broken on purpose"
-
-
-class Broken(RuntimeError):
-    """What a broken entry raises."""
-
-
-def raises(*args: Any, **kwargs: Any) -> Any:
-    raise Broken(MESSAGE)
 
 
 @contextmanager
@@ -273,29 +204,6 @@ def in_type(dtype: torch.dtype, files: tuple[str, ...] = ("inputs",)) -> Callabl
     return apply
 
 
-def bites(system: str) -> Iterator[tuple[str, bool, str]]:
-    """Name, verdict and remark of every broken entry."""
-    for entry, (target, case) in CLAIMS[system].items():
-        with patch(target, raises), patch("llavakit.proof.entries.score", raises if entry == "score" else _score):
-            report = run_case(GOLDEN / system / case)
-        yield f"broken {entry}", _bitten(report), f"{case}: {report.status} {report.reason}"
-    with patch("llavakit.proof.entries.open_checkpoint", raises):
-        names = [case for entry, (_, case) in CLAIMS[system].items() if entry == "read_config"]
-        report = run_case(GOLDEN / system / names[0])
-    yield "broken open_checkpoint", _bitten(report), f"{names[0]}: {report.status} {report.reason}"
-
-
-def _bitten(report: Report) -> bool:
-    """Whether a case failed because of the broken entry, and not because it cannot run at all."""
-    return report.status == "failed" and MESSAGE in report.reason + report.traceback
-
-
-def _score(*args: Any, **options: Any) -> Any:
-    from llavakit.evaluation.score import score
-
-    return score(*args, **options)
-
-
 def variations(system: str) -> Iterator[tuple[str, bool, str]]:
     """Name, verdict and reason of every variation."""
     changes: list[tuple[str, str, Callable[[Path], None]]] = []
@@ -324,7 +232,7 @@ def variations(system: str) -> Iterator[tuple[str, bool, str]]:
 def main(systems: list[str]) -> int:
     """Check the systems; the exit status."""
     failed = total = 0
-    for system in systems or list(CLAIMS):
+    for system in systems or proved_systems():
         for checks in (bites, variations):
             for name, holds, remark in checks(system):
                 total += 1

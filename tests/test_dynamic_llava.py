@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from llavakit.errors import UserError
+from llavakit.generation.engine import Engine
+from llavakit.generation.request import Request
 from llavakit.model.prompt import PromptInfo
 from llavakit.proof.golden import run_case
 from llavakit.system import get_system
@@ -251,6 +253,18 @@ def test_rows_of_a_batch_store_different_numbers_of_tokens():
     assert upper[0] != upper[1]
     per_token = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8, float32
     assert cache.bytes() == per_token * (2 * cache.get_seq_length() + 3 * sum(upper))
+
+
+def test_the_engine_scores_replies_as_it_would_have_generated_them():
+    net, _ = build(use_instruct_predictor=True)
+    sample = tiny.prompt(net, "ttItttt", seed=3)
+    media = {name: sample[name] for name in ("pixel_values", "visual_sizes", "visual_modalities")}
+    prompt = Request(input_ids=sample["input_ids"][0], **media)
+    replies = [[11, 12, 13, 14, 15, 16], [20], [21, 22, 23]]
+    for reply, found in zip(replies, Engine(net, max_batch=2).score(prompt, replies), strict=True):
+        logits, _ = stepwise(net, sample, reply[:-1])
+        wanted = logits[0].log_softmax(-1)[torch.arange(len(reply)), torch.tensor(reply)]
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_beams_and_several_replies():

@@ -9,6 +9,7 @@ from rich.console import Console
 
 import llavakit
 from llavakit.errors import UserError
+from llavakit.evaluation.run import evaluate
 from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.phantom.write import write_world
 from llavakit.system import get_system
@@ -69,4 +70,9 @@ def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, it
     file = next(str(folder / record[item]) for record in records if isinstance(record.get(item), str))
     chat = llavakit.load(result.final)
     question = [{"type": item, item: file}, {"type": "text", "text": "What is there?"}]
-    assert isinstance(chat.chat([{"role": "user", "content": question}], max_new_tokens=2), str)
+    reply = chat.chat([{"role": "user", "content": question}], max_new_tokens=2)
+    record = {"question_id": 1, "text": "What is there?", "answer": reply, item: file}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(record))
+    files = tmp_path / "questions.jsonl", tmp_path / "predictions.jsonl"
+    found = evaluate(chat, "exact_match", *files, max_new_tokens=2, console=Console(quiet=True))
+    assert found["metrics"]["accuracy"] == 100.0

@@ -10,7 +10,7 @@ schedules.
 
 from __future__ import annotations
 
-import copy
+import functools
 import queue
 import threading
 from collections import deque
@@ -30,7 +30,7 @@ from llavakit.generation.rows import PlainRows, sliding_window
 from llavakit.generation.sampling import RowRng, TokenSampler
 from llavakit.generation.stopping import StopStrings, check_stops, stop_token_ids
 from llavakit.generation.streaming import TextStream
-from llavakit.language.rows import DecodingRows
+from llavakit.language.rows import DecodingRows, decode_given
 
 _LEAST_REUSE = 16  # copying a shorter prefix costs more than computing it
 
@@ -197,18 +197,37 @@ class Engine:
         Returns:
             One tensor [tokens] per reply, float32.
         """
+        logits = self.reply_logits(request, continuations)
+        return [
+            own.float().log_softmax(-1).gather(-1, torch.tensor(list(ids), device=own.device)[:, None]).squeeze(-1)
+            for own, ids in zip(logits, continuations, strict=True)
+        ]
+
+    def reply_logits(self, request: Request, replies: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits that the model gives for every token of given replies to one prompt, which is computed once.
+
+        Args:
+            replies: Token ids of every reply, at least one each.
+
+        Returns:
+            One tensor [tokens, vocabulary] per reply; the first row belongs to the prompt's last position.
+        """
         with self._stepping, torch.inference_mode():
             handle = RequestHandle(self, request)
             prompt = self.prompts.read(request)
-            cache, first = self._run_prompt(handle, prompt)
-            if self._adapter is None and prompt.keys is not None and self.prefixes.enabled:
-                self.prefixes.put(prompt.keys, cache)
-            scores = []
-            for reply in continuations:
-                ids = torch.tensor([list(reply)], device=self.device)
-                logits = first if ids.shape[1] == 1 else torch.cat([first, self._continue(cache, prompt, ids[:, :-1])])
-                scores.append(logits.float().log_softmax(-1).gather(-1, ids.T).squeeze(-1))
-            return scores
+            states, first = self._run_prompt(handle, prompt)
+            if self._adapter is not None:
+                size = {"max_rows": self.max_batch, "max_length": self.max_length}
+                make = functools.partial(self._adapter.rows, self.model, states, **size)
+                later = decode_given(make, states, prompt.length, replies, self.max_batch)
+                return [torch.cat([first, *rest]) for rest in later]
+            if prompt.keys is not None and self.prefixes.enabled:
+                self.prefixes.put(prompt.keys, states)
+            found = []
+            for reply in replies:
+                ids = torch.tensor([list(reply)[:-1]], dtype=torch.long, device=self.device)
+                found.append(torch.cat([first, self._continue(states, prompt, ids)]) if ids.shape[1] else first)
+            return found
 
     def forget(self) -> None:
         """Drop kept states and visual vectors; needed when the model's weights have changed."""
@@ -335,21 +354,13 @@ class Engine:
         ).last_hidden_state
         return stack_layers(cache), self.model.lm_head(hidden[:, -1])
 
-    def _continue(self, cache: Any, prompt: Prompt, ids: Tensor) -> Tensor:
+    def _continue(self, states: Tensor, prompt: Prompt, ids: Tensor) -> Tensor:
         """Logits [tokens, vocabulary] behind a prompt with given ids; the prompt's states stay as they are."""
         length = prompt.length + ids.shape[1]
-        if self._adapter is not None:
-            output = self.model(
-                input_ids=ids,
-                attention_mask=torch.ones(1, length, dtype=torch.long, device=self.device),
-                past_key_values=copy.deepcopy(cache),
-                use_cache=True,
-            )
-            return output.logits[0]
         hidden = self.core.language_model(
             inputs_embeds=self.core.embed_ids(ids),
             position_ids=torch.arange(prompt.length, length, device=self.device).unsqueeze(0),
-            past_key_values=one_row_cache(cache),
+            past_key_values=one_row_cache(states),
             use_cache=True,
         ).last_hidden_state
         return self.model.lm_head(hidden[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,34 @@ class DecodingRows(ABC):
         None if a beginning cannot be cut out; this is the default.
         """
         return None
+
+
+def decode_given(
+    make: Callable[..., DecodingRows], states: Any, length: int, replies: Sequence[Sequence[int]], together: int
+) -> list[list[Tensor]]:
+    """Logits [1, vocabulary] behind every token of given replies but the last.
+
+    Token by token in rows, as the replies would have been generated: an adapter may treat a stretch of several tokens
+    as something else, such as another turn of the user.
+
+    Args:
+        make: Gives rows, called with `rows`.
+        states, length: Of the prompt, see `DecodingRows.insert`.
+        together: Most replies in one step.
+    """
+    found: list[list[Tensor]] = [[] for _ in replies]
+    longest_first = sorted(range(len(replies)), key=lambda number: -len(replies[number]))
+    for begin in range(0, len(replies), together):
+        group = longest_first[begin : begin + together]
+        rows = make(rows=len(group))
+        for row in range(len(group)):
+            rows.insert(row, states, length)
+        for step in range(len(replies[group[0]]) - 1):
+            active = [number for number in group if step < len(replies[number]) - 1]
+            logits = rows.step([int(replies[number][step]) for number in active])
+            for number, own in zip(active, logits.split(1), strict=True):
+                found[number].append(own)
+    return found
 
 
 class SeparateRows(DecodingRows):

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.data.collate import Collator
+from llavakit.generation.engine import position_limit
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES
 from llavakit.model.visuals import gather_media
+from llavakit.proof.entries import engine_logits
+from llavakit.proof.golden import Example, Result, escaped
 from llavakit.proof.verbatim import VerbatimRows, is_conversation
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand
@@ -204,6 +207,31 @@ class ClassicBatch:
             return self.model(**self.collated(), **options)
         labels = None if self.labels is None else self.targets
         return self.model(inputs_embeds=self.embeds(), attention_mask=self.attention, labels=labels, **options)
+
+    def through_engine(self, name: str = "logits") -> Iterator[Example]:
+        """An example that compares the output `name` [rows, longest, vocabulary] with the engine's logits.
+
+        The prompt of every row ends with its last media item; what follows is given to the engine as the answer. There
+        is no example where the engine cannot take the rows: cut ones, ready vectors, more positions than the decoder
+        has.
+        """
+        limit = position_limit(self.model.config.get_text_config())
+        fits = limit is None or max(self.lengths, default=0) < limit
+        if self.samples and fits and not self.is_cut and all(entry.vectors is None for entry in self.used):
+            yield Example("through the engine", lambda: self._engine_result(name), tensors=(escaped(name),))
+
+    def _engine_result(self, name: str) -> Result:
+        found: list[Tensor] = []
+        known: list[Tensor] = []
+        for sample in self.samples:
+            ids = [int(token) for token in sample["input_ids"]]
+            visual = [place for place, token in enumerate(ids) if token == self.model.config.image_token_id]
+            begin = visual[-1] + 1 if visual else 1
+            logits = engine_logits(self.model, sample, begin)
+            found.append(torch.cat([logits.new_zeros(begin - 1, logits.shape[-1]), logits]))
+            known.append(torch.arange(len(ids)).unsqueeze(-1) >= begin - 1)
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=self.padding_side)
+        return Result(tensors={name: pad(found)}, mask={name: pad(known)})
 
     def meaningful(self) -> Tensor:
         """True at real tokens [rows, longest, 1], as masks of results."""

@@ -272,6 +272,37 @@ def greedy(
     return [reply.token_ids for reply in engine.generate(requests)]
 
 
+def engine_logits(
+    model: LlavakitForConditionalGeneration,
+    sample: Mapping[str, Any],
+    begin: int,
+    reply: Sequence[int] = (),
+    **request: Any,
+) -> Tensor:
+    """Logits of an engine that is given a prompt and what it would have answered, from the prompt's last position on.
+
+    Args:
+        sample: As `LlavakitProcessor.encode` gives it.
+        begin: Length of the prompt; the sample's further ids are the beginning of the answer.
+        reply: Ids that the answer goes on with.
+        request: Further fields of `Request`.
+
+    Returns:
+        [1 + ids behind the prompt, vocabulary]
+    """
+    ids = [int(token) for token in sample["input_ids"]]
+    views = list(sample["pixel_values"])
+    prompt = Request(
+        input_ids=torch.tensor(ids[:begin]),
+        pixel_values=views or None,
+        visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
+        visual_modalities=torch.tensor(sample["visual_modalities"]) if views else None,
+        **request,
+    )
+    end = [0]  # logits belong to the position in front of a token: one more shows those behind the last
+    return Engine(model).reply_logits(prompt, [[*ids[begin:], *reply, *end]])[0]
+
+
 # Scores
 
 

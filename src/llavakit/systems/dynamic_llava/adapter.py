@@ -258,7 +258,7 @@ class DynamicSparsification(LanguageAdapter):
             return output, decisions.penalty
 
         own = None if prompt_info is None else prompt_info.length
-        selection = self._select(hidden, visual, labels, input_ids, valid, segments, seen, cache is not None, own)
+        selection = self.select(hidden, visual, labels, input_ids, valid, segments, seen, cache is not None, own)
         hidden = self._run_selected(decoder, hidden, position_ids, segments, selection, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache), None
 
@@ -497,7 +497,7 @@ class DynamicSparsification(LanguageAdapter):
 
     # Inference
 
-    def _select(
+    def select(
         self,
         hidden: Tensor,
         visual: Tensor | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +16,14 @@ from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.prompt import PromptInfo
 from llavakit.proof.classic_batch import ClassicBatch, Entry
-from llavakit.proof.entries import check_keys, fitting, loaded, published_model
+from llavakit.proof.entries import check_keys, engine_logits, fitting, loaded, published_model
 from llavakit.proof.golden import Case, Example, Result, examples
-from llavakit.systems.dynamic_llava.adapter import Decisions, DynamicSparsification, Sample
+from llavakit.systems.dynamic_llava.adapter import Decisions, DynamicSparsification, Sample, Selection
 from llavakit.systems.dynamic_llava.attention import EPS, PolicyMask, allowed_pairs, masked_softmax
 from llavakit.systems.dynamic_llava.cache import SelectiveCache
 from llavakit.systems.dynamic_llava.checkpoint import SPARSE_DEFAULTS, DynamicLlavaLayout
 from llavakit.systems.dynamic_llava.cost import paper_flops
-from llavakit.systems.dynamic_llava.decisions import rate_penalty, temperature, threshold_keep, top_keep
+from llavakit.systems.dynamic_llava.decisions import rate_penalty, temperature, threshold_keep
 from llavakit.systems.dynamic_llava.predictors import ImagePredictor, TextPredictor
 from llavakit.systems.dynamic_llava.roles import USER_MARKER, token_roles
 from llavakit.views.plan import MediaSize
@@ -165,6 +165,7 @@ class RecordingAdapter(DynamicSparsification):
     recorded: Mapping[str, Tensor]
     decisions: Decisions
     samples: list[Sample]
+    selections: list[Selection]
 
     def noise(self, role: str, logits: Tensor) -> Tensor:
         names = [name for name in self.recorded if name.startswith("gumbel_noise.") and role in name]
@@ -177,6 +178,18 @@ class RecordingAdapter(DynamicSparsification):
         self.samples = samples
         self.decisions = super().decide(hidden, samples)
         return self.decisions
+
+    def select(self, *args: Any) -> Selection:
+        self.selections.append(super().select(*args))
+        return self.selections[-1]
+
+
+def recording(model: LlavakitForConditionalGeneration, tensors: Mapping[str, Tensor]) -> RecordingAdapter:
+    """The model's adapter, from now on with recorded noise and a memory."""
+    adapter = model.model.language_adapter
+    adapter.__class__ = RecordingAdapter
+    adapter.recorded, adapter.selections = tensors, []
+    return adapter
 
 
 def tiny_model(case: Case) -> LlavakitForConditionalGeneration:
@@ -206,9 +219,8 @@ def train_step(case: Case) -> Result:
     """Loss, logits, decisions and gradients of one training step with recorded noise."""
     inputs = case.tensors
     model = tiny_model(case).train()
-    adapter = model.model.language_adapter
-    adapter.__class__ = RecordingAdapter
-    adapter.recorded, adapter.tau = inputs, case.config["gumbel_tau"]
+    adapter = recording(model, inputs)
+    adapter.tau = case.config["gumbel_tau"]
     batch = spliced_batch(case, model)
     output = batch.forward()
     output.loss.backward()
@@ -238,23 +250,12 @@ class Session:
 
     def __init__(self, case: Case) -> None:
         self.model = tiny_model(case)
-        self.adapter = self.model.model.language_adapter
-        self.prompt = spliced_batch(case, self.model).collated()
+        self.adapter = recording(self.model, case.tensors)
+        self.batch = spliced_batch(case, self.model)
+        self.prompt = self.batch.collated()
         self.prompt.pop("labels", None)
         self.visual = self.prompt["input_ids"] == self.model.config.image_token_id
         self.cache: SelectiveCache = self.adapter.make_cache()
-        self.decided: dict[str, list[Tensor]] = {"text_predictor": [], "instruct_predictor": [], "image_predictor": []}
-        for name, logits in self.decided.items():
-            predictor = getattr(self.adapter, name)
-            if predictor is not None:
-                predictor.register_forward_hook(self._recorder(logits))
-
-    @staticmethod
-    def _recorder(logits: list[Tensor]) -> Callable[..., None]:
-        def record(module: Any, args: Any, output: Tensor) -> None:
-            logits.append(output.detach())
-
-        return record
 
     @torch.no_grad()
     def prefill(self) -> Tensor:
@@ -267,42 +268,50 @@ class Session:
         ids = torch.tensor([list(tokens)]).expand(len(self.prompt["input_ids"]), -1)
         return self.model(input_ids=ids, past_key_values=self.cache).logits
 
+    def stored(self) -> list[bool]:
+        """Which tokens of the last step the first row keeps."""
+        selection = self.adapter.selections[-1]
+        return (selection.run if selection.stored is None else selection.stored)[0].tolist()
+
     def lengths(self) -> list[int]:
         """Entries per layer of the first row."""
         return [rows[0] for rows in self.cache.stored()]
 
 
-def cached_decoding(case: Case) -> Result:
-    """Prefill and single-token steps with a cache."""
+def cached_decoding(case: Case) -> Iterator[Example | Result]:
+    """Prefill and single-token steps with a cache, by hand and through the engine."""
     case.informational("config.fed_tokens")
     session = Session(case)
-    prefill = session.prefill()
-    lengths, steps = [session.lengths()], [prefill[:, -1]]
-    for token in case.inputs["fed_tokens"]:
-        steps.append(session.feed([token])[:, -1])
-        lengths.append(session.lengths())
-    tensors: dict[str, Tensor] = {"step_logits": torch.stack(steps, dim=1)}
-    kept = session.visual.clone()[0]
-    if session.adapter.prunes_images:
-        logits = session.decided["image_predictor"][0]
-        index = top_keep(logits, session.adapter.vision_keep_rate)[0]
-        tensors |= {"image_predictor_logits": logits, "keep_index": index}
-        places = kept.nonzero().squeeze(-1)
-        kept[places] = False
-        kept[places[index]] = True
-        json_index = index.tolist()
-    else:
-        json_index = list(range(int(kept.sum())))
-    run = kept | ~session.visual[0]
-    if session.adapter.prunes_instructions:
-        run &= prefill[0].abs().sum(-1) > 0
-    tensors["prefill_logits"] = prefill[:, run]
-    decisions = [bool(threshold_keep(logits).flatten()[0]) for logits in session.decided["text_predictor"]]
-    decisions = decisions or [True] * (len(steps) - 1)
-    return Result(
-        json={"decisions": decisions, "cache_lengths_after_each_step": lengths, "keep_index": json_index},
-        tensors=tensors,
-    )
+    fed = case.inputs["fed_tokens"]
+
+    def steps() -> Result:
+        image_logits: list[Tensor] = []
+        if session.adapter.image_predictor is not None:
+            remember = lambda module, args, output: image_logits.append(output)  # noqa: E731
+            session.adapter.image_predictor.register_forward_hook(remember)
+        prefill = session.prefill()
+        run = session.adapter.selections[-1].run[0]
+        kept = run[session.visual[0]].nonzero().squeeze(-1)
+        lengths, logits, decisions = [session.lengths()], [prefill[:, -1]], []
+        for token in fed:
+            logits.append(session.feed([token])[:, -1])
+            lengths.append(session.lengths())
+            decisions += session.stored()
+        tensors = {"step_logits": torch.stack(logits, dim=1), "prefill_logits": prefill[:, run], "keep_index": kept}
+        if image_logits:
+            tensors["image_predictor_logits"] = image_logits[0]
+        facts = {"decisions": decisions, "cache_lengths_after_each_step": lengths, "keep_index": kept.tolist()}
+        return Result(json=facts, tensors=tensors)
+
+    def engine() -> dict[str, Tensor]:
+        samples = session.batch.samples
+        rows = [engine_logits(session.model, sample, len(sample["input_ids"]), fed) for sample in samples]
+        return {"step_logits": torch.stack(rows)}
+
+    yield Example("through the engine", engine, tensors=("step_logits",))
+    found = steps()
+    yield Example("steps", lambda: Result(tensors=found.tensors), tensors=("*",))
+    yield Result(json=found.json)
 
 
 def cached_turns(case: Case) -> Result:
@@ -310,13 +319,12 @@ def cached_turns(case: Case) -> Result:
     case.informational("config.chunks")
     session = Session(case)
     prefill = session.prefill()
-    session.decided["instruct_predictor"].clear()  # what the first turn lost shows in the length of the prefill
-    lengths, steps = [session.lengths()], [prefill[0, -1]]
+    lengths, steps, decisions = [session.lengths()], [prefill[0, -1]], []
     for chunk in case.inputs["chunks"]:
         steps.append(session.feed(chunk)[0, -1])
         lengths.append(session.lengths())
-    chosen = [threshold_keep(logits).flatten().tolist() for logits in session.decided["instruct_predictor"]]
-    decisions = [[*tokens[:-1], True] for tokens in chosen]  # the last token of a turn is stored in any case
+        if len(chunk) > 1 and session.adapter.prunes_instructions:
+            decisions.append(session.stored())
     return Result(
         json={
             "cache_lengths": lengths,
@@ -345,8 +353,7 @@ def uncached_decoding(case: Case) -> Result:
                 prompt_info=PromptInfo(length=prompt_length),
             )
             steps.append(output.logits[:, -1])
-    decided = session.decided["text_predictor"]
-    kept = threshold_keep(decided[-1])[0] if decided else torch.ones(max(len(fed) - 1, 0), dtype=torch.bool)
+    kept = session.adapter.selections[-1].run[0, prompt_length:-1]
     logits = torch.stack(steps, dim=1)
     expected = case.wanted.tensors["step_logits"]
     meaningful = torch.ones(expected.shape[:2], dtype=torch.bool)

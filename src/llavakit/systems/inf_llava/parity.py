@@ -112,7 +112,7 @@ def encode_images(case: Case) -> Iterator[Example]:
         yield Example(name, lambda name=name, images=images: {name: tokens(images)}, tensors=(name,))
 
 
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example]:
     """Spliced embeddings, labels, mask, logits and loss."""
     inputs, model = case.tensors, model_of(case)
     batch = ClassicBatch(
@@ -122,17 +122,22 @@ def end_to_end(case: Case) -> Result:
         attention_mask=inputs.get("attention_mask"),
         labels=inputs.get("labels"),
     )
-    with torch.no_grad():
-        out, embeds = batch.forward(), batch.embeds()
-    tensors = {
-        "inputs_embeds": embeds * batch.meaningful(),
-        "new_labels": batch.targets,
-        "new_attention_mask": batch.attention,
-        "logits": out.logits,
-    }
-    if out.loss is not None:
-        tensors["loss"] = out.loss.reshape(1)
-    return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    def outputs() -> Result:
+        with torch.no_grad():
+            out, embeds = batch.forward(), batch.embeds()
+        tensors = {
+            "inputs_embeds": embeds * batch.meaningful(),
+            "new_labels": batch.targets,
+            "new_attention_mask": batch.attention,
+            "logits": out.logits,
+        }
+        if out.loss is not None:
+            tensors["loss"] = out.loss.reshape(1)
+        return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    yield Example("forward pass", outputs, tensors=("*",))
+    yield from batch.through_engine()
 
 
 def preprocess(case: Case) -> Result:

@@ -283,7 +283,7 @@ def model_of(case: Case, plans: Sequence[Any]) -> LlavakitForConditionalGenerati
     return published_model(raw, case.weights(), encoder, known=heads, change=given)
 
 
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example]:
     """Spliced embeddings, labels, mask, logits and loss of a mixed batch."""
     case.informational("config.n_images", "inputs.patches*")  # patches of an image that is not sliced are a dummy
     inputs, config = case.tensors, case.config
@@ -305,17 +305,22 @@ def end_to_end(case: Case) -> Result:
         max_length=config.get("tokenizer_model_max_length"),
         padding_side=config.get("padding_side") or "right",
     )
-    with torch.no_grad():
-        out, embeds = batch.forward(), batch.embeds()
-    tensors = {
-        "inputs_embeds": embeds * batch.meaningful(),
-        "new_labels": batch.targets,
-        "new_attention_mask": batch.attention,
-        "logits": out.logits,
-    }
-    if out.loss is not None:
-        tensors["loss"] = out.loss.reshape(1)
-    return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    def outputs() -> Result:
+        with torch.no_grad():
+            out, embeds = batch.forward(), batch.embeds()
+        tensors = {
+            "inputs_embeds": embeds * batch.meaningful(),
+            "new_labels": batch.targets,
+            "new_attention_mask": batch.attention,
+            "logits": out.logits,
+        }
+        if out.loss is not None:
+            tensors["loss"] = out.loss.reshape(1)
+        return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    yield Example("forward pass", outputs, tensors=("*",))
+    yield from batch.through_engine()
 
 
 def prompts(case: Case) -> Iterator[Example]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.classic_batch import ClassicBatch, Entry
-from llavakit.proof.entries import check_keys, fitting, loaded, published_model
-from llavakit.proof.golden import Case, Result
+from llavakit.proof.entries import check_keys, fitting, loaded, published_model, scored
+from llavakit.proof.golden import Case, Example, Result
 from llavakit.systems.medm_vl.connector import AttentionPooling
 from llavakit.systems.medm_vl.encoders import M3DClipConfig, M3DClipVision, MedMClipConfig, MedMClipVision
 from llavakit.systems.medm_vl.parity_text import batch_collator, conversation
@@ -203,7 +203,7 @@ def tiny_model(case: Case, slices: int) -> LlavakitForConditionalGeneration:
     return published_model(raw, weights, known=raw, change=sized)
 
 
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example]:
     """Spliced embeddings, labels, mask, logits and loss of a tiny model."""
     inputs, config = case.tensors, case.config
     through_2d = config["encoder"]["type"] not in VOLUMETRIC
@@ -227,17 +227,22 @@ def end_to_end(case: Case) -> Result:
         padding_side=config.get("llm_padding_side") or "right",
         spare=False,
     )
-    with torch.no_grad():
-        out, embeds = batch.forward(), batch.embeds()
-    tensors = {
-        "inputs_embeds": embeds * batch.meaningful(),
-        "spliced_attention_mask": batch.attention,
-        "spliced_labels": batch.targets,
-        "logits": out.logits,
-    }
-    if out.loss is not None:
-        tensors["loss"] = out.loss.reshape(1)
-    return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    def outputs() -> Result:
+        with torch.no_grad():
+            out, embeds = batch.forward(), batch.embeds()
+        tensors = {
+            "inputs_embeds": embeds * batch.meaningful(),
+            "spliced_attention_mask": batch.attention,
+            "spliced_labels": batch.targets,
+            "logits": out.logits,
+        }
+        if out.loss is not None:
+            tensors["loss"] = out.loss.reshape(1)
+        return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    yield Example("forward pass", outputs, tensors=("*",))
+    yield from batch.through_engine()
 
 
 def ct_rate_accuracy(case: Case) -> Result:
@@ -248,26 +253,29 @@ def ct_rate_accuracy(case: Case) -> Result:
         found = metrics.choice_in_reply(reply, row["answer"])
         if found is not None:
             items.append({"id": row["id"], "answer": found[0], "predict": reply, "correct": found[1]})
-    hits = [item["correct"] for item in items]
-    return Result(json={"per_item": items, "average": {"correct": sum(hits) / len(hits) if hits else 0.0}})
+    accuracy = 0.0  # the benchmark refuses files without multiple choice, for which the original prints 0
+    if items:
+        gold = [{"answer": row["answer"]} for row in inputs["answers"]]
+        accuracy = scored("ct_rate", inputs["predictions"], gold)["accuracy"] / 100
+    return Result(json={"per_item": items, "average": {"correct": accuracy}})
 
 
 def box_iou(case: Case) -> Result:
     """Boxes of referring expressions."""
     inputs, resolution = case.inputs, case.config["coordinate_resolution"]
-    iou = [metrics.box_iou(a, b, inclusive=True) for a, b in inputs["box_pairs"]]
-    refer = []
-    for row in inputs["refer"]:
-        x, y, width, height = row["bbox_xywh"]
-        box = processors.percent_box(row["prediction"], row["image_size"], resolution)
-        truth = [x, y, x + width, y + height]
-        refer.append(0.0 if box is None else metrics.box_iou(box, truth, inclusive=True))
+
+    def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        gold = [{"bbox": row["bbox_xywh"], "image_size": row["image_size"]} for row in rows]
+        return scored("referring", [row["prediction"] for row in rows], gold, resolution=resolution)
+
+    rows = inputs["refer"]
+    found = score(rows)
     return Result(
         json={
-            "iou": iou,
-            "refer_iou": refer,
-            "miou": sum(refer) / len(refer),
-            "accuracy_at_0.5": sum(value >= 0.5 for value in refer) / len(refer),
+            "iou": [metrics.box_iou(a, b, inclusive=True) for a, b in inputs["box_pairs"]],
+            "refer_iou": [score([row])["mean_iou"] / 100 for row in rows],
+            "miou": found["mean_iou"] / 100,
+            "accuracy_at_0.5": found["accuracy_at_0.5"] / 100,
         }
     )
 
@@ -293,7 +301,10 @@ def text_scores(case: Case) -> Result:
             "f1_norm": normal_f1,
             "f1_no_norm": raw_f1,
             "mean_f1": {"no_norm": sum(raw_f1) / len(raw_f1), "norm": sum(normal_f1) / len(normal_f1)},
-            "equal_accuracy": sum(a == b for a, b in normal) / len(normal),
+            "equal_accuracy": scored(
+                "exact_match", [a for a, _ in pairs], [{"answer": b} for _, b in pairs], process="medical"
+            )["accuracy"]
+            / 100,
             "containment_accuracy": sum(b in a for a, b in normal) / len(normal),
             "bleu1": {
                 "nltk_no_norm": bleu(pairs),
