@@ -4,8 +4,9 @@
     python tests/parity_bites.py llava-1.5  one system
 
 Each user entry is broken in turn; at least one case of the system must fail then, see `parity_entries`. After that the
-cases run in variations whose right answer follows from the recorded one: lists of independent inputs reversed and doubled, batches in another order, padding on the other side, inputs in another
-floating-point type. Prints one line per check; exit status 1 if one does not hold.
+cases run in variations whose right answer follows from the recorded one: lists of independent inputs reversed and
+doubled, batches in another order, padding on the other side, inputs in another floating-point type. Prints one line
+per check; exit status 1 if one does not hold.
 """
 
 from __future__ import annotations
