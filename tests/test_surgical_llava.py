@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import tiny
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import TEXT, WIDTH, language_tensors, tower_tensors, vocabulary, write_tokenizer, write_tower
 
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
 from llavakit.connectors.base import Features
 from llavakit.conversation.template import get_template
 from llavakit.conversation.turns import TextDelta
@@ -22,9 +28,14 @@ from llavakit.generation.responder import Responder
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.golden import find_cases, run_case
+from llavakit.system import get_system
+from llavakit.systems.surgical_llava.checkpoint import PUBLISHED, VideoChatGPT
 from llavakit.systems.surgical_llava.connector import SpatioTemporal, pool
+from llavakit.training.build import build_meta
+from llavakit.training.recipe import load_recipe
 from llavakit.views.plan import MediaSize
 
+ORDER = "frames_then_patches"
 GOLDEN = Path(__file__).parent / "golden" / "surgical-llava"
 
 
@@ -137,6 +148,121 @@ def test_frames_slices_and_pictures_train_and_tiles_are_refused():
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         connector(**options)
+
+
+# Files
+
+
+def published(root: Path, extra: int = 0, **fields) -> Path:
+    """A folder of the type VideoChatGPT with its encoder's folder beside it.
+
+    Args:
+        extra: Rows of the vocabulary beyond those of the language model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    folder, rows = root / "video", vocabulary() + extra
+    folder.mkdir()
+    tensors = language_tensors(generator, rows)
+    shapes = {"model.mm_projector.weight": (WIDTH, 16), "model.mm_projector.bias": (WIDTH,)}
+    tensors |= {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    raw = {**TEXT, "model_type": "VideoChatGPT", "architectures": ["VideoChatGPTLlamaForCausalLM"], "vocab_size": rows}
+    raw |= {"mm_vision_tower": str(root / "encoder"), "use_mm_proj": True, "mm_hidden_size": 16}
+    raw |= {"mm_use_vid_start_end": True, "tune_mm_mlp_adapter": True, "sep_video_conv_front": False, **fields}
+    (folder / "config.json").write_text(json.dumps(raw))
+    write_tokenizer(folder)
+    write_tower(root / "encoder", tower_tensors(generator))
+    return folder
+
+
+def test_published_layout_round_trips(tmp_path):
+    folder, encoder = published(tmp_path, extra=3), tmp_path / "encoder"
+    checkpoint = open_checkpoint(folder)
+    config, rows = checkpoint.config, vocabulary()
+    assert (config.system, config.template, config.image_token_id) == ("surgical-llava", "video_chatgpt_v1", rows)
+    arrange = {"type": "wrapped", "before": [rows + 1], "after": [rows + 2]}
+    assert config.media["video"]["arrange"] == config.media["image"]["arrange"] == arrange
+    assert config.connector == {"type": "spatio_temporal", "slots": 100, "precision": "float16", "depth": 1}
+    convert(folder, tmp_path / "native", to="llavakit")
+    convert(tmp_path / "native", tmp_path / "again", to="original")
+    source, written = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert {name for name in written if "vision_tower" not in name} == set(source)
+    assert all(torch.equal(written[name], source[name]) for name in source)
+    back = open_checkpoint(tmp_path / "again", vision_tower=encoder)
+    assert (back.config.media, back.config.connector) == (config.media, config.connector)
+    one, other = (dict(build(c).named_parameters()) for c in (checkpoint, back))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    processor = load_processor(checkpoint)
+    assert processor.sampling == {"type": "midpoints", "frames": 100}
+    clip = [Image.new("RGB", (20, 30))] * 120
+    message = {"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": "What?"}]}
+    ids = processor.encode([message], add_generation_prompt=True)["input_ids"]
+    assert ids.count(processor.image_token_id) == 116  # 100 frames and 4 x 4 patches
+    run = ids.index(processor.image_token_id)
+    assert (ids[run - 1], ids[run + 116]) == (rows + 1, rows + 2)
+
+
+def test_projector_and_embeddings_alone_are_opened_on_the_language_model(tmp_path):
+    whole = published(tmp_path, extra=3)
+    tensors = load_file(whole / "model.safetensors")
+    base, alone, rows = tmp_path / "base", tmp_path / "alone", vocabulary()
+    base.mkdir()
+    alone.mkdir()
+    grown = ("model.embed_tokens.weight", "lm_head.weight")
+    text = {name: tensor[:rows] if name in grown else tensor for name, tensor in tensors.items() if "mm_" not in name}
+    save_file({name: tensor.contiguous() for name, tensor in text.items()}, base / "model.safetensors")
+    raw = {**TEXT, "model_type": "llava", "vocab_size": rows, "mm_use_im_start_end": True, "mm_hidden_size": 16}
+    (base / "config.json").write_text(json.dumps(raw))
+    write_tokenizer(base)
+    trained = ("model.mm_projector.weight", "model.mm_projector.bias", "model.embed_tokens.weight")
+    torch.save({name: tensors[name] for name in trained}, alone / "video_chatgpt-7B.bin")
+    with pytest.raises(UserError, match="name the folder of the language model with --base"):
+        open_checkpoint(alone)
+    with pytest.raises(UserError, match="mm_hidden_size is 1024, the encoder's features have 16"):
+        open_checkpoint(alone, base=base, vision_tower=tmp_path / "encoder")
+    with patch.dict(PUBLISHED, {"mm_hidden_size": 16}):
+        checkpoint = open_checkpoint(alone, base=base, vision_tower=tmp_path / "encoder")
+    net = build(checkpoint)
+    assert torch.equal(net.get_input_embeddings().weight, tensors["model.embed_tokens.weight"])
+    assert torch.equal(net.lm_head.weight[:rows], tensors["lm_head.weight"][:rows])
+    torch.testing.assert_close(net.lm_head.weight[rows:], tensors["lm_head.weight"][:rows].mean(0).expand(3, -1))
+    assert checkpoint.config.media["video"]["arrange"]["before"] == [rows + 1]
+    assert load_processor(checkpoint, base).image_token_id == rows
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type is 'mlp2x_gelu'; llavakit reads 'linear'"),
+        ({"vid_start_token": 7}, "vid_patch_token is None, it should be the id of a token"),
+        ({"spatio_temporal_pooling": {"order": "patches_then_frames"}}, "order is 'patches_then_frames'"),
+        ({"spatio_temporal_pooling": {"slots": 9}}, "'slots': 9 is not understood"),
+        ({"temporal_tokens": 50}, "'temporal_tokens': 50 is not understood"),
+    ],
+)
+def test_what_the_files_say_is_read_or_refused(tmp_path, fields, problem):
+    with pytest.raises(UserError, match=problem):
+        open_checkpoint(published(tmp_path, **fields))
+
+
+def test_clips_without_marks_and_other_pooling(tmp_path):
+    pooling = {"temporal_slots": 8, "precision": None}
+    own = {"mm_use_vid_start_end": False, "vid_patch_token": 5, "spatio_temporal_pooling": pooling}
+    config = open_checkpoint(published(tmp_path, **own)).config
+    assert (config.image_token_id, config.media["video"]["arrange"]) == (5, {"type": "flat"})
+    assert (config.connector["slots"], config.connector["precision"]) == (8, None)
+    again = VideoChatGPT().write_config(config)
+    assert {key: again[key] for key in own} == own | {"spatio_temporal_pooling": pooling | {"order": ORDER}}
+
+
+def test_published_shapes_and_recipe():
+    net = build_meta(load_recipe(get_system("surgical-llava").recipe))
+    assert sum(p.numel() for p in net.model.multi_modal_projector.parameters()) == 4_198_400
+    for frames in (1, 3, 100):
+        assert net.model.media.count("video", MediaSize(frames, 480, 854)) == 356 + 2
+    shapes = {name: tuple(t.shape) for name, t in VideoChatGPT().write_state(net.config, net.state_dict())}
+    assert shapes["model.mm_projector.weight"] == (4096, 1024)
+    assert shapes["model.mm_projector.bias"] == (4096,)
 
 
 # Templates

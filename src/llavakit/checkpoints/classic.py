@@ -175,13 +175,18 @@ class ClassicLayout(Layout):
         config = self.read_config(raw, {"folder": folder, **sources})
         if (folder / "adapter_config.json").is_file():
             state = self._read_lora(folder, sources)
-        elif any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):
-            stem = read_folder(folder, "mm_projector").renamed(strip_trainable_prefix)
-            state = read_folder(self._base(folder, sources, raw.get("_name_or_path"))).joined(stem)
+        elif (trained := self.trained_only(folder)) is not None:
+            state = read_folder(self._base(folder, sources, raw.get("_name_or_path"))).joined(trained)
         else:
             state = whole_model(folder, read_folder(folder), sources.get("base"))
         state = state.renamed(rename_with(self.renames_in()))
         return config, self.drop_unused(config, self._with_encoder(state, folder, raw, sources))
+
+    def trained_only(self, folder: Path) -> LazyState | None:
+        """The tensors of a folder that holds what was trained and no language model; None for other folders."""
+        if not any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):
+            return None
+        return read_folder(folder, "mm_projector").renamed(strip_trainable_prefix)
 
     def _with_encoder(
         self, state: LazyState, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
@@ -209,10 +214,9 @@ class ClassicLayout(Layout):
     def read_own(self, folder: Path, raw: Mapping[str, Any]) -> LazyState:
         if (folder / "adapter_config.json").is_file():
             state = self._trained(folder)
-        elif any((folder / f"mm_projector.{suffix}").is_file() for suffix in ("bin", "safetensors")):
-            state = read_folder(folder, "mm_projector").renamed(strip_trainable_prefix)
         else:
-            state = read_folder(folder)
+            trained = self.trained_only(folder)
+            state = read_folder(folder) if trained is None else trained
         return state.renamed(rename_with(self.renames_in()))
 
     def part_config(self, folder: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:

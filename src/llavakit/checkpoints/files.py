@@ -69,6 +69,10 @@ class LazyState(Mapping[str, Tensor]):
             readers[new], origin[new] = read, self.origin.get(old, "")
         return LazyState(readers, origin)
 
+    def changed(self, name: str, function: Callable[[Tensor], Tensor]) -> LazyState:
+        """The same tensors, one of them as a function makes it of itself when it is read."""
+        return LazyState(self._readers | {name: lambda: function(self[name])}, self.origin)
+
     def checked(self, shapes: Mapping[str, Sequence[int]], folder: Path) -> LazyState:
         """The same tensors; one of another shape, or that holds NaN, raises `CheckpointError` when it is read."""
 

@@ -67,6 +67,17 @@ class Layout:
         """Whether a folder with this config.json is in this layout."""
         raise NotImplementedError(f"{type(self).__name__} must define matches")
 
+    def implied_config(self, folder: Path, base: Path | None) -> dict[str, Any] | None:
+        """config.json of a folder that holds none and is in this layout all the same; None for any other folder.
+
+        Args:
+            base: Folder of the language model, if it was named.
+
+        Raises:
+            CheckpointError: If the folder is in this layout, and the language model is needed to say more.
+        """
+        return None
+
     def read(
         self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
     ) -> tuple[LlavakitConfig, LazyState]:
@@ -118,6 +129,12 @@ def layouts() -> dict[str, Layout]:
 def published(folder: Path, raw: Mapping[str, Any]) -> Layout | None:
     """The layout of a published folder; None if no layout is like it (a language model or an encoder alone)."""
     return next((layout for layout in layouts().values() if layout.matches(raw, folder)), None)
+
+
+def implied_config(folder: Path, base: Path | None) -> dict[str, Any] | None:
+    """config.json of a folder without one, by the layout that knows its files; None if there is none."""
+    found = (layout.implied_config(folder, base) for layout in layouts().values())
+    return next((raw for raw in found if raw is not None), None)
 
 
 def detect(folder: Path, raw: Mapping[str, Any]) -> Layout:

@@ -128,9 +128,10 @@ def open_checkpoint(
     if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
         below = open_checkpoint(find_base(folder, base), vision_tower=vision_tower, template=template)
         return _with_adapter(below, folder)
-    raw = _read_config(folder)
     given = {"base": base, "encoder": vision_tower}
     sources = {name: local_folder(place) for name, place in given.items() if place is not None}
+    implied = None if (folder / "config.json").is_file() else layouts.implied_config(folder, sources.get("base"))
+    raw = _read_config(folder) if implied is None else implied
     if exchange_vision_tower:
         if "encoder" not in sources:
             raise UserError("--exchange-vision-tower: name the new encoder with --vision-tower")

@@ -124,7 +124,7 @@ def config_of(recipe: Recipe, *, read_sources: bool = True) -> LlavakitConfig:
             fields[key] = getattr(text, key)
     try:
         config = LlavakitConfig(**fields, system=recipe.system)
-        MediaSpec(config).check_vocabulary(text.vocab_size)
+        MediaSpec(config).check_vocabulary(text.vocab_size + len(parts.tokens))
     except UserError as error:
         raise RecipeError(f"parts: {error}") from None
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
@@ -229,7 +229,10 @@ def _tokenizer(parts: Parts, config: LlavakitConfig) -> Any:
     source = parts.tokenizer or parts.init.get("language_model")
     if source is None:
         raise RecipeError("parts.tokenizer: is missing; name the folder of a tokenizer")
-    return load_tokenizer(local_folder(source), config=config)
+    tokenizer = load_tokenizer(local_folder(source), config=config)
+    for token in parts.tokens:  # one by one: a set of new tokens would be sorted
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    return tokenizer
 
 
 def _fit_vocabulary(model: LlavakitForConditionalGeneration, processor: LlavakitProcessor) -> None:

@@ -92,6 +92,7 @@ class Parts(Section):
     Attributes:
         vision_config: Configuration of the encoder, or the name of a known one.
         tokenizer: Folder of the tokenizer; default: that of `init.language_model`.
+        tokens: Tokens that are added to its vocabulary, in this order; their rows begin as the mean of the others.
         init: Part -> checkpoint folder or hub id that its weights are taken from; other parts start at random.
     """
 
@@ -109,6 +110,7 @@ class Parts(Section):
     extras: dict[str, Any] | None = None
     processor: dict[str, Any] = Field(default_factory=dict)
     tokenizer: str | None = None
+    tokens: list[str] = Field(default_factory=list)
     init: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("vision_config", mode="before")

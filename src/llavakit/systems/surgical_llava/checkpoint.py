@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llavakit.checkpoints.classic import ClassicLayout, unwrapped
 from llavakit.checkpoints.fields import Fields
+from llavakit.checkpoints.files import LazyState, read_file, read_json
 from llavakit.checkpoints.text import special_ids, tokenizer_folder
 from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
@@ -18,6 +22,14 @@ MARKS = ("<vid_patch>", "<vid_start>", "<vid_end>")  # added to the end of the v
 TOKEN_KEYS = ("vid_patch_token", "vid_start_token", "vid_end_token")
 CONNECTOR = "spatio_temporal"
 POOLING = {"temporal_slots": 100, "precision": "float16"}
+EMBEDDINGS = "model.embed_tokens.weight"
+PUBLISHED = {
+    "model_type": "VideoChatGPT",
+    "use_mm_proj": True,
+    "mm_vision_tower": "openai/clip-vit-large-patch14",
+    "mm_hidden_size": 1024,
+    "mm_use_vid_start_end": True,
+}
 SAMPLING = {"type": "midpoints", "frames": 100}
 
 
@@ -31,7 +43,7 @@ def media_of(size: int, arrange: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class VideoChatGPT(ClassicLayout):
-    """Folders of the model type `VideoChatGPT`.
+    """Folders of the model type `VideoChatGPT`, and the authors' `video_chatgpt-7B.bin` on top of a language model.
 
     Ids of the three tokens are in no published config.json: they are read from the tokenizer's files, or else are the
     last three of the vocabulary, where the original adds them. llavakit's exports write them, and the numbers of the
@@ -48,6 +60,36 @@ class VideoChatGPT(ClassicLayout):
 
     def wraps_images(self, raw: Fields) -> bool:
         return False
+
+    def trained_only(self, folder: Path) -> LazyState | None:
+        file = _trained_file(folder)
+        return super().trained_only(folder) if file is None else read_file(file)
+
+    def implied_config(self, folder: Path, base: Path | None) -> dict[str, Any] | None:
+        file = _trained_file(folder)
+        if file is None:
+            return None
+        if base is None:
+            raise CheckpointError(
+                f"{folder}: holds projector and token embeddings alone ({file.name}); name the folder of the language "
+                "model with --base"
+            )
+        below = read_json(base / "config.json")
+        text = {key: value for key, value in below.items() if not key.startswith(("mm_", "vision_", "use_mm"))}
+        rows = len(read_file(file)[EMBEDDINGS])
+        return text | PUBLISHED | {"vocab_size": rows}
+
+    def read(
+        self, folder: Path, raw: Mapping[str, Any], sources: Mapping[str, Path]
+    ) -> tuple[LlavakitConfig, LazyState]:
+        """As in the base class; tokens without rows in the files get the mean of the others, as the original begins."""
+        config, state = super().read(folder, raw, sources)
+        if self.trained_only(folder) is not None:
+            rows = config.text_config.vocab_size
+            for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+                if name in state:
+                    state = state.changed(name, lambda table: _grown(table, rows))
+        return config, state
 
     def connector(self, raw: Fields) -> dict[str, Any]:
         raw.one_of("mm_projector_type", "linear")
@@ -102,6 +144,18 @@ class VideoChatGPT(ClassicLayout):
         fields = super().write_config(config) | own
         fields.pop("mm_use_im_start_end")
         return fields
+
+
+def _trained_file(folder: Path) -> Path | None:
+    """The file that the authors published: projector and embeddings, `video_chatgpt-7B.bin`."""
+    if (folder / "config.json").is_file():
+        return None
+    return next((file for suffix in ("bin", "safetensors") for file in folder.glob(f"video_chatgpt*.{suffix}")), None)
+
+
+def _grown(table: Tensor, rows: int) -> Tensor:
+    """A table [tokens, width] with its mean as further rows."""
+    return torch.cat([table, table.mean(0, keepdim=True).expand(rows - len(table), -1)])
 
 
 def _token_ids(raw: Fields, sources: Mapping[str, Path]) -> list[int]:
