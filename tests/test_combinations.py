@@ -154,6 +154,16 @@ COMBINATIONS = {
         [IMAGE],
         [SMALL, IMAGE],
     ),
+    "INF's enhancement on SigLIP's tiles with Qwen2": (
+        combination(
+            "siglip",
+            {"type": "dual_perspective", "crops": 2, "heads": 2},
+            "qwen2",
+            {"image": {"views": {"type": "dual_perspective", "size": tiny.SIZE, "crops": 2}}},
+        ),
+        [IMAGE, SMALL],
+        [SMALL],
+    ),
     "A volume and a radiograph in one conversation": (
         combination(
             "clip",

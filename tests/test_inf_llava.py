@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.connectors.base import Features
+from llavakit.data.records import Record
 from llavakit.errors import UserError
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -31,6 +32,7 @@ from llavakit.systems.inf_llava.cropping import (
 from llavakit.systems.inf_llava.views import DualPerspective
 from llavakit.views.plan import MediaSize
 from llavakit.views.tensors import resize
+from llavakit.vision.geometry import geometry_of
 
 GOLDEN = Path(__file__).parent / "golden" / "inf-llava"
 
@@ -40,6 +42,14 @@ def options(crops: int = 2) -> dict:
         "connector": {"type": "dual_perspective", "crops": crops, "heads": 2},
         "media": {"image": {"views": {"type": "dual_perspective", "size": tiny.SIZE, "crops": crops}}},
     }
+
+
+def clip_mean():
+    return torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+
+
+def clip_std():
+    return torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def model(crops: int = 2, encoder: str = "clip", decoder: str = "llama") -> LlavakitForConditionalGeneration:
@@ -94,6 +104,79 @@ def test_full_size_is_the_default_and_the_published_small_one_a_switch():
     assert detail[0] > 1.5 * detail[1]
 
 
+def test_a_picture_of_full_size_is_seen_in_full_by_training_and_by_asking(published):
+    """1008 pixels (3 x the view) reach the encoder both ways; `image_size` of one view is the published loader's."""
+    from llavakit.model.processing import LlavakitProcessor
+    from llavakit.proof.entries import byte_tokenizer
+    from llavakit.training.dataset import Samples, StageCollator
+
+    folder, _ = published
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (84, 84, 3), dtype=np.uint8))  # stripes of a pixel: lost at 28
+    turns = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
+    answered = [*turns, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    seen = {}
+    for size in (84, 28):
+        checkpoint = open_checkpoint(folder)
+        checkpoint.config.media["image"]["views"]["image_size"] = size
+        net = build(checkpoint)
+        processor = LlavakitProcessor.from_config(net.config, byte_tokenizer(), template="plain")
+        asked = processor.encode(turns, add_generation_prompt=True)["pixel_values"]
+        trained = Samples([Record(answered, "r", 1, {})], processor)[0]
+        batch = StageCollator(0, None)([trained])
+        assert batch["pixel_values"].shape == (18, 3, 28, 28)
+        assert all(torch.equal(one, other) for one, other in zip(asked, batch["pixel_values"], strict=True))
+        assert int((torch.as_tensor(trained["input_ids"]) == processor.image_token_id).sum()) == 16
+        seen[size] = torch.stack(list(asked))
+    pixels = seen[84][:9].unflatten(0, (3, 3)).permute(2, 0, 3, 1, 4).reshape(3, 84, 84)
+    exact = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - clip_mean()) / clip_std()
+    torch.testing.assert_close(pixels, exact, atol=1e-5, rtol=0)  # every pixel of the picture is in a block
+    assert (seen[28][:9] - seen[84][:9]).abs().mean() > 0.5
+
+
+@pytest.mark.parametrize("crops", [1, 2, 3, 4])
+@pytest.mark.parametrize(("encoder", "width", "heads"), [("clip", 16, 2), ("siglip", 32, 8)])
+def test_any_number_of_crops_and_width_on_any_encoder(crops, encoder, width, heads):
+    vision = tiny.ENCODERS[encoder] | {"hidden_size": width, "image_size": 24, "patch_size": 8}
+    fields = tiny.config(encoder=encoder).to_dict() | options(crops) | {"vision_config": vision}
+    fields["connector"]["heads"] = heads
+    fields["media"]["image"]["views"]["size"] = 24
+    net = LlavakitForConditionalGeneration(LlavakitConfig.from_dict(fields)).eval()
+    views, sizes = pictures(net, [(50, 31), (7, 90), (24, 24)])
+    assert len(views) == 3 * count_of(crops)
+    with torch.no_grad():
+        tokens = net.model.get_image_features(views, visual_sizes=sizes).pooler_output
+    assert [tuple(own.shape) for own in tokens] == [(9, net.config.hidden_size)] * 3
+    assert net.model.media.count("image", MediaSize(1, 50, 31)) == 9
+
+
+def test_all_views_of_a_batch_are_encoded_in_one_call(monkeypatch):
+    net = model(3)
+    views, sizes = pictures(net, [(40, 60), (33, 20), (10, 10)])
+    calls = []
+    forward = net.model.vision_tower.embeddings.forward
+    monkeypatch.setattr(
+        net.model.vision_tower.embeddings,
+        "forward",
+        lambda pixels, **k: calls.append(len(pixels)) or forward(pixels, **k),
+    )
+    net.model.get_image_features(views, visual_sizes=sizes)
+    assert calls == [54]
+
+
+def test_parts_of_a_pass_on_a_cpu_change_nothing(monkeypatch):
+    from llavakit.vision import encode
+
+    net = model(3)
+    views, sizes = pictures(net, [(40, 60), (33, 20)])
+    together = net.model.get_image_features(views, visual_sizes=sizes).pooler_output
+    monkeypatch.setattr(encode, "CPU_PASS", 1)
+    apart = net.model.get_image_features(views, visual_sizes=sizes).pooler_output
+    assert len(encode.passes(net.model.vision_tower, views, geometry_of(net.config.vision_config))) == len(views)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
 def test_enhancement_keeps_its_promises():
     torch.manual_seed(0)
     net = DualEnhancement(32, 2).eval()
@@ -102,6 +185,15 @@ def test_enhancement_keeps_its_promises():
         whole = net(local, sampled)
         assert whole.shape == (2, 3, 5, 32)
         assert torch.allclose(net(local[1:], sampled[1:]), whole[1:], atol=1e-6)
+        for ffn in (net.ffn_crop, net.ffn_stride):
+            for parameter in ffn[2].parameters():
+                parameter.zero_()
+        enhanced = []
+        net.ln_fuse.register_forward_pre_hook(lambda module, args: enhanced.append(args[0]))
+        net(local, sampled)  # without the two small networks what is fused is the plain sum
+        maps = merge_blocks(net._attend(split_blocks(merge_interleaved(sampled, 2), 2), local), 2)
+        maps = maps + merge_interleaved(net._attend(split_interleaved(merge_blocks(local, 2), 2), sampled), 2)
+        torch.testing.assert_close(enhanced[0], maps)
         mask = torch.zeros(1, 2, 3)  # a query without a key attends to all alike
         attention = CrossAttention(32)
         attention.init_parameters()
@@ -167,6 +259,45 @@ def test_published_layout_round_trips(published, tmp_path):
     assert back.config.media == checkpoint.config.media
     one, other = (dict(build(c).named_parameters()) for c in (checkpoint, back))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_enhancement_is_attention_between_the_same_places(n):
+    """The module beside a plain reading of the paper's formula, place by place."""
+    torch.manual_seed(n)
+    net, rows, columns = DualEnhancement(32, n).eval(), 2, 3
+    local, sampled = torch.randn(2, 1, n * n, rows, columns, 32)
+    low, high = merge_blocks(local, n), merge_interleaved(sampled, n)
+    better_low, better_high = torch.zeros_like(low), torch.zeros_like(high)
+    with torch.no_grad():
+        for row in range(n):
+            for col in range(n):
+                block = slice(None), slice(row * rows, (row + 1) * rows), slice(col * columns, (col + 1) * columns)
+                piece = slice(None), slice(row, None, n), slice(col, None, n)
+                for place, query, key, out in ((block, high, low, better_high), (piece, low, high, better_low)):
+                    q, k = query[place].flatten(1, 2), key[place].flatten(1, 2)
+                    attended = net.attention.weights(q, k) @ net.attention._heads(q, k, k)[2]
+                    attended = net.attention.linears[3](attended.transpose(1, 2).flatten(2))
+                    out[place] = net.attention.ln(attended + q).unflatten(1, (rows, columns))
+        fused = torch.cat([net.ffn_crop(better_low), net.ffn_stride(better_high)], -1) + better_high + better_low
+        fused = net.ln_fuse(fused).movedim(-1, 1)
+        wanted = torch.nn.functional.interpolate(fused, size=(rows, columns), mode="bilinear").movedim(1, -1)
+        torch.testing.assert_close(net(local, sampled), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_turn_is_its_header_alone():
+    from llavakit.conversation.template import get_template
+
+    template = get_template("inf_llama_3")
+    text, spans = template.render(
+        [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in (("user", ""), ("assistant", "b"))
+        ]
+    )
+    user, assistant = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+    assert text.endswith(f"questions.<|eot_id|>{user}{assistant}b<|eot_id|>")
+    assert [text[slice(*span)] for span in spans] == ["b<|eot_id|>"]
 
 
 def test_an_unknown_option_of_the_export_is_refused(published):

@@ -194,13 +194,14 @@ def byte_tokenizer() -> Any:
 
 def turns_to_messages(turns: Iterable[tuple[int, str]]) -> list[dict[str, Any]]:
     """Messages of (0 for the user or 1 for the assistant, text), with media at `<image>`."""
-    return normalise([{"role": ("user", "assistant")[who], "content": split_literals(text)} for who, text in turns])
+    messages = [{"role": ("user", "assistant")[who], "content": split_literals(text)} for who, text in turns]
+    return normalise(messages) if messages else []
 
 
 def prompt_text(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """What a prompt says, read back from the ids that `LlavakitProcessor.encode` gives."""
     # Asking needs a user turn first and an open end; the original's prompt strings exist without either.
-    if messages[0]["role"] == "assistant" or not options.get("add_generation_prompt"):
+    if not messages or messages[0]["role"] == "assistant" or not options.get("add_generation_prompt"):
         return get_template(template).render(messages, **options)[0]
     processor = text_processor(byte_tokenizer(), template)
     ids = processor.encode(with_blank_media(messages), pixels=False, **options)["input_ids"]

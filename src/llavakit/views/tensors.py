@@ -28,6 +28,8 @@ def resize(values: np.ndarray, height: int, width: int, mode: str = "bilinear") 
     if mode not in MODES:
         raise UserError(f"resize: mode must be one of {', '.join(MODES)}, not {mode!r}")
     images = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    if images.shape[-2:] == (height, width):
+        return images.numpy().copy()
     flat = images.reshape(-1, *images.shape[-3:])
     return F.interpolate(flat, size=(height, width), mode=mode).reshape(*images.shape[:-2], height, width).numpy()
 

@@ -24,7 +24,7 @@ from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 
 SIDE, VIEW, PATCH, WIDTH, CROPS = 56, 28, 7, 32, 2
-GRID, STRIPES, SHAPES = VIEW // PATCH, 16, 4
+GRID, STRIPES, SHAPES = VIEW // PATCH, 12, 4
 ARMS = ("low", "local", "global", "average", "dual")
 
 
