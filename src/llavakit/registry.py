@@ -135,6 +135,7 @@ class Registry:
 
 
 ENCODERS = Registry("vision encoder")
+ENCODER_FILES = Registry("form of encoder files")
 PLANNERS = Registry("view planner")
 ARRANGEMENTS = Registry("token arrangement")
 CONNECTORS = Registry("connector", "llavakit.connectors")

@@ -114,6 +114,7 @@ class System:
 
 _REGISTRIES = {
     "encoders": registry.ENCODERS,
+    "encoder_files": registry.ENCODER_FILES,
     "planners": registry.PLANNERS,
     "arrangements": registry.ARRANGEMENTS,
     "connectors": registry.CONNECTORS,

@@ -195,13 +195,21 @@ class ClassicLayout(Layout):
         for tower in self.tower_prefixes:
             own = f"model.{tower}."
             stored = any(name.startswith(own) for name in state)
-            given = sources.get("encoder")
-            if not stored or "exchange" in sources:
+            given = self.given_folder(tower, sources)
+            if not stored or ("exchange" in sources and given is not None):
                 rest = state.renamed(lambda name, own=own: None if name.startswith(own) else name)
                 state = rest.joined(self._read_tower(tower, raw, sources))
             elif given is not None and given.parent != folder and holds_encoder(given):
                 check_same(state, self._read_tower(tower, raw, sources), folder)
         return state
+
+    def given_folder(self, tower: str, sources: Mapping[str, Path]) -> Path | None:
+        """The folder that the user names for an encoder; layouts with several say which of them it is for.
+
+        Args:
+            tower: Attribute of the encoder.
+        """
+        return sources.get("encoder")
 
     def tower_folder(self, tower: str, raw: Mapping[str, Any], sources: Mapping[str, Path]) -> Path:
         """Where the files of an encoder are that the checkpoint does not hold; layouts with several override it.
@@ -209,7 +217,7 @@ class ClassicLayout(Layout):
         Args:
             tower: Attribute of the encoder.
         """
-        return sources.get("encoder") or Path(str(raw["mm_vision_tower"]))
+        return self.given_folder(tower, sources) or Path(str(raw["mm_vision_tower"]))
 
     def read_own(self, folder: Path, raw: Mapping[str, Any]) -> LazyState:
         if (folder / "adapter_config.json").is_file():
@@ -329,22 +337,25 @@ def whole_model(folder: Path, state: LazyState, base: Path | None) -> LazyState:
 IMAGE_MARKS = ("<im_start>", "<im_end>")
 
 
-def wrapped(inner: Mapping[str, Any] | None, *folders: Path | None) -> dict[str, Any]:
-    """The arrangement of a checkpoint whose images stand between two tokens of its tokenizer.
+def wrapped(
+    inner: Mapping[str, Any] | None, *folders: Path | None, marks: tuple[str, str] = IMAGE_MARKS
+) -> dict[str, Any]:
+    """The arrangement of a checkpoint whose media stand between two tokens of its tokenizer.
 
     Args:
         folders: Where the tokenizer's files may be.
+        marks: The two tokens.
 
     Raises:
         CheckpointError: If they do not hold the two tokens.
     """
     known = special_ids(next((folder for folder in folders if tokenizer_folder(folder)), Path()))
-    absent = next((mark for mark in IMAGE_MARKS if mark not in known), None)
+    absent = next((mark for mark in marks if mark not in known), None)
     if absent is not None:
         raise CheckpointError(
             f"config.json: mm_use_im_start_end is true, and the tokenizer's files hold no token {absent!r}"
         )
-    before, after = ([known[mark]] for mark in IMAGE_MARKS)
+    before, after = ([known[mark]] for mark in marks)
     return {"type": "wrapped", "before": before, "after": after, "inner": dict(inner or {"type": "flat"})}
 
 

@@ -10,25 +10,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavakit.checkpoints.fields import Fields
 from llavakit.checkpoints.files import LazyState, holds_weights, read_folder, read_json
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.errors import CheckpointError, quoted
+from llavakit.registry import ENCODER_FILES
 from llavakit.vision.open_clip import is_open_clip, read_open_clip_folder
 
 # The text side of contrastive models, which their files hold beside the encoder.
 _TEXT_SIDE = re.compile(r"(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$)")
 
 
+class EncoderFiles:
+    """A form in which encoders are published on their own, other than transformers' and open_clip's.
+
+    Subclasses are registered in `llavakit.registry.ENCODER_FILES` under the `model_type` of their config.json.
+    """
+
+    def options(self, raw: Fields) -> dict[str, Any]:
+        """Options of the encoder's configuration, with llavakit's or transformers' `model_type`.
+
+        Args:
+            raw: The object in config.json; every key must be read, or be known to carry no meaning.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define options")
+
+    def state(self, raw: Fields, state: LazyState) -> LazyState:
+        """The tensors under the names of the encoder's class; the default leaves them as they are.
+
+        Args:
+            state: Without a text side.
+        """
+        return state
+
+
+def _published_form(folder: Path) -> tuple[EncoderFiles, Fields] | None:
+    """The registered form of a folder's files and the object in its config.json."""
+    path = folder / "config.json"
+    raw = read_json(path) if path.is_file() else {}
+    if raw.get("model_type") not in ENCODER_FILES:
+        return None
+    return ENCODER_FILES.get(raw["model_type"])(), Fields(raw, str(path))
+
+
+def is_published_form(folder: Path) -> bool:
+    """Whether `read_encoder` knows more of a folder's files than transformers does."""
+    return is_open_clip(folder) or _published_form(folder) is not None
+
+
 def read_encoder(folder: Path) -> LazyState:
     """The tensors of an encoder's folder under the names of transformers' class; without a text side.
 
     Args:
-        folder: In transformers' or open_clip's files.
+        folder: In transformers' or open_clip's files, or in a form that a system brings.
     """
     if is_open_clip(folder):
         return read_open_clip_folder(folder).state
     state = read_folder(folder).renamed(lambda name: None if _TEXT_SIDE.match(name) else name)
-    return state.renamed(rename_with(((r"^(?:vision_model|dinov2|vit)\.", ""),)))
+    state = state.renamed(rename_with(((r"^(?:vision_model|dinov2|vit)\.", ""),)))
+    found = _published_form(folder)
+    return state if found is None else found[0].state(found[1], state)
 
 
 def encoder_options(folder: Path) -> dict[str, Any] | None:
@@ -37,6 +78,9 @@ def encoder_options(folder: Path) -> dict[str, Any] | None:
         return read_open_clip_folder(folder).config
     if not (folder / "config.json").is_file():
         return None
+    found = _published_form(folder)
+    if found is not None:
+        return found[0].options(found[1])
     config = read_json(folder / "config.json")
     nested = config.get("vision_config", config)
     if not isinstance(nested, Mapping):

@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModel
 
+from llavakit.checkpoints.encoders import encoder_options, read_encoder
 from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.conversation.messages import is_media, normalise, split_literals
@@ -29,7 +31,7 @@ from llavakit.errors import UserError
 from llavakit.evaluation.score import score
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request, SamplingParams
-from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.configuration import LlavakitConfig, build_config
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.splice.scatter import IGNORE
@@ -53,6 +55,7 @@ def published_model(
     weights: Mapping[str, Tensor],
     encoder: Mapping[str, Any] | None = None,
     *,
+    encoders: Mapping[str, Mapping[str, Any]] | None = None,
     known: Iterable[str] = (),
     change: Callable[[LlavakitConfig], None] | None = None,
 ) -> LlavakitForConditionalGeneration:
@@ -62,6 +65,7 @@ def published_model(
         raw: config.json.
         weights: Tensors under their published names.
         encoder: Configuration of the encoder with its `model_type`; it goes into a folder that `raw` names.
+        encoders: config.json of several encoders, by the key under which `raw` is to name each one's folder.
         known: Keys of `raw` beside those of the language model and `CLASSIC_KEYS` that mean something to the layout.
         change: Edits llavakit's configuration before the model is built, as a user may.
 
@@ -77,16 +81,55 @@ def published_model(
             tower.mkdir()
             (tower / "config.json").write_text(json.dumps(dict(encoder)), encoding="utf-8")
             raw["mm_vision_tower"] = str(tower)
+        for key, own in (encoders or {}).items():
+            raw[key] = str(encoder_folder(Path(place) / key, own))
         (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
         checkpoint = open_checkpoint(folder)
-        given = {"model_type", "architectures", "mm_vision_tower", "rope_theta", *CLASSIC_KEYS, *known}
+        given = {
+            "model_type",
+            "architectures",
+            "mm_vision_tower",
+            "rope_theta",
+            *CLASSIC_KEYS,
+            *known,
+            *(encoders or ()),
+        }
         unknown = set(raw) - given - set(checkpoint.config.text_config.to_dict())
         if unknown:
             raise UserError(f"config: {min(unknown)!r} means nothing to the layout {checkpoint.layout}")
         if change is not None:
             change(checkpoint.config)
         return build(checkpoint)
+
+
+def encoder_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Path:
+    """An encoder's folder as its authors would lay it out, with or without weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+    if weights is not None:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def published_encoder(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> torch.nn.Module:
+    """The encoder of a published folder, in evaluation mode and in the type of its weights.
+
+    Args:
+        config: config.json.
+        weights: Tensors under their published names.
+
+    Raises:
+        CheckpointError: If a key or a tensor has no place.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = encoder_folder(Path(place) / "encoder", config, weights)
+        options = encoder_options(folder)
+        encoder = AutoModel.from_config(build_config(options, options["model_type"]))
+        state = read_encoder(folder)
+        if any(name.startswith("vision_model.") for name in encoder.state_dict()):  # some releases of transformers
+            state = state.renamed(lambda name: f"vision_model.{name}")
+        return loaded(encoder, {name: state[name] for name in state})
 
 
 def check_keys(options: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
@@ -144,9 +187,9 @@ def text_processor(
 BLANK = Image.new("RGB", (2, 2))
 
 
-def with_blank_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in which every media item is an open blank picture (or a video of one); templates never look at it."""
-    stand_in = {"image": BLANK, "video": [BLANK], "volume": np.zeros((2, 2, 2), np.float32)}
+def with_blank_media(messages: Sequence[Mapping[str, Any]], frames: int = 1) -> list[dict[str, Any]]:
+    """Messages in which every media item is an open blank picture (or a video of some); templates never look at it."""
+    stand_in = {"image": BLANK, "video": [BLANK] * frames, "volume": np.zeros((2, 2, 2), np.float32)}
 
     def filled(part: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"type": part["type"], part["type"]: stand_in[part["type"]]} if is_media(part) else part
@@ -155,13 +198,16 @@ def with_blank_media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def training_sample(
-    processor: LlavakitProcessor, messages: Sequence[Mapping[str, Any]], **options: Any
+    processor: LlavakitProcessor, messages: Sequence[Mapping[str, Any]], *, frames: int = 1, **options: Any
 ) -> dict[str, Any]:
     """Ids and labels of a training sample in the original's form, with -200 at media; see `Samples`.
 
+    Args:
+        frames: Of every video.
+
     Training refuses a record of which nothing is left to learn; the original makes a sample of it all the same.
     """
-    messages = with_blank_media(messages)
+    messages = with_blank_media(messages, frames)
     sample = processor.encode(messages, **options)
     if any(label != IGNORE for label in sample["labels"]):
         sample = Samples([Record(messages, "case", 1, {})], processor, options=options)[0]
@@ -190,6 +236,22 @@ def byte_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def toy_tokenizer(end: str = "</s>", adds_bos: bool = True) -> Any:
+    """A tokenizer of some cases: 0 pads, 1 begins a sequence, 2 is the end string, 3 + b is the byte b."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    begin, pad = "<|begin|>", "<|pad|>"
+    vocabulary = {pad: 0, begin: 1, end: 2} | {letter: 3 + byte for byte, letter in bytes_to_unicode().items()}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begin, eos_token=end, pad_token=pad)
 
 
 def turns_to_messages(turns: Iterable[tuple[int, str]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 from llavakit.checkpoints.adapters import CONFIG as ADAPTER
+from llavakit.checkpoints.encoders import encoder_options, is_published_form, read_encoder
 from llavakit.checkpoints.files import read_json
 from llavakit.checkpoints.layouts import published
 from llavakit.checkpoints.opening import (
@@ -155,6 +156,9 @@ def part_config(parts: Parts, name: str, *, read_sources: bool = True) -> PreTra
 
 def _config_in(folder: Path, name: str) -> PreTrainedConfig:
     """The configuration `text_config` or `vision_config` of a checkpoint, or of a model that is that part alone."""
+    if name == "vision_config" and is_published_form(folder):
+        options = encoder_options(folder)
+        return build_config(options, options["model_type"])
     raw = read_json(folder / "config.json")
     layout = published(folder, raw)
     if layout is not None:
@@ -290,11 +294,14 @@ def initialise_encoder(module: nn.Module, source: str, where: str) -> None:
         CheckpointError: If they do not fit.
     """
     folder = local_folder(source)
-    raw = read_json(folder / "config.json")
-    layout = published(folder, raw)
+    own_form = is_published_form(folder)
+    raw = {} if own_form else read_json(folder / "config.json")
+    layout = None if own_form else published(folder, raw)
     if layout is not None or raw.get("model_type") == LlavakitConfig.model_type:
         state: Mapping[str, Tensor] = layout.read_own(folder, raw) if layout else open_checkpoint(folder).state
         state = {n.removeprefix("model.vision_tower."): state[n] for n in state if n.startswith("model.vision_tower.")}
+    elif own_form:
+        state = read_encoder(folder)
     else:
         if raw.get("model_type") in ENCODERS and raw["model_type"] not in CONFIG_MAPPING:
             register_encoder(raw["model_type"])

@@ -25,8 +25,8 @@ class View:
 
     Attributes:
         height, width: Pixels of the encoder input.
-        depth: Slices of a 3D encoder input; 1 for a 2D encoder.
-        role: "whole" (the only or the squashed overview of an image), "tile", "frame" or "volume".
+        depth: Slices or frames of a 3D encoder input; 1 for a 2D encoder.
+        role: "whole" (the only or the squashed overview of an image), "tile", "frame", "clip" or "volume".
         row, col: Place in the grid of tiles.
         index: Frame or slice number inside the media item.
         encoder: Which encoder of the route sees the view, by its number in the configuration.

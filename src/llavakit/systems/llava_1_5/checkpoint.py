@@ -81,7 +81,7 @@ class LlavaLayout(ClassicLayout):
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         plain = str(raw.get("mm_projector_type", "linear"))
         own = plain in ("linear", "identity") or plain.startswith("mlp")
-        other = {"sparse_config", "compressor_size"} & set(raw) or "siglip" in str(
+        other = {"sparse_config", "compressor_size", "mm_image_tower", "mm_video_tower"} & set(raw) or "siglip" in str(
             raw.get("mm_vision_tower", "")
         ).lower()
         return super().matches(raw, folder) and own and not other

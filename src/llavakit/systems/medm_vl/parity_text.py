@@ -6,32 +6,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llavakit.conversation.messages import from_llava
 from llavakit.data.collate import Collator
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MODALITIES
-from llavakit.proof.entries import TINY, one_token_media, text_processor, training_sample, with_blank_media
+from llavakit.proof.entries import (
+    TINY,
+    one_token_media,
+    text_processor,
+    toy_tokenizer,
+    training_sample,
+    with_blank_media,
+)
 from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.splice.scatter import IGNORE
 from llavakit.systems.medm_vl.checkpoint import TEMPLATES
 
 LITERALS = {"image": "<image>", "volume": "<image3d>"}
-BEGIN, PAD = "<|begin|>", "<|pad|>"
-
-
-def byte_tokenizer(end: str, adds_bos: bool) -> Any:
-    """The cases' tokenizer: 1 begins a sequence, 2 is the end string, 3 + b is the byte b."""
-    vocabulary = {PAD: 0, BEGIN: 1, end: 2} | {letter: 3 + byte for byte, letter in bytes_to_unicode().items()}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BEGIN, eos_token=end, pad_token=PAD)
 
 
 def media_processor(tokenizer: Any, template: str) -> LlavakitProcessor:
@@ -51,7 +43,7 @@ def conversation(case: Case) -> Iterator[Example]:
 
     def written(dialogue: Mapping[str, Any]) -> dict[str, Any]:
         processor = media_processor(
-            byte_tokenizer(dialogue["eos_string"], dialogue["adds_bos"]), TEMPLATES[dialogue["template"]]
+            toy_tokenizer(dialogue["eos_string"], dialogue["adds_bos"]), TEMPLATES[dialogue["template"]]
         )
         turns = take(dialogue["messages"])
         media = {}

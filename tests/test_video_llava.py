@@ -1,0 +1,267 @@
+"""Video-LLaVA: golden figures, the encoder of video, clips, adapters, published files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.encoders import encoder_options, read_encoder
+from llavakit.checkpoints.opening import build, open_checkpoint
+from llavakit.errors import CheckpointError, MediaError, UserError
+from llavakit.proof.golden import find_cases, run_case
+from llavakit.systems.video_llava.encoder import LanguageBindVideo, LanguageBindVideoConfig
+from llavakit.systems.video_llava.views import Clip, FloatSquare
+from llavakit.views.pixels import pad_to_square
+from llavakit.views.plan import MediaSize
+from llavakit.vision.geometry import geometry_of
+
+GOLDEN = Path(__file__).parent / "golden" / "video-llava"
+VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 14,
+    "patch_size": 7,
+    "hidden_act": "gelu",
+}
+
+
+def encoder(frames: int = 4, **options) -> LanguageBindVideo:
+    torch.manual_seed(0)
+    return LanguageBindVideo(LanguageBindVideoConfig(**VIT, num_frames=frames, **options)).eval()
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("path", find_cases([GOLDEN]), ids=lambda path: path.name)
+def test_golden(path):
+    report = run_case(path)
+    assert report.status == "passed", report.reason
+
+
+# The encoder
+
+
+def test_frames_that_are_equal_are_encoded_as_the_picture_where_time_adds_nothing():
+    net = encoder()
+    with torch.no_grad():
+        for layer in net.encoder.layers:
+            layer.temporal_embedding.zero_()
+            layer.temporal_attn.out_proj.weight.zero_()
+            layer.temporal_attn.out_proj.bias.zero_()
+        still = CLIPVisionModel(CLIPVisionConfig(**VIT)).eval()
+        own = still.state_dict()
+        wrapped = "vision_model." * any(name.startswith("vision_model.") for name in own)
+        still.load_state_dict(
+            {f"{wrapped}{n}": t for n, t in net.state_dict().items() if "temporal" not in n}, strict=False
+        )
+        image = torch.randn(2, 3, 14, 14)
+        clip = image.unsqueeze(2).expand(-1, -1, 4, -1, -1)
+        wanted = still(image, output_hidden_states=True).hidden_states[-2]
+        found = net.features(clip, -2, "full").unflatten(1, (4, -1))
+    for frame in range(4):
+        torch.testing.assert_close(found[:, frame], wanted, atol=1e-5, rtol=0)
+
+
+def test_order_of_frames_matters_through_the_temporal_embedding_alone():
+    net, clip = encoder(), torch.randn(1, 3, 4, 14, 14)
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        found = net.features(clip, -2, "default").unflatten(1, (4, -1))
+        shuffled = net.features(clip[:, :, order], -2, "default").unflatten(1, (4, -1))
+        assert (shuffled - found[:, order]).abs().max() > 1e-3
+        for layer in net.encoder.layers:
+            layer.temporal_embedding.zero_()
+        found = net.features(clip, -2, "default").unflatten(1, (4, -1))
+        shuffled = net.features(clip[:, :, order], -2, "default").unflatten(1, (4, -1))
+    torch.testing.assert_close(shuffled, found[:, order], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("strategy", "grid"), [("full", (8, 1, 5)), ("default", (8, 2, 2))])
+def test_a_clip_twice_as_long_is_two_clips_and_its_grid_is_known_beforehand(strategy, grid):
+    net, clip = encoder(), torch.randn(2, 3, 8, 14, 14)
+    with torch.no_grad():
+        found = net.features(clip, [1, -2], strategy)
+        halves = [net.features(half, [1, -2], strategy) for half in clip.chunk(2, dim=2)]
+    torch.testing.assert_close(found, torch.cat(halves, dim=1), atol=1e-6, rtol=0)
+    plan = Clip(frame={"type": "float_square", "size": 14}, frames=4).plan(MediaSize(8, 30, 20))
+    geometry = geometry_of(net.config).for_strategy(strategy)
+    assert geometry.grid(plan.views[0], strategy == "full") == grid
+    assert found.shape == (2, grid[0] * grid[1] * grid[2], 32)
+
+
+def test_clips_that_do_not_fit_are_one_line():
+    net = encoder()
+    with pytest.raises(UserError, match="a clip of 6 frames; this encoder takes 4"):
+        net.features(torch.zeros(2, 3, 6, 14, 14), -2)
+    with pytest.raises(UserError, match="takes clips, not pictures"):
+        net.features(torch.zeros(4, 3, 14, 14), -2)
+    free = encoder(temporal_attention=False)
+    assert free.features(torch.zeros(1, 3, 5, 14, 14), -2).shape == (1, 20, 16)
+    assert not any("temporal" in name for name in free.state_dict())
+
+
+# Views
+
+
+@pytest.mark.parametrize("size", [(24, 32), (40, 24), (224, 225), (112, 115), (10, 900), (1, 1), (480, 640)])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("pad", [False, True])
+def test_pixels_equal_those_of_resizing_the_whole_picture_as_floats(size, mode, pad):
+    image = picture(*size)
+    planner = FloatSquare(mode=mode, pad=pad, ratio=mode == "bilinear")
+    (found,) = planner.cut(image, planner.plan(MediaSize(1, *size)))
+    whole = pad_to_square(image, planner.background) if pad else image
+    tall, wide = planner.resized(whole.height, whole.width)
+    values = F.interpolate(torch.from_numpy(planner.normalise(whole))[None], size=(tall, wide), mode=mode)[0]
+    top, left = planner.crop(tall, wide)
+    np.testing.assert_allclose(found, values[:, top : top + 224, left : left + 224].numpy(), atol=2e-5)
+
+
+def test_a_strip_of_any_length_costs_little():
+    planner = FloatSquare(pad=True)
+    (found,) = planner.cut(picture(1, 60_000), planner.plan(MediaSize(1, 1, 60_000)))
+    assert found.shape == (3, 224, 224)
+
+
+def test_a_clip_is_one_view_of_all_frames():
+    frames = [picture(20, 30, seed) for seed in range(3)]
+    planner = Clip(frame={"type": "float_square", "size": 14, "mode": "bilinear"}, frames=4)
+    plan = planner.plan(MediaSize(4, 20, 30))
+    (clip,) = planner.cut([*frames, frames[0]], plan)
+    assert clip.shape == (3, 4, 14, 14)
+    np.testing.assert_array_equal(clip[:, 0], clip[:, 3])
+    inner = FloatSquare(size=14, mode="bilinear")
+    np.testing.assert_array_equal(clip[:, 1], inner.cut(frames[1], inner.plan(MediaSize(1, 20, 30)))[0])
+    mirrored = Clip(frame={"type": "float_square", "size": 14, "mode": "bilinear"}, mirror=True)
+    np.testing.assert_array_equal(mirrored.cut([*frames, frames[0]], plan)[0], clip[..., ::-1])
+    with pytest.raises(MediaError, match="3 frames; this model takes 4"):
+        planner.plan(MediaSize(3, 20, 30))
+    with pytest.raises(UserError, match="one view of a frame"):
+        Clip(frame={"type": "anyres", "size": 14}).plan(MediaSize(4, 20, 30))
+
+
+# LanguageBind's folders
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A folder of the unmerged form, as the golden case has its weights."""
+    config = json.loads((GOLDEN / "lora_merge" / "case.json").read_text())["config"]
+    config.pop("targets")
+    folder = tmp_path / "LanguageBind_Video"
+    folder.mkdir()
+    weights = load_file(GOLDEN / "lora_merge" / "weights.safetensors")
+    state = {f"vision_model.{name}": tensor for name, tensor in weights.items()}
+    state |= {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 2), "logit_scale": torch.ones(1)}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "LanguageBindVideo", "vision_config": config}))
+    return folder, weights
+
+
+def test_adapters_are_merged_while_they_are_read(adapted):
+    folder, weights = adapted
+    options = encoder_options(folder)
+    assert options["model_type"] == "languagebind_video"
+    assert options["num_frames"] == 4
+    state = dict(read_encoder(folder))
+    assert not [name for name in state if "lora" in name or "base_model" in name or "text" in name]
+    stem = "encoder.base_model.model.layers.0.temporal_attn.q_proj"
+    a, b = (weights[f"{stem}.lora_{half}.default.weight"] for half in "AB")
+    wanted = weights[f"{stem}.weight"] + 16 / 4 * b @ a
+    torch.testing.assert_close(state["encoder.layers.0.temporal_attn.q_proj.weight"], wanted)
+    newer = {name.replace("_proj.weight", "_proj.base_layer.weight"): tensor for name, tensor in weights.items()}
+    save_file(newer, folder / "model.safetensors")
+    again = read_encoder(folder)
+    assert set(again) == set(state)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state, vision: state.pop(next(n for n in state if "lora_B" in n)), "incomplete: lora_B is missing"),
+        (lambda state, vision: vision.update(lora_r=3), "config.json says lora_r 3"),
+        (lambda state, vision: vision.update(lora_rank=3), "lora_rank"),
+        (lambda state, vision: vision.update(lora_r="x"), "lora_r and lora_alpha are 'x'"),
+    ],
+)
+def test_broken_adapters_are_one_line(adapted, change, message):
+    folder, weights = adapted
+    raw = json.loads((folder / "config.json").read_text())
+    change(weights, raw["vision_config"])
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=message):
+        encoder_options(folder), dict(read_encoder(folder))
+
+
+# Published files
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The mixed golden batch's weights as a published folder with its encoders' folders beside it."""
+    config = json.loads((GOLDEN / "e2e_mixed_batch" / "case.json").read_text())["config"]
+    folder, towers = tmp_path / "video-llava", tmp_path / "towers"
+    folder.mkdir()
+    save_file(load_file(GOLDEN / "e2e_mixed_batch" / "weights.safetensors"), folder / "model.safetensors")
+    for name, kind, temporal in (
+        ("LanguageBind_Image", "LanguageBindImage", False),
+        ("LanguageBind_Video_merge", "LanguageBindVideo", True),
+    ):
+        (towers / name).mkdir(parents=True)
+        vision = config["vision"] | {"add_time_attn": temporal}
+        (towers / name / "config.json").write_text(json.dumps({"model_type": kind, "vision_config": vision}))
+    raw = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], **config["language_model"]}
+    raw |= {"mm_image_tower": "LanguageBind/LanguageBind_Image", "image_aspect_ratio": "pad", "use_mm_proj": True}
+    raw |= {"mm_video_tower": "LanguageBind/LanguageBind_Video_merge", "mm_use_im_start_end": False}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder, towers
+
+
+def test_published_layout_round_trips(published, tmp_path):
+    folder, towers = published
+    checkpoint = open_checkpoint(folder, vision_tower=towers)
+    config = checkpoint.config
+    assert config.system == "video-llava"
+    assert checkpoint.layout.startswith("video-llava")
+    assert config.media["video"]["views"]["frames"] == 8
+    assert config.media["image"]["views"]["pad"]
+    convert(folder, tmp_path / "native", to="llavakit", vision_tower=towers)
+    convert(tmp_path / "native", tmp_path / "again", to="original")
+    source, written = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert set(written) == set(source)
+    assert all(torch.equal(written[name], source[name]) for name in source)
+    back = open_checkpoint(tmp_path / "again")  # brings the configurations of encoders that nobody published
+    assert back.config.media == config.media
+    assert back.config.extra_encoders == config.extra_encoders
+    one, other = (dict(build(own).named_parameters()) for own in (checkpoint, back))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_names_that_lead_nowhere_and_other_widths_are_one_line(published):
+    folder, towers = published
+    video = towers / "LanguageBind_Video_merge" / "config.json"
+    wide = json.loads(video.read_text())
+    wide["vision_config"]["hidden_size"] = 32
+    video.write_text(json.dumps(wide))
+    with pytest.raises(CheckpointError, match="16 and 32 channels"):
+        open_checkpoint(folder, vision_tower=towers)
+    video.parent.rename(towers / "LanguageBind_Video_other")
+    raw = json.loads((folder / "config.json").read_text()) | {"mm_video_tower": "somebody/else"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="mm_video_tower 'somebody/else' is neither a local folder"):
+        open_checkpoint(folder, vision_tower=towers)
