@@ -157,6 +157,7 @@ LABEL_POLICIES.add("spans", "llavakit.conversation.labels:SpanLabels")
 LABEL_POLICIES.add("marks", "llavakit.conversation.labels:MarkLabels")
 LABEL_POLICIES.add("rounds", "llavakit.conversation.labels:RoundLabels")
 
+OBJECTIVES.add("dpo", "llavakit.training.objectives.dpo:DPO")
 OBJECTIVES.add("supervised", "llavakit.training.objectives.supervised:Supervised")
 
 PLANNERS.add("square", "llavakit.views.image:Square")

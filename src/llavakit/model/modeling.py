@@ -486,6 +486,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         prompt_info: PromptInfo | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        skip_loss: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         label_weights: Tensor | None = None,
         **kwargs: Any,
@@ -495,6 +496,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         Args:
             labels: [batch, length], -100 where nothing is to be learned.
             logits_to_keep: Number of last positions to compute logits for (0: all).
+            skip_loss: Labels are only for connectors and adapters that look at them.
             skip_logits: With `labels`, compute logits only where there is a label and do not return them.
             num_items_in_batch: Number of labels over all accumulated batches, the loss's denominator.
             label_weights: [batch, length], factors of the cross entropy of each label; the denominator stays the number
@@ -520,6 +522,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
+        if skip_loss:
+            labels = None
         if labels is not None and (skip_logits or label_weights is not None):
             loss = self._supervised_loss(hidden, labels, num_items_in_batch, label_weights)
         if labels is None or not skip_logits:

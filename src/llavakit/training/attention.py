@@ -7,11 +7,11 @@ use it, `segments_of` finds the samples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,12 @@ def _attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed_segments: list[list[int]] | None = None,
+    packed_forks: Sequence[Fork] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """[rows, heads, length, width] to [rows, length, heads, width]."""
+    if packed_forks is not None:
+        return _attend_forks(query, key, value, packed_forks, dropout, scaling), None
     if packed_segments is None:
         if _packed.get():
             raise NotImplementedError(f"{type(module).__name__} does not hand packed segments to its attention")
@@ -57,6 +60,38 @@ def _attend(
         parts = (tensor[row : row + 1].split(sizes, dim=2) for tensor in (query, key, value))
         rows.append(torch.cat([F.scaled_dot_product_attention(*own, **options) for own in zip(*parts, strict=True)], 2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
+
+
+class Fork(NamedTuple):
+    """Two continuations of one prefix, side by side in a row: prefix, first, second.
+
+    Attributes:
+        begin: Where the prefix begins.
+        prefix: Where it ends and the first continuation begins.
+        first: Where that ends and the second begins, which does not see it.
+        end: Where the second ends.
+    """
+
+    begin: int
+    prefix: int
+    first: int
+    end: int
+
+
+def _attend_forks(
+    query: Tensor, key: Tensor, value: Tensor, forks: Sequence[Fork], dropout: float, scaling: float | None
+) -> Tensor:
+    """One row of forks; the prefix of each is computed once."""
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    parts = []
+    for begin, prefix, first, end in forks:
+        own = [tensor[:, :, begin:first] for tensor in (query, key, value)]
+        parts.append(F.scaled_dot_product_attention(*own, is_causal=True, **options))
+        seen = [torch.cat([t[:, :, begin:prefix], t[:, :, first:end]], dim=2) for t in (key, value)]
+        shape = (end - first, prefix - begin + end - first)
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(prefix - begin)
+        parts.append(F.scaled_dot_product_attention(query[:, :, first:end], *seen, attn_mask=mask, **options))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -84,6 +119,8 @@ def switch_on(model: nn.Module) -> bool:
     attention, which a try on two tokens shows.
     """
     decoder = model.model.language_model
+    if decoder.config._attn_implementation == NAME:
+        return True
     if model.model.language_adapter is not None or decoder.config._attn_implementation != "sdpa":
         return False
     if next(decoder.parameters()).device.type != "cpu" or getattr(decoder.config, "sliding_window", None):

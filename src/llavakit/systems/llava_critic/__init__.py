@@ -17,6 +17,8 @@ SYSTEM = System(
     ),
     checkpoints=("lmms-lab/llava-critic-7b", "lmms-lab/llava-critic-72b"),
     parts={
+        "templates": {"qwen_1_5_preference": ".templates:QWEN_PREFERENCE"},
+        "label_policies": {"turn_marks": ".templates:TurnMarks"},
         "benchmarks": {
             "critic-pointwise": ".benchmarks:CriticScore",
             "critic-pairwise": ".benchmarks:CriticPairs",

@@ -14,23 +14,11 @@ from llavakit.evaluation.rewards import best_and_worst, ordered_pairs, pairwise_
 from llavakit.evaluation.score import score
 from llavakit.proof.entries import prompt_ids, prompt_text, text_processor, with_blank_media
 from llavakit.proof.golden import Case, Example, Result, examples, take
-from llavakit.systems.llava_critic import prompts, verdicts
+from llavakit.systems.llava_critic import parity_dpo, prompts, verdicts
 from llavakit.systems.llava_critic.benchmarks import reward_summary
 
 TEMPLATE = "qwen_1_5"
 ARENA_REPLIES = {"model_a": "[[A>B]]", "model_b": "[[B>A]]", "tie": "[[A=B]]"}
-
-
-def load_tokenizer(case: Case) -> Any:
-    """The case's tokenizer with Qwen2's special tokens."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(case.sibling("tokenizer.json")),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
 
 
 # Prompts and replies
@@ -38,7 +26,7 @@ def load_tokenizer(case: Case) -> Any:
 
 def critic_prompts(case: Case) -> list[Example]:
     """The released prompts in the template, and their ids."""
-    processor = text_processor(load_tokenizer(case), TEMPLATE)
+    processor = text_processor(parity_dpo.load_tokenizer(case), TEMPLATE)
 
     def written(query: Mapping[str, Any]) -> dict[str, Any]:
         write = prompts.pairwise_prompt if len(query["responses"]) == 2 else prompts.pointwise_prompt
@@ -224,4 +212,5 @@ ADAPTERS = {
     "judge_pointwise_agreement": judge_pointwise_agreement,
     "judge_pairwise_agreement": judge_pairwise_agreement,
     "reward_aggregation": reward_aggregation,
+    **parity_dpo.ADAPTERS,
 }
