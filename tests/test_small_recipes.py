@@ -44,6 +44,7 @@ def worlds(tmp_path_factory):
         ("llava-onevision", "scenes", "video"),
         ("llava-uhd", "pictures", "image"),
         ("inf-llava", "pictures", "image"),
+        ("hyper-llava", "pictures", "image"),
         ("llava-mini", "scenes", "video"),
         ("dynamic-llava", "pictures", "image"),
         ("medm-vl", "thorax", "volume"),

@@ -92,13 +92,15 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(encoder: str = "clip", connector: str = "mlp", decoder: str = "llama", **fields: Any) -> LlavakitConfig:
+def config(
+    encoder: str = "clip", connector: str | dict[str, Any] = "mlp", decoder: str = "llama", **fields: Any
+) -> LlavakitConfig:
     """A configuration of tiny parts by their names above."""
     views = {"type": "squash", "size": SIZE}
     defaults: dict[str, Any] = {
         "text_config": dict(DECODERS[decoder]),
         "vision_config": dict(ENCODERS[encoder]),
-        "connector": dict(CONNECTORS[connector]),
+        "connector": dict(CONNECTORS[connector] if isinstance(connector, str) else connector),
         "vision_feature_layer": -1 if encoder == "convnext" else -2,
         "image_token_id": TOKEN,
         "media": {"image": {"views": views, "arrange": {"type": "flat"}}},

@@ -34,9 +34,13 @@ def stack_layers(cache: Cache) -> Tensor:
     return stacked.view(len(cache.layers), 2, *stacked.shape[1:])
 
 
-def one_row_cache(states: Tensor | None = None) -> DynamicCache:
-    """A growing cache for prefill, filled with `states` [layers, 2, kv heads, length, head size] if given."""
-    cache = DynamicCache()
+def one_row_cache(states: Tensor | None = None, cache: DynamicCache | None = None) -> DynamicCache:
+    """A growing cache for prefill, filled with `states` [layers, 2, kv heads, length, head size] if given.
+
+    Args:
+        cache: An empty one to fill; default a new one.
+    """
+    cache = DynamicCache() if cache is None else cache
     for keys, values in () if states is None else states:
         layer = DynamicLayer()
         layer.update(keys.unsqueeze(0), values.unsqueeze(0))

@@ -260,7 +260,7 @@ class Chat(Responder):
             inputs["pixel_values"] = torch.stack(views) if len({v.shape for v in views}) == 1 else views
             inputs |= {"visual_sizes": request.visual_sizes, "visual_modalities": request.visual_modalities}
             inputs["visual_regions"] = request.visual_regions
-            inputs["prompt_info"] = PromptInfo(torch.tensor(request.answers, device=self.model.device)[None])
+        inputs["prompt_info"] = PromptInfo(torch.tensor(request.answers, device=self.model.device)[None])
         options = generate_options(request.sampling, tokenizer, self.eos_token_ids) | options
         out = self.model.generate(**inputs, **options)
         text = tokenizer.decode(out[0, request.input_ids.shape[0] :], skip_special_tokens=True)

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -341,7 +340,8 @@ class Engine:
 
     def _run_prompt(self, handle: RequestHandle, prompt: Prompt) -> tuple[Any, Tensor]:
         """States of a prompt as its rows take them, and logits of its last position [1, vocabulary]."""
-        return self._prefill_states(handle, prompt) if self._adapter is None else self._prefill_adapter(prompt)
+        run = self._prefill_states if self._adapter is None else self._prefill_adapter
+        return run(handle, prompt)
 
     def _prefill_states(self, handle: RequestHandle, prompt: Prompt) -> tuple[Tensor, Tensor]:
         shared, states = self._find_prefix(prompt)
@@ -376,7 +376,10 @@ class Engine:
                 shared = shared_prefix(row.prompt.keys, keys)
                 if shared > best:
                     best, states = shared, self._states.read(number, shared)
-        return (best, states) if best >= _LEAST_REUSE else (0, None)
+        if states is None or prompt.resume(best) < _LEAST_REUSE:
+            return 0, None
+        best = prompt.resume(best)
+        return best, states[:, :, :, :best]
 
     def _place(self, row: _Row, states: Any) -> None:
         if self._states is None:
@@ -408,18 +411,23 @@ class Engine:
             self._sampler = TokenSampler([row.params for row in rows], self.device)
         self._advance(rows, logits, self._sampler)
 
-    def _prefill_adapter(self, prompt: Prompt) -> tuple[Any, Tensor]:
+    def _prefill_adapter(self, handle: RequestHandle, prompt: Prompt) -> tuple[Any, Tensor]:
         """Prefill of a model whose adapter keeps states of its own: the cache and logits [1, vocabulary]."""
-        cache = self._adapter.make_cache() or one_row_cache()
+        shared, states = self._find_prefix(prompt)
+        handle.reused_tokens = shared
+        cache = one_row_cache(states, self._adapter.make_cache())
         inputs: dict[str, Any] = {"attention_mask": torch.ones(1, prompt.length, dtype=torch.long, device=self.device)}
-        if prompt.embeds is not None:
+        if shared:
+            visual = torch.tensor([prompt.ids[shared:]], device=self.device) == self.core.config.image_token_id
+            inputs |= {"inputs_embeds": self.prompts.embed(prompt, shared), "visual_mask": visual}
+        elif prompt.embeds is not None:
             inputs |= {"inputs_embeds": prompt.embeds, "visual_mask": prompt.visual}
         else:
             inputs["input_ids"] = torch.tensor([prompt.ids], device=self.device)
             if prompt.media:
                 vectors = self.prompts.vectors(prompt.media)
                 inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=vectors)}
-        output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, prompt_info=prompt.info)
         return output.past_key_values, output.logits[:, -1]
 
     def _advance(self, rows: list[_Row], logits: Tensor, sampler: TokenSampler | None = None) -> None:
@@ -484,8 +492,7 @@ class Engine:
         elif row.prompt.keys is not None and self.prefixes.enabled:
             states = self._states.read(number)
             if states is not None:
-                new = np.array(row.new, dtype=np.int64)
-                self.prefixes.put(np.concatenate([row.prompt.keys, new])[: row.written], states)
+                self.prefixes.put(row.prompt.keys_with(row.new)[: row.written], states)
         if number != last:
             self._states.move(last, number)
             self._rows[number] = self._rows[last]

@@ -7,6 +7,7 @@ connector that reads the prompt gives other vectors for every prompt; then the e
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from llavakit.connectors.base import tokens_in
 from llavakit.errors import UserError
 from llavakit.generation.cache import ByteBounded, content_digest, prompt_keys
 from llavakit.generation.request import Request
+from llavakit.language.adapter import PrefixKeys
 from llavakit.model.prompt import PromptInfo
 from llavakit.model.routes import MODALITIES
 from llavakit.model.visuals import gather_media, run_encoders, view_jobs
@@ -48,6 +50,8 @@ class Prompt:
         media: The media, in prompt order.
         embeds: The whole embedded prompt [1, length, hidden] if it had to be computed or was given, else None.
         visual: With `embeds`: True at visual positions [1, length], or None.
+        info: What connectors and adapters may know beside ids and media.
+        prefix: Keys and more of an adapter whose states depend on more than what lies in front of them.
     """
 
     ids: list[int]
@@ -56,6 +60,17 @@ class Prompt:
     media: list[MediaItem]
     embeds: Tensor | None = None
     visual: Tensor | None = None
+    info: PromptInfo | None = None
+    prefix: PrefixKeys | None = None
+
+    def keys_with(self, reply: Sequence[int]) -> np.ndarray:
+        """Keys of the prompt and of reply tokens behind it."""
+        ids = np.array(reply, dtype=np.int64)
+        return np.concatenate([self.keys, ids]) if self.prefix is None else self.prefix.with_reply(ids)
+
+    def resume(self, known: int) -> int:
+        """Where computing begins if the states of the first `known` positions are there."""
+        return known if self.prefix is None else int(self.prefix.resume[known])
 
 
 class PromptReader:
@@ -77,6 +92,22 @@ class PromptReader:
         Raises:
             UserError: If ids and media do not fit together.
         """
+        answers = None
+        if request.answers is not None:
+            answers = torch.as_tensor(request.answers, device=self.core.device)[None].bool()
+        prompt = self._read(request, answers)
+        prompt.info = PromptInfo(answers, prompt.length - request.generated)
+        adapter = self.core.language_adapter
+        if adapter is not None and prompt.keys is not None:
+            own = np.zeros(prompt.length, dtype=bool)
+            if answers is not None:
+                own[: answers.shape[1]] = answers[0].cpu().numpy()
+            own[prompt.info.length :] = True
+            prompt.prefix = adapter.prefix_keys(prompt.keys, own)
+            prompt.keys = None if prompt.prefix is None else prompt.prefix.keys
+        return prompt
+
+    def _read(self, request: Request, answers: Tensor | None) -> Prompt:
         core, device = self.core, self.core.device
         ids = request.ids()
         image_token = core.config.image_token_id
@@ -97,7 +128,6 @@ class PromptReader:
         if not core.reads_prompt:
             return Prompt(ids, len(ids), keys, media)
         input_ids = torch.tensor([ids], device=device)
-        answers = None if request.answers is None else torch.as_tensor(request.answers, device=device)[None].bool()
         prompt = core.read_prompt(
             input_ids,
             info=PromptInfo(answers, len(ids) - request.generated),

@@ -57,16 +57,24 @@ class PlainRows(DecodingRows):
         if self.compiled is not None:
             logits = self.compiled(embeds, masks, positions)[: len(tokens)]
         else:
-            hidden = self.core.language_model(
-                inputs_embeds=embeds,
-                attention_mask=masks,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            logits = self.head(hidden[:, -1])
+            logits = self.head(self.run(embeds, masks, positions)[:, -1])
         cache.end_step(len(tokens))
         return logits
+
+    def run(self, embeds: Tensor, masks: Any, positions: Tensor) -> Tensor:
+        """The decoder on one new token per row: [rows, 1, hidden] to hidden states behind the last norm.
+
+        Args:
+            masks: Additive mask [rows, 1, 1, width], or one for every kind of layer.
+            positions: [rows, 1].
+        """
+        return self.core.language_model(
+            inputs_embeds=embeds,
+            attention_mask=masks,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
 
     def _masks(self) -> Any:
         if self.mixed:

@@ -6,12 +6,55 @@ removed without a trace.
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from llavakit.language.rows import DecodingRows, SeparateRows
 from llavakit.model.prompt import PromptInfo
+
+
+@dataclass(frozen=True)
+class PrefixKeys:
+    """What identifies the states of a prompt, position by position, so that prompts that begin alike can share them.
+
+    Attributes:
+        keys: One number per position [length]; equal numbers from the beginning on mean equal states.
+        resume: Where computing begins if the states of so many first positions are known [length].
+        salt: Part of the keys of the reply's tokens.
+    """
+
+    keys: np.ndarray
+    resume: np.ndarray
+    salt: int
+
+    @classmethod
+    def behind(cls, keys: np.ndarray, guides: np.ndarray) -> PrefixKeys:
+        """Keys where states also depend on all positions up to a later one, which has to be computed anew.
+
+        Args:
+            keys: Content of every position [length].
+            guides: For every position the last one that its states depend on, or that the states behind it need
+                [length]; equal for neighbours that belong together.
+        """
+        salted, salt = keys.copy(), 0
+        for guide in np.unique(guides):
+            content = hashlib.blake2b(keys[: guide + 1].tobytes(), digest_size=7)
+            salt = int.from_bytes(content.digest(), "little")
+            own = guides == guide
+            salted[own] = _mixed(keys[own], salt)
+        return cls(salted, np.minimum(np.arange(len(keys)), guides), salt)
+
+    def with_reply(self, ids: np.ndarray) -> np.ndarray:
+        """Keys of the prompt and of the reply's tokens behind it."""
+        return np.concatenate([self.keys, _mixed(ids, self.salt)])
+
+
+def _mixed(keys: np.ndarray, salt: int) -> np.ndarray:
+    return -1 - (salt ^ keys)
 
 
 class LanguageAdapter(nn.Module):
@@ -44,6 +87,17 @@ class LanguageAdapter(nn.Module):
             max_rows, max_length: Most rows, and most positions of one.
         """
         return SeparateRows(model)
+
+    def prefix_keys(self, keys: np.ndarray, answers: np.ndarray) -> PrefixKeys | None:
+        """What identifies the states of a prompt, if prompts that begin alike may share them; None if not (default).
+
+        An adapter that gives keys is filled with shared states through its cache's layers, and its rows define `read`.
+
+        Args:
+            keys: Content of every position [length]: a token id, or a number for a media item.
+            answers: True at earlier answers and at tokens that the model has generated itself [length].
+        """
+        return None
 
     def forward(
         self,

@@ -578,15 +578,14 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         cached = kwargs.get("use_cache", settings.use_cache) is not False
         adapter = self.model.language_adapter
         reads = self.model.reads_prompt and input_ids is not None
+        info = kwargs.pop("prompt_info", None) or PromptInfo()
         if reads and cached and (kwargs.get("pixel_values") is not None or self.model.reads_blank_image):
             given = {name: kwargs.pop(name, None) for name in self.media_inputs}
-            info = kwargs.pop("prompt_info", None)
             mask = kwargs.get("attention_mask")
             embeds, visual, _ = self.model.embed(input_ids, attention_mask=mask, info=info, **given)
             kwargs |= {"inputs_embeds": embeds, "visual_mask": visual}
-        if not cached and (reads or adapter is not None):
+        if adapter is not None or (reads and not cached):
             prompt = input_ids if input_ids is not None else kwargs["inputs_embeds"]
-            info = kwargs.get("prompt_info") or PromptInfo()
             kwargs["prompt_info"] = replace(info, length=prompt.shape[1]) if info.length is None else info
         fresh = cached and adapter is not None and kwargs.get("past_key_values") is None
         if fresh and (cache := adapter.make_cache()) is not None:

@@ -18,18 +18,22 @@ class PromptInfo:
     """What the caller knows of a prompt beside its ids.
 
     Attributes:
-        answers: True at the answers of earlier turns [batch, length]; shorter if none follow.
-        length: Number of columns that the model has not generated itself; None for all.
+        answers: True at the answers of earlier turns [batch, length]; shorter if none follow. Columns count from the
+            beginning of the conversation, also behind a cache.
+        length: Number of columns, from the beginning, that the model has not generated itself; None for all.
     """
 
     answers: Tensor | None = None
     length: int | None = None
 
-    def for_batch(self, rows: int, columns: int) -> Tensor | None:
-        """`answers` as [rows, columns]: padded at the end, and repeated for the beams of one prompt."""
+    def for_batch(self, rows: int, columns: int, start: int = 0) -> Tensor | None:
+        """`answers` of `columns` columns from `start` on, as [rows, columns].
+
+        They are padded at the end, and repeated for the beams of one prompt.
+        """
         if self.answers is None:
             return None
-        answers = self.answers.repeat_interleave(rows // self.answers.shape[0], dim=0)
+        answers = self.answers[:, start : start + columns].repeat_interleave(rows // self.answers.shape[0], dim=0)
         return F.pad(answers, (0, columns - answers.shape[1]))
 
 

@@ -1,0 +1,307 @@
+"""HyperLLaVA: golden figures, experts, segments, decoding together, packing, files, recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from llavakit.connectors.base import Features
+from llavakit.generation import Engine, Request, SamplingParams
+from llavakit.model.prompt import PromptInfo
+from llavakit.proof.golden import find_cases, run_case
+from llavakit.systems.hyper_llava.connector import VisualExpertMLP
+from llavakit.systems.hyper_llava.experts import ExpertShape, GeneratedExpert
+from llavakit.systems.hyper_llava.segments import find_segments
+
+GOLDEN = Path(__file__).parent / "golden" / "hyper-llava"
+SIZES = {"embed_dim": 6, "hyper_hidden": 5, "bottleneck": 2}
+VISUAL = {"type": "visual_expert_mlp", "variant": "first", **SIZES}
+LANGUAGE = {"type": "language_experts", "layers": "posterior", **SIZES}
+
+
+def build(decoder="llama", seed=0, variant="first", trained=True, **options):
+    text = tiny.DECODERS[decoder] | {"num_hidden_layers": 4}
+    fields = {"text_config": text, "connector": VISUAL | {"variant": variant}, "language_adapter": LANGUAGE | options}
+    if trained:
+        return tiny.model(seed=seed, decoder=decoder, **fields)
+    torch.manual_seed(seed)
+    return type(tiny.model())(tiny.config(decoder=decoder, **fields)).eval()
+
+
+def ask(sample, answers=None, new=8, **sampling):
+    params = SamplingParams(max_new_tokens=new, eos_token_ids=(), **sampling)
+    media = {name: sample[name] for name in ("pixel_values", "visual_sizes", "visual_modalities") if name in sample}
+    return Request(sample["input_ids"][0], **media, answers=answers, sampling=params)
+
+
+def supervised(sample, answer):
+    """Labels at the last `answer` tokens."""
+    labels = torch.full_like(sample["input_ids"], -100)
+    labels[:, -answer:] = sample["input_ids"][:, -answer:]
+    return sample | {"labels": labels}
+
+
+def longer(sample, tokens):
+    ids = torch.cat([sample["input_ids"], torch.tensor([tokens])], dim=1)
+    rest = {name: value for name, value in sample.items() if name not in ("labels", "input_ids")}
+    return rest | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def logits_of(engine, request):
+    """Log probabilities [steps, vocabulary] of a greedy reply."""
+    reply = engine.submit(request).result()
+    top = [dict(step.top) for step in reply.logprobs]
+    return reply.token_ids, torch.tensor([[step[token] for token in sorted(step)] for step in top])
+
+
+@pytest.mark.parametrize("path", find_cases([GOLDEN]), ids=lambda path: path.name)
+def test_golden(path):
+    report = run_case(path)
+    assert report.status == "passed", report.reason
+
+
+# ---------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "silu", "gelu"])
+def test_weights_are_affine_in_the_embedding_and_blind_to_the_guidance_scale(activation):
+    torch.manual_seed(0)
+    expert = GeneratedExpert(ExpertShape(7, 9, 1, activation), guidance_dim=5, embed_dim=3, hyper_hidden=4)
+    for parameter in expert.parameters():
+        torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        one, two = torch.randn(2, 4, 3)
+        at = expert.hyper
+        torch.testing.assert_close(at(one) + at(two) - at(torch.zeros_like(one)), at(one + two), atol=1e-4, rtol=1e-4)
+        guidance, x = torch.randn(4, 5), torch.randn(4, 6, 7)
+        torch.testing.assert_close(expert(1000 * guidance, x), expert(guidance, x), atol=1e-4, rtol=1e-4)
+        assert (expert(-guidance, x) - expert(guidance, x)).abs().max() > 0.1
+        expert.layer.A.zero_()
+        torch.testing.assert_close(expert(torch.randn(4, 5), x), expert(guidance, x))
+
+
+def test_an_untrained_model_is_llava_1_5_bit_by_bit_and_learns():
+    net = build(trained=False, variant="both")
+    plain = tiny.model(text_config=net.config.text_config.to_dict())
+    state = net.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    sample = supervised(tiny.prompt(net, "ttIttttt"), 3)
+    with torch.no_grad():
+        assert torch.equal(net(**sample).logits, plain(**sample).logits)
+    net.train()(**sample).loss.backward()
+    experts = [net.model.language_adapter.hyper, net.model.multi_modal_projector.expert_1.hyper]
+    for hyper in [*experts, net.model.multi_modal_projector.expert_2.hyper]:
+        down = hyper.shape.down_size
+        assert hyper.W2.grad[down:].abs().sum() > 0
+        assert hyper.W2.grad[:down].abs().sum() == 0
+
+
+def test_variants_of_the_visual_expert_differ_by_one_expert_exactly():
+    torch.manual_seed(0)
+    both = VisualExpertMLP(vision_width=6, hidden_size=8, variant="both", **SIZES).double()
+    for parameter in both.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = Features(torch.randn(10, 6).double(), [(1, 2, 3), (1, 2, 2)], [0, 1])
+    with torch.no_grad():
+        whole, parts = both(x, []).split(), x.split()
+        first = VisualExpertMLP(vision_width=6, hidden_size=8, **SIZES).double()
+        first.load_state_dict({name: both.state_dict()[name] for name in first.state_dict()})
+        for view, tokens, out in zip(parts, first(x, []).split(), whole, strict=True):
+            inner = both.act(both.linear_1(view))[None]
+            torch.testing.assert_close(out - both.expert_2(view.mean(0)[None], inner)[0], tokens, atol=1e-12, rtol=0)
+        order = torch.randperm(6)
+        moved = both(Features(parts[0][order], [(1, 2, 3)], [0]), []).values
+        torch.testing.assert_close(moved, whole[0][order])
+
+
+# ---------------------------------------------------------------------- segments
+
+
+@pytest.mark.parametrize(
+    ("roles", "numbers", "guides"),
+    [
+        ("ppppaaa", [0] * 7, [3]),
+        ("pppaappaa", [0, 0, 0, 0, 0, 1, 1, 1, 1], [2, 6]),
+        ("ppp", [0, 0, 0], [2]),
+        ("papapa", [0, 0, 1, 1, 2, 2], [0, 2, 4]),
+        ("a", [0], [0]),
+        ("aapa", [0, 0, 1, 1], [0, 2]),
+        ("", [], []),
+    ],
+)
+def test_segments_of_one_row(roles, numbers, guides):
+    found = find_segments(torch.tensor([[letter == "a" for letter in roles]], dtype=torch.bool).view(1, -1))
+    assert found.number.tolist() == numbers
+    assert found.guide_column.tolist() == guides
+
+
+def test_segments_of_padded_packed_and_continued_rows():
+    answer = torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    found = find_segments(answer, real)
+    assert found.number.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3]
+    assert list(zip(found.guide_row.tolist(), found.guide_column.tolist(), strict=True)) == [
+        (0, 2),
+        (0, 5),
+        (1, 0),
+        (1, 3),
+    ]
+    assert found.last.tolist() == [1, 3]
+    assert found.ends_in_prompt.tolist() == [True, False]
+    packed = find_segments(answer, samples=torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 2]]))
+    assert packed.number.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]  # a sample never begins with an answer
+    going_on = find_segments(answer, real, continues=True)
+    assert going_on.number.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3]
+    rest = find_segments(
+        torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool),
+        continues=True,
+        real=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool),
+    )
+    assert rest.number.tolist() == [1, 1, 0, 0]
+    assert rest.last.tolist() == [0, 2]
+
+
+# ---------------------------------------------------------------------- training equals generation
+
+PLACES = [
+    {"layers": "posterior"},
+    {"layers": "anterior"},
+    {"layers": "all", "activation": "gelu"},
+    {"layers": "posterior", "split": 3, "guidance_layer": 1, "activation": "silu"},
+]
+
+
+@pytest.mark.parametrize("options", PLACES, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
+def test_cached_steps_equal_teacher_forcing_through_two_turns(decoder, options):
+    if decoder == "mistral":
+        options = options | {"activation": "swiglu"}
+    net = build(decoder, **options)
+    sample, first, turn, second = tiny.prompt(net, "ttItttt"), [7, 18, 29], [40, 41, 42], [50, 51]
+    whole = longer(sample, [*first, *turn, *second])
+    start = sample["input_ids"].shape[1]
+    labels = torch.full_like(whole["input_ids"], -100)
+    labels[:, start : start + 3] = 1
+    labels[:, -2:] = 1
+    cache = net.model.language_adapter.make_cache()
+    with torch.no_grad():
+        forced = net(**whole, labels=labels).logits
+        told = net(**whole, prompt_info=PromptInfo(labels != -100), use_cache=False).logits
+        steps = [net(**{k: v for k, v in sample.items() if k != "labels"}, past_key_values=cache).logits]
+        for tokens in ([first[0]], [first[1]], [first[2]], turn, [second[0]], [second[1]]):
+            steps.append(net(input_ids=torch.tensor([tokens]), past_key_values=cache).logits)
+        torch.testing.assert_close(told, forced)
+        torch.testing.assert_close(torch.cat(steps, dim=1), forced, atol=2e-5, rtol=1e-4)
+        trained = net.train()(**whole, labels=labels).logits
+    torch.testing.assert_close(trained, forced, atol=1e-6, rtol=1e-5)
+    alone = net.eval()(**longer(sample, first), prompt_info=PromptInfo(length=start)).logits
+    torch.testing.assert_close(alone, forced[:, : start + 3], atol=2e-5, rtol=1e-4)  # a second turn changes nothing
+
+
+def test_no_answer_token_reaches_the_weights_that_predict_it():
+    net = build()
+    sample = supervised(tiny.prompt(net, "ttItttttttt"), 4)
+    other = {**sample, "input_ids": sample["input_ids"].clone()}
+    other["input_ids"][0, -2:] = torch.tensor([3, 4])
+    with torch.no_grad():
+        one, two = net(**sample).logits, net(**other).logits
+    assert torch.equal(one[:, :-2], two[:, :-2])
+    assert (one[:, -1] - two[:, -1]).abs().max() > 0.01
+
+
+def join(samples, side):
+    length = max(sample["input_ids"].shape[1] for sample in samples)
+
+    def pad(row, fill):
+        gap = row.new_full((1, length - row.shape[1]), fill)
+        return torch.cat([gap, row] if side == "left" else [row, gap], dim=1)
+
+    batch = {
+        name: torch.cat([pad(sample[name], fill) for sample in samples])
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+    }
+    for name in ("pixel_values", "visual_sizes", "visual_modalities"):
+        batch[name] = torch.cat([sample[name] for sample in samples if name in sample])
+    return batch
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_neighbours_change_nothing(side):
+    net = build(variant="both")
+    samples = [supervised(tiny.prompt(net, "tttItttt", seed=1), 3), supervised(tiny.prompt(net, "tIttttttttt"), 2)]
+    samples.append(supervised(tiny.prompt(net, "ttttttt", seed=5), 4))
+    batch = join(samples, side)
+    with torch.no_grad():
+        together = net(**batch).logits
+        for row, sample in enumerate(samples):
+            real = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(together[row][real], net(**sample).logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2"])
+def test_packed_rows_equal_single_samples_in_values_and_gradients(decoder):
+    net = build(decoder)
+    samples = [
+        supervised(tiny.prompt(net, layout, seed=n), 3) for n, layout in enumerate(("ttItttt", "ttttt", "tItttttt"))
+    ]
+    samples[2]["labels"][0, 1 + 16 + 1] = 5  # an answer, then another turn
+    packed = {name: torch.cat([sample[name] for sample in samples], dim=1) for name in ("input_ids", "labels")}
+    lengths = [sample["input_ids"].shape[1] for sample in samples]
+    packed["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    for name in ("pixel_values", "visual_sizes", "visual_modalities"):
+        packed[name] = torch.cat([sample[name] for sample in samples if name in sample])
+    net.train()
+    output = net(**packed, use_cache=False)
+    singles = [net(**sample).logits[0] for sample in samples]
+    torch.testing.assert_close(output.logits[0], torch.cat(singles), atol=1e-4, rtol=0)
+    output.logits.square().mean().backward()
+    grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    torch.cat(singles).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(grads[name], parameter.grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    net = build()
+    sample = supervised(tiny.prompt(net, "ttItttttt"), 3)
+    net.train()(**sample).loss.backward()
+    expected = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    net(**sample).loss.backward()
+    assert not any(layer.mlp._forward_hooks for layer in net.model.language_model.layers)
+    assert all(layer.gradient_checkpointing for layer in net.model.language_model.layers)
+    for name, grad in expected.items():
+        torch.testing.assert_close(net.get_parameter(name).grad, grad, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------- requests together
+
+
+@pytest.mark.parametrize("options", PLACES[:3], ids=lambda options: options["layers"])
+def test_requests_decoded_together_equal_single_ones(options):
+    net = build(**options)
+    layouts = ("ttItt", "tIttttttt", "ttttt", "ttttttItItt")
+    samples = [tiny.prompt(net, layout, seed=number) for number, layout in enumerate(layouts)]
+    requests = [ask(sample, new=6 + number, logprobs=tiny.VOCAB) for number, sample in enumerate(samples)]
+    alone = [logits_of(Engine(net, prefix_bytes=0), request) for request in requests]
+    engine = Engine(net, max_batch=3)
+    handles = [engine.submit(request) for request in requests[:2]]
+    engine.step()
+    handles += [engine.submit(request) for request in requests[2:]]  # they join while others decode
+    for handle, (ids, expected) in zip(handles, alone, strict=True):
+        reply = handle.result()
+        assert reply.token_ids == ids
+        found = torch.tensor([[dict(step.top)[t] for t in sorted(dict(step.top))] for step in reply.logprobs])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        for sample, (ids, _) in zip(samples, alone, strict=True):
+            inputs = {name: value for name, value in sample.items() if name != "labels"}
+            out = net.generate(**inputs, max_new_tokens=len(ids), do_sample=False, eos_token_id=None, pad_token_id=0)
+            assert out[0, -len(ids) :].tolist() == ids
