@@ -1,6 +1,7 @@
 """The phantom worlds: determinism, splits, balance, physics, records, tokenizer."""
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -13,9 +14,11 @@ from PIL import Image
 
 from llavakit.conversation.messages import from_llava, media_of
 from llavakit.errors import UserError
-from llavakit.phantom import anatomy, glyphs, patient, report, words
+from llavakit.phantom import anatomy, endoscope, glyphs, patient, report, words
 from llavakit.phantom.base import Box, cell_labels, generator, indices, split_of
 from llavakit.phantom.canvas import COLOURS, SHAPES, render
+from llavakit.phantom.endoscope import METAL, Action, Field, tip_of
+from llavakit.phantom.procedure import INSTRUMENTS, PHASES, Procedure
 from llavakit.phantom.scene import Scene
 from llavakit.phantom.thorax import Thorax
 from llavakit.phantom.tokenizer import tiny_tokenizer
@@ -24,6 +27,7 @@ from llavakit.phantom.write import build_world, converse, phrase, write_world
 FULL = {
     "thorax": {"size": 32, "volumes": True, "grid": 12, "followups": True, "masks": True},
     "scene": {"size": 48, "pairs": True, "videos": True, "frames": 4},
+    "procedure": {"size": 24, "frames": 4},
 }
 
 
@@ -107,6 +111,16 @@ def scene_questions(options, count):
             yield from item.questions
 
 
+def procedure_questions(options, count):
+    """Questions of many operations, without the pictures."""
+    world = Procedure(**options)
+    for index in range(count):
+        rng = generator(2, index, "procedure")
+        segments, main = world._operation(rng)
+        yield from world._ask(rng, segments[main])
+        yield from world._ask_clip(rng, segments, main)
+
+
 @pytest.mark.parametrize(
     "questions",
     [
@@ -114,8 +128,10 @@ def scene_questions(options, count):
         lambda: thorax_questions("full", 1500),
         lambda: scene_questions({"difficulty": "easy", "size": 24}, 800),
         lambda: scene_questions({"pairs": True, "videos": True, "frames": 4, "size": 24}, 600),
+        lambda: procedure_questions({"difficulty": "easy"}, 4000),
+        lambda: procedure_questions({}, 4000),
     ],
-    ids=["thorax-easy", "thorax", "scene-easy", "scene"],
+    ids=["thorax-easy", "thorax", "scene-easy", "scene", "procedure-easy", "procedure"],
 )
 def test_no_answer_can_be_guessed_from_the_question(questions):
     by_type, by_text = defaultdict(Counter), defaultdict(Counter)
@@ -596,3 +612,54 @@ def test_tokenizer_is_deterministic_and_survives_saving(tokenizer, tmp_path):
 def test_tokenizer_refuses_a_tiny_vocabulary():
     with pytest.raises(UserError, match="vocab_size"):
         tiny_tokenizer(["a"], vocab_size=50)
+
+
+# -- procedure --------------------------------------------------------------------------------------------------------
+
+
+def test_phases_follow_their_order_and_segments_fill_the_clip():
+    world, names = Procedure(size=24, frames=9), list(PHASES)
+    seen = Counter()
+    for index in range(60):
+        case = world.sample(3, index)
+        segments = case.facts["segments"]
+        places = [names.index(segment["phase"]) for segment in segments]
+        assert places == list(range(places[0], places[0] + len(places)))
+        assert segments[0]["start"] == 0
+        assert segments[-1]["end"] == 9 / case.facts["fps"]
+        assert all(one["end"] == other["start"] for one, other in itertools.pairwise(segments))
+        assert all(tuple(segment["triplets"][0]) in PHASES[segment["phase"]] for segment in segments)
+        assert case.items[1].media[0].shape == (9, 24, 24, 3)
+        seen[len(segments)] += 1
+    assert set(seen) == {1, 2}
+    assert len(Procedure(segments=7, frames=14).sample(0, 0).facts["segments"]) == 7
+
+
+def test_what_an_instrument_does_shows_in_its_motion():
+    def path(verb, target=(0.5, 0.5)):
+        return np.array(
+            [tip_of(Action("grasper", verb, "gallbladder", "left"), target, t) for t in np.linspace(0, 1, 9)]
+        )
+
+    retract, grasp, pack, dissect = (path(verb) for verb in ("retract", "grasp", "pack", "dissect"))
+    assert retract[-1, 1] < retract[0, 1] - 0.15  # to the side that it comes from
+    assert grasp[-1, 1] > grasp[0, 1] + 0.15
+    assert abs(pack[-1, 0] - pack[0, 0]) > 0.15
+    assert np.ptp(dissect[:, 0]) > 0.12
+    assert np.allclose(path("clip"), 0.5)
+    still = {verb: frame_of(verb, 0.5) for verb in ("irrigate", "aspirate")}
+    assert not np.array_equal(still["irrigate"], still["aspirate"])
+
+
+def frame_of(verb, time, instrument="irrigator", target="fluid"):
+    view = Field({"liver": (0.3, 0.3), "gallbladder": (0.3, 0.7), target: (0.65, 0.6)})
+    return endoscope.frame(view, [Action(instrument, verb, target, "left")], time, 48, np.random.default_rng(0))
+
+
+def test_effects_grow_and_the_border_is_black():
+    pools = [(frame_of("aspirate", time)[..., 0] < 180).sum() for time in (0.0, 1.0)]
+    assert pools[0] > pools[1] + 20
+    clips = [(frame_of("clip", t, "clipper", "cystic duct").min(-1) > 225).sum() for t in (0.0, 1.0)]
+    assert clips[1] > clips[0] + 2
+    assert not frame_of("aspirate", 0.5)[0, 0].any()
+    assert set(METAL) == set(INSTRUMENTS)

@@ -562,7 +562,7 @@ def reproduce(
 
 @app.command()
 def phantom(
-    world: Annotated[str, typer.Argument(metavar="WORLD", help="thorax, scene, ...")],
+    world: Annotated[str, typer.Argument(metavar="WORLD", help="thorax, scene, procedure.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     assignments: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the world.")

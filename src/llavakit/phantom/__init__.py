@@ -4,3 +4,4 @@ from llavakit.registry import WORLDS
 
 WORLDS.add("thorax", "llavakit.phantom.thorax:Thorax")
 WORLDS.add("scene", "llavakit.phantom.scene:Scene")
+WORLDS.add("procedure", "llavakit.phantom.procedure:Procedure")
