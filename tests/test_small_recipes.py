@@ -45,6 +45,7 @@ def worlds(tmp_path_factory):
         ("llava-uhd", "pictures", "image"),
         ("inf-llava", "pictures", "image"),
         ("hyper-llava", "pictures", "image"),
+        ("mg-llava", "pictures", "image"),
         ("llava-mini", "scenes", "video"),
         ("dynamic-llava", "pictures", "image"),
         ("medm-vl", "thorax", "volume"),

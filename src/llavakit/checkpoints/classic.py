@@ -290,7 +290,7 @@ class ClassicLayout(Layout):
     def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
         text = config.text_config.to_dict()
         depth = config.connector.get("depth", 2)
-        names = {size["image_size"]: name for name, size in KNOWN_ENCODERS.items() if _same_tower(size, config)}
+        names = {size.get("image_size"): name for name, size in KNOWN_ENCODERS.items() if _same_tower(size, config)}
         fields = {
             "architectures": ["LlavaLlamaForCausalLM"],
             "model_type": self.model_types[0],
@@ -298,7 +298,7 @@ class ClassicLayout(Layout):
             "mm_projector_type": "linear" if depth == 1 else f"mlp{depth}x_gelu",
             "mm_vision_select_layer": config.vision_feature_layer,
             "mm_vision_select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
-            "mm_vision_tower": names.get(config.vision_config.image_size, self.own_tower),
+            "mm_vision_tower": names.get(getattr(config.vision_config, "image_size", None), self.own_tower),
             "mm_use_im_start_end": config.media.get("image", {}).get("arrange", {}).get("type") == "wrapped",
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,

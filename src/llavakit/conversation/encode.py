@@ -73,12 +73,15 @@ def encode(
     Raises:
         UserError: If the messages or the template do not fit.
     """
-    template = template_for(template, tokenizer)
+    template = template_for(template, tokenizer).for_tokenizer(tokenizer)
     training = not (add_generation_prompt or continue_final_message)
     policy = label_policy("spans" if labels is None and not training else labels, template)
     messages, notes = normalise(messages), ()
     if not (template.keeps_first_answer if training else template.prompts_keep_first_answer):
-        messages, notes = _without_first_answer(messages, template)
+        messages, notes = _without_first_answers(messages, template)
+    if training and template.drops_unanswered:
+        messages, more = _without_last_question(messages, template)
+        notes += more
     text, answers = template.render(
         messages,
         add_generation_prompt=add_generation_prompt,
@@ -94,7 +97,11 @@ def encode(
         )
     given = _given_ids(messages, answers) if template.jinja is None else {}
     ids, offsets = tokenize(
-        text, tokenizer, whole=template.jinja is not None, cuts={*_cuts(text, template), *itertools.chain(*given)}
+        text,
+        tokenizer,
+        whole=template.jinja is not None,
+        cuts={*_cuts(text, answers, template), *itertools.chain(*given)},
+        begins=template.bos != "written",
     )
     ids, offsets = _with_given(ids, offsets, given, keeps_end=not template.as_generated)
     if template.bos == "once" and ids[:2] == [tokenizer.bos_token_id] * 2:
@@ -147,8 +154,12 @@ def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[M
     return [{**given, **message} for given, message in zip(messages, escaped, strict=True)]
 
 
-def _cuts(text: str, template: Template) -> Iterator[int]:
-    """Where the tokenizer starts anew by the template's rule."""
+def _cuts(text: str, answers: Sequence[Span], template: Template) -> Iterator[int]:
+    """Where the tokenizer starts anew by the template's rules."""
+    if template.pieces:
+        yield from itertools.chain(*answers)
+        if begin := template.specials.get("bos_token"):
+            yield from itertools.chain(*(found.span() for found in re.finditer(re.escape(begin), text)))
     if template.breaks:
         marks = sorted(template.breaks, key=len, reverse=True)
         yield from (found.end() for found in re.finditer("|".join(map(re.escape, marks)), text))
@@ -190,13 +201,26 @@ def _with_given(
     return ids, offsets
 
 
-def _without_first_answer(messages: list[Message], template: Template) -> tuple[list[Message], tuple[str, ...]]:
+def _without_first_answers(messages: list[Message], template: Template) -> tuple[list[Message], tuple[str, ...]]:
     """The messages from the first turn of the user on, and what was left out of them."""
-    first = 1 if messages[0]["role"] == "system" else 0
-    if len(messages) <= first or messages[first]["role"] != "assistant":
+    first = begin = 1 if messages[0]["role"] == "system" else 0
+    while begin < len(messages) and messages[begin]["role"] == "assistant":
+        begin += 1
+    if begin == first:
         return messages, ()
     note = f"an assistant turn before the first user turn is left out, as the template {template.name!r} was trained"
-    return messages[:first] + messages[first + 1 :], (note,)
+    return messages[:first] + messages[begin:], (note,)
+
+
+def _without_last_question(messages: list[Message], template: Template) -> tuple[list[Message], tuple[str, ...]]:
+    """The messages up to the last answer, and what was left out of them."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] not in ("assistant", "system"):
+        end -= 1
+    if end == len(messages):
+        return messages, ()
+    note = f"a user turn after the last answer is left out, as the template {template.name!r} was trained"
+    return messages[:end], (note,)
 
 
 def collect_media(messages: Sequence[Message]) -> list[Part]:

@@ -13,7 +13,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
@@ -101,7 +101,11 @@ class Template:
         as_generated: Whether the ids that an assistant's turn brings are the whole turn, also without an end mark;
             otherwise an end mark that they lack follows.
         bos: What happens to the tokenizer's begin token if the template writes one too: "double" keeps both, "once"
-            drops one; "before_text" drops the tokenizer's own in front of a prompt that opens with a media item.
+            drops one; "before_text" drops the tokenizer's own in front of a prompt that opens with a media item;
+            "written": the template writes every begin token that it wants (`bos_token`), and the tokenizer adds none.
+        pieces: Whether answers are tokenised apart from what stands around them, as is what stands before and after a
+            begin token.
+        drops_unanswered: Whether training samples leave out what the user says after the last answer.
         training: File that writes training samples, if it is another one.
         jinja: The Jinja text itself, instead of `file`; see `own_template`.
         specials: Values of the special tokens that `jinja` may name (`bos_token`, `eos_token`).
@@ -123,6 +127,8 @@ class Template:
     prompts_keep_first_answer: bool = True
     as_generated: bool = False
     bos: str = "double"
+    pieces: bool = False
+    drops_unanswered: bool = False
     training: str | None = None
     jinja: str | None = None
     specials: Mapping[str, str] = field(default_factory=dict)
@@ -140,12 +146,20 @@ class Template:
             restarts: Whether it needs a space to start a new word after a begin token or a media item.
         """
         gap = " " if restarts else ""
+        if self.bos == "written":
+            return self._source(self.file, gap=gap)
         opening = (
             f"{{%- set bos_token = bos_token + {json.dumps(gap)} -%}}\n" if begins else "{%- set bos_token = '' -%}\n"
         )
         if begins and self.bos == "double" and "bos_token" not in _read(self.file):
             opening += "{{- bos_token -}}\n"
         return opening + self._source(self.file, gap=gap)
+
+    def for_tokenizer(self, tokenizer: Any) -> Template:
+        """The template with the begin token of a tokenizer, if it writes it itself."""
+        if self.bos != "written":
+            return self
+        return replace(self, specials={"bos_token": tokenizer.bos_token or ""})
 
     def _source(self, file: str, **values: Any) -> str:
         own = {"default_system": self.system, "default_placement": self.placement}

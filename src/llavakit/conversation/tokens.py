@@ -17,12 +17,13 @@ IMAGE_PLACEHOLDER = -200
 
 
 def tokenize(
-    text: str, tokenizer: Any, *, whole: bool = False, cuts: Collection[int] = ()
+    text: str, tokenizer: Any, *, whole: bool = False, cuts: Collection[int] = (), begins: bool = True
 ) -> tuple[list[int], list[Span]]:
     """Ids of a rendered text and the characters [start, end) that each covers.
 
     Args:
         cuts: Characters before which the tokenizer starts anew, beside the ends of media items; not with `whole`.
+        begins: Whether the tokenizer adds the special tokens that it puts around a text; not with `whole`.
         whole: Tokenise the text in one go, placeholders included, as transformers' processors do; the tokenizer then
             has a special token of the placeholder's name, and adds no begin token to a text that opens with it.
 
@@ -42,8 +43,8 @@ def tokenize(
             ids.append(IMAGE_PLACEHOLDER)
             offsets.append((position, position + len(PLACEHOLDER)))
             position += len(PLACEHOLDER)
-        piece_ids, piece_offsets = _piece(piece, tokenizer)
-        if number == 0:
+        piece_ids, piece_offsets = _piece(piece, tokenizer, add_special_tokens=begins)
+        if number == 0 and begins:
             has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id
         begin = int(has_bos and number > 0)
         ids += piece_ids[begin:]
@@ -71,11 +72,12 @@ def _whole(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
     return ids, [tuple(span) for span in encoded["offset_mapping"]]
 
 
-def _piece(piece: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+def _piece(piece: str, tokenizer: Any, *, add_special_tokens: bool = True) -> tuple[list[int], list[Span]]:
     # SentencePiece puts a word mark in front of every text. Its equivalent in the tokenizers library (Metaspace with
     # prepend_scheme "first") leaves the mark out of a text that begins with a space, so such a text gets one more.
     extra = int(piece[:1] in (" ", "▁") and marks_first_word(tokenizer))
-    encoded = tokenizer(" " * extra + piece, return_offsets_mapping=True, return_attention_mask=False)
+    settings = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": True}
+    encoded = tokenizer(" " * extra + piece, return_attention_mask=False, **settings)
     offsets = [(max(start - extra, 0), end and max(end - extra, 1)) for start, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), offsets
 

@@ -23,7 +23,14 @@ from transformers.utils import can_return_tuple
 
 from llavakit.connectors.base import Connector, Prompt
 from llavakit.model.configuration import MAIN_CONNECTOR, LlavakitConfig
-from llavakit.model.prompt import PromptInfo, make_prompt, media_segments, packed_segments, samples_without_media
+from llavakit.model.prompt import (
+    PromptInfo,
+    make_prompt,
+    media_segments,
+    packed_segments,
+    positions_of,
+    samples_without_media,
+)
 from llavakit.model.routes import MODALITIES, MediaSpec, encoder_widths, read_region_tensor
 from llavakit.model.visuals import Visuals, gather_media, run_encoders, streamed, view_jobs
 from llavakit.registry import ADAPTERS, CONNECTORS
@@ -402,8 +409,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
             continues=self.reads_blank_image and past_key_values is not None and past_key_values.get_seq_length() > 0,
         )
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            positions = attention_mask.long().cumsum(-1) - 1
-            position_ids = positions.clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            position_ids = positions_of(attention_mask)[:, -inputs_embeds.shape[1] :]
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,

@@ -105,6 +105,11 @@ def samples_without_media(prompt: Prompt) -> list[tuple[int, int]]:
     return [sample for sample in map(tuple, samples.tolist()) if sample not in taken]
 
 
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Positions of real tokens [batch, length], counted from 0 whichever side is padded."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
 def packed_segments(
     position_ids: Tensor | None, attention_mask: Tensor | None, past_key_values: object = None
 ) -> Tensor | None:
@@ -116,4 +121,4 @@ def packed_segments(
     return segments if bool((segments[:, -1] > 0).any()) else None
 
 
-__all__ = ["PromptInfo", "make_prompt", "media_segments", "packed_segments", "samples_without_media"]
+__all__ = ["PromptInfo", "make_prompt", "media_segments", "packed_segments", "positions_of", "samples_without_media"]

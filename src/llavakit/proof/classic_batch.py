@@ -21,14 +21,14 @@ from llavakit.data.collate import Collator
 from llavakit.generation.engine import position_limit
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES
-from llavakit.model.visuals import gather_media
+from llavakit.model.visuals import Visuals, gather_media, run_encoders, view_jobs
 from llavakit.proof.entries import engine_logits
 from llavakit.proof.golden import Example, Result, escaped
 from llavakit.proof.verbatim import VerbatimRows, is_conversation
 from llavakit.splice.layout import Run
 from llavakit.splice.scatter import IGNORE, expand
 from llavakit.training.dataset import StageCollator
-from llavakit.views.plan import MediaSize
+from llavakit.views.plan import MediaSize, Plan
 
 ONE_PIXEL = MediaSize(1, 1, 1)
 
@@ -41,12 +41,14 @@ class Entry:
         modality, size: As in a processed sample.
         views: Encoder inputs, or the encoder's features [tokens, width] of every view.
         vectors: Ready visual vectors [tokens, hidden] instead of views.
+        plan: How the media item was cut, where that does not follow from its size (boxes on a view, for instance).
     """
 
     modality: str = "image"
     size: MediaSize = ONE_PIXEL
     views: Sequence[Tensor] = ()
     vectors: Tensor | None = None
+    plan: Plan | None = None
 
 
 def as_rows(values: Any) -> list[list[int]] | None:
@@ -116,7 +118,8 @@ class ClassicBatch:
         places = [place for place, token in enumerate(ids) if token in waiting]
         found = {place: (entry.modality, entry.size) for place, entry in zip(places, entries, strict=True)}
         text = [0 if token in waiting else token for token in ids]
-        if all(entry.vectors is None for entry in entries) and is_conversation(text, labels, found):
+        usual = all(entry.vectors is None and entry.plan is None for entry in entries)
+        if usual and is_conversation(text, labels, found):
             views = [view for entry in entries for view in entry.views]
             return self._rows.sample(text, labels, found, views)
         spliced = expand(
@@ -141,6 +144,8 @@ class ClassicBatch:
     def _layout(self, entry: Entry) -> Sequence[Run]:
         if entry.vectors is not None:
             return [Run(visual=len(entry.vectors))]
+        if entry.plan is not None:
+            return self.model.model.media.route(entry.modality).layout(entry.plan)
         return self.model.model.media.layout(entry.modality, entry.size)
 
     @property
@@ -159,9 +164,22 @@ class ClassicBatch:
             net, features = self.model.model, batch.pop("features")
             modalities, plans = net.plan_media((), batch.pop("visual_sizes"), batch.pop("visual_modalities"))
             batch["visuals"] = gather_media(net.media, modalities, plans, list(features))
+        elif any(entry.plan is not None for entry in self.used):
+            batch["visuals"] = self._planned()
+            for name in ("pixel_values", "visual_sizes", "visual_modalities"):
+                batch.pop(name)
         if self.labels is None:
             batch.pop("labels")
         return batch
+
+    def _planned(self) -> Visuals:
+        """Encoder features of entries that bring their plans."""
+        net = self.model.model
+        modalities, plans = [entry.modality for entry in self.used], [entry.plan for entry in self.used]
+        views = [view for entry in self.used for view in entry.views]
+        return gather_media(
+            net.media, modalities, plans, run_encoders(net, views, view_jobs(net.media, modalities, plans))
+        )
 
     @property
     def attention(self) -> Tensor:

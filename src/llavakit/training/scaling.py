@@ -61,30 +61,47 @@ def scale(
     patch = patch_size or 4
     size = image_size or 4 * patch
 
+    old_patch = (parts["vision_config"] or {}).get("patch_size", 14)
+    detail = size / old_size  # of views for a second encoder
+
     def tiny_tower(config: dict[str, Any]) -> dict[str, Any]:
+        if "depths" in config:
+            stages = len(config["depths"])
+            own = {"depths": [1] * stages, "patch_size": 1}
+            return config | own | {"hidden_sizes": [vision_hidden // 2 ** (stages - n - 1) for n in range(stages)]}
         own = {"hidden_size": vision_hidden, "num_hidden_layers": vision_layers, "num_attention_heads": heads}
         own |= {"intermediate_size": 2 * vision_hidden, "image_size": size, "patch_size": patch}
         return config | own
 
     parts["vision_config"] = tiny_tower(dict(parts["vision_config"] or {}))
     for encoder in (parts["extra_encoders"] or {}).values():
+        if "depths" in encoder["config"]:  # its features stay on the grid of the main encoder's
+            detail *= (old_patch / patch) / encoder["config"].get("patch_size", 4)
         encoder["config"] = tiny_tower(dict(encoder["config"]))
     for connector in (parts["connector"] or {}, *(parts["extra_connectors"] or {}).values()):
         connector |= {key: heads for key in connector if key in ("heads", "compressor_heads")}
-    parts["media"] = _shrunk(parts["media"], size / old_size, patch)
+    parts["media"] = _shrunk(parts["media"], size / old_size, patch, detail)
     for stage in raw["stages"]:
-        stage["media"] = _shrunk(stage["media"], size / old_size, patch)
+        stage["media"] = _shrunk(stage["media"], size / old_size, patch, detail)
         stage |= {"bf16": False, "dtype": "float32", "gradient_checkpointing": False, "global_batch": None}
         stage |= dict(stages or {})
     return Recipe.model_validate(raw)
 
 
-def _shrunk(value: Any, ratio: float, patch: int) -> Any:
-    """Pixel sizes in a media section times `ratio`; planners that count patches get the new one."""
+def _shrunk(value: Any, ratio: float, patch: int, detail: float) -> Any:
+    """Pixel sizes in a media section times `ratio`; planners that count patches get the new one.
+
+    A planner with a `low_size` for the main encoder has a `size` for the second, which is taken times `detail`.
+    """
     if not isinstance(value, dict):
         return value
-    pixels = ("size", "pinpoints", "crop", "resize", "nearest", "long_side")
-    shrunk = {key: _times(item, ratio) if key in pixels else _shrunk(item, ratio, patch) for key, item in value.items()}
+    ratios = dict.fromkeys(("size", "low_size", "pinpoints", "crop", "resize", "nearest", "long_side"), ratio)
+    if "low_size" in value:
+        ratios["size"] = detail
+    shrunk = {
+        key: _times(item, ratios[key]) if key in ratios else _shrunk(item, ratio, patch, detail)
+        for key, item in value.items()
+    }
     return shrunk | ({"patch": patch} if "patch" in value else {})
 
 

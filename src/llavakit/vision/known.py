@@ -40,4 +40,11 @@ KNOWN_ENCODERS: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
     },
+    "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": {
+        "model_type": "convnext",
+        "depths": [3, 3, 27, 3],
+        "hidden_sizes": [192, 384, 768, 1536],
+        "num_stages": 4,
+        "patch_size": 4,
+    },
 }

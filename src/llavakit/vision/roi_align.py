@@ -6,7 +6,10 @@ interpolation is separable, so a region is two small matrices, one per axis, ins
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -62,6 +65,54 @@ def roi_mean(features: Tensor, boxes: Tensor, bins: int, spatial_scale: float) -
     """
     vertical, horizontal = (w.mean(1) for w in _weights(features, boxes, bins, bins, spatial_scale))
     return torch.einsum("nh,chw,nw->nc", vertical, features.float(), horizontal)
+
+
+class PyramidReader:
+    """`roi_mean` of several maps of one picture, resized to the first one's cells and laid side by side on channels.
+
+    Equal to the mean over the map that is made by resizing all of them (bilinear, `align_corners=False`) and
+    concatenating them, without ever forming it: resizing is separable too, so it goes into the regions' weights. Maps
+    are read one at a time; none is kept.
+
+    Args:
+        boxes: [regions, 4]: left, top, right, bottom.
+        bins: Points per axis that a region is read at.
+        spatial_scale: Cells of the first map per unit of the boxes.
+    """
+
+    def __init__(self, boxes: Tensor, bins: int, spatial_scale: float) -> None:
+        self.boxes, self.bins, self.spatial_scale = boxes, bins, spatial_scale
+        self._axes: tuple[Tensor, ...] = ()
+        self._read: list[Tensor] = []
+
+    def read(self, features: Tensor) -> None:
+        """Take the next map, [channels, height, width]."""
+        if not self._axes:
+            axes = _weights(features, self.boxes, self.bins, self.bins, self.spatial_scale)
+            self._axes = tuple(axis.mean(1) for axis in axes)
+        rows, columns = (_onto(axis, cells) for axis, cells in zip(self._axes, features.shape[-2:], strict=True))
+        self._read.append(torch.einsum("nh,chw,nw->nc", rows, features.float(), columns))
+
+    def vectors(self) -> Tensor:
+        """[regions, channels of all maps], float32."""
+        return torch.cat(self._read, dim=1)
+
+
+def pyramid_mean(maps: Iterable[Tensor], boxes: Tensor, bins: int, spatial_scale: float) -> Tensor:
+    """What a `PyramidReader` reads of maps, [regions, channels of all maps]."""
+    reader = PyramidReader(boxes, bins, spatial_scale)
+    for features in maps:
+        reader.read(features)
+    return reader.vectors()
+
+
+def _onto(weights: Tensor, cells: int) -> Tensor:
+    """Weights [regions, fine cells] of a resized axis as weights [regions, cells] of the axis before it was resized."""
+    fine = weights.shape[-1]
+    if fine == cells:
+        return weights
+    resize = F.interpolate(torch.eye(cells, device=weights.device)[None], size=fine, mode="linear")[0]
+    return weights @ resize.T
 
 
 def _weights(features: Tensor, boxes: Tensor, rows: int, columns: int, spatial_scale: float) -> tuple[Tensor, Tensor]:

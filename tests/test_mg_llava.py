@@ -1,0 +1,172 @@
+"""MG-LLaVA: golden figures, boxes, regions stage by stage, files, recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llavakit.errors import FieldError, UserError
+from llavakit.media.regions import Region
+from llavakit.proof.golden import find_cases, run_case
+from llavakit.system import get_system
+from llavakit.systems.mg_llava.boxes import cap, suppress
+from llavakit.systems.mg_llava.connector import VARIANTS, ConvGate
+from llavakit.systems.mg_llava.encoder import ConvNextPyramid, ConvNextPyramidConfig
+from llavakit.systems.mg_llava.views import LowAndHigh
+from llavakit.views.plan import MediaSize
+from llavakit.vision.roi_align import roi_mean
+
+GOLDEN = Path(__file__).parent / "golden" / "mg-llava"
+WAITING = ("metrics", "eval_prompts", "box_generator")
+
+
+def region(*box, label="a", score=0.5):
+    return Region(*map(float, box), label, score)
+
+
+@pytest.mark.parametrize("path", [p for p in find_cases([GOLDEN]) if p.name not in WAITING], ids=lambda path: path.name)
+def test_golden(path):
+    report = run_case(path)
+    assert report.status == "passed", report.reason
+
+
+# Fusion and regions
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fusion_starts_from_the_low_features(variant):
+    torch.manual_seed(0)
+    net, low, high = ConvGate(6, 10, variant), torch.randn(2, 6, 3, 4), torch.randn(2, 10, 3, 4)
+    net.init_parameters()
+    out = net(low, high)
+    assert out.shape == (2, 12, net.width)
+    torch.testing.assert_close(out[..., :6], low.flatten(2).transpose(1, 2))
+    rest = high.flatten(2).transpose(1, 2) if variant == "concat_raw" else torch.zeros(2, 12, net.width - 6)
+    torch.testing.assert_close(out[..., 6:], rest)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    config = ConvNextPyramidConfig(depths=[1, 1, 1, 1], hidden_sizes=[4, 6, 8, 10])
+    return ConvNextPyramid(config).eval()
+
+
+BOXES = [[0, 0, 64, 96], [3, 5, 40, 70], [0, 0, 0, 0], [60, 60, 64, 64], [-9, 5, 200, 33], [20, 30, 10, 12]]
+
+
+@torch.no_grad()
+def test_regions_stage_by_stage_equal_those_of_the_whole_pyramid(encoder):
+    pixels = torch.randn(2, 3, 96, 64)
+    features, pooled = encoder.pool_regions(pixels, [BOXES, BOXES[:2]])
+    maps = encoder.pyramid(pixels)
+    assert maps.shape == (2, 28, 24, 16)
+    assert [vectors.shape for vectors in pooled] == [(6, 28), (2, 28)]
+    for own, boxes, vectors in zip(maps, (BOXES, BOXES[:2]), pooled, strict=True):
+        torch.testing.assert_close(vectors, roi_mean(own, torch.tensor(boxes).float(), 56, 0.25), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features, encoder.features(pixels))
+    alone = encoder.pool_regions(pixels[1:], [BOXES[1:2]])[1][0]
+    torch.testing.assert_close(alone[0], pooled[1][1])
+
+
+@torch.no_grad()
+def test_a_box_around_everything_reads_the_mean_of_the_pyramid(encoder):
+    pixels = torch.randn(1, 3, 64, 64)
+    (vector,) = encoder.pool_regions(pixels, [[[0, 0, 64, 64]]])[1][0]
+    inner = encoder.pyramid(pixels)[0].mean((1, 2))
+    assert (vector - inner).abs().max() < 0.15 * inner.abs().max()
+
+
+@pytest.mark.parametrize(("stages", "width"), [("all", 28), ("each", 28), ("last", 10)])
+@torch.no_grad()
+def test_stages_that_regions_read(encoder, stages, width):
+    own = ConvNextPyramid(ConvNextPyramidConfig(**encoder.config.to_dict() | {"region_stages": stages})).eval()
+    own.load_state_dict(encoder.state_dict())
+    pixels = torch.randn(1, 3, 64, 64)
+    (vectors,) = own.pool_regions(pixels, [BOXES])[1]
+    assert vectors.shape == (6, width) == (6, own.config.region_width)
+    last = list(own.stages(pixels))[-1][0]
+    if stages != "all":
+        bins = 7 if stages == "last" else 56
+        torch.testing.assert_close(vectors[:, -10:], roi_mean(last, torch.tensor(BOXES).float(), bins, 1 / 32))
+    with pytest.raises(UserError, match="region_stages: must be one of all, each, last, not 'some'"):
+        ConvNextPyramidConfig(region_stages="some")
+
+
+# Boxes
+
+
+def test_suppression_drops_what_overlaps_strictly_more_than_the_threshold():
+    one, half = region(0, 0, 10, 10, score=0.9), region(0, 5, 10, 15, score=0.5)  # overlap 1/3
+    other = region(0, 5, 10, 15, label="b", score=0.7)
+    assert suppress([half, one, other], 0.2) == [one, other]
+    assert suppress([half, one], 1 / 3) == [one, half] or suppress([half, one], 0.34) == [one, half]
+    empty = [region(5, 5, 5, 5), region(5, 5, 5, 5)]
+    assert suppress(empty, 0.0) == empty
+    assert suppress([], 0.2) == []
+
+
+def test_caps():
+    many = [region(n, 0, n + 1, 1, label="ab"[n % 2], score=1 - n / 200) for n in range(120)]
+    assert cap(many, "per_category", None, near=True) == many
+    assert cap(many[:100], "per_category", 100, near=False) == many[:100]
+    capped = cap(many, "per_category", 100, near=False)
+    assert [r.label for r in capped] == ["a"] * 20 + ["b"] * 20
+    assert capped[:20] == many[:40:2]
+    assert len(cap(many, "per_category", 50, near=False)) == 40  # undefined in the original
+    assert len(cap(many, "per_category", 49, near=False)) == 10
+    assert cap(many[:3], "per_category", 100, near=True) == many[:2]
+    assert cap(many, "per_image", 15, near=False) == many[:15]
+    with pytest.raises(UserError, match="limit_mode"):
+        cap(many, "best", 3, near=False)
+
+
+def test_boxes_are_brought_into_the_view():
+    planner, size = LowAndHigh(size=768), MediaSize(1, 480, 640)
+    kept = planner.select_regions(size, [region(100, 40, 200, 240)], 10)
+    assert planner.plan(size, kept).views[1].regions == ((120.0, 144.0, 240.0, 384.0),)
+    assert planner.plan(size).views[1].regions == ((0.0, 0.0, 0.0, 0.0),)
+    small = LowAndHigh(size=96, box_frame=768)
+    assert small.plan(size, kept).views[1].regions == ((15.0, 18.0, 30.0, 48.0),)
+    crop = LowAndHigh(size=96, aspect="square")
+    sides = [region(0, 0, 50, 50), region(300, 100, 340, 140)]  # of 640 x 480: the first lies left of the crop
+    assert crop.plan(size, crop.select_regions(size, sides, 0)).views[1].regions == ((44.0, 20.0, 52.0, 28.0),)
+    exact = LowAndHigh(size=96, rounded=False)
+    assert exact.plan(size, [region(1, 1, 3, 3)]).views[1].regions == pytest.approx([(0.15, 12.15, 0.45, 12.45)])
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        (region(700, 10, 800, 20), r"boxes.boxes.0: \[700, 10, 800, 20\] lies outside the picture of 640 x 480 pixels"),
+        (region(-20, -30, -1, 10), "lies outside the picture"),
+        (region(1, 2, 3, 4, score=None), "boxes.scores: box 0 has no score"),
+        (region(1, 2, 3, 4, label=None), "boxes.labels: box 0 has no label"),
+    ],
+)
+def test_boxes_that_cannot_be_meant_are_refused(box, message):
+    with pytest.raises(FieldError, match=message):
+        LowAndHigh().select_regions(MediaSize(1, 480, 640), [box], 10)
+
+
+def test_boxes_in_the_padding_and_over_the_edge_are_detections_too():
+    size, boxes = MediaSize(1, 480, 640), [region(0, 500, 50, 600, label="b"), region(-3, -3, 20, 20)]
+    assert LowAndHigh().select_regions(size, boxes, 10) == boxes
+
+
+# Recipe
+
+
+def test_published_recipe_and_parameters():
+    from llavakit.training.build import build_meta
+    from llavakit.training.recipe import load_recipe
+
+    net = build_meta(load_recipe(get_system("mg-llava").recipe))
+    connector = net.model.multi_modal_projector
+    assert sum(p.numel() for p in connector.fuse.parameters()) == 6_085_121
+    assert sum(p.numel() for p in connector.objects.parameters()) == 28_581_888
+    assert net.model.media.count("image", MediaSize(1, 480, 640)) == 577
+    boxes = tuple(region(n, 0, n + 5, 5) for n in range(7))
+    assert len(net.model.media.plan("image", MediaSize(1, 480, 640), boxes).views[1].regions) == 7
