@@ -73,10 +73,9 @@ def test_regions_stage_by_stage_equal_those_of_the_whole_pyramid(encoder):
 
 @torch.no_grad()
 def test_a_box_around_everything_reads_the_mean_of_the_pyramid(encoder):
-    pixels = torch.randn(1, 3, 64, 64)
-    (vector,) = encoder.pool_regions(pixels, [[[0, 0, 64, 64]]])[1][0]
-    inner = encoder.pyramid(pixels)[0].mean((1, 2))
-    assert (vector - inner).abs().max() < 0.15 * inner.abs().max()
+    pixels = torch.linspace(-1, 1, 512).repeat(1, 3, 512, 1)
+    (vector,) = encoder.pool_regions(pixels, [[[0, 0, 512, 512]]])[1][0]
+    torch.testing.assert_close(vector, encoder.pyramid(pixels)[0].mean((1, 2)), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(("stages", "width"), [("all", 28), ("each", 28), ("last", 10)])
@@ -102,7 +101,7 @@ def test_suppression_drops_what_overlaps_strictly_more_than_the_threshold():
     one, half = region(0, 0, 10, 10, score=0.9), region(0, 5, 10, 15, score=0.5)  # overlap 1/3
     other = region(0, 5, 10, 15, label="b", score=0.7)
     assert suppress([half, one, other], 0.2) == [one, other]
-    assert suppress([half, one], 1 / 3) == [one, half] or suppress([half, one], 0.34) == [one, half]
+    assert suppress([half, one], 0.34) == [one, half]
     empty = [region(5, 5, 5, 5), region(5, 5, 5, 5)]
     assert suppress(empty, 0.0) == empty
     assert suppress([], 0.2) == []
@@ -134,7 +133,8 @@ def test_boxes_are_brought_into_the_view():
     sides = [region(0, 0, 50, 50), region(300, 100, 340, 140)]  # of 640 x 480: the first lies left of the crop
     assert crop.plan(size, crop.select_regions(size, sides, 0)).views[1].regions == ((44.0, 20.0, 52.0, 28.0),)
     exact = LowAndHigh(size=96, rounded=False)
-    assert exact.plan(size, [region(1, 1, 3, 3)]).views[1].regions == pytest.approx([(0.15, 12.15, 0.45, 12.45)])
+    (box,) = exact.plan(size, [region(1, 1, 3, 3)]).views[1].regions
+    assert box == pytest.approx((0.15, 12.15, 0.45, 12.45))
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,8 @@ class MgLayout(Layout):
         text = self._text_config(raw, sources)
         low, high = (self._encoder(raw, name, sources) for name in TOWERS)
         if high["model_type"] not in ("convnext", "convnext_pyramid"):
-            raise CheckpointError(
-                f"{raw.where}: visual_encoder_aux is a {high['model_type']!r}, it should be a convnext"
-            )
+            kind = quoted(high["model_type"])
+            raise CheckpointError(f"{raw.where}: visual_encoder_aux is a {kind}, it should be a convnext")
         high = {**high, "model_type": "convnext_pyramid"}
         for key in ("region_stages", "region_bins"):
             if raw.get(key) is not None:
@@ -193,10 +192,7 @@ class MgLayout(Layout):
         given = raw.get(name)
         if isinstance(given, Mapping):
             return dict(given)
-        folder = sources.get(f"encoder.{TOWERS[name]}") or (
-            sources.get("encoder") if name == "visual_encoder" else None
-        )
-        folder = folder or (Path(given) if isinstance(given, str) else None)
+        folder = _given(TOWERS[name], sources) or (Path(given) if isinstance(given, str) else None)
         options = encoder_options(folder) if folder is not None and folder.is_dir() else None
         if options is not None:
             return options
@@ -234,7 +230,7 @@ class MgLayout(Layout):
     ) -> LazyState:
         """The tensors with those of an encoder: the files' own, or those of a folder that was named."""
         own = f"model.{tower}."
-        given = sources.get(f"encoder.{tower}") or (sources.get("encoder") if tower == MAIN_ENCODER else None)
+        given = _given(tower, sources)
         stored = any(tensor.startswith(own) for tensor in state)
         if stored and given is None:
             return state
@@ -312,6 +308,11 @@ class MgLayout(Layout):
             new = rename(name)
             if new is not None:
                 yield new, state[name]
+
+
+def _given(tower: str, sources: Mapping[str, Path]) -> Path | None:
+    """The folder of an encoder that the user named."""
+    return sources.get(f"encoder.{tower}") or (sources.get("encoder") if tower == MAIN_ENCODER else None)
 
 
 def _template_of(text: Mapping[str, Any]) -> str:

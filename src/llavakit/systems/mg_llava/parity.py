@@ -20,6 +20,7 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.prompt import positions_of
+from llavakit.model.routes import read_region_tensor
 from llavakit.proof.classic_batch import ClassicBatch, Entry
 from llavakit.proof.entries import TINY, byte_tokenizer, check_keys, fitting, loaded, picture, published_model
 from llavakit.proof.golden import Case, Example, Result, examples
@@ -190,11 +191,9 @@ def pixels(case: Case) -> Result:
     boxes = {"type": "boxes", "boxes": [[1, 2, 9, 9]], "labels": ["box"], "scores": [1.0]}
     message = {"role": "user", "content": [{"type": "image", "image": image}, boxes]}
     sample = processor.encode([message], add_generation_prompt=True)
-    (size,), regions = (
-        sample["visual_sizes"],
-        [Region(*box) for own in sample["visual_regions"] for box in own.tolist()],
-    )
-    plan = processor.spec.plan("image", size, tuple(regions))
+    (size,) = sample["visual_sizes"]
+    regions = read_region_tensor(sample["visual_regions"][0]) if sample["visual_regions"] else ()
+    plan = processor.spec.plan("image", size, regions)
     low_view, high_view = sample["pixel_values"]
     return Result(
         tensors={

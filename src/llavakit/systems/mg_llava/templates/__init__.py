@@ -26,7 +26,6 @@ MG_VICUNA = _template(
     "mg_vicuna",
     "</s>",
     every_turn=True,
-    end="",  # the tokenizer's end token
     before_system=f"{CURIOUS_USER} ",
     after_system="\n ",
     before_question="USER: ",
