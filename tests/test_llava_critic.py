@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from llavakit.conversation.turns import TextDelta
@@ -16,8 +17,13 @@ from llavakit.evaluation.score import score
 from llavakit.generation.remote import CallFailed
 from llavakit.generation.responder import Responder
 from llavakit.proof.golden import find_cases, run_case
+from llavakit.system import get_system
 from llavakit.systems.llava_critic import verdicts
 from llavakit.systems.llava_critic.benchmarks import joint_verdict
+from llavakit.training.build import build_meta
+from llavakit.training.lora import prepare
+from llavakit.training.parameter_groups import trainable_by_part
+from llavakit.training.recipe import load_recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-critic"
 NASTY = ["", "\n", " ", "[[", "nan", "Score: nan", "{" * 500, "9" * 5000, "\x00", "Answer is better", "'score'", "()"]
@@ -171,3 +177,26 @@ def test_a_score_that_is_no_number_is_refused(files):
     assert found["model_tau_a"] is None
     with pytest.raises(UserError, match=r"v.jsonl:1: verdict: must be first, second or tie, is 'A'"):
         score("verdict_agreement", files("v.jsonl", [{"verdict": "A"}]), files("w.jsonl", [{"verdict": "first"}]))
+
+
+def test_costs_are_those_of_the_paper():
+    rows = {(row.group, row.name): row.value for row in get_system("llava-critic").load("cost")().rows}
+    values = list(rows.values())
+    assert values[:3] == [47_000, 188_000, 564_000]
+    assert values[3] == pytest.approx(5.13e12, rel=1e-3)
+    assert values[7] == 8_030_345_248
+    assert values[9] == pytest.approx(2.17e9, rel=1e-3)
+
+
+def test_the_miniature_runs_and_is_judged_by_its_measurements():
+    verdict = get_system("llava-critic").load("miniature")(seeds=(0, 1), prompts=25)
+    assert len(verdict.comparisons) == 6
+    assert all(len(arm.values) == 2 for one in verdict.comparisons for arm in (one.idea, one.baseline))
+
+
+def test_rounds_of_preferences_build_at_published_scale():
+    recipe = load_recipe(get_system("llava-critic").recipe.with_name("preference.yaml"))
+    assert [stage.objective.type for stage in recipe.stages] == ["dpo"] * 3
+    with torch.device("meta"):
+        counts = trainable_by_part(prepare(build_meta(recipe), recipe.stages[2]))
+    assert sum(counts.values()) == 8_030_345_248 + 3_584  # and the newline

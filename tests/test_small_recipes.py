@@ -50,6 +50,7 @@ def worlds(tmp_path_factory):
         ("dynamic-llava", "pictures", "image"),
         ("medm-vl", "thorax", "volume"),
         ("surgical-llava", "scenes", "video"),
+        ("llava-critic", "scenes", "image"),
     ],
 )
 def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, item):

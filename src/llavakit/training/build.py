@@ -258,11 +258,12 @@ def _fit_vocabulary(model: LlavakitForConditionalGeneration, processor: Llavakit
 def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str) -> None:
     """Give one part the weights of a checkpoint."""
     where = f"parts.init.{part}"
-    known = [name for name, _ in model.model.named_children()]
+    single = dict(model.model.named_parameters(recurse=False))  # image_newline
+    known = [*(name for name, _ in model.model.named_children()), *single]
     if part not in known:
         raise RecipeError(f"{where}: the model has no such part{nearest(part, known)}")
     folder = local_folder(source)
-    module = model.model.get_submodule(part)
+    module = None if part in single else model.model.get_submodule(part)
     raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     layout = published(folder, raw)
     if layout is None and raw.get("model_type") != LlavakitConfig.model_type:
@@ -280,6 +281,14 @@ def _initialise(model: LlavakitForConditionalGeneration, part: str, source: str)
     own = layout is not None and not adapted
     state = layout.read_own(folder, raw) if own else open_checkpoint(folder).state
     state = names_in_memory(model, state)
+    if module is None:
+        if f"model.{part}" not in state:
+            raise RecipeError(f"{where}: {source} holds no {part}")
+        given = state[f"model.{part}"]
+        if given.shape != single[part].shape:
+            raise RecipeError(f"{where}: has {list(given.shape)} in {source}, {list(single[part].shape)} in the model")
+        single[part].data.copy_(given)
+        return
     prefix = f"model.{part}."
     _copy(module, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}, where)
     if part == "language_model" and not model.config.tie_word_embeddings:
