@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.errors import FieldError, UserError
 from llavakit.media.regions import Region
 from llavakit.proof.golden import find_cases, run_case
@@ -170,3 +174,90 @@ def test_published_recipe_and_parameters():
     assert net.model.media.count("image", MediaSize(1, 480, 640)) == 577
     boxes = tuple(region(n, 0, n + 5, 5) for n in range(7))
     assert len(net.model.media.plan("image", MediaSize(1, 480, 640), boxes).views[1].regions) == 7
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The end-to-end case as the authors publish: trained parts in a .pth, language model and encoders elsewhere."""
+    root = tmp_path_factory.mktemp("published")
+    config = json.loads((GOLDEN / "end_to_end" / "case.json").read_text())["config"]
+    weights = load_file(GOLDEN / "end_to_end" / "weights.safetensors")
+    folder, base, clip, convnext = (root / name for name in ("mg", "vicuna", "clip", "convnext"))
+    for place in (folder, base, clip, convnext):
+        place.mkdir()
+    trained = {n: t for n, t in weights.items() if not n.startswith("visual_encoder")}
+    torch.save({"state_dict": trained, "meta": {"epoch": 1}}, folder / "iter_10805.pth")
+    text = {"model_type": "llama", **config["llama"], "vocab_size": 64}
+    (base / "config.json").write_text(json.dumps(text))
+    llm = {n.removeprefix("llm."): t for n, t in weights.items() if n.startswith("llm.")}
+    save_file(llm, base / "model.safetensors")
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **config["clip"]}))
+    low = {n.removeprefix("visual_encoder."): t for n, t in weights.items() if n.startswith("visual_encoder.")}
+    save_file(low, clip / "model.safetensors")
+    high = {n.removeprefix("visual_encoder_aux."): t for n, t in weights.items() if n.startswith("visual_encoder_aux.")}
+    high = {n.replace("vision_", "visual.trunk."): t for n, t in high.items()}
+    torch.save({**high, "logit_scale": torch.ones(())}, convnext / "open_clip_pytorch_model.bin")
+    (convnext / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": {}}}))
+    return folder, base, f"vision_tower={clip},detail_encoder={convnext}", weights
+
+
+def test_published_files_open_with_their_encoders_from_elsewhere_and_round_trip(published, tmp_path):
+    folder, base, towers, weights = published
+    checkpoint = open_checkpoint(folder, base=base, vision_tower=towers)
+    assert (checkpoint.config.system, checkpoint.config.template) == ("mg-llava", "mg_vicuna")
+    views = checkpoint.config.media["image"]["views"]
+    assert (views["size"], views["low_size"], views["limit_num"], views["box_frame"]) == (768, 42, 100, 768)
+    model = build(checkpoint)
+    torch.testing.assert_close(
+        model.model.detail_encoder.encoder.stages[3].layers[0].dwconv.weight,
+        weights["visual_encoder_aux.vision_stages.3.blocks.0.conv_dw.weight"],
+    )
+    convert(folder, tmp_path / "native", to="llavakit", base=base, vision_tower=towers)
+    convert(tmp_path / "native", tmp_path / "again", to="original")
+    written = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(written) == set(weights)
+    assert all(torch.equal(written[name], weights[name]) for name in weights)
+    back = open_checkpoint(tmp_path / "again")
+    assert back.config.to_dict()["media"] == checkpoint.config.to_dict()["media"]
+
+
+def test_stage_one_files_take_the_language_model_from_its_folder(published, tmp_path):
+    _, base, towers, weights = published
+    trained = {f"module.{n}": t for n, t in weights.items() if n.split("_")[0] in ("projector.", "bbox", "fuse")}
+    trained |= {f"module.{n}": t for n, t in weights.items() if n.startswith("projector.")}
+    (tmp_path / "iter_4947.pth").mkdir()
+    torch.save({"module": trained}, tmp_path / "iter_4947.pth" / "mp_rank_00_model_states.pt")
+    checkpoint = open_checkpoint(tmp_path, base=base, vision_tower=towers)
+    assert torch.equal(checkpoint.state["lm_head.weight"], weights["llm.lm_head.weight"])
+    build(checkpoint)
+
+
+def test_what_the_published_files_lack_is_asked_for_in_one_line(published, tmp_path):
+    folder, base, towers, weights = published
+    with pytest.raises(UserError, match="--base"):
+        open_checkpoint(folder, vision_tower=towers)
+    with pytest.raises(UserError, match=r"no tensors of the encoder detail_encoder .*--vision-tower"):
+        open_checkpoint(folder, base=base, vision_tower=towers.split(",")[0])
+    with pytest.raises(UserError, match="should be NAME=FOLDER"):
+        open_checkpoint(folder, base=base, vision_tower="vision_tower=")
+    torch.save(weights, tmp_path / "a.pth")
+    torch.save(weights, tmp_path / "b.pth")
+    with pytest.raises(UserError, match=r"holds a\.pth and b.pth"):
+        open_checkpoint(tmp_path, base=base)
+    (tmp_path / "b.pth").unlink()
+    torch.save({"bbox_projector.x": 3}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="is no tensor"):
+        open_checkpoint(tmp_path, base=base)
+
+
+def test_an_unknown_key_of_an_export_is_refused(published, tmp_path):
+    folder, base, towers, _ = published
+    convert(folder, tmp_path / "out", to="original", base=base, vision_tower=towers)
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    for change in ({"gate": "per_channel"}, {"box_rules": {"cap": 3}}):
+        (tmp_path / "out" / "config.json").write_text(json.dumps(raw | change))
+        with pytest.raises(UserError, match=r"gate|cap"):
+            open_checkpoint(tmp_path / "out")

@@ -114,7 +114,8 @@ def open_checkpoint(
         model: Folder or hub id.
         base: Folder or hub id of the language model, for LoRA and connector-only files; of the whole model for a
             folder that holds an adapter alone.
-        vision_tower: Folder or hub id of the encoder, for files that do not contain it.
+        vision_tower: Folder or hub id of the encoder, for files that do not contain it; of several encoders
+            `NAME=FOLDER,NAME=FOLDER` with the names that they have in the model.
         template: Name of the template to use instead of the model's own.
         exchange_vision_tower: Use the encoder `vision_tower` in place of the one that the files contain.
 
@@ -128,14 +129,15 @@ def open_checkpoint(
     if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
         below = open_checkpoint(find_base(folder, base), vision_tower=vision_tower, template=template)
         return _with_adapter(below, folder)
-    given = {"base": base, "encoder": vision_tower}
+    given = {"base": base, **_encoder_sources(vision_tower)}
     sources = {name: local_folder(place) for name, place in given.items() if place is not None}
     implied = None if (folder / "config.json").is_file() else layouts.implied_config(folder, sources.get("base"))
     raw = _read_config(folder) if implied is None else implied
     if exchange_vision_tower:
-        if "encoder" not in sources:
+        new = next((place for name, place in sources.items() if name.partition(".")[0] == "encoder"), None)
+        if new is None:
             raise UserError("--exchange-vision-tower: name the new encoder with --vision-tower")
-        sources["exchange"] = sources["encoder"]
+        sources["exchange"] = new
     with naming(folder / "config.json"):
         if raw.get("model_type") == LlavakitConfig.model_type:
             config, state = read_own(folder, raw)
@@ -155,6 +157,19 @@ def open_checkpoint(
     checkpoint = Checkpoint(folder, name, config, state, generation=generation, template=template)
     adapted = layout is not None and (folder / adapters.CONFIG).is_file()
     return _with_adapter(checkpoint, folder, layout) if adapted else checkpoint
+
+
+def _encoder_sources(vision_tower: str | Path | None) -> dict[str, str | Path | None]:
+    """Sources of the encoders: one, or several as `NAME=FOLDER,NAME=FOLDER`."""
+    if "=" not in str(vision_tower):
+        return {"encoder": vision_tower}
+    found: dict[str, str | Path | None] = {}
+    for part in str(vision_tower).split(","):
+        name, equals, place = part.partition("=")
+        if not (name and equals and place):
+            raise UserError(f"--vision-tower: {quoted(part)} should be NAME=FOLDER, the name that of an encoder")
+        found[f"encoder.{name}"] = place
+    return found
 
 
 def _with_adapter(below: Checkpoint, folder: Path, layout: layouts.Layout | None = None) -> Checkpoint:

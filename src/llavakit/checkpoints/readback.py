@@ -133,7 +133,10 @@ def _meaning(config: LlavakitConfig) -> dict[str, Any]:
     found["vision_feature_layer"] = _layers(config)
     spec = MediaSpec(config)
     found["media"] = {modality: _route(route, config) for modality, route in spec.routes.items()}
-    found["extra_encoders"] = _plain(config.extra_encoders)
+    found["extra_encoders"] = {
+        name: _plain({**extra, "config": config.encoder_config(name)[0]})  # with its defaults filled in
+        for name, extra in config.extra_encoders.items()
+    }
     found["language_adapter"] = _plain(config.language_adapter)
     return found
 

@@ -117,9 +117,11 @@ class MgLayout(Layout):
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         return raw.get("model_type") == "mg_llava"
 
-    def describe(self, folder: Path) -> dict[str, Any] | None:
-        """The configuration that the authors' files lack: a folder with one .pth, file or DeepSpeed folder."""
-        return {"model_type": "mg_llava"} if _pth(folder) is not None else None
+    def implied_config(self, folder: Path, base: Path | None) -> dict[str, Any] | None:
+        """A folder with one .pth in which `bbox_projector` is trained; everything else is as published."""
+        path = _pth(folder)
+        trained = path is not None and any(name.startswith("bbox_projector.") for name in read_pth(path))
+        return {"model_type": "mg_llava"} if trained else None
 
     # configuration
 
