@@ -51,6 +51,7 @@ def worlds(tmp_path_factory):
         ("medm-vl", "thorax", "volume"),
         ("surgical-llava", "scenes", "video"),
         ("llava-critic", "scenes", "image"),
+        ("video-llava", "scenes", "video"),
     ],
 )
 def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, item):

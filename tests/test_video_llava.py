@@ -18,6 +18,8 @@ from llavakit.checkpoints.encoders import encoder_options, read_encoder
 from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.errors import CheckpointError, MediaError, UserError
 from llavakit.proof.golden import find_cases, run_case
+from llavakit.system import get_system
+from llavakit.systems.video_llava.checkpoint import Published
 from llavakit.systems.video_llava.encoder import LanguageBindVideo, LanguageBindVideoConfig
 from llavakit.systems.video_llava.views import Clip, FloatSquare
 from llavakit.views.pixels import pad_to_square
@@ -149,6 +151,7 @@ def test_a_clip_is_one_view_of_all_frames():
     np.testing.assert_array_equal(mirrored.cut([*frames, frames[0]], plan)[0], clip[..., ::-1])
     with pytest.raises(MediaError, match="3 frames; this model takes 4"):
         planner.plan(MediaSize(3, 20, 30))
+    assert [planner.fitted(MediaSize(n, 20, 30)).depth for n in (1, 4, 9)] == [4, 4, 12]
     with pytest.raises(UserError, match="one view of a frame"):
         Clip(frame={"type": "anyres", "size": 14}).plan(MediaSize(4, 20, 30))
 
@@ -265,3 +268,102 @@ def test_names_that_lead_nowhere_and_other_widths_are_one_line(published):
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="mm_video_tower 'somebody/else' is neither a local folder"):
         open_checkpoint(folder, vision_tower=towers)
+
+
+# Published scale
+
+
+def test_published_shapes_and_counts():
+    from llavakit.training.build import build_meta
+    from llavakit.training.recipe import load_recipe
+
+    net = build_meta(load_recipe(get_system("video-llava").recipe))
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert count(net.model.vision_tower) == 303_179_776
+    assert count(net.model.video_tower) == 404_187_136
+    assert count(net.model.multi_modal_projector) == 20_979_712
+    assert count(net.model.language_model) + count(net.lm_head) == 6_738_415_616
+    assert net.model.media.count("image", MediaSize(1, 480, 640)) == 256
+    assert net.model.media.count("video", MediaSize(8, 480, 640)) == 2056
+    shapes = {name: tuple(t.shape) for name, t in Published().write_state(net.config, net.state_dict())}
+    assert shapes["model.image_tower.image_tower.embeddings.position_embedding.weight"] == (257, 1024)
+    assert shapes["model.video_tower.video_tower.encoder.layers.23.temporal_embedding"] == (1, 8, 1024)
+    assert shapes["model.video_tower.video_tower.encoder.layers.0.temporal_attn.out_proj.weight"] == (1024, 1024)
+    assert shapes["model.mm_projector.2.weight"] == (4096, 4096)
+    assert Published().write_config(net.config)["mm_video_tower"] == "LanguageBind/LanguageBind_Video_merge"
+
+
+def test_cost_is_that_of_the_spec():
+    rows = {(row.group, row.name, row.unit): row.value for row in get_system("video-llava").load("cost")().rows}
+    encoders = {
+        ("one image", "FLOPs"): 162_023_964_672,
+        ("a clip of 8 frames", "FLOPs"): 1_711_736_094_720,
+        ("attention over time in it", "FLOPs"): 415_544_377_344,
+        ("attention over time in it", "parameters"): 101_007_360,
+    }
+    for key, value in encoders.items():
+        assert rows[("encoders", *key)] == pytest.approx(value, rel=1e-3)
+    for group, projector, prefill in (
+        ("an image", 10_737_418_240, 3_350_336_634_880),
+        ("a clip of 8 frames", 86_234_890_240, 28_845_832_929_280),
+    ):
+        assert rows[group, "projector", "FLOPs"] == projector
+        assert rows[group, "prefill, logits of the last position", "FLOPs"] == pytest.approx(prefill, rel=1e-3)
+    assert rows["a clip of 8 frames", "cache, 16 bits a value", "bytes"] == 524_288 * 2056
+
+
+# Judged answers
+
+
+def test_published_question_files_are_asked_and_judged(tmp_path):
+    from llavakit.evaluation.judges import Judge
+    from llavakit.evaluation.score import benchmark, score
+    from llavakit.systems.video_llava.parity_text import Canned
+
+    for name in ("v_a1.mp4", "b2.avi"):
+        (tmp_path / name).touch()
+    asked = [{"video_name": name, "question": f"who is {name}?", "question_id": f"{name}_0"} for name in ("a1", "b2")]
+    (tmp_path / "test_q.json").write_text(json.dumps(asked))
+    (tmp_path / "test_a.json").write_text(json.dumps([{"answer": "a man"}, {"answer": 2}]))
+    questions = benchmark("video_chatgpt_qa").questions(tmp_path / "test_q.json")
+    assert [Path(own.media[0]["video"]).name for own in questions] == ["v_a1.mp4", "b2.avi"]
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text(
+        "".join(json.dumps({"question_id": q["question_id"], "text": "x"}) + "\n" for q in asked[::-1])
+    )
+    judge = Canned("{'pred': 'yes', 'score': 4.8}")
+    gold, said = tmp_path / "test_a.json", tmp_path / "said.json"
+    found = score("video_chatgpt_qa", predictions, gold, judge=Judge(judge), judgements=said)["metrics"]
+    assert {name: found[name] for name in ("accuracy", "score", "count", "unreadable")} == {
+        "accuracy": 100.0,
+        "score": 4.0,  # cut, as published
+        "count": 2,
+        "unreadable": 0,
+    }
+    assert {"who is b2?\nCorrect Answer: 2\n" in told[1]["content"] for told in judge.told} == {True, False}
+    assert score("video_chatgpt_qa", said)["metrics"]["score"] == 4.0
+    lost = Judge(Canned("I cannot say"))
+    found = score("video_chatgpt_qa", predictions, gold, judge=lost, cache=None)["metrics"]
+    assert (found["count"], found["unreadable"], found["accuracy"]) == (0, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "test_a.json").write_text('[{"answer": "x"}]'), "holds 1 answers for the 2 questions"),
+        (lambda f: (f / "test_q.json").unlink(), "no test_q.json beside it"),
+        (lambda f: (f / "p.jsonl").write_text('{"question_id": 0, "text": "x"}\n'), "'1' has no prediction"),
+        (lambda f: (f / "p.jsonl").write_text('{"question_id": 7, "text": "x"}\n'), "'7' is not among the questions"),
+        (lambda f: (f / "p.jsonl").write_text('{"id": 1, "answer": "x", "pred": "y"}\n'), "question"),
+    ],
+)
+def test_files_that_do_not_fit_are_one_line(tmp_path, change, message):
+    from llavakit.evaluation.score import score
+
+    rows = [{"video_name": "v", "question": "q?", "question_id": number} for number in range(2)]
+    (tmp_path / "test_q.json").write_text(json.dumps(rows))
+    (tmp_path / "test_a.json").write_text(json.dumps([{"answer": "x"}, {"answer": "y"}]))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question_id": n, "text": "x"}) + "\n" for n in range(2)))
+    change(tmp_path)
+    with pytest.raises(UserError, match=message):
+        score("video_chatgpt_qa", tmp_path / "p.jsonl", tmp_path / "test_a.json", judge="http://127.0.0.1:9/v1#m")

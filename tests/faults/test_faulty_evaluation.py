@@ -49,6 +49,7 @@ GOLD: dict[str, Any] = {
     "mmvet": {"v1_1": {"question": "Q?", "answer": "x<AND>y", "imagename": "a.png", "capability": ["ocr"]}},
     "llava-bench": [OPEN | {"category": "conv"}],
     "video_qa": [VIDEO],
+    "video_chatgpt_qa": [{"question_id": 1, "video_name": "a", "question": "Q?", "answer": "dog"}],
     "mvbench": [CHOICE],
     "mlvu": [CHOICE],
     "egoschema": [VIDEO | {"answer": "A"}],
@@ -66,6 +67,7 @@ PREDICTIONS: dict[str, list[dict[str, Any]]] = {
     "mmvet": [{"question_id": "v1_1", "score": 0.5}],
     "llava-bench": [{"question_id": 1, "tuple": [8, 9], "category": "conv", "content": "8 9"}],
     "video_qa": [{"question_id": 1, "pred": "yes", "score": 4}],
+    "video_chatgpt_qa": [{"question_id": 1, "pred": "yes", "score": 4}],
     "agreement": [{"question_id": 1, "score": 2}, {"question_id": 2, "text": "3.5 points"}],
     "textvqa": [ANSWER | {"question_id": "i"}],
     "mmbench": [

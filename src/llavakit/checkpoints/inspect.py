@@ -46,7 +46,7 @@ def inspect_model(model: str | Path, **sources: Any) -> dict[str, Any]:
     spec = MediaSpec(config)
     tokens = []
     for modality, route in spec.routes.items():
-        for size in EXAMPLES[modality]:
+        for size in map(route.planner.fitted, EXAMPLES[modality]):
             plan = spec.plan(modality, size)
             tokens.append(
                 {

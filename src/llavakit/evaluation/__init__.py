@@ -39,6 +39,7 @@ _BENCHMARKS = {
     "verdict_agreement": "agreement:VerdictAgreement",
     "classes": "classes:Classes",
     "five_aspects": "five_aspects:FiveAspects",
+    "video_chatgpt_qa": "video_chatgpt_qa:VideoChatGPTQA",
 }
 
 for _name, _target in _BENCHMARKS.items():

@@ -415,8 +415,9 @@ def stand_ins(
         modality = modalities[0]
         configs = [model.config.encoder_config(name)[0] for name in encoders]
         side = getattr(configs[0], "image_size", 336)
-        size = MediaSize(1, side, side)
-        plan, route = spec.plan(modality, size), spec.route(modality)
+        route = spec.route(modality)
+        size = route.planner.fitted(MediaSize(1, side, side))
+        plan = spec.plan(modality, size)
         ids: list[int] = []
         for run in route.layout(plan):
             ids += [model.config.image_token_id] * run.visual + list(run.ids)
@@ -428,7 +429,8 @@ def stand_ins(
                     views.append(torch.zeros(len(view.regions), route.region_widths[view.encoder]))
                 continue
             channels = getattr(configs[view.encoder], "num_channels", 3)
-            depth = (view.depth,) if view.depth > 1 else ()
+            deep = view.depth > 1 or route.geometries[view.encoder].volumetric
+            depth = (view.depth,) if deep else ()
             views.append(torch.zeros(channels, *depth, view.height, view.width))
         samples[tuple(MODALITIES.index(modality) for modality in modalities)] = {
             "input_ids": torch.tensor(ids),

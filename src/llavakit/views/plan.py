@@ -89,6 +89,13 @@ class Planner(ABC):
         A planner with `takes_regions` has a second parameter `regions: Sequence[Region]`, what `select_regions` kept.
         """
 
+    def fitted(self, size: MediaSize) -> MediaSize:
+        """The nearest size that `plan` takes, where a media item is made up; most planners take any.
+
+        A planner that refuses some numbers of frames overrides it.
+        """
+        return size
+
     def select_regions(self, size: MediaSize, regions: Sequence[Region], text_length: int) -> list[Region]:
         """The regions that the model is to see, in their final order; `takes_regions` only. The default keeps all.
 

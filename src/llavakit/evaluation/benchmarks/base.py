@@ -166,11 +166,15 @@ def percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write a JSON file; returns its path."""
+def write_json(path: str | Path, value: Any, default: Callable[[Any], Any] | None = None) -> Path:
+    """Write a JSON file; returns its path.
+
+    Args:
+        default: What is written for a value that JSON does not have.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(value, ensure_ascii=False, default=default), encoding="utf-8")
     return path
 
 

@@ -24,7 +24,7 @@ from llavakit.evaluation.metrics.answers import mean
 from llavakit.evaluation.records import Record, index, read_answers, read_records
 
 TEMPERATURES = (0.0, 0.5, 1.0)  # of the attempts at a reply that can be read
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 ASKED = "Please evaluate the following video-based question-answer pair:\n\n"
 
 
@@ -100,7 +100,7 @@ class FiveAspects(Benchmark):
         folder, asked = folder_of(path, images), []
         keys = item_keys([record.get("video_name", str) for record in records])
         for record, key in zip(records, keys, strict=True):
-            media = ({"type": "video", "video": str(_video_file(record, folder))},)
+            media = ({"type": "video", "video": str(video_file(record, folder))},)
             for name, field in _fields(record):
                 text = record.get(field, str)
                 asked.append(Question(f"{key}{name}", text, media, {"prompt": text}))
@@ -220,9 +220,17 @@ def _fields(record: Record) -> list[tuple[str, str]]:
     return [(":1", "Q1"), (":2", "Q2")] if "Q1" in record.data else [("", "Q")]
 
 
-def _video_file(record: Record, folder: Path) -> Path:
+def video_file(record: Record, folder: Path, prefixes: Sequence[str] = ("",)) -> Path:
+    """The video that a record names without its suffix, in a folder.
+
+    Args:
+        prefixes: What may stand before the name.
+
+    Raises:
+        RecordError: If there is none.
+    """
     name = record.get("video_name", str)
-    candidates = [folder / f"{name}{suffix}" for suffix in ("", *VIDEO_SUFFIXES)]
+    candidates = [folder / f"{prefix}{name}{suffix}" for prefix in prefixes for suffix in ("", *VIDEO_SUFFIXES)]
     found = next((path for path in candidates if path.is_file() or path.is_dir()), None)
     if found is None:
         raise record.error("video_name", f"{name!r}: {folder} holds no such video ({', '.join(VIDEO_SUFFIXES)})")

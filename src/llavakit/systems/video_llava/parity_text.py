@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +13,11 @@ import torch
 from llavakit.checkpoints.classic import IMAGE_MARKS
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.conversation.messages import from_llava, split_literals
+from llavakit.conversation.turns import TextDelta
 from llavakit.data.sampler import modality_grouped
+from llavakit.evaluation.judges import Judge
+from llavakit.evaluation.score import score
+from llavakit.generation.responder import Call, Responder
 from llavakit.media.frame_sampling import choose
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.proof.entries import (
@@ -146,9 +153,52 @@ def sampler(case: Case) -> dict[str, Any]:
     return {"indices": indices}
 
 
+class Canned(Responder):
+    """A judge whose reply is given; remembers what it is told."""
+
+    def __init__(self, reply: str) -> None:
+        super().__init__(name="canned")
+        self.reply, self.told = reply, []
+
+    def run(self, call: Call) -> Iterator[TextDelta]:
+        self.told.append([dict(message) for message in call.messages])
+        yield TextDelta(text=self.reply)
+
+
+def video_qa_judge(case: Case) -> Iterator[Example]:
+    """What a judge is told, what its replies say, and the figures over those that say something."""
+    case.informational("config.judge_model")  # asked through an API there; here its replies are given
+
+    def judged(item: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Any]]:
+        item, judge = take(item), Canned(item["judge_reply"])
+        with tempfile.TemporaryDirectory() as folder:
+            file, said = Path(folder) / "answers.jsonl", Path(folder) / "judgements.json"
+            answer = {"id": 1, **{name: item[name] for name in ("question", "answer", "pred")}}
+            file.write_text(json.dumps(answer), encoding="utf-8")
+            score("video_chatgpt_qa", file, judge=Judge(judge), judgements=said, attempts=1)
+            return judge.told[0], [one for one, _ in json.loads(said.read_text(encoding="utf-8")).values()]
+
+    found = [judged(item) for item in case.inputs]
+
+    def aggregate() -> dict[str, Any]:
+        entries = {number: [said[0], {}] for number, (_, said) in enumerate(found) if said}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "judgements.json"
+            file.write_text(json.dumps(entries), encoding="utf-8")
+            metrics = score("video_chatgpt_qa", file)["metrics"]
+        accuracy = None if metrics["accuracy"] is None else metrics["accuracy"] / 100
+        names = {"yes_count": "yes", "no_count": "no", "average_score": "score"}
+        return {name: metrics[own] for name, own in names.items()} | {"accuracy": accuracy}
+
+    yield Example("messages", lambda: [told for told, _ in found], "messages")
+    yield Example("parsed", lambda: [said[0] if said else None for _, said in found], "parsed")
+    yield Example("aggregate", aggregate, "aggregate_over_parsed")
+
+
 ADAPTERS = {
     "training_prompt": training_prompt,
     "inference_prompt": inference_prompt,
     "resize_arithmetic": resize_arithmetic,
     "sampler": sampler,
+    "video_qa_judge": video_qa_judge,
 }

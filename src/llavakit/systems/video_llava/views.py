@@ -122,6 +122,10 @@ class Clip(Planner):
         clip = View(view.height, view.width, depth=size.depth, role="clip")
         return Plan("video", size, (clip,), canvas=inner.canvas, content=inner.content)
 
+    def fitted(self, size: MediaSize) -> MediaSize:
+        step = self.frames or 1
+        return size._replace(depth=max(-(-size.depth // step), 1) * step)
+
     def cut(self, item: Sequence[Image.Image], plan: Plan) -> list[np.ndarray]:
         """One float32 array [3, frames, height, width] of RGB frames of one size."""
         if len(item) != plan.size.depth:
