@@ -42,6 +42,7 @@ def worlds(tmp_path_factory):
     [
         ("llava-1.5", "pictures", "image"),
         ("llava-onevision", "scenes", "video"),
+        ("llava-next-interleave", "scenes", "video"),
         ("llava-uhd", "pictures", "image"),
         ("inf-llava", "pictures", "image"),
         ("hyper-llava", "pictures", "image"),

@@ -149,6 +149,7 @@ CODECS = Registry("assistant codec")
 OBJECTIVES = Registry("training objective")
 LAYOUTS = Registry("checkpoint layout")
 PREPARATIONS = Registry("preparation of data")
+RECORD_EDITS = Registry("record edit")
 
 # Built-in parts, as places to import from on first use. Parts of one published system are on that system's card.
 ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleEncoder")
@@ -156,6 +157,10 @@ ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleEncode
 LABEL_POLICIES.add("spans", "llavakit.conversation.labels:SpanLabels")
 LABEL_POLICIES.add("marks", "llavakit.conversation.labels:MarkLabels")
 LABEL_POLICIES.add("rounds", "llavakit.conversation.labels:RoundLabels")
+
+RECORD_EDITS.add("media_in_front", "llavakit.data.edits:MediaInFront")
+RECORD_EDITS.add("lead_with_media", "llavakit.data.edits:LeadWithMedia")
+RECORD_EDITS.add("remove_text", "llavakit.data.edits:RemoveText")
 
 OBJECTIVES.add("dpo", "llavakit.training.objectives.dpo:DPO")
 OBJECTIVES.add("supervised", "llavakit.training.objectives.supervised:Supervised")

@@ -128,6 +128,7 @@ _REGISTRIES = {
     "objectives": registry.OBJECTIVES,
     "layouts": registry.LAYOUTS,
     "preparations": registry.PREPARATIONS,
+    "record_edits": registry.RECORD_EDITS,
 }
 
 

@@ -137,6 +137,8 @@ def _meaning(config: LlavakitConfig) -> dict[str, Any]:
         name: _plain({**extra, "config": config.encoder_config(name)[0]})  # with its defaults filled in
         for name, extra in config.extra_encoders.items()
     }
+    if found["media"].get("multi_image") == found["media"].get("image"):
+        found["media"].pop("multi_image", None)  # an image among several is one like any other anyway
     found["language_adapter"] = _plain(config.language_adapter)
     return found
 

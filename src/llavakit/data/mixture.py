@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llavakit.data.edits import build_edits
 from llavakit.data.mixing import mixed_order
 from llavakit.data.paths import split_part
 from llavakit.data.readers import ListSource, Selected, Source, open_source
@@ -33,12 +34,14 @@ class SourceSpec:
         media_root: Folder that relative media paths start from; default the folder of the data file.
         sampling_strategy: Which entries: "all", "first:N", "end:N", "random:N", with N a number or percentage.
         weight: How often the source is seen per epoch; a fraction takes other entries in every epoch.
+        edits: What is done to every conversation, in order; see `llavakit.data.edits`.
     """
 
     path: Any
     media_root: str | Path | None = None
     sampling_strategy: str = "all"
     weight: float = 1.0
+    edits: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         wrong = None
@@ -52,6 +55,7 @@ class SourceSpec:
             wrong = f"weight: must be a number from 0 to a million, not {quoted(self.weight)}"
         if wrong:
             raise UserError(wrong)
+        build_edits(self.edits)
 
 
 _SPELLINGS = {"json_path": "path", "data_path": "path", "image_folder": "media_root"}
@@ -124,7 +128,8 @@ def _read_yaml(path: Path, outer: SourceSpec) -> list[SourceSpec]:
         name = str(spec.path)
         beside = path.parent / name
         found = name if Path(split_part(name)[0]).exists() else beside
-        specs.append(replace(spec, path=found, weight=spec.weight * outer.weight))
+        edits = [*spec.edits, *outer.edits]
+        specs.append(replace(spec, path=found, weight=spec.weight * outer.weight, edits=edits))
     return specs
 
 
@@ -157,6 +162,7 @@ class Mixture(Sequence[Record]):
         self.specs = read_specs(sources, media_root=media_root)
         self.needs_answer, self.check_files = needs_answer, check_files
         self.sources = [_open(spec, seed) for spec in self.specs]
+        self.edits = [build_edits(spec.edits) for spec in self.specs]
         self._kept: list[np.ndarray] = [np.arange(len(source)) for source in self.sources]
         self._count()
 
@@ -183,7 +189,7 @@ class Mixture(Sequence[Record]):
 
     def _read(self, number: int, entry: int) -> Record:
         source = self.sources[number]
-        return self.read(
+        record = self.read(
             source[entry],
             source.file,
             source.line(entry),
@@ -191,6 +197,9 @@ class Mixture(Sequence[Record]):
             needs_answer=self.needs_answer,
             check_files=self.check_files,
         )
+        for edit in self.edits[number]:
+            record = replace(record, messages=edit(record.messages))
+        return record
 
     def place(self, index: int) -> tuple[str, int]:
         """File and line of a record."""

@@ -171,9 +171,8 @@ def _answers(model: Responder, questions: Sequence[Question], max_new_tokens: in
     for number in range(max(map(len, turns))):
         open_ = [n for n, own in enumerate(turns) if number < len(own) and not isinstance(answers.get(n), UserError)]
         for n in open_:
-            if number:
-                conversations[n].append(answers[n].message() | _ids(answers[n]))
-            conversations[n].append(turns[n][number])
+            said = [answers[n].message() | _ids(answers[n])] if number else []
+            conversations[n] = [*conversations[n], *said, turns[n][number]]
         found = model.answer_all([conversations[n] for n in open_], max_new_tokens=max_new_tokens)
         answers |= dict(zip(open_, found, strict=True))
     return [answers[n] for n in range(len(questions))]

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from llavakit.data.edits import build_edits
 from llavakit.data.paths import split_part
 from llavakit.data.strict_yaml import YamlError, parse_yaml
 from llavakit.errors import RecipeError, UserError, quoted
@@ -72,6 +73,8 @@ class Source(Section):
         weight: How often each record is seen in an epoch, on average (2 is twice, 0.5 is half of them).
         subset: `first:N`, `end:N`, `random:N` or `all`; N a number or a percentage.
         name: What stages call it; default: the file's stem.
+        edits: What is done to every conversation, in order: names, or mappings with `type` and options; see
+            `llavakit.data.edits`.
     """
 
     path: str
@@ -79,6 +82,16 @@ class Source(Section):
     weight: float = Field(1.0, gt=0, le=1e6)
     subset: str | None = Field(None, pattern=r"^(all|(first|end|random):[\d.]+%?)$")
     name: str = ""
+    edits: list[str | dict[str, Any]] = Field(default_factory=list)
+
+    @field_validator("edits")
+    @classmethod
+    def _registered_edits(cls, value: list[Any]) -> list[Any]:
+        try:
+            build_edits(value)
+        except UserError as error:
+            raise PydanticCustomError("contradiction", "{problem}", {"problem": str(error)}) from None
+        return value
 
     @model_validator(mode="after")
     def _default_name(self) -> Source:

@@ -117,6 +117,13 @@ class LlavaLayout(ClassicLayout):
         return super().write_config(config) | fields
 
 
+def plain_frames(options: Mapping[str, Any]) -> bool:
+    """Whether a modality's media are frames that are laid out one after another, like images."""
+    arrange = options.get("arrange", {"type": "flat"})
+    frames = options["views"]["type"] == "frames"
+    return frames and not arrange.get("pool") and arrange.get("newline", "no_token") == "no_token"
+
+
 class LlavaTransformersLayout(TransformersLayout):
     """`llava-hf/llava-1.5-*` and every other folder of `LlavaForConditionalGeneration`.
 
@@ -125,6 +132,10 @@ class LlavaTransformersLayout(TransformersLayout):
     """
 
     system = "llava-1.5"
+    known_changes = {
+        "media.video": "transformers' class takes images alone; give it the frames of a video as images, which it lays "
+        "out in the same way",
+    }
     model_type = "llava"
     class_name = "LlavaForConditionalGeneration"
 
@@ -149,7 +160,8 @@ class LlavaTransformersLayout(TransformersLayout):
         return template or OWN
 
     def own_objections(self, config: LlavakitConfig) -> list[str]:
-        found = [f"media.{name}: transformers' class takes images alone" for name in config.media if name not in IMAGES]
+        lost = [name for name, options in config.media.items() if name not in IMAGES and not plain_frames(options)]
+        found = [f"media.{name}: transformers' class takes images alone" for name in lost]
         image = config.media.get("image")
         if image is None:
             return [*found, "media.image: is missing, transformers' class takes images"]
