@@ -198,7 +198,10 @@ def test_the_files_become_those_of_transformers_class(classic, tmp_path):
     convert(classic, tmp_path / "hf", to="hf")
     theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
     assert not any("newline" in name for name, _ in theirs.named_parameters())
-    assert open_checkpoint(tmp_path / "hf").config.media["image"]["arrange"] == {"type": "flat"}
+    back = open_checkpoint(tmp_path / "hf").config
+    assert back.system == "llava-next-interleave"
+    assert MediaSpec(back).count("video", MediaSize(3, 30, 20)) == 3 * 16
+    assert back.extras["processor"]["sampling"] == {"type": "strided", "frames": 16}
     pooled = write_classic(tmp_path / "pooled", mm_spatial_pool_mode="bilinear")
     with pytest.raises(UserError, match=r"media\.video: transformers' class takes images alone"):
         convert(pooled, tmp_path / "hf-pooled", to="hf")

@@ -55,6 +55,7 @@ class Layout:
             with what that means; conversion tells the user. Any other option that is lost is an error.
         vllm_assumes: Keys of its config.json that vLLM's own class takes for granted, whatever the file says, with the
             values that it takes; a model that says otherwise would be answered for from wrong features.
+        general: Whether other layouts are asked first about a folder.
     """
 
     system: ClassVar[str]
@@ -62,6 +63,7 @@ class Layout:
     inert: ClassVar[Mapping[str, str]] = {}
     known_changes: ClassVar[Mapping[str, str]] = {}
     vllm_assumes: ClassVar[Mapping[str, Any]] = {}
+    general: ClassVar[bool] = False
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         """Whether a folder with this config.json is in this layout."""
@@ -128,7 +130,8 @@ def layouts() -> dict[str, Layout]:
 
 def published(folder: Path, raw: Mapping[str, Any]) -> Layout | None:
     """The layout of a published folder; None if no layout is like it (a language model or an encoder alone)."""
-    return next((layout for layout in layouts().values() if layout.matches(raw, folder)), None)
+    known = sorted(layouts().values(), key=lambda layout: layout.general)
+    return next((layout for layout in known if layout.matches(raw, folder)), None)
 
 
 def implied_config(folder: Path, base: Path | None) -> dict[str, Any] | None:

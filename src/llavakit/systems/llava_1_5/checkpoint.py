@@ -12,21 +12,15 @@ from transformers import PreTrainedConfig
 
 from llavakit.checkpoints.classic import ClassicLayout, unwrapped
 from llavakit.checkpoints.files import LazyState
-from llavakit.checkpoints.preprocessor import OLD_PROCESSOR, PROCESSOR, planner_options, processor_options
-from llavakit.checkpoints.prompts import VLLM_TEMPLATE, export_template, export_tokenizer, vllm_template
+from llavakit.checkpoints.llava_class import LlavaClassLayout
 from llavakit.checkpoints.text import special_ids, tokenizer_folder
-from llavakit.checkpoints.transformers_layout import TransformersLayout, check_processor, write_strategy
 from llavakit.conversation.template import OWN
 from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.routes import MediaSpec
 from llavakit.systems.llava_1_5.names import inferred_template, model_name
-from llavakit.views.plan import MediaSize
-from llavakit.vision.geometry import geometry_of
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-IMAGES = ("image", "multi_image")
 YI_VOCABULARY = 64_000  # of v1.6-34b's decoder, whose tokenizer need not list its ChatML tokens as added ones
 
 
@@ -117,86 +111,15 @@ class LlavaLayout(ClassicLayout):
         return super().write_config(config) | fields
 
 
-def plain_frames(options: Mapping[str, Any]) -> bool:
-    """Whether a modality's media are frames that are laid out one after another, like images."""
-    arrange = options.get("arrange", {"type": "flat"})
-    frames = options["views"]["type"] == "frames"
-    return frames and not arrange.get("pool") and arrange.get("newline", "no_token") == "no_token"
+class LlavaTransformersLayout(LlavaClassLayout):
+    """`llava-hf/llava-1.5-*` and every other folder of `LlavaForConditionalGeneration` that no other system claims.
 
-
-class LlavaTransformersLayout(TransformersLayout):
-    """`llava-hf/llava-1.5-*` and every other folder of `LlavaForConditionalGeneration`.
-
-    Pixels, chat template and tokenizer are those of the folder's files, so prompts and pixels equal `AutoProcessor`'s.
     The published 1.5 files cut the middle of a picture where the authors' code pads.
     """
 
     system = "llava-1.5"
-    known_changes = {
-        "media.video": "transformers' class takes images alone; give it the frames of a video as images, which it lays "
-        "out in the same way",
-    }
-    model_type = "llava"
-    class_name = "LlavaForConditionalGeneration"
-
-    def media(self, folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
-        check_processor(folder, config)
-        views = planner_options(folder)
-        if views is None and config.vision_config.model_type != "clip_vision_model":
-            raise CheckpointError(
-                f"{folder}: no {OLD_PROCESSOR} or {PROCESSOR}; pictures could be cut and normalised in any way"
-            )
-        if views is None:
-            views = {
-                "type": "pad",
-                "size": config.vision_config.image_size,
-                "image_mean": CLIP_MEAN,
-                "image_std": CLIP_STD,
-            }
-        return {"image": {"views": views, "arrange": {"type": "flat"}}}
+    general = True
 
     def usual_template(self, folder: Path, config: PreTrainedConfig) -> str:
         template = {"llama": "v1", "mistral": "mistral_instruct"}.get(config.text_config.model_type)
         return template or OWN
-
-    def own_objections(self, config: LlavakitConfig) -> list[str]:
-        lost = [name for name, options in config.media.items() if name not in IMAGES and not plain_frames(options)]
-        found = [f"media.{name}: transformers' class takes images alone" for name in lost]
-        image = config.media.get("image")
-        if image is None:
-            return [*found, "media.image: is missing, transformers' class takes images"]
-        if config.media.get("multi_image", image) != image:
-            found.append("media.multi_image: transformers treats every image alike")
-        arrange = image.get("arrange", {"type": "flat"})
-        if arrange["type"] != "flat":
-            found.append(f"media.image.arrange.type: is {arrange['type']!r}, transformers' class has 'flat'")
-        _, objection = processor_options(image["views"])
-        if objection:
-            found.append(objection)
-        stride, patch = geometry_of(config.vision_config).stride[1], getattr(config.vision_config, "patch_size", None)
-        if stride != patch:
-            found.append(
-                f"vision_config.patch_size: transformers counts a token per {patch} pixels, this encoder gives one per "
-                f"{stride}"
-            )
-        return found
-
-    def own_config(self, config: LlavakitConfig) -> dict[str, Any]:
-        return {"image_seq_length": MediaSpec(config).count("image", MediaSize(1, 336, 336))}
-
-    def write_processor(self, processor: Any, config: LlavakitConfig, folder: Path) -> None:
-        from transformers import LlavaImageProcessor, LlavaProcessor
-
-        options, _ = processor_options(config.media["image"]["views"])
-        made = LlavaProcessor(
-            LlavaImageProcessor(**options),
-            export_tokenizer(processor.tokenizer, self.rows(config)),
-            patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy=write_strategy(config),
-            num_additional_image_tokens=geometry_of(config.vision_config).prefix_tokens,
-        )
-        made.chat_template = export_template(made, processor)
-        made.save_pretrained(folder)
-        other = vllm_template(made.tokenizer, made.chat_template)
-        if other is not None:
-            (folder / VLLM_TEMPLATE).write_text(other, encoding="utf-8")

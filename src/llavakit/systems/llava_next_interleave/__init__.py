@@ -26,6 +26,9 @@ SYSTEM = System(
             "qwen_1_5_pieces_restarting": ".templates:PUBLISHED_TURNS",
         },
         "benchmarks": {"interleave_bench": ".benchmark:InterleaveBench"},
-        "layouts": {"llava-next-interleave": ".checkpoint:InterleaveLayout"},
+        "layouts": {
+            "llava-next-interleave": ".checkpoint:InterleaveLayout",
+            "llava-next-interleave-hf": ".checkpoint:InterleaveTransformersLayout",
+        },
     },
 )

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from llavakit.checkpoints.llava_class import LlavaClassLayout
 from llavakit.checkpoints.siglip_qwen import SiglipQwenLayout, media_of, settings_of
 
 SAMPLING = {"type": "strided", "frames": 16}  # the published demo
@@ -59,3 +62,35 @@ class InterleaveLayout(SiglipQwenLayout):
 
     def system_fields(self) -> dict[str, Any]:
         return {"template": "qwen_1_5_interleaved", "extras": {"processor": {"sampling": dict(SAMPLING)}}}
+
+
+class InterleaveTransformersLayout(LlavaClassLayout):
+    """`llava-hf/llava-interleave-*`: `LlavaForConditionalGeneration` with the same encoder and decoder.
+
+    The class takes images alone; frames of a video are images there, laid out as llavakit lays out a video.
+    """
+
+    system = "llava-next-interleave"
+
+    def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
+        vision, text = raw.get("vision_config") or {}, raw.get("text_config") or {}
+        return (
+            super().matches(raw, folder)
+            and vision.get("model_type") == "siglip_vision_model"
+            and text.get("model_type") == "qwen2"
+            and vision.get("vision_use_head") is False
+            and raw.get("vision_feature_layer") == -1
+            and raw.get("vision_feature_select_strategy") == "full"
+        )
+
+    def further_media(self, views: Mapping[str, Any]) -> dict[str, Any]:
+        shared = {name: views[name] for name in ("size", "image_mean", "image_std") if name in views}
+        frame = {"type": "squash", **shared}
+        arrange = {"type": "frames", "newline": "no_token"}
+        return {"video": {"views": {"type": "frames", "frame": frame}, "arrange": arrange}}
+
+    def usual_template(self, folder: Path, config: PreTrainedConfig) -> str:
+        return "qwen_1_5_interleaved"
+
+    def extras(self, config: PreTrainedConfig) -> dict[str, Any]:
+        return {"extras": {"processor": {"sampling": dict(SAMPLING)}}}
