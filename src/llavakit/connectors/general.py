@@ -78,7 +78,9 @@ class Pooling(MLP):
         for entries, tokens, grid in features.groups():
             maps = tokens.transpose(1, 2).unflatten(2, grid)
             stride = tuple(min(s, g) for s, g in zip(self.stride, grid, strict=True))
-            tokens = F.avg_pool3d(maps, stride, stride).flatten(2).transpose(1, 2)
+            # PyTorch averages no 16-bit volumes on a CPU.
+            wide = maps.float() if maps.element_size() < 4 else maps
+            tokens = F.avg_pool3d(wide, stride, stride).to(maps.dtype).flatten(2).transpose(1, 2)
             pooled |= dict(zip(entries, tokens, strict=True))
         grids = [_pooled(grid, self.stride) for grid in features.grids]
         joined = Features.join(pooled, grids, features.media_index)

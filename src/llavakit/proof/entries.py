@@ -295,9 +295,14 @@ def views_of(processor: LlavakitProcessor, modality: str, item: Any) -> list[Ten
     return processor.encode([message], add_generation_prompt=True)["pixel_values"]
 
 
-def picture(array: Tensor) -> Image.Image:
+def array(values: Tensor) -> np.ndarray:
+    """A tensor as NumPy has it; NumPy knows no bfloat16."""
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def picture(values: Tensor) -> Image.Image:
     """A picture of a tensor [height, width] or [height, width, 1, 3 or 4] of 8-bit values."""
-    values = array.numpy()
+    values = values.to(torch.uint8).numpy()
     return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values)
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "find_adapter",
     "find_cases",
     "plain",
+    "results",
     "run_case",
     "run_parity",
     "summary",
@@ -255,10 +256,7 @@ class _Run:
 
     def all(self, produced: Any) -> None:
         """Everything that an adapter gave."""
-        several = (
-            isinstance(produced, list) and bool(produced) and all(isinstance(i, (Example, Result)) for i in produced)
-        )
-        if not several and not isinstance(produced, Iterator):
+        if _is_plain(produced) or not isinstance(produced, (list, Iterator)):
             return self._remainder(Result.of(produced), [], set())
         rest: Result | None = None
         paths: list[str] = []
@@ -412,6 +410,34 @@ def _repeatable() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
+
+
+def results(path: Path, roots: Sequence[Path] = ()) -> dict[str, Result]:
+    """What the adapter of a case computes, by the names of its examples; "" is what belongs to none.
+
+    Whatever goes wrong is raised: this is for comparing two runs with each other, not with expected numbers.
+    """
+    case = Case.read(path, roots)
+    adapter = find_adapter(case)
+    case.wanted = _Expected.read(path).wanted(getattr(adapter, "echoes", ()))
+    found: dict[str, Result] = {}
+    with _repeatable():
+        produced = adapter(case)
+        several = isinstance(produced, (list, Iterator))
+        for item in produced if several and not _is_plain(produced) else [produced]:
+            if isinstance(item, Example):
+                with _repeatable():
+                    found[item.name] = Result.of(item.compute())
+            else:
+                found[""] = Result.of(item)
+    return found
+
+
+def _is_plain(produced: Any) -> bool:
+    """Whether a list is one JSON value, and not a list of examples and results."""
+    return isinstance(produced, list) and not (
+        bool(produced) and all(isinstance(item, (Example, Result)) for item in produced)
+    )
 
 
 def run_case(path: Path, roots: Sequence[Path] = (), adapter: Adapter | None = None) -> Report:

@@ -25,7 +25,7 @@ def gumbel_keep(logits: Tensor, tau: float, noise: Tensor | None = None) -> Tens
         noise: Gumbel noise [..., 2]; drawn if None.
     """
     noise = gumbel_noise(logits) if noise is None else noise
-    soft = ((logits.float().log_softmax(-1) + noise) / tau).softmax(-1)
+    soft = ((logits.float().log_softmax(-1) + noise.float()) / tau).softmax(-1)
     hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
     return (hard - soft.detach() + soft)[..., 0]
 

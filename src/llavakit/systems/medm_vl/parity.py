@@ -20,7 +20,7 @@ from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.classic_batch import ClassicBatch, Entry
-from llavakit.proof.entries import check_keys, fitting, loaded, published_model, scored
+from llavakit.proof.entries import array, check_keys, fitting, loaded, published_model, scored
 from llavakit.proof.golden import Case, Example, Result
 from llavakit.systems.medm_vl.connector import AttentionPooling
 from llavakit.systems.medm_vl.encoders import M3DClipConfig, M3DClipVision, MedMClipConfig, MedMClipVision
@@ -129,7 +129,7 @@ def volume_preprocess(case: Case) -> Result:
     case.informational("config.monai")
     window, tensors = case.config["hu_window"], {}
     for number, item in enumerate(case.config["items"]):
-        volume = case.tensors[f"volume.{number}"].numpy()
+        volume = array(case.tensors[f"volume.{number}"])
         tensors[f"windowed.{number}"] = torch.from_numpy(windowed(volume, window))
         size = MediaSize(*volume.shape)
         if item["encoder"] == "siglip":
@@ -152,7 +152,7 @@ def volume_preprocess(case: Case) -> Result:
 
 def volume_preprocess_paper(case: Case) -> Result:
     """Stored grey volumes as slices."""
-    volume = case.tensors["volume"][0].numpy()
+    volume = array(case.tensors["volume"][0])
     planner = Slices(size=case.config["image_size"], stored="grey")
     views = planner.cut(volume, planner.plan(MediaSize(*volume.shape)))
     return Result(tensors={"pixel_values": torch.from_numpy(np.stack(views, axis=1))})
