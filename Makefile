@@ -60,7 +60,7 @@ test-faults: $(STAMP)  ## thousands of malformed inputs from fixed seeds, with a
 test-adapters: $(STAMP)  ## table: adapters made by PEFT with each of its options, their logits against PEFT's
 	$(BIN)/python -W ignore tests/peft_cases.py
 
-test-parity-bites: $(STAMP)  ## golden cases fail where a user entry is broken, and hold under variations; 2 minutes
+test-parity-bites: $(STAMP)  ## golden cases fail where a user entry is broken, and hold under variations; 4 minutes
 	$(BIN)/python -W ignore tests/parity_bites.py $(ARGS)
 
 test-exports: $(STAMP)  ## table: exports to transformers by encoder and decoder, pixels and logits against llavakit's

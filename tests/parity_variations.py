@@ -268,10 +268,12 @@ def records_of(given: Given) -> tuple[dict[Path_, list[Any]], dict[Path_, list[A
     named = {path: own for path, own in lists.items() if len(answers.get(path, ())) == len(own)}
     length = len(max((named or lists).values(), key=len))
     same = named or {path: own for path, own in lists.items() if len(own) == length}
+    if len({type(entry) for own in same.values() for entry in own if entry is not None}) > 1:
+        raise DoesNotApply("several lists of inputs refer to each other")
     others = [key for key, own in inputs.items() if (key,) not in same and own] if isinstance(inputs, dict) else []
     if not named and any(isinstance(inputs[key], (list, dict)) for key in others):
         raise DoesNotApply("several lists of inputs refer to each other")
-    answers = {path: own for path, own in answers.items() if len(own) == length}
+    answers = {path: own for path, own in answers.items() if path in named or (not named and len(own) == length)}
     if any(nested_length(own, length) for own in answers.values()):
         raise DoesNotApply("outputs are lists of runs over the records")
     if not answers:
@@ -309,6 +311,43 @@ def records_permuted(given: Given, change: Callable[[list[Any]], list[Any]]) -> 
 
 def twice_backwards(records: list[Any]) -> list[Any]:
     return records[::-1] * 2
+
+
+# Named runs
+
+
+def runs_of(given: Given) -> list[str]:
+    """Names of runs that inputs.json holds, if outputs go by the same names.
+
+    Raises:
+        DoesNotApply: If it holds something else.
+    """
+    inputs, outputs = given.json("inputs"), given.json("outputs")
+    if not isinstance(inputs, dict) or not all(isinstance(run, dict) for run in inputs.values()):
+        raise DoesNotApply("the inputs are no named runs")
+    names = outputs if isinstance(outputs, dict) else {name.split("/")[0] for name in given.tensors("outputs")}
+    if len(inputs) < 2 or not set(inputs) <= set(names):
+        raise DoesNotApply("the outputs do not go by the names of runs")
+    return list(inputs)
+
+
+def named_runs(given: Given, choose: Callable[[list[str]], list[str]]) -> str:
+    """Named runs in another order, or some of them alone."""
+    inputs, outputs, tensors = given.json("inputs"), given.json("outputs"), given.tensors("outputs")
+    names = choose(runs_of(given))
+    files: Files = {"inputs.json": {name: inputs[name] for name in names}}
+    if isinstance(outputs, dict):
+        files["outputs.json"] = {name: outputs[name] for name in names}
+    if tensors:
+        kept = {key: tensor for key, tensor in tensors.items() if key.split("/")[0] in names}
+        files["outputs.safetensors"] = kept or None
+    given_tensors = given.tensors("inputs")
+    if given_tensors:
+        if len(names) < len(inputs) and any(key.split("/")[0] not in inputs for key in given_tensors):
+            raise DoesNotApply("runs share the case's tensors")
+        others = set(inputs) - set(names)
+        files["inputs.safetensors"] = {key: t for key, t in given_tensors.items() if key.split("/")[0] not in others}
+    return against_expected(given, files)
 
 
 # Padding and cuts
@@ -423,6 +462,8 @@ VARIATIONS: dict[str, Callable[[Given], str]] = {
     "first row alone": first_row_alone,
     "records reversed": partial(records_permuted, change=lambda records: records[::-1]),
     "records reversed and doubled": partial(records_permuted, change=twice_backwards),
+    "named runs reversed": partial(named_runs, choose=lambda names: names[::-1]),
+    "last named run alone": partial(named_runs, choose=lambda names: names[-1:]),
     "padded on the other side": padded_on_the_other_side,
     "inputs padded in front": inputs_padded_in_front,
     "cut inside a media item": cut_inside_media,
