@@ -3,9 +3,9 @@
     python tests/parity_bites.py            every system
     python tests/parity_bites.py llava-1.5  one system
 
-Each user entry is broken in turn; at least one case of the system must fail then, see `parity_entries`. After that every
-case runs in every variation that means something for it, see `parity_variations`. Prints one line per check, and per
-system how often a variation did not apply and why; exit status 1 if a check does not hold.
+Each user entry is broken in turn; at least one case of the system must fail then, see `parity_entries`. After that
+every case runs in every variation that means something for it, see `parity_variations`. Prints one line per check, and
+per system how often a variation did not apply and why; exit status 1 if a check does not hold.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from parity_entries import GOLDEN, cases_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llavakit.proof.golden import Comparison, Result, plain, results, run_case
+from llavakit.proof.golden import Case, Comparison, Result, find_adapter, plain, results, run_case
 
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
 
@@ -257,6 +257,8 @@ def records_of(given: Given) -> tuple[dict[Path_, list[Any]], dict[Path_, list[A
     inputs, outputs = given.json("inputs"), given.json("outputs")
     if inputs is None:
         raise DoesNotApply("no inputs.json")
+    if getattr(find_adapter(Case.read(given.folder)), "ordered", False):
+        raise DoesNotApply("by its definition, the place of a record decides about it")
     lists = {path: own for path, own in record_lists(inputs) if len(own) > 1}
     if not lists:
         raise DoesNotApply("the inputs are no list")
@@ -273,7 +275,8 @@ def records_of(given: Given) -> tuple[dict[Path_, list[Any]], dict[Path_, list[A
     others = [key for key, own in inputs.items() if (key,) not in same and own] if isinstance(inputs, dict) else []
     if not named and any(isinstance(inputs[key], (list, dict)) for key in others):
         raise DoesNotApply("several lists of inputs refer to each other")
-    answers = {path: own for path, own in answers.items() if path in named or (not named and len(own) == length)}
+    lengths = set(map(len, named.values())) or {length}
+    answers = {path: own for path, own in answers.items() if len(own) in lengths}
     if any(nested_length(own, length) for own in answers.values()):
         raise DoesNotApply("outputs are lists of runs over the records")
     if not answers:

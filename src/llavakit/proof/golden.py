@@ -80,17 +80,19 @@ def declined(reason: str) -> Adapter:
     return decline
 
 
-def component(*, echoes: Sequence[str] = ()) -> Callable[[Adapter], Adapter]:
+def component(*, echoes: Sequence[str] = (), ordered: bool = False) -> Callable[[Adapter], Adapter]:
     """Describe an adapter to the runner.
 
     Args:
         echoes: Dotted shell patterns into `outputs.json` (`runs.*.template`) of inputs that the original script wrote
             into its outputs and nowhere else. Their values are handed to the adapter in `case.wanted.json` and are
             not compared.
+        ordered: Whether, by the component's definition, the place of a record among the others decides about it, so
+            that records cannot be permuted.
     """
 
     def describe(adapter: Adapter) -> Adapter:
-        adapter.echoes = tuple(echoes)  # type: ignore[attr-defined]
+        adapter.echoes, adapter.ordered = tuple(echoes), ordered  # type: ignore[attr-defined]
         return adapter
 
     return describe

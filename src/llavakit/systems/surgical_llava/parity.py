@@ -41,7 +41,7 @@ from llavakit.proof.entries import (
     views_of,
     with_blank_media,
 )
-from llavakit.proof.golden import Case, Example, Result, examples
+from llavakit.proof.golden import Case, Example, Result, component, examples
 from llavakit.registry import CONNECTORS
 from llavakit.systems.surgical_llava.answers import published_answer
 from llavakit.systems.surgical_llava.checkpoint import MARKS, media_of
@@ -283,6 +283,7 @@ def inference_prompt(case: Case) -> Iterator[Example]:
 # Records and scores
 
 
+@component(ordered=True)
 def training_records_of(case: Case) -> Result:
     """Instructions as training records."""
     found = training_records(as_records("inputs.json", case.inputs["records"]), case.inputs["available_features"])
