@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, open_checkpoint
-from llavakit.errors import FieldError, UserError
+from llavakit.data.boxes import BoxFile
+from llavakit.data.mixture import Mixture
+from llavakit.data.records import read_record
+from llavakit.errors import FieldError, RecordError, UserError
 from llavakit.media.regions import Region
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
@@ -261,3 +264,80 @@ def test_an_unknown_key_of_an_export_is_refused(published, tmp_path):
         (tmp_path / "out" / "config.json").write_text(json.dumps(raw | change))
         with pytest.raises(UserError, match=r"gate|cap"):
             open_checkpoint(tmp_path / "out")
+
+
+# Box files
+
+
+def write_boxes(path, *entries, keyed=False, lines=False):
+    if keyed:
+        content = json.dumps({entry.pop("id"): entry for entry in entries})
+    else:
+        content = "\n".join(map(json.dumps, entries)) if lines else json.dumps(entries)
+    path.write_text(content)
+    return path
+
+
+ENTRY = {"id": "7", "boxes": [[1, 2, 9, 9]], "scores": [0.5], "labels": ["cup"]}
+
+
+@pytest.mark.parametrize("form", [{}, {"keyed": True}, {"lines": True}])
+def test_every_form_of_a_box_file_is_looked_up_by_id(tmp_path, form):
+    path = write_boxes(
+        tmp_path / "boxes.json", dict(ENTRY), dict(ENTRY, id="x y", boxes=[], scores=[], labels=[]), **form
+    )
+    boxes = BoxFile(path)
+    assert list(boxes) == ["7", "x y"]
+    assert 7 in boxes
+    assert boxes.part(7) == {"type": "boxes", "boxes": [[1, 2, 9, 9]], "labels": ["cup"], "scores": [0.5]}
+    assert boxes.part("x y")["boxes"] == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "record", "message"),
+    [
+        ([ENTRY], {"id": "8"}, r"records.json:1: id: '8' has no entry in .*boxes.json"),
+        ([ENTRY], {}, r"records.json:1: id: is missing"),
+        ([ENTRY | {"boxes": [[9, 2, 1, 9]]}], {"id": "7"}, r"boxes.json:1: entry.boxes.0: is inverted"),
+        ([ENTRY | {"labels": None}], {"id": "7"}, r"boxes.json:1: labels: is missing"),
+        ([{**ENTRY, "scores": [0.1, 0.2]}], {"id": "7"}, r"boxes.json:1: entry.scores: must be a list of 1"),
+        ([ENTRY | {"frames": []}], {"id": "7"}, r"boxes.json:1: frames"),
+        ([ENTRY | {"score": 1}], {"id": "7"}, r"boxes.json:1: score: unknown"),
+        ([ENTRY, ENTRY], {"id": "7"}, r"boxes.json:2: id: '7' was used in 1 already"),
+        ([ENTRY], {"id": "7", "image": ["a.png", "a.png"]}, r"records.json:1: id: the record has 2 pictures"),
+        ([ENTRY], {"id": "7", "boxes": {"boxes": []}}, r"records.json:1: boxes: the record has boxes of its own"),
+    ],
+)
+def test_boxes_that_do_not_fit_a_record_are_one_line(tmp_path, entries, record, message):
+    boxes = write_boxes(tmp_path / "boxes.json", *map(dict, entries))
+    record = {"image": "a.png", "conversations": [], **record}
+    marks = "<image>" * (len(record["image"]) if isinstance(record["image"], list) else 1)
+    record["conversations"] = [{"from": "human", "value": f"{marks}\nx"}, {"from": "gpt", "value": "y"}]
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([record]))
+    with pytest.raises(RecordError, match=message) as raised:
+        Mixture({"path": str(records), "boxes": str(boxes)}, check_files=False)[0]
+    assert "\n" not in str(raised.value)
+
+
+def test_records_get_their_boxes_and_text_alone_needs_none(tmp_path):
+    boxes = write_boxes(tmp_path / "boxes.json", dict(ENTRY))
+    turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
+    alone = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+    parts = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "x"}]}]
+    parts += [{"role": "assistant", "content": "y"}]
+    own = {"messages": parts, "boxes": {"boxes": [[0, 0, 1, 1]]}}
+    records = [
+        {"id": 7, "image": "a.png", "conversations": turns},
+        {"conversations": alone},
+        {"id": 7, "messages": parts},
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    found = list(Mixture({"path": str(tmp_path / "records.json"), "boxes": str(boxes)}, check_files=False))
+    kinds = [[part["type"] for part in record.messages[0]["content"]] for record in found]
+    assert kinds == [["image", "boxes", "text"], ["text"], ["image", "boxes", "text"]]
+    assert found[0].messages[0]["content"][1]["boxes"] == [[1, 2, 9, 9]]
+    direct = read_record(own, "f.json", 1, check_files=False)
+    assert [part["type"] for part in direct.messages[0]["content"]] == ["image", "boxes", "text"]
+    with pytest.raises(RecordError, match="2 entries, but the record has 1 images"):
+        read_record(own | {"boxes": [{"boxes": []}] * 2}, "f.json", 1, check_files=False)

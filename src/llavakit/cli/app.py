@@ -175,6 +175,9 @@ def chat(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="How media are read, as reading.volume.fill=-1000; may be repeated."),
     ] = None,
+    boxes: Annotated[
+        list[str] | None, typer.Option(help="Box file of the images, by their names without suffix; may be repeated.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System message; default: the template's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
@@ -201,10 +204,11 @@ def chat(
       llavakit chat MODEL --video clip.mp4 --processor sampling.type=rate --processor sampling.fps=2
       echo "What is in the picture?" | llavakit chat MODEL --image a.jpg
     """
-    from llavakit.cli.terminal import Session, attachment, interact
+    from llavakit.cli.terminal import Session, attachment, interact, with_boxes
 
     places = [("image", image), ("video", video), ("volume", volume)]
     attached = [attachment(kind, place) for kind, given in places for place in given or ()]
+    attached = with_boxes(attached, boxes or ())
     settings = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     answering = _answering(responder, responder_option)
     import llavakit
@@ -262,6 +266,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help="Benchmark, for instance pope, scienceqa, textvqa.")],
     questions: Annotated[Path, typer.Option(help="The benchmark's question file.")],
     images: Annotated[Path | None, typer.Option(help="Folder of images; default: that of the questions.")] = None,
+    boxes: Annotated[Path | None, typer.Option(help="Box file of the pictures, by the questions' ids.")] = None,
     gold: Annotated[Path | None, typer.Option(help="The benchmark's answers; without them nothing is scored.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Predictions; default: runs/eval/TASK/FOLDER--MODEL.jsonl.")
@@ -298,7 +303,7 @@ def evaluate(
     from llavakit.evaluation.score import benchmark, print_result
 
     benchmark(task)
-    for place in (questions, gold, images):
+    for place in (questions, gold, images, boxes):
         if place is not None and not place.exists():
             raise UserError(f"{place}: no such file")
     # Every finished run is called "final": the folder above it tells them apart.
@@ -322,6 +327,7 @@ def evaluate(
             questions,
             output,
             images=images,
+            boxes=boxes,
             gold=gold,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,

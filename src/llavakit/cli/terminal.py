@@ -49,6 +49,35 @@ def attachment(modality: str, place: str) -> dict[str, Any]:
     return {"type": modality, modality: source}
 
 
+def with_boxes(attached: Iterable[dict[str, Any]], files: Iterable[str]) -> list[dict[str, Any]]:
+    """Attached media with the boxes of images behind them.
+
+    Args:
+        files: Box files (`llavakit.data.boxes`); an entry's id is the image's file name, with or without its suffix.
+
+    Raises:
+        UserError: If no entry or several are of an image.
+    """
+    from llavakit.data.boxes import BoxFile
+
+    known = [BoxFile(file) for file in files]
+    found = []
+    for part in attached:
+        found.append(part)
+        if not known or part["type"] != "image":
+            continue
+        place = str(part["image"]) if isinstance(part["image"], str) else ""
+        names = {Path(place).stem, Path(place).name, place}
+        entries = [(boxes, name) for boxes in known for name in names if name in boxes]
+        if len(entries) != 1:
+            problem = "no entry" if not entries else f"{len(entries)} entries"
+            raise UserError(
+                f"{place or 'the image'}: {', '.join(b.file for b in known)}: {problem} with its name as id"
+            )
+        found.append(entries[0][0].part(entries[0][1]))
+    return found
+
+
 class Session:
     """One conversation.
 

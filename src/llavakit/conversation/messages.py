@@ -212,7 +212,7 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise FieldError("conversations", "must be a list of turns with from and value")
     waiting = _record_media(record)
-    boxes = _record_boxes(record, sum(part["type"] == "image" for part in waiting))
+    boxes = record_boxes(record, sum(part["type"] == "image" for part in waiting))
     total = len(waiting)
     taken = 0
     messages: list[Message] = []
@@ -256,7 +256,7 @@ def _record_media(record: Mapping[str, Any]) -> list[Part]:
     return media
 
 
-def _record_boxes(record: Mapping[str, Any], images: int) -> list[Part]:
+def record_boxes(record: Mapping[str, Any], images: int) -> list[Part]:
     """One `boxes` part per image of a record, or none if it has no `boxes`."""
     value = record.get("boxes")
     if value is None:
@@ -270,6 +270,12 @@ def _record_boxes(record: Mapping[str, Any], images: int) -> list[Part]:
         raise FieldError("boxes", f"has {len(entries)} entries, but the record has {images} images")
     where = ["boxes"] if isinstance(value, Mapping) else [f"boxes.{number}" for number in range(images)]
     return [boxes_part(entry, place) for entry, place in zip(entries, where, strict=True)]
+
+
+def behind_images(content: Iterable[Mapping[str, Any]], boxes: Iterable[Part]) -> list[Part]:
+    """Content parts with one of the `boxes` parts behind every image."""
+    waiting = iter(boxes)
+    return [own for part in content for own in ([part, next(waiting)] if part["type"] == "image" else [part])]
 
 
 def _take(waiting: list[Part], modality: str) -> Part | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llavakit.data.boxes import BoxFile, with_boxes
 from llavakit.data.edits import build_edits
 from llavakit.data.mixing import mixed_order
 from llavakit.data.paths import split_part
@@ -35,6 +36,7 @@ class SourceSpec:
         sampling_strategy: Which entries: "all", "first:N", "end:N", "random:N", with N a number or percentage.
         weight: How often the source is seen per epoch; a fraction takes other entries in every epoch.
         edits: What is done to every conversation, in order; see `llavakit.data.edits`.
+        boxes: Box file of the source's pictures, see `llavakit.data.boxes`.
     """
 
     path: Any
@@ -42,6 +44,7 @@ class SourceSpec:
     sampling_strategy: str = "all"
     weight: float = 1.0
     edits: Sequence[Any] = ()
+    boxes: str | Path | None = None
 
     def __post_init__(self) -> None:
         wrong = None
@@ -49,6 +52,8 @@ class SourceSpec:
             wrong = f"path: must be a path, not {quoted(self.path)}"
         elif self.media_root is not None and not isinstance(self.media_root, (str, Path)):
             wrong = f"media_root: must be a folder, not {quoted(self.media_root)}"
+        elif self.boxes is not None and not isinstance(self.boxes, (str, Path)):
+            wrong = f"boxes: must be a box file, not {quoted(self.boxes)}"
         elif not isinstance(self.sampling_strategy, str):
             wrong = f"sampling_strategy: must be all, first:N, end:N or random:N, not {quoted(self.sampling_strategy)}"
         elif isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 <= self.weight <= 1e6:
@@ -163,6 +168,7 @@ class Mixture(Sequence[Record]):
         self.needs_answer, self.check_files = needs_answer, check_files
         self.sources = [_open(spec, seed) for spec in self.specs]
         self.edits = [build_edits(spec.edits) for spec in self.specs]
+        self._boxes = [None if spec.boxes is None else BoxFile(spec.boxes) for spec in self.specs]
         self._kept: list[np.ndarray] = [np.arange(len(source)) for source in self.sources]
         self._count()
 
@@ -188,7 +194,7 @@ class Mixture(Sequence[Record]):
         return source, int(self._kept[source][index - self._starts[source]])
 
     def _read(self, number: int, entry: int) -> Record:
-        source = self.sources[number]
+        source, boxes = self.sources[number], self._boxes[number]
         record = self.read(
             source[entry],
             source.file,
@@ -197,6 +203,7 @@ class Mixture(Sequence[Record]):
             needs_answer=self.needs_answer,
             check_files=self.check_files,
         )
+        record = record if boxes is None else with_boxes(record, boxes)
         for edit in self.edits[number]:
             record = replace(record, messages=edit(record.messages))
         return record

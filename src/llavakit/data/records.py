@@ -23,11 +23,13 @@ from llavakit.conversation.messages import (
     FieldError,
     Message,
     Part,
+    behind_images,
     from_llava,
     is_media,
     literals_in,
     media_of,
     normalise,
+    record_boxes,
     split_literals,
     text_of,
 )
@@ -179,6 +181,7 @@ def _from_messages(raw: Mapping[str, Any]) -> list[Message]:
                 raise FieldError(
                     "messages", f"{places} <{name}> in the text, but {len(given)} {modality}s in the record"
                 )
+    messages = _with_record_boxes(raw, messages)
     for index, message in enumerate(messages):
         for number, part in enumerate(message["content"]):
             modality = part["type"]
@@ -192,6 +195,18 @@ def _from_messages(raw: Mapping[str, Any]) -> list[Message]:
                 "messages", f"{len(left)} more {modality}s in the record than {modality} parts in the messages"
             )
     return messages
+
+
+def _with_record_boxes(raw: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages with the boxes of the record's `boxes` key behind their images."""
+    parts = [part["type"] for message in messages for part in message["content"]]
+    boxes = record_boxes(raw, parts.count("image"))
+    if not boxes:
+        return messages
+    if "boxes" in parts:
+        raise FieldError("boxes", "there are some in the messages too; leave one of them out")
+    waiting = iter(boxes)
+    return [message | {"content": behind_images(message["content"], waiting)} for message in messages]
 
 
 def _split(content: Sequence[Part]) -> list[Part]:

@@ -54,7 +54,8 @@ def asked_digest(question: Question) -> str:
     digest = hashlib.sha256()
     for message in question.turns():
         for part in message["content"]:
-            value = part["text"] if part["type"] == "text" else _content(part[part["type"]])
+            value = part if part["type"] == "boxes" else part.get("text")
+            value = _content(part[part["type"]]) if value is None else value
             digest.update(json.dumps([message["role"], part["type"], value]).encode())
     return digest.hexdigest()[:16]
 

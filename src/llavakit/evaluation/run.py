@@ -14,12 +14,16 @@ import inspect
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llavakit.conversation.messages import behind_images
+from llavakit.data.boxes import BoxFile
+from llavakit.data.records import belongs_to
 from llavakit.errors import RecordError, UserError, quoted
 from llavakit.evaluation.benchmarks.base import Question
 from llavakit.evaluation.predictions import Key, PredictionsFile, Run, question_key
@@ -38,6 +42,7 @@ def evaluate(
     output: str | Path,
     *,
     images: str | Path | None = None,
+    boxes: str | Path | None = None,
     gold: str | Path | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
@@ -58,6 +63,7 @@ def evaluate(
         output: Predictions file; an interrupted one is continued. One that an earlier state of the model in the same
             place has written (retrained, or with other settings) is set aside, and all questions are asked.
         images: Folder that image names are relative to; by default that of the question file.
+        boxes: Box file, see `llavakit.data.boxes`; looked up by the questions' ids.
         gold: Gold file; without it, only predictions are made, unless the question file is the gold file too
             (`Benchmark.questions_are_gold`).
         batch_size: Questions per model call.
@@ -80,6 +86,8 @@ def evaluate(
     checked(chosen.score, score_options or {}, task)  # before anything is asked
     if not whole:
         raise UserError(f"{questions}: holds no question")
+    if boxes is not None:
+        whole = _with_boxes(whole, BoxFile(boxes), str(questions))
     _unique(whole, str(questions))
     asked = (whole if shard is None else block_of(whole, *_shard(shard)))[:limit]
     if not asked:
@@ -127,6 +135,27 @@ def _shard(shard: str) -> tuple[int, int]:
     if not 1 <= number <= blocks:
         raise UserError(f"shard={quoted(shard)}: must be K/N with K from 1 to N, as in 2/8")
     return number, blocks
+
+
+def _with_boxes(questions: Sequence[Question], boxes: BoxFile, file: str) -> list[Question]:
+    """Questions whose picture has the boxes of their id; those without pictures stay as they are.
+
+    Raises:
+        RecordError: If an id has no entry, or a question has several pictures or boxes of its own.
+    """
+    found = []
+    for number, question in enumerate(questions, 1):
+        kinds = [part["type"] for part in question.media]
+        if "image" not in kinds:
+            found.append(question)
+            continue
+        if kinds.count("image") > 1 or "boxes" in kinds:
+            own = "boxes of its own" if "boxes" in kinds else f"{kinds.count('image')} pictures"
+            raise RecordError(file, number, "boxes", f"the question has {own}, {boxes.file} has boxes of one picture")
+        with belongs_to(file, number, "question_id"):
+            part = boxes.part(question.question_id)
+        found.append(replace(question, media=tuple(behind_images(question.media, [part]))))
+    return found
 
 
 def run_of(model: Responder, max_new_tokens: int, model_id: str | None = None) -> Run:

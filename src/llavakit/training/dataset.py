@@ -61,6 +61,7 @@ def open_records(recipe: Recipe, number: int, read: Callable[..., Record] = read
 def source_options(source: Source) -> dict[str, Any]:
     """A recipe's source as `read_specs` takes it."""
     options: dict[str, Any] = {"path": source.path, "weight": source.weight, "media_root": source.images}
+    options["boxes"] = source.boxes
     if source.edits:
         options["edits"] = source.edits
     return options if source.subset is None else options | {"sampling_strategy": source.subset}

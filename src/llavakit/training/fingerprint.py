@@ -79,6 +79,7 @@ def _small_files(name: str) -> list[tuple[str, str]]:
 def _source_content(source: Source, seed: int, read: Callable[..., Record]) -> str:
     specs = read_specs(source_options(source), where=f"data.{source.name}")
     files = [_path_content(Path(split_part(spec.path)[0])) for spec in specs]
+    files += [_path_content(Path(spec.boxes)) for spec in specs if spec.boxes is not None]
     mixture = Mixture(specs, seed=seed, check_files=False, read=read)
     return _digest([files, _media_content(mixture)])
 

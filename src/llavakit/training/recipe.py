@@ -75,6 +75,7 @@ class Source(Section):
         name: What stages call it; default: the file's stem.
         edits: What is done to every conversation, in order: names, or mappings with `type` and options; see
             `llavakit.data.edits`.
+        boxes: Box file of its pictures, see `llavakit.data.boxes`.
     """
 
     path: str
@@ -82,6 +83,7 @@ class Source(Section):
     weight: float = Field(1.0, gt=0, le=1e6)
     subset: str | None = Field(None, pattern=r"^(all|(first|end|random):[\d.]+%?)$")
     name: str = ""
+    boxes: str | None = None
     edits: list[str | dict[str, Any]] = Field(default_factory=list)
 
     @field_validator("edits")

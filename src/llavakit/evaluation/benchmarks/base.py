@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llavakit.conversation.messages import MEDIA, is_media, split_literals
-from llavakit.errors import RecordError, UserError
+from llavakit.conversation.messages import MEDIA, behind_images, is_media, record_boxes, split_literals
+from llavakit.errors import FieldError, RecordError, UserError
 from llavakit.evaluation.metrics.answers import mean
 from llavakit.evaluation.records import Record, pair, read_answers, read_records
 
@@ -41,9 +41,15 @@ class Turn:
         """
         parts = split_literals(self.text)
         places = [part for part in parts if is_media(part)]
-        if [place["type"] for place in places] == [item["type"] for item in self.media]:
-            media = iter(self.media)
-            content = [next(media) if is_media(part) else part for part in parts]
+        groups: list[list[Mapping[str, Any]]] = []  # an image and its boxes stay together
+        for item in self.media:
+            if item["type"] == "boxes" and groups:
+                groups[-1].append(item)
+            else:
+                groups.append([item])
+        if [place["type"] for place in places] == [group[0]["type"] for group in groups]:
+            media = iter(groups)
+            content = [own for part in parts for own in (next(media) if is_media(part) else [part])]
         else:
             text = "".join(part["text"] for part in parts if not is_media(part)).strip()
             content = [*self.media, {"type": "text", "text": text}]
@@ -57,7 +63,8 @@ class Question:
     Attributes:
         question_id: As in the published file.
         text: The user's text, with hints and the response-format sentence.
-        media: Content parts that come before the text: `{"type": "image", "image": PATH or PIL image}`.
+        media: Content parts that come before the text: `{"type": "image", "image": PATH or PIL image}`; the boxes of an
+            image (`{"type": "boxes", ...}`) behind it.
         stored: Further fields to keep with the prediction (the prompt, the round of a circular question).
         later: Further turns of the user, asked one after another behind the model's own answers; the last answer is
             the prediction.
@@ -145,7 +152,10 @@ def need_gold(gold: str | Path | None, title: str, what: str) -> Path:
 
 
 def media_parts(record: Record, folder: Path) -> tuple[dict[str, Any], ...]:
-    """The content parts for a record's fields `image`, `video` and `volume`: a file name or a list of them each."""
+    """The content parts for a record's fields `image`, `video` and `volume`: a file name or a list of them each.
+
+    Boxes of the images (`boxes`) come behind them.
+    """
     parts = []
     for modality in MEDIA:
         value = record.get(modality, (str, list), None)
@@ -153,6 +163,12 @@ def media_parts(record: Record, folder: Path) -> tuple[dict[str, Any], ...]:
         if not all(isinstance(name, str) and name for name in names):
             raise record.error(modality, "must be a file name or a list of file names")
         parts += [{"type": modality, modality: str(folder / name)} for name in names]
+    if record.data.get("boxes") is not None:
+        try:
+            boxes = record_boxes(record.data, sum(part["type"] == "image" for part in parts))
+        except FieldError as error:
+            raise record.error(error.field, error.problem) from None
+        parts = behind_images(parts, boxes) if boxes else parts
     return tuple(parts)
 
 
