@@ -29,8 +29,10 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
+from llavakit.systems.surgical_llava import miniature
 from llavakit.systems.surgical_llava.checkpoint import PUBLISHED, VideoChatGPT
 from llavakit.systems.surgical_llava.connector import SpatioTemporal, pool
+from llavakit.systems.surgical_llava.cost import cost, figures
 from llavakit.training.build import build_meta
 from llavakit.training.recipe import load_recipe
 from llavakit.views.plan import MediaSize
@@ -477,3 +479,37 @@ def test_instructions_become_records(tmp_path):
     assert "in.json:2: a: is missing" in found["left_out"][0]
     with pytest.raises(UserError, match="unknown option 'sufix'; did you mean 'suffix'"):
         prepare("video_instruct", source, tmp_path / "out.json", sufix=".mp4")
+
+
+# Cost and miniature
+
+
+def test_costs_are_those_of_the_published_dimensions():
+    found = figures()
+    expected = {
+        "frame": 162_023_964_672,
+        "frame_23": 155_285_811_200,
+        "tokens": 356,
+        "projection": 2_986_344_448,
+        "projection_parameters": 4_198_400,
+        "prefill": 4_677_624_135_680,
+        "prefill_video_llava": 28_845_832_929_280,
+        "tokens_without_pooling": 25_600,
+        "stored_bytes": 729_088,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert len(cost().rows) == len(found)
+
+
+def test_miniature_measures_every_arm():
+    measured = miniature.one_seed(0, steps=3, clips=16, held_out=8)
+    assert set(measured) == {f"{arm} {question}" for arm in miniature.ARMS for question in miniature.QUESTIONS}
+    clips, answers = miniature.draw(40, 0, torch.Generator().manual_seed(0))
+    assert miniature.tokens_of(clips, "both").shape == (40, 24, 24)
+    organ, tools = miniature.codes(0)
+    place = torch.tensor(miniature.PLACES)[answers[:, 0]]
+    others = clips.mean((1, 2))
+    found = (clips.mean(1)[torch.arange(40), place] - others) @ organ
+    assert (found > 0.5 * organ @ organ).float().mean() > 0.9
+    assert ((clips[:, 0].mean(1) @ tools.T).argmax(-1) == answers[:, 1]).float().mean() > 0.8
+    assert (answers[:, 1] != answers[:, 2]).all()
