@@ -43,6 +43,9 @@ SPARSE = {
     "dim_feedforward": 32,
     "num_layers": 1,
 }
+EXPERT_SIZES = {"embed_dim": 6, "hyper_hidden": 5, "bottleneck": 2}
+EXPERT_MLP = {"type": "visual_expert_mlp", **EXPERT_SIZES}
+EXPERTS = {"type": "language_experts", **EXPERT_SIZES}
 M3D = {
     "model_type": "m3d_clip_vision",
     "image_size": [8, 16, 16],
@@ -183,6 +186,21 @@ COMBINATIONS = {
         combination("siglip", COMPRESSOR, "qwen2", {"image": {"views": ANYRES}}, layers=4, language_adapter=SPARSE),
         [IMAGE, SMALL],
         [SMALL],
+    ),
+    "HyperLLaVA's experts on OneVision's media with Qwen2": (
+        combination("siglip", EXPERT_MLP | {"variant": "both"}, "qwen2", ONEVISION, language_adapter=EXPERTS),
+        [IMAGE],
+        [VIDEO],
+    ),
+    "HyperLLaVA's connector in front of Dynamic sparsification": (
+        combination("clip", EXPERT_MLP, "llama", {"image": {"views": SQUASH}}, layers=4, language_adapter=SPARSE),
+        [IMAGE],
+        [SMALL],
+    ),
+    "Language experts behind Mini's compressor": (
+        combination("clip", COMPRESSOR, "llama", {"image": {"views": SQUASH}}, layers=3, language_adapter=EXPERTS),
+        [IMAGE],
+        [SMALL, SMALL],
     ),
 }
 NAMES = list(COMBINATIONS)

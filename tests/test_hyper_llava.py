@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import DynamicCache
 
 from llavakit.connectors.base import Features
+from llavakit.errors import UserError
 from llavakit.generation import Engine, Request, SamplingParams
 from llavakit.model.prompt import PromptInfo
 from llavakit.proof.golden import find_cases, run_case
@@ -305,3 +307,141 @@ def test_requests_decoded_together_equal_single_ones(options):
             inputs = {name: value for name, value in sample.items() if name != "labels"}
             out = net.generate(**inputs, max_new_tokens=len(ids), do_sample=False, eos_token_id=None, pad_token_id=0)
             assert out[0, -len(ids) :].tolist() == ids
+
+
+def test_several_replies_and_beams_expand_the_weights():
+    net = build(seed=2)
+    sample = tiny.prompt(net, "ttItt")
+    sampling = {"temperature": 1.0, "seed": 3, "n": 3}
+    replies = Engine(net).generate([ask(sample, **sampling)])[0]
+    ids = [reply.token_ids for reply in replies]
+    assert len(set(map(tuple, ids))) == 3
+    beside = Engine(net).generate([ask(tiny.prompt(net, "tttttt", seed=9)), ask(sample, **sampling)])[1]
+    assert [reply.token_ids for reply in beside] == ids
+    prompt = sample["input_ids"].shape[1]
+    for reply in replies:  # the probabilities of every reply are those of teacher forcing
+        whole = longer(sample, reply.token_ids)
+        with torch.no_grad():
+            forced = net(**whole, prompt_info=PromptInfo(length=prompt), use_cache=False).logits[0, prompt - 1 : -1]
+        scores = Engine(net).score(ask(sample), [reply.token_ids])[0]
+        expected = forced.log_softmax(-1).gather(-1, torch.tensor(reply.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+    batch = join([sample, tiny.prompt(net, "tttItttt", seed=4)], "left")
+    batch.pop("labels")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "do_sample": False, "num_beams": 3}
+    assert torch.equal(net.generate(**batch, **options), net.generate(**batch, **options, use_cache=False))
+
+
+def test_a_second_turn_equals_the_whole_conversation_and_reuses_the_first():
+    net = build(seed=1)
+    sample = tiny.prompt(net, "ttIttttttt")
+    engine, first = Engine(net), ask(sample)
+    reply = engine.submit(first).result().token_ids
+    second = longer(sample, [*reply, 40, 41, 42, 43])
+    prompt = sample["input_ids"].shape[1]
+    answers = [False] * prompt + [True] * len(reply)
+    request = ask(second, answers, logprobs=tiny.VOCAB)
+    handle = engine.submit(request)
+    ids = handle.result().token_ids
+    assert handle.reused_tokens == prompt - 1  # from the guidance on: the end of the reply needs its weights again
+    fresh, expected = logits_of(Engine(net, prefix_bytes=0), request)
+    assert ids == fresh
+    labels = torch.full_like(second["input_ids"], -100)
+    labels[:, prompt : prompt + len(reply)] = 1
+    with torch.no_grad():
+        forced = net(**second, labels=labels).logits[0, -1, :-1].log_softmax(-1)  # without the placeholder
+        blind = net(**second).logits[0, -1, :-1].log_softmax(-1)
+    torch.testing.assert_close(forced, expected[0, :-1], atol=1e-4, rtol=0)
+    assert (blind - forced).abs().max() > 0.01  # as one prompt it would have other weights
+
+
+def test_a_cached_beginning_is_shared_only_under_the_same_guidance():
+    net = build(seed=1)
+    base = tiny.prompt(net, "ttIttttttt")
+    other = {**base, "input_ids": base["input_ids"].clone()}
+    other["input_ids"][0, -1] = 7
+    picture = {**base, "pixel_values": base["pixel_values"] + 0.5}
+    engine = Engine(net)
+    for sample, reused in ((base, 0), (other, 0), (picture, 0), (base, base["input_ids"].shape[1] - 1)):
+        request = ask(sample, logprobs=tiny.VOCAB)
+        handle = engine.submit(request)
+        found = torch.tensor([[dict(step.top)[t] for t in sorted(dict(step.top))] for step in handle.result().logprobs])
+        assert handle.reused_tokens == reused
+        torch.testing.assert_close(found, logits_of(Engine(net, prefix_bytes=0), request)[1], atol=1e-4, rtol=0)
+
+
+def test_a_reply_that_was_begun_keeps_the_weights_of_its_prompt():
+    net = build(seed=1)
+    sample = tiny.prompt(net, "ttIttttttt")
+    prompt = sample["input_ids"].shape[1]
+    reply = Engine(net).submit(ask(sample, new=8)).result().token_ids
+    for engine in (Engine(net), Engine(net, prefix_bytes=0)):
+        engine.submit(ask(sample, new=8)).result()
+        begun = ask(longer(sample, reply[:4]), new=4)
+        begun.generated = 4
+        handle = engine.submit(begun)
+        assert handle.result().token_ids == reply[4:]
+        assert handle.reused_tokens == (prompt - 1 if engine.prefixes.enabled else 0)
+
+
+def test_assisted_generation_checks_several_tokens_of_an_answer_at_once():
+    net = build(seed=1)
+    sample = tiny.prompt(net, "ttItttt")
+    sample.pop("labels")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    plain = net.generate(**sample, **options)
+    assert torch.equal(net.generate(**sample, **options, prompt_lookup_num_tokens=3), plain)
+
+
+def test_a_prompt_in_pieces_and_other_caches_are_one_line():
+    net = build()
+    sample = tiny.prompt(net, "ttItttt")
+    sample.pop("labels")
+    with pytest.raises(UserError, match="needs the whole prompt at once"):
+        net.generate(**sample, max_new_tokens=2, prefill_chunk_size=8)
+    cache = net.model.language_adapter.make_cache()
+    with torch.no_grad():
+        net(**sample, past_key_values=cache)
+        cache.crop(-4)
+        with pytest.raises(UserError, match="lacks the prompt"):
+            net(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    with pytest.raises(UserError, match="cache of its own, not in DynamicCache"):
+        net(**sample, past_key_values=DynamicCache())
+    with pytest.raises(UserError, match="training needs labels"):
+        net.train()(**sample)
+
+
+# ---------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        ("language_adapter", {"layers": "upper"}, "layers is 'upper', it must be posterior, anterior or all"),
+        ("language_adapter", {"split": 4}, "no layer of 4 is posterior"),
+        ("language_adapter", {"split": 9}, "split is 9, it must be a whole number from 0 to 4"),
+        ("language_adapter", {"guidance_layer": 3}, "guidance_layer is 3, it must be a whole number from 0 to 2"),
+        ("language_adapter", {"bottleneck": 0}, "bottleneck is 0, it must be a whole number from 1"),
+        ("language_adapter", {"activation": "relu"}, "activation is 'relu', it must be swiglu, silu or gelu"),
+        ("language_adapter", {"width": 3}, "has no option 'width'"),
+        ("connector", {"variant": "third"}, "variant is 'third', it must be first, second or both"),
+        ("connector", {"depth": 3}, "has no option 'depth'"),
+    ],
+)
+def test_wrong_options_are_one_line(part, options, message):
+    fields = {"connector": dict(VISUAL), "language_adapter": dict(LANGUAGE)}
+    fields[part] |= options
+    with pytest.raises(UserError, match=message):
+        tiny.model(text_config=tiny.DECODERS["llama"] | {"num_hidden_layers": 4}, **fields)
+
+
+def test_decoders_and_adapters_that_do_not_fit_are_one_line():
+    with pytest.raises(UserError, match="language_experts needs a Llama-shaped decoder; phi has no norm"):
+        tiny.model(decoder="phi", language_adapter=LANGUAGE)
+    gemma = tiny.DECODERS["llama"] | {"model_type": "gemma2", "head_dim": 8}
+    with pytest.raises(UserError, match=r"needs decoder layers of .*; Gemma2DecoderLayer differs in"):
+        tiny.model(text_config=gemma, language_adapter=LANGUAGE)
+    with pytest.raises(
+        UserError, match="'language_experts' and 'dynamic_sparsification' cannot run one decoder together"
+    ):
+        tiny.model(language_adapter=[LANGUAGE, {"type": "dynamic_sparsification"}])

@@ -68,6 +68,13 @@ class LanguageAdapter(nn.Module):
         super().__init__()
         self.text_config = text_config
 
+    def check(self, decoder: nn.Module) -> None:
+        """Refuse a decoder that the adapter cannot run; called when a model is built.
+
+        Raises:
+            UserError: One line.
+        """
+
     def make_cache(self) -> Any:
         """A new, empty transformers `Cache` for generation, or None for the decoder's usual one."""
         return None

@@ -128,6 +128,11 @@ class LlavakitConfig(PreTrainedConfig):
         self.connector = self.connector or {"type": "mlp"}
         self.extra_encoders = self.extra_encoders or {}
         self.extra_connectors = self.extra_connectors or {}
+        if isinstance(self.language_adapter, (list, tuple)):
+            names = [part.get("type") if isinstance(part, Mapping) else part for part in self.language_adapter]
+            raise UserError(
+                f"language_adapter: {' and '.join(map(repr, names))} cannot run one decoder together; name one of them"
+            )
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
             getattr(self.text_config, "tie_word_embeddings", False)
         )

@@ -107,6 +107,8 @@ class LlavakitModel(LlavakitPreTrainedModel):
         self.language_adapter = (
             ADAPTERS.build(config.language_adapter, text_config=config.text_config) if config.language_adapter else None
         )
+        if self.language_adapter is not None:
+            self.language_adapter.check(self.language_model)
         self.post_init()
 
     def _build_connector(self, name: str) -> Connector:

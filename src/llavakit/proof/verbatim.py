@@ -62,8 +62,9 @@ class VerbatimRows:
 
         self.letters = {token: chr(FIRST_CHARACTER + number) for number, token in enumerate(sorted(ids))}
         vocabulary = {letter: token for token, letter in self.letters.items()}
-        backend = Tokenizer(models.BPE(vocabulary | {IMAGE_TOKEN: config.image_token_id}, []))
-        backend.add_special_tokens([IMAGE_TOKEN])
+        marks = {IMAGE_TOKEN: config.image_token_id} if config.media else {}
+        backend = Tokenizer(models.BPE(vocabulary | marks, []))
+        backend.add_special_tokens(list(marks))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
         self.processor = LlavakitProcessor.from_config(config, tokenizer, template=VERBATIM)
 

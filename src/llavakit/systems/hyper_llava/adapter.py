@@ -76,6 +76,11 @@ class LanguageExperts(LanguageAdapter):
             {str(number): ExpertLayer(self.shape, width, embed_dim) for number in range(first, end)}
         )
 
+    def check(self, decoder: nn.Module) -> None:
+        check_decoder(decoder, NAME)
+        for layer in decoder.layers[self.first : self.end]:
+            check_inside(layer, NAME)
+
     def make_cache(self) -> ExpertCache:
         """A new, empty cache with room for generated weights."""
         return ExpertCache()
@@ -129,7 +134,7 @@ class LanguageExperts(LanguageAdapter):
         Which tokens are answers is known from `labels`, from `prompt_info`, and behind a cache from their number: one
         token alone is generated text, several are the next prompt.
         """
-        self._check(decoder, attention_mask, labels, prompt_info, past_key_values, kwargs)
+        self._check(attention_mask, labels, prompt_info, past_key_values, kwargs)
         cache = self._cache(decoder, past_key_values, use_cache, labels, segments)
         batch, length = inputs_embeds.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
@@ -236,16 +241,12 @@ class LanguageExperts(LanguageAdapter):
 
     def _check(
         self,
-        decoder: nn.Module,
         attention_mask: Tensor | None,
         labels: Tensor | None,
         info: PromptInfo | None,
         cache: Any,
         kwargs: dict[str, Any],
     ) -> None:
-        check_decoder(decoder, NAME)
-        for layer in decoder.layers[self.first : self.end]:
-            check_inside(layer, NAME)
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
                 raise UserError(f"{NAME} has no {name}")

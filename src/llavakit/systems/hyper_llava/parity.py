@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llavakit.checkpoints.opening import build, open_checkpoint
-from llavakit.connectors.base import Features
+from llavakit.connectors.base import Connector, Features
 from llavakit.model.configuration import NO_PLACEHOLDER, LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.proof.entries import check_keys, fitting, loaded
+from llavakit.proof.classic_batch import ClassicBatch
+from llavakit.proof.entries import check_keys, engine_logits, fitting, loaded
 from llavakit.proof.golden import Case, Example, Result, examples
-from llavakit.registry import CONNECTORS
 from llavakit.splice.scatter import IGNORE
+from llavakit.systems.hyper_llava.checkpoint import SHARED, HyperLlavaLayout
 from llavakit.systems.hyper_llava.cost import Size, golden_counts
 from llavakit.systems.hyper_llava.experts import ExpertShape, GeneratedExpert
 from llavakit.systems.hyper_llava.segments import Segments, find_segments
@@ -40,16 +42,43 @@ def hypernetwork_expert(case: Case) -> Result:
         return Result(tensors={"e": expert.layer.embed(guidance), "W_down": down, "W_up": up, "out": out})
 
 
+def published_connector(variant: str, widths: tuple[int, int], expert: Mapping[str, Any]) -> Connector:
+    """The connector of a model whose config.json is in HyperLLaVA's layout.
+
+    Args:
+        widths: Of the encoder and of the language model.
+        expert: Options as in `experts`.
+    """
+    small = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+    keys = {name: key for key, (name, _) in SHARED.items()}
+    raw = {
+        "model_type": "llava_llama",
+        "mm_projector_type": "mlp2x_gelu",
+        "visual_expert": variant,
+        "language_expert_layers": "none",
+        **{keys[name]: value for name, value in expert.items()},
+        "hidden_size": widths[1],
+        "vocab_size": 8,
+        **small,
+    }
+    encoder = {"hidden_size": widths[0], "image_size": 4, "patch_size": 2, **small}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "clip"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **encoder}))
+        config = HyperLlavaLayout().read_config(raw | {"mm_vision_tower": str(folder)}, {})
+    return LlavakitForConditionalGeneration(config).model.multi_modal_projector
+
+
 def visual_expert_projector(case: Case) -> Result:
     """The projector without an expert and in its three variants, and its guidance."""
     config = dict(case.config)
-    widths = {"vision_width": config.pop("d_vision"), "hidden_size": config.pop("d_model"), "text_config": None}
+    widths = config.pop("d_vision"), config.pop("d_model")
     names = (("L1.", "linear_1."), ("L2.", "linear_2."), ("E1.", "expert_1."), ("E2.", "expert_2."))
     weights = case.weights()
     tensors: dict[str, Tensor] = {}
     for variant in ("plain", "first", "second", "both"):
-        options = {"type": "mlp"} if variant == "plain" else {"type": "visual_expert_mlp", "variant": variant, **config}
-        connector = CONNECTORS.build(options, **widths)
+        connector = published_connector("none" if variant == "plain" else variant, widths, config)
         own = {
             re.sub(f"^{re.escape(old)}", new, n): t for n, t in weights.items() for old, new in names if n[:3] == old
         }
@@ -120,7 +149,10 @@ def segments_of(roles: str) -> Segments:
 
 
 def language_expert_model(case: Case) -> Result:
-    """Logits of the language model under teacher forcing, and the guidance that its experts are made from."""
+    """Logits of the language model and the guidance of its experts.
+
+    Those of the last answer come from the engine, that decodes it behind the prompt; all others from a training sample.
+    """
     case.informational("inputs.segments.*.segment_of_token", "inputs.segments.*.guidance_positions")
     model, ids = language_model(case), case.tensors["input_ids"]
     roles = [row["roles"] for row in case.inputs["segments"]]
@@ -128,12 +160,22 @@ def language_expert_model(case: Case) -> Result:
     labels = ids.masked_fill(~answers, IGNORE)
     seen: list[Tensor] = []
     first = next(iter(model.model.language_adapter.experts.values()))
-    first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        logits = model(input_ids=ids, labels=labels).logits
-    counts = [segments_of(row).count for row in roles]
-    rows = [own[torch.arange(max(counts)).clamp(max=len(own) - 1)] for own in seen[0].split(counts)]
-    return Result(tensors={"logits": logits, "guidance": torch.stack(rows)})
+        forced = ClassicBatch(model, ids, {}, labels=labels).forward().logits
+    hook.remove()
+    found = [segments_of(row) for row in roles]
+    guidance = [
+        own[torch.arange(max(one.count for one in found)).clamp(max=len(own) - 1)]
+        for own in seen[0].split([one.count for one in found])
+    ]
+    logits = []
+    for number, (row, own) in enumerate(zip(ids, found, strict=True)):  # the last answer as it is decoded
+        begin = int(own.guide_column[-1]) + 1
+        sample = {"input_ids": row.tolist(), "pixel_values": []}
+        decoded = engine_logits(model, sample, begin, answers=answers[number, :begin].tolist())
+        logits.append(torch.cat([forced[number, : begin - 1], decoded]))
+    return Result(tensors={"logits": torch.stack(logits), "guidance": torch.stack(guidance)})
 
 
 def guidance_segments(case: Case) -> Iterator[Example]:
