@@ -18,6 +18,7 @@ import llavakit
 from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.conversation.template import get_template
+from llavakit.conversation.timing import time_instruction, with_time_instruction
 from llavakit.data.collate import Collator
 from llavakit.errors import CheckpointError, UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -25,7 +26,6 @@ from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.systems.llava_onevision.checkpoint import OnevisionLayout, media_of, settings_of
-from llavakit.systems.llava_onevision.data import time_instruction, with_time_instruction
 from llavakit.systems.llava_onevision.hf_checkpoint import OnevisionTransformersLayout
 from llavakit.views.plan import MediaSize
 
@@ -529,6 +529,31 @@ def test_time_instruction_stands_between_video_and_question():
     (turn,) = with_time_instruction(user(["v.mp4"], "\nWhy?"), 10.0, [0.0, 1.0])
     assert [part["type"] for part in turn["content"]] == ["video", "text"]
     assert turn["content"][1]["text"] == f"\n{text}\n\nWhy?"
+
+
+@pytest.mark.parametrize(
+    ("timing", "times"), [(None, None), ("timestamps", "0.00s,2.00s,4.00s"), ("counted", "0.00s,1.00s,2.00s")]
+)
+def test_a_processor_writes_the_times_of_the_frames_that_it_reads(classic, tmp_path, timing, times):
+    processor = llavakit.load(classic).processor
+    processor.configure({"sampling.type": "step", "sampling.fps": 0.5, "reading.video.rate": 2.0})
+    processor.configure({"time_instruction": timing})
+    video = [picture(19, 13, seed) for seed in range(10)]
+    processor.save_pretrained(tmp_path)
+    for own in (processor, LlavakitProcessor.from_pretrained(tmp_path)):
+        sample = own.encode(user(video, "\nWhat happens?"), add_generation_prompt=True)
+        text = own.tokenizer.decode(sample["input_ids"])
+        expected = (
+            f"lasts for 5.00 seconds, and 3 frames are uniformly sampled from it. These frames are located at {times}"
+        )
+        assert (expected in text) is (timing is not None)
+        assert len(sample["pixel_values"]) == 3
+    assert processor.encode(user("Hi"), add_generation_prompt=True)["input_ids"]
+    if timing:
+        with pytest.raises(UserError, match="takes one video, this conversation has 2 media items"):
+            processor.encode(user(video, picture(9, 9), "?"), add_generation_prompt=True)
+    with pytest.raises(UserError, match="time_instruction: must be timestamps or counted"):
+        processor.configure({"time_instruction": "seconds"})
 
 
 # Training

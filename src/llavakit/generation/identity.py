@@ -79,8 +79,11 @@ def _network(responder: Any, network: nn.Module) -> dict[str, Any]:
     }
     if isinstance(processor, LlavakitProcessor):
         template = template_for(processor.template, processor.tokenizer)
-        found["template"] = digest_of([template.source, template.stop, template.placement, template.bos])
+        cut = [template.breaks, template.as_generated] if template.breaks else []
+        found["template"] = digest_of([template.source, template.stop, template.placement, template.bos, *cut])
         media = [processor.image_processor.architecture, processor.sampling, processor.reading]
+        if processor.time_instruction is not None:
+            media.append(processor.time_instruction)
         found["media"] = digest_of([without_cosmetics(media[0]), *map(_plain, media[1:])])
     elif processor is not None:  # transformers' own, a tokenizer where the model takes text alone
         found["template"] = digest_of(processor.chat_template)

@@ -68,6 +68,24 @@ def step(
     return indices
 
 
+def counted_times(indices: Sequence[int], average_rate: float, sampling: Mapping[str, Any] | None) -> list[float]:
+    """Times in seconds that LLaVA-Video's training gave to sampled frames.
+
+    Frames that `step` counted off are timed as if one step were one second, also where `fps` is not 1 or the rate is
+    not a whole number; frames spread over the video are timed by its rate.
+
+    Args:
+        indices: Numbers of the frames, as `sampling` gave them.
+        average_rate: Frames per second.
+    """
+    options = dict(sampling or DEFAULT)
+    stride = max(round(average_rate / options.get("fps", 1.0)), 1)
+    regular = list(indices) == list(range(0, len(indices) * stride, stride))
+    forced = bool(options.get("force")) and bool(options.get("max_frames"))
+    counted = options["type"] == "step" and regular and not forced
+    return [index / (stride if counted else average_rate) for index in indices]
+
+
 def rate(timestamps: Sequence[float], fps: float = 1.0, max_frames: int | None = None) -> list[int]:
     """The frame on screen at every 1/fps seconds; spread evenly in time if that gives more than `max_frames`.
 

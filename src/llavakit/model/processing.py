@@ -21,7 +21,9 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData
 from llavakit import media as readers
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode
 from llavakit.conversation.messages import media_of, normalise
-from llavakit.errors import MediaError, UserError
+from llavakit.conversation.timing import with_time_instruction
+from llavakit.errors import MediaError, UserError, quoted
+from llavakit.media.frame_sampling import counted_times
 from llavakit.media.regions import Region
 from llavakit.model.configuration import NO_PLACEHOLDER, LlavakitConfig
 from llavakit.model.routes import MODALITIES, MediaSpec
@@ -30,6 +32,7 @@ from llavakit.splice.scatter import expand
 from llavakit.views.plan import MediaSize
 
 IMAGE_TOKEN = "<image>"
+TIMINGS = ("timestamps", "counted")
 
 
 def architecture_of(config: LlavakitConfig) -> dict[str, Any]:
@@ -170,6 +173,17 @@ def check_reading(reading: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return dict(reading)
 
 
+def check_timing(value: str | None) -> str | None:
+    """The option `time_instruction`, as it is.
+
+    Raises:
+        UserError: If it has another value.
+    """
+    if value not in (None, *TIMINGS):
+        raise UserError(f"time_instruction: must be {' or '.join(TIMINGS)}, not {quoted(value)}")
+    return value
+
+
 class LlavakitProcessor(ProcessorMixin):
     """Messages to model inputs.
 
@@ -179,6 +193,8 @@ class LlavakitProcessor(ProcessorMixin):
         template: Name of the conversation template; see `llavakit.conversation.templates`.
         sampling: How frames of a video are chosen, see `llavakit.media.load_video`.
         reading: Options of the media readers by type, e.g. `{"volume": {"window": [-1000, 1000]}}`.
+        time_instruction: Whether a video's length and the times of its frames are written behind it, as LLaVA-Video was
+            trained: by the file's "timestamps", or "counted" as its training code counted them; None does not.
     """
 
     def __init__(
@@ -189,9 +205,11 @@ class LlavakitProcessor(ProcessorMixin):
         sampling: dict[str, Any] | None = None,
         reading: dict[str, Any] | None = None,
         chat_template: str | None = None,
+        time_instruction: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.template = template
+        self.time_instruction = check_timing(time_instruction)
         self.sampling = sampling
         self.reading = check_reading(reading)
         self.image_token = IMAGE_TOKEN
@@ -254,12 +272,15 @@ class LlavakitProcessor(ProcessorMixin):
             match name.split("."):
                 case ["template"]:
                     self.use_template(value)
+                case ["time_instruction"]:
+                    self.time_instruction = check_timing(value)
                 case ["sampling", option]:
                     sampling[option] = value
                 case ["reading", modality, option]:
                     reading.setdefault(modality, {})[option] = value
                 case _:
-                    raise UserError(f"{name}: unknown; write template, sampling.OPTION or reading.MODALITY.OPTION")
+                    known = "template, time_instruction, sampling.OPTION or reading.MODALITY.OPTION"
+                    raise UserError(f"{name}: unknown; write {known}")
         self.sampling, self.reading = sampling or None, check_reading(reading) or None
 
     # llavakit's interface: messages
@@ -276,10 +297,31 @@ class LlavakitProcessor(ProcessorMixin):
             image = readers.load_image(source, **options)
             return image, MediaSize(1, image.height, image.width)
         if modality == "video":
-            video = readers.load_video(source, sampling=self.sampling, **options)
+            video = self._video(part)
             return video.frames, video.size
         volume = readers.load_volume(source, keep_integers=True, **options)  # planners convert slice by slice
         return volume.values, MediaSize(*volume.values.shape)
+
+    def _video(self, part: Mapping[str, Any]) -> Any:
+        options = (self.reading or {}).get("video", {})
+        return readers.load_video(_source_of(part), sampling=self.sampling, **options)
+
+    def timed(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+        """Messages with the time instruction behind their video, and the video; both as they are without one.
+
+        Raises:
+            UserError: If there are further media items; the instruction speaks of one video.
+        """
+        media = media_of(messages := normalise(messages))
+        if self.time_instruction is None or not any(part["type"] == "video" for part in media):
+            return messages, None
+        if len(media) > 1:
+            raise UserError(f"time_instruction: takes one video, this conversation has {len(media)} media items")
+        video = self._video(media[0])
+        times = video.timestamps
+        if self.time_instruction == "counted":
+            times = counted_times(video.indices, video.average_rate, self.sampling)
+        return with_time_instruction(messages, video.duration, times), video
 
     def size_of(self, part: Mapping[str, Any]) -> MediaSize:
         """Size of the media item of a content part; of an image without decoding it."""
@@ -330,6 +372,11 @@ class LlavakitProcessor(ProcessorMixin):
         """
         messages = normalise(messages)
         self._check_modalities(messages)
+        if before_media is not None and self.time_instruction is not None:
+            for part in media_of(messages):
+                before_media(part)
+            before_media = None
+        messages, video = self.timed(messages)
         encoded = encode(
             messages, self.template, self.tokenizer, add_generation_prompt=add_generation_prompt, **options
         )
@@ -340,7 +387,10 @@ class LlavakitProcessor(ProcessorMixin):
             modality = "multi_image" if several and part["type"] == "image" else part["type"]
             if before_media is not None:
                 before_media(part)
-            item, size = self.read_media(part) if pixels else (None, self.size_of(part))
+            if video is not None:
+                item, size = video.frames, video.size
+            else:
+                item, size = self.read_media(part) if pixels else (None, self.size_of(part))
             sizes.append(size)
             modalities.append(MODALITIES.index(modality))
             try:

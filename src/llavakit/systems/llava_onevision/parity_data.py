@@ -13,13 +13,16 @@ from torch import Tensor
 
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.conversation.encode import tokenize
-from llavakit.conversation.messages import Message, from_llava, to_llava
+from llavakit.conversation.messages import Message, from_llava, is_media, to_llava
 from llavakit.conversation.messages import media_of as media_in
+from llavakit.conversation.timing import listed_times
 from llavakit.data.collate import Collator
+from llavakit.data.edits import build_edits
 from llavakit.data.mixing import choose
 from llavakit.data.records import Record
 from llavakit.data.sampler import modality_grouped, widely_grouped
-from llavakit.media.frame_sampling import uniform
+from llavakit.media.frame_sampling import choose as choose_frames
+from llavakit.media.frame_sampling import counted_times
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.entries import (
     picture,
@@ -32,13 +35,6 @@ from llavakit.proof.entries import (
 )
 from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.systems.llava_onevision.checkpoint import OnevisionLayout, media_of
-from llavakit.systems.llava_onevision.data import (
-    lead_with_media,
-    listed_times,
-    sampled_times,
-    with_time_instruction,
-    without_noise,
-)
 from llavakit.training.dataset import WORDS_PER_IMAGE, Samples
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups
 from llavakit.training.recipe import PartTraining
@@ -89,11 +85,21 @@ def tokenizer_image_token(case: Case) -> dict[str, Any]:
     return {"ids": [tokenize(text, tokenizer)[0] for text in case.inputs["prompts"]]}
 
 
+EDITS = build_edits(["lead_with_media", {"type": "remove_text", "texts": ["QA_GT_caption_based_noisy"]}])
+
+
+def edited(messages: list[Message]) -> list[Message]:
+    """Messages as the edits of a recipe's source leave them: one media item leads, VideoInstruct's left-overs go."""
+    for edit in EDITS:
+        messages = edit(messages)
+    return messages
+
+
 def messages_of(turns: Sequence[Mapping[str, str]], has_media: bool) -> list[Message]:
-    """Cleaned messages of LLaVA turns; their media are names only."""
+    """Edited messages of LLaVA turns; their media are names only."""
     count = sum(turn["value"].count("<image>") for turn in turns) if has_media else 0
     messages = from_llava({"conversations": list(turns)} | ({"image": ["-"] * count} if count else {}))
-    return without_noise(lead_with_media(messages)) if has_media else messages
+    return edited(messages) if has_media else messages
 
 
 def preprocess(case: Case) -> Iterator[Example]:
@@ -115,21 +121,33 @@ def preprocess(case: Case) -> Iterator[Example]:
 # Data
 
 
-def video_sampling(case: Case) -> dict[str, Any]:
+def timed_processor(sampling: Mapping[str, Any], rate: float, media: Mapping[str, Any], size: int) -> Any:
+    """A processor that writes a video's times as training counted them."""
+    vision = {"image_size": size, "patch_size": size}
+    options = {"sampling": dict(sampling), "reading": {"video": {"rate": rate}}, "time_instruction": "counted"}
+    return view_processor(media, vision, **options)
+
+
+def step_sampling(fps: float, bound: int, force: bool) -> dict[str, Any]:
+    """The original's options of sampling."""
+    return {"type": "step", "fps": fps, "max_frames": bound, "force": force}
+
+
+def video_sampling(case: Case) -> Iterator[Example]:
     """Frames and their times."""
-    results = []
-    for query in case.inputs["queries"]:
+
+    def sampled(query: Mapping[str, Any]) -> dict[str, Any]:
         total, rate = query["total_frames"], query["avg_fps"]
-        indices, times = sampled_times(total, rate, query["video_fps"], query["frames_upbound"], query["force_sample"])
-        results.append(
-            {
-                "frame_idx": indices,
-                "video_time": total / rate,
-                "frame_time": listed_times(times),
-                "num_frames": len(indices),
-            }
-        )
-    return {"results": results}
+        sampling = step_sampling(query["video_fps"], query["frames_upbound"], query["force_sample"])
+        indices = choose_frames(sampling, total=total, average_rate=rate, timestamps=[n / rate for n in range(total)])
+        return {
+            "frame_idx": indices,
+            "video_time": total / rate,
+            "frame_time": listed_times(counted_times(indices, rate, sampling)),
+            "num_frames": len(indices),
+        }
+
+    yield from examples(sampled, case.inputs["queries"], "results")
 
 
 def dataset_sampling(case: Case) -> dict[str, Any]:
@@ -179,8 +197,8 @@ class Items:
         self.tokenizer = load_tokenizer(case)
         self.options = case.config["data_args"]
         self.size = case.config["size"]
-        media = media_of(self.options, self.size)
-        self.processor = view_processor(media, {"image_size": self.size, "patch_size": self.size})
+        self.media = media_of(self.options, self.size)
+        self.processor = view_processor(self.media, {"image_size": self.size, "patch_size": self.size})
 
     def item(self, index: int) -> tuple[dict[str, Any], list[Tensor]]:
         """Ids, labels and facts of a record, and its view tensors."""
@@ -188,16 +206,16 @@ class Items:
         messages = from_llava(record)
         media, texts = media_in(messages), messages
         if "video" in record:
-            views, size, times = self._video(record["video"])
+            views, size, timed = self._video(record["video"], messages)
             if self.options.get("add_time_instruction"):
-                texts = with_time_instruction(messages, *times)
+                texts = timed
             images = [(views, size, "video")]
         elif "image" in record:
             images = [(*image, "image") for image in self._images([part["image"] for part in media])]
         else:
             images = [(torch.zeros(1, 3, self.size, self.size), [self.size, self.size], "text")]
         if media:
-            texts = without_noise(lead_with_media(texts))
+            texts = edited(texts)
         encoded = training_sample(text_processor(self.tokenizer, TEMPLATE), texts)
         facts = {
             "index": index,
@@ -217,23 +235,26 @@ class Items:
         found = [torch.stack(views)] if anyres else views
         return [(own, list(image.size)) for own, image in zip(found, images, strict=True)]
 
-    def _video(self, name: str) -> tuple[Tensor, Any, tuple[float, list[float]]]:
-        """Views of the sampled frames, the size that the original notes, and (duration, times of frames)."""
+    def _video(self, name: str, messages: Sequence[Message]) -> tuple[Tensor, Any, list[Message]]:
+        """Views of the sampled frames, the size that the original notes, and messages with the time instruction."""
         bound, force = self.options.get("frames_upbound", 0), self.options.get("force_sample", False)
         if name in self.files:
-            frames = list(self.files[name])
-            rate = self.rates[name]
-            indices, times = sampled_times(len(frames), rate, self.options.get("video_fps", 1), bound, force)
+            frames, rate = list(self.files[name]), self.rates[name]
+            sampling = step_sampling(self.options.get("video_fps", 1), bound, force)
             size: Any = frames[0].numel()  # of a decoded frame the original notes the number of values
         else:  # a folder of frames, two per second, of which ten are taken
             files = sorted(file for file in self.files if str(Path(file).parent) == name.rstrip("/"))
             frames, rate = [self.files[file] for file in files], 2.0
-            indices = uniform(len(frames), bound if force else 10)
-            times = [index / rate for index in indices]
+            sampling = {"type": "uniform", "frames": bound if force else 10}
             size = [frames[0].shape[1], frames[0].shape[0]]
-        pictures = [picture(frames[index]) for index in indices]
-        views = torch.stack(views_of(self.processor, "video", pictures))
-        return views, size, (len(frames) / rate, times)
+        processor = timed_processor(sampling, rate, self.media, self.size)
+        pictures = [picture(frame) for frame in frames]
+        shown = [
+            turn | {"content": [part | {"video": pictures} if is_media(part) else part for part in turn["content"]]}
+            for turn in messages
+        ]
+        timed, _ = processor.timed(shown)
+        return torch.stack(views_of(processor, "video", pictures)), size, timed
 
 
 def dataset_items(case: Case) -> Iterator[Example]:

@@ -92,6 +92,7 @@ class LanguageObjective(Objective):
                 template=stage.template or processor.template,
                 sampling=processor.sampling,
                 reading=processor.reading,
+                time_instruction=processor.time_instruction,
             )
         self.processor = processor
         options = {}
