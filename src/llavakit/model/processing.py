@@ -279,7 +279,7 @@ class LlavakitProcessor(ProcessorMixin):
                 case ["reading", modality, option]:
                     reading.setdefault(modality, {})[option] = value
                 case _:
-                    known = "template, time_instruction, sampling.OPTION or reading.MODALITY.OPTION"
+                    known = "template, sampling.OPTION, reading.MODALITY.OPTION or time_instruction"
                     raise UserError(f"{name}: unknown; write {known}")
         self.sampling, self.reading = sampling or None, check_reading(reading) or None
 
