@@ -108,7 +108,12 @@ def test_loss_and_gradients_are_those_of_trl(world, tmp_path, loss, reference):
     wanted = theirs.compute_loss(theirs.model, batch)
     wanted.backward()
 
-    stage = {"name": "learn", "train": ["language_model"], "learning_rate": 0, "objective": {"type": "dpo", "loss": loss}}
+    stage = {
+        "name": "learn",
+        "train": ["language_model"],
+        "learning_rate": 0,
+        "objective": {"type": "dpo", "loss": loss},
+    }
     stage["objective"]["beta"] = BETA
     raw = tiny_training.recipe(world, stages=[stage])
     objective = DPO(parse_recipe(raw).stages[0])

@@ -39,6 +39,7 @@ class Collator:
             are never more than a plan of `llavakit.training.dataset.plan_batches` has.
         mask_by_pad_id: Whether a token that equals the padding id is masked wherever it stands, as the original
             LLaVA does (there a real `<unk>` disappears).
+        joined: Whether a packed row is one text: positions run on across samples, and so does attention.
         pad_to_multiple_of: Round the length of padded batches up.
 
     Raises:
@@ -53,6 +54,7 @@ class Collator:
         packing: bool = False,
         *,
         mask_by_pad_id: bool = False,
+        joined: bool = False,
         pad_to_multiple_of: int = 1,
     ) -> None:
         if padding_side not in ("right", "left"):
@@ -60,6 +62,7 @@ class Collator:
         if packing and max_length is None:
             raise UserError("packing: needs max_length, the number of tokens in a row")
         self.pad_token_id, self.max_length, self.padding_side = pad_token_id, max_length, padding_side
+        self.joined = joined
         self.packing, self.mask_by_pad_id, self.pad_to_multiple_of = packing, mask_by_pad_id, pad_to_multiple_of
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -116,9 +119,13 @@ class Collator:
                 input_ids[row, begin:end], positions[row, begin:end] = ids, torch.arange(len(ids))
                 # The first token follows nothing of its own sample, so the shifted loss must not see it.
                 labels[row, begin + 1 : end] = own[1:]
+                if self.joined:
+                    labels[row, begin] = own[0]
                 weights[row, begin:end] = 1.0 if own_weights is None else own_weights
                 begin = end
             positions[row, begin:] = torch.arange(self.max_length - begin)
+        if self.joined:
+            positions[:] = torch.arange(self.max_length)
         weighted = {"label_weights": weights} if any(own is not None for samples in rows for *_, own in samples) else {}
         return {"input_ids": input_ids, "labels": labels, "position_ids": positions} | weighted
 

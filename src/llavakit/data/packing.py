@@ -57,6 +57,47 @@ def in_order(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
+class Piece(int):
+    """The number of a sample of which a row holds the tokens [begin, end); it counts as the number itself."""
+
+    begin: int
+    end: int
+
+    def __new__(cls, sample: int, begin: int, end: int) -> Piece:
+        """A piece of a sample."""
+        piece = super().__new__(cls, sample)
+        piece.begin, piece.end = begin, end
+        return piece
+
+    def __reduce__(self) -> tuple[type[Piece], tuple[int, int, int]]:
+        """For the workers of data loaders."""
+        return type(self), (int(self), self.begin, self.end)
+
+
+def chunks(samples: Sequence[int], lengths: Sequence[int], chunk: int) -> list[list[Piece]]:
+    """Full chunks of a stream of samples, one behind another; samples are cut at the ends, the rest is dropped.
+
+    Args:
+        samples: Numbers of the samples, in the order of the stream.
+        lengths: Their lengths.
+        chunk: Tokens of a chunk.
+    """
+    rows: list[list[Piece]] = []
+    row: list[Piece] = []
+    free = chunk
+    for sample, length in zip(samples, lengths, strict=True):
+        begin = 0
+        while begin < length:
+            end = min(length, begin + free)
+            row.append(Piece(sample, begin, end))
+            free -= end - begin
+            begin = end
+            if not free:
+                rows.append(row)
+                row, free = [], chunk
+    return rows
+
+
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """The better of `first_fit_decreasing` and `in_order`.
 

@@ -36,6 +36,8 @@ _BENCHMARKS = {
     "relaxed_accuracy": "generic:RelaxedAccuracy",
     "text_overlap": "overlap:TextOverlap",
     "agreement": "agreement:Agreement",
+    "likelihood": "likelihood:LikelihoodChoice",
+    "arena": "arena:Arena",
     "verdict_agreement": "agreement:VerdictAgreement",
     "classes": "classes:Classes",
     "five_aspects": "five_aspects:FiveAspects",

@@ -57,6 +57,8 @@ def asked_digest(question: Question) -> str:
             value = part if part["type"] == "boxes" else part.get("text")
             value = _content(part[part["type"]]) if value is None else value
             digest.update(json.dumps([message["role"], part["type"], value]).encode())
+    for reply in question.replies:
+        digest.update(json.dumps(["reply", reply]).encode())
     return digest.hexdigest()[:16]
 
 

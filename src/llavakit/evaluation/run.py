@@ -184,12 +184,28 @@ def _ask(
         bar = progress.add_task("answering", total=len(questions))
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            found = _answers(model, batch, max_new_tokens)
-            pairs = list(zip(batch, found, strict=True))
+            ranked = [_ranked(model, question) for question in batch if question.replies]
+            written = [question for question in batch if not question.replies]
+            found = _answers(model, written, max_new_tokens) if written else []
+            pairs = [*zip(written, found, strict=True), *ranked]
             failures += [(question, answer) for question, answer in pairs if isinstance(answer, UserError)]
             file.append([(question, answer) for question, answer in pairs if not isinstance(answer, UserError)])
             progress.advance(bar, len(batch))
     return failures
+
+
+def _ranked(model: Responder, question: Question) -> tuple[Question, Answer | UserError]:
+    """The likeliest of a question's replies; the likelihoods of all are stored with it."""
+    from llavakit.generation.response import Answer
+    from llavakit.generation.scoring import best
+
+    try:
+        scores = model.score(question.messages(), question.replies)
+    except UserError as error:
+        return question, error
+    rows = [{"sum": score.sum, "tokens": len(score.logprobs), "characters": score.characters} for score in scores]
+    stored = replace(question, stored={**question.stored, "likelihoods": rows})
+    return stored, Answer(content=question.replies[best(scores)])
 
 
 def _answers(model: Responder, questions: Sequence[Question], max_new_tokens: int) -> list[Answer | UserError]:

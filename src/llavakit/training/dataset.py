@@ -24,10 +24,10 @@ from llavakit.data.collate import Collator
 from llavakit.data.dataset import SampleDataset, check_sample
 from llavakit.data.mixing import generator_of
 from llavakit.data.mixture import Mixture, SourceSpec, read_specs
-from llavakit.data.packing import first_fit_decreasing
+from llavakit.data.packing import Piece, chunks, first_fit_decreasing
 from llavakit.data.records import BadRecords, Record, read_record
 from llavakit.data.sampler import length_grouped, modality_grouped, word_length
-from llavakit.errors import UserError
+from llavakit.errors import RecordError, UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import MODALITIES
@@ -187,6 +187,8 @@ class PreparedSamples(Dataset):
             return Failure(error)
 
     def _sample(self, index: int) -> dict[str, Any]:
+        if isinstance(index, Piece):
+            return self._piece(index)
         if index in self._kept:
             return self._kept[index]
         sample = self.dataset[index]
@@ -196,8 +198,16 @@ class PreparedSamples(Dataset):
             self._kept[index] = sample
         return sample
 
+    def _piece(self, piece: Piece) -> dict[str, Any]:
+        """The tokens of a sample that a chunk of a stream holds."""
+        sample = self._sample(int(piece))
+        rows = ("input_ids", "labels", "label_weights")
+        return sample | {name: sample[name][piece.begin : piece.end] for name in rows if name in sample}
+
     def length(self, index: int) -> int:
         """Length of a sample, negative if it has no media. Decodes no image that there is no room to remember."""
+        if isinstance(index, Piece):
+            return index.begin - index.end
         if index not in self._lengths:
             if index in self._kept or self._room > 0:
                 sample = self._sample(index)
@@ -260,6 +270,8 @@ class Batches:
 
 def _epoch_batches(samples: PreparedSamples, stage: Stage, seed: int, epoch: int, world: int) -> list[list[int]]:
     order = samples.dataset.order(seed, epoch)
+    if stage.packing == "stream":
+        return _streamed(samples, stage, order)
     if stage.packing:
         return [
             batch for begin in range(0, len(order), PACKING_WINDOW) for batch in _packed(samples, stage, order, begin)
@@ -274,6 +286,21 @@ def _epoch_batches(samples: PreparedSamples, stage: Stage, seed: int, epoch: int
             places = length_grouped(sizes, stage.batch_size, world * stage.accumulation, generator)
         order = [order[place] for place in places]
     return [order[begin : begin + stage.batch_size] for begin in range(0, len(order), stage.batch_size)]
+
+
+def _streamed(samples: PreparedSamples, stage: Stage, order: list[int]) -> list[list[int]]:
+    """Batches of `batch_size` chunks of all samples behind one another."""
+    lengths = [samples.length(index) for index in order]
+    media = next((index for index, length in zip(order, lengths, strict=True) if length > 0), None)
+    if media is not None:
+        file, line = samples.dataset.place(media)
+        raise RecordError(file, line, "record", "has media, which packing: stream would cut; use packing: true")
+    rows = chunks(order, [-length for length in lengths], stage.max_length)
+    if not rows:
+        tokens = f"{-sum(lengths)} tokens do not fill a chunk of {stage.max_length}"
+        raise UserError(f"stage {stage.name!r}: {tokens}; take a smaller max_length")
+    groups = (rows[begin : begin + stage.batch_size] for begin in range(0, len(rows), stage.batch_size))
+    return [[piece for row in group for piece in row] for group in groups]
 
 
 def _packed(samples: PreparedSamples, stage: Stage, order: list[int], begin: int) -> Iterator[list[int]]:
@@ -353,7 +380,7 @@ class StageCollator:
         pad_token_id: int,
         max_length: int | None = None,
         *,
-        packing: bool = False,
+        packing: bool | str = False,
         features: bool = False,
         flat: bool = False,
         stand_ins: Mapping[tuple[int, ...], Mapping[str, Any]] | None = None,
@@ -361,7 +388,8 @@ class StageCollator:
     ) -> None:
         self.pad_token_id, self.features, self.flat = pad_token_id, features, flat
         self.stand_ins = dict(stand_ins or {})
-        self.settings = {"max_length": max_length, "padding_side": padding_side, "packing": packing}
+        self.settings = {"max_length": max_length, "padding_side": padding_side, "packing": bool(packing)}
+        self.settings["joined"] = packing == "stream"
 
     def collate(self, samples: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
         """Tokens and media alone, with `pad` at padding."""

@@ -238,7 +238,7 @@ class Stage(Section):
     template: str | None = None
     labels: str | dict[str, Any] | None = None
     media: dict[str, dict[str, Any]] | None = None
-    packing: bool = False
+    packing: bool | Literal["stream"] = False
     max_length: int | None = Field(None, gt=1, lt=2**31)
     group_by_modality: bool = False
     group_by_length: bool = False

@@ -68,6 +68,7 @@ class Question:
         stored: Further fields to keep with the prediction (the prompt, the round of a circular question).
         later: Further turns of the user, asked one after another behind the model's own answers; the last answer is
             the prediction.
+        replies: Given replies that the model ranks by their likelihood instead of writing one.
     """
 
     question_id: str | int
@@ -75,6 +76,7 @@ class Question:
     media: tuple[Mapping[str, Any], ...] = ()
     stored: Mapping[str, Any] = field(default_factory=dict)
     later: tuple[Turn, ...] = ()
+    replies: tuple[str, ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
         """What is asked first, as one user message; see `Turn.message`."""

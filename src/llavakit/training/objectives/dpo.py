@@ -172,6 +172,8 @@ class DPO(LanguageObjective):
         """See `LanguageObjective.bind`; the terms of this loss have factors of their own."""
         if self.stage.loss_weights.text != 1.0:
             raise RecipeError("loss_weights.text: objective 'dpo' has weight and sft instead")
+        if self.stage.packing == "stream":
+            raise RecipeError("packing: a pair is never cut; use true instead of stream")
         super().bind(config, processor)
 
     def read(self, raw: Any, file: str, line: int, **options: Any) -> Record:

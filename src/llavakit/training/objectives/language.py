@@ -102,7 +102,8 @@ class LanguageObjective(Objective):
             except UserError as error:
                 raise RecipeError(f"labels: {error}") from error
             options["labels"] = stage.labels
-        self.conversations = Conversations(processor, max_length=stage.max_length, options=options)
+        longest = None if stage.packing == "stream" else stage.max_length
+        self.conversations = Conversations(processor, max_length=longest, options=options)
 
     def encode(self, record: Record, *, media: bool = True) -> dict[str, Any]:
         """The record's conversation as ids, labels and views."""
@@ -142,7 +143,7 @@ class LanguageObjective(Objective):
         """Fill the cache of features; let the decoder attend sample by sample where it can."""
         stage = self.stage
         self.net = run.module
-        self.flat = stage.packing and switch_on(run.module)
+        self.flat = stage.packing is True and switch_on(run.module)
         if stage.cache_features:
             dtype = "float16" if stage.cache_features is True else stage.cache_features
             cache = FeatureCache(run.cache, run.module, self.processor, dtype)

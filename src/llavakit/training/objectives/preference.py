@@ -42,7 +42,7 @@ def targets_of(labels: Tensor) -> Targets:
 
 
 def token_logps(logits: Tensor, ids: Tensor, places: Tensor | None = None) -> Tensor:
-    """Log-probabilities of tokens [targets] in float32.
+    """Log-probabilities of tokens [targets], in float32 if the logits have fewer digits.
 
     Args:
         logits: [positions, vocabulary].
@@ -50,7 +50,7 @@ def token_logps(logits: Tensor, ids: Tensor, places: Tensor | None = None) -> Te
         places: Row of `logits` that predicts each target [targets]; default: one after another.
     """
     places = torch.arange(len(ids), device=ids.device) if places is None else places
-    logits = logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits[places, ids] - logits.logsumexp(-1)[places]
 
 

@@ -1,0 +1,224 @@
+"""Med42-v2's golden components: template, labels, chunks, losses, likelihood ranking, ratings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from llavakit.conversation.messages import normalise
+from llavakit.conversation.template import get_template
+from llavakit.data.collate import Collator
+from llavakit.data.packing import chunks
+from llavakit.evaluation.benchmarks.likelihood import first_best, ranking_values, shares
+from llavakit.evaluation.metrics.elo import bradley_terry, online_elo, win_rates
+from llavakit.proof.entries import text_processor, training_sample
+from llavakit.proof.golden import Case, Example, Result, examples, take
+from llavakit.splice.scatter import IGNORE
+from llavakit.training.objectives.preference import Pairs, pair_losses, sequence_logps, targets_of, token_logps
+
+TEMPLATE = replace(get_template("med42_v2"), system="")  # the messages of a case are complete
+BREAK = "\n\n"
+START, HEAD_START, HEAD_END, TURN_END = "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+
+
+# Text
+
+
+def chat_prompt(case: Case) -> Iterator[Example | Result]:
+    """Prompts in Llama-3's format; the template of the case is what it should say."""
+    case.informational("config.*")
+
+    def written(query: Mapping[str, Any]) -> str:
+        query = take(query)
+        messages = query.pop("messages")
+        return TEMPLATE.render(normalise(messages), **query)[0]
+
+    yield from examples(written, case.inputs["cases"])
+
+
+class IdTokenizer:
+    """A tokenizer in which every id of a case is one token: those of the template have their names, others a number.
+
+    Args:
+        ids: Ids of the template's strings by string.
+        sequences: The case's sequences.
+    """
+
+    def __init__(self, ids: Mapping[str, int], sequences: Sequence[Sequence[int]]) -> None:
+        from tokenizers import AddedToken, Tokenizer, models
+
+        self.names = {number: text for text, number in ids.items()}
+        for number in sorted({number for sequence in sequences for number in sequence} - set(self.names)):
+            self.names[number] = f"[{number}]"
+        backend = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+        backend.add_tokens([AddedToken(text, normalized=False) for text in self.names.values()])
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=START, eos_token=TURN_END)
+        self.original = {self.tokenizer.convert_tokens_to_ids(text): number for number, text in self.names.items()}
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say."""
+        return "".join(self.names[number] for number in ids)
+
+
+def sft_labels(case: Case) -> list[Example]:
+    """Labels of conversations, from their messages."""
+    inputs = take(case.inputs)
+    sequences = inputs["sequences"]
+    marks = {HEAD_START: inputs["start_header"], HEAD_END: inputs["end_header"], TURN_END: inputs["eot"]}
+    # what opens a sequence, follows a header, and names the other roles is read off the sequences
+    named = {"assistant": inputs["assistant"], **marks}
+    first = next((s for s in sequences if s and s[0] != marks[HEAD_START]), None)
+    if first is not None:
+        named[START] = first[0]
+    breaks = {s[n + 1] for s in sequences for n, i in enumerate(s[:-1]) if i == marks[HEAD_END]}
+    if len(breaks) == 1:
+        named[BREAK] = breaks.pop()
+    roles = {s[n + 1] for s in sequences for n, i in enumerate(s[:-1]) if i == marks[HEAD_START]} - {named["assistant"]}
+    system = {s[2] for s in sequences if len(s) > 2 and s[0] == named.get(START) and s[2] != named["assistant"]}
+    users = {i for s in sequences for i in _later_roles(s, marks[HEAD_START])} - {named["assistant"]}
+    for name, found in (("user", users or roles), ("system", system - users)):
+        if found:
+            named[name] = min(found)
+    known = IdTokenizer(named, sequences)
+    processor = text_processor(known.tokenizer, TEMPLATE)
+
+    def labelled(sequence: Sequence[int]) -> list[int]:
+        text = known.text(sequence).removeprefix(START)
+        messages = []
+        for turn in text.split(HEAD_START)[1:]:
+            role, _, content = turn.partition(HEAD_END)
+            content = content.removeprefix(BREAK)
+            messages.append({"role": role, "content": content.removesuffix(TURN_END)})
+        sample = training_sample(processor, normalise(messages), max_length=len(sequence))
+        labels = [int(label) for label in sample["labels"]]
+        return [label if label == IGNORE else known.original[label] for label in labels]
+
+    return examples(labelled, sequences)
+
+
+def _later_roles(sequence: Sequence[int], mark: int) -> list[int]:
+    """Roles of all turns but the first."""
+    places = [place for place, number in enumerate(sequence[:-1]) if number == mark]
+    return [sequence[place + 1] for place in places[1:]]
+
+
+def packing(case: Case) -> dict[str, Any]:
+    """Chunks of a stream."""
+    inputs = take(case.inputs)
+    samples, chunk = inputs["samples"], inputs["chunk"]
+    lengths = [len(sample["ids"]) for sample in samples]
+    rows = chunks(range(len(samples)), lengths, chunk)
+    collate = Collator(0, chunk, packing=True, joined=True)
+    found: dict[str, Any] = {"input_ids": [], "labels": []}
+    for row in rows:
+        pieces = [(samples[piece], slice(piece.begin, piece.end)) for piece in row]
+        batch = collate([{"input_ids": s["ids"][cut], "labels": s["labels"][cut]} for s, cut in pieces])
+        for name in found:
+            found[name] += batch[name].tolist()
+    return found | {"dropped_tokens": sum(lengths) - chunk * len(rows)}
+
+
+# Losses
+
+
+def sft_loss(case: Case) -> dict[str, Any]:
+    """Cross entropy of the labelled tokens, by token and by sample."""
+    inputs = take(case.inputs)
+    logits, labels = torch.tensor(inputs["logits"], dtype=torch.float64), torch.tensor(inputs["labels"])
+    targets = targets_of(labels)
+    losses = -token_logps(logits.flatten(0, 1), targets.ids, targets.sources)
+    rows = [losses[targets.owners == row].tolist() for row in range(len(labels))]
+    means = -sequence_logps(logits, labels, average=True)
+    return {
+        "token_losses": rows,
+        "mean_over_tokens": losses.mean().item(),
+        "mean_of_sample_means": means[~means.isnan()].mean().item(),
+    }
+
+
+def dpo_loss(case: Case) -> dict[str, Any]:
+    """Losses, rewards and gradients of pairs."""
+    inputs = take(case.inputs)
+    names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
+
+    def summed(pair: Mapping[str, Any], name: str) -> Tensor:
+        mask = torch.tensor(pair[f"{name.split('_')[1]}_mask"], dtype=torch.bool)
+        return torch.tensor(pair[name], dtype=torch.float64)[mask].sum()
+
+    sums = [torch.stack([summed(pair, name) for pair in inputs["pairs"]]) for name in names]
+    policy = [values.requires_grad_() for values in sums[:2]]
+    losses, chosen, rejected = pair_losses(Pairs(*policy, *sums[2:]), beta=inputs["beta"])
+    gradients = torch.autograd.grad(losses.sum(), policy)
+    margins = chosen - rejected
+    rows = [
+        {
+            "logps": {name: values[number].item() for name, values in zip(names, sums, strict=True)},
+            "loss": losses[number].item(),
+            "reward_chosen": chosen[number].item(),
+            "reward_rejected": rejected[number].item(),
+            "margin": margins[number].item(),
+            "accuracy": float(margins[number] > 0),
+            "dloss_dlogp_chosen": gradients[0][number].item(),
+            "dloss_dlogp_rejected": gradients[1][number].item(),
+        }
+        for number in range(len(losses))
+    ]
+    means = {"mean_loss": losses, "mean_margin": margins, "mean_accuracy": (margins > 0).double()}
+    return {"per_pair": rows} | {name: values.mean().item() for name, values in means.items()}
+
+
+# Evaluation
+
+
+def likelihood_ranking(case: Case) -> dict[str, Any]:
+    """Values, choices and accuracies of every ranking."""
+    questions = take(case.inputs["questions"])
+    rows, right = [], {"sum": [], "token": [], "char": []}
+    for question in questions:
+        likelihoods = []
+        for option in question["options"]:
+            own = {"sum": sum(option["token_logprobs"]), "tokens": len(option["token_logprobs"])}
+            own["characters"] = len(option["text"])
+            if option.get("unconditional_token_logprobs") is not None:
+                own["unconditional"] = sum(option["unconditional_token_logprobs"])
+            likelihoods.append(own)
+        values = ranking_values(likelihoods)
+        row = {"sum": values["sum"], "mean_per_token": values["per_token"], "mean_per_char": values["per_character"]}
+        choices = {"sum": "sum", "token": "per_token", "char": "per_character"}
+        for name, own in choices.items():
+            row[f"pred_{name}"] = first_best(values[own])
+            right[name].append(row[f"pred_{name}"] == question["gold"])
+        row["probs_sum"] = shares(values["sum"])
+        if "pmi" in values:
+            row |= {"pmi": values["pmi"], "pred_pmi": first_best(values["pmi"])}
+        rows.append(row)
+    return {"questions": rows, "accuracy": {name: sum(own) / len(own) for name, own in right.items()}}
+
+
+def elo(case: Case) -> dict[str, Any]:
+    """Ratings of battles."""
+    inputs = take(case.inputs)
+    models, battles = inputs["models"], [tuple(battle) for battle in inputs["battles"]]
+    ratings, history = online_elo(models, battles, inputs["K"], inputs["init"])
+    return {
+        "online_elo": ratings,
+        "history": [list(both) for both in history],
+        "bradley_terry_scaled": bradley_terry(models, battles, inputs["init"]),
+        "win_rate": win_rates(models, battles),
+    }
+
+
+ADAPTERS = {
+    "chat_prompt": chat_prompt,
+    "sft_labels": sft_labels,
+    "packing": packing,
+    "sft_loss": sft_loss,
+    "dpo_loss": dpo_loss,
+    "likelihood_ranking": likelihood_ranking,
+    "elo": elo,
+}
