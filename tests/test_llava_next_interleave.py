@@ -136,6 +136,22 @@ def test_pictures_stay_where_the_text_has_them(tokenizer):
     assert "user\nA<image>B<|im_end|>" in text
 
 
+PARTS = [("text", "A"), ("image", "x.png"), ("text", "B"), ("image", "y.png"), ("text", "which?")]
+
+
+def test_the_order_of_parts_holds_in_the_saved_chat_template_and_on_vllm(tokenizer):
+    from llavakit.conversation.encode import chat_template_for
+    from llavakit.serving.run import vllm_arguments
+
+    asked = [{"role": "user", "content": [{"type": kind, kind: value} for kind, value in PARTS]}]
+    found = encode(asked, "qwen_1_5_interleaved", tokenizer, add_generation_prompt=True)
+    assert "user\nA<image>B<image>which?<|im_end|>" in found.text
+    jinja = chat_template_for("qwen_1_5_interleaved", tokenizer)
+    saved = tokenizer.apply_chat_template(asked, chat_template=jinja, add_generation_prompt=True, tokenize=False)
+    assert saved == found.text
+    assert "--interleave-mm-strings" in vllm_arguments((), (), (), True, None)
+
+
 def test_strided_frames():
     def frames(total, wanted):
         return choose({"type": "strided", "frames": wanted}, total=total, average_rate=1, timestamps=range(total))
@@ -399,6 +415,27 @@ def test_records_that_do_not_add_up_name_file_record_and_field(m4, fields, probl
     with pytest.raises(RecordError) as error:
         Mixture([file])[1]
     assert str(error.value).startswith(f"{file}:2: {problem}")
+
+
+def test_frames_beyond_the_context_name_the_field(classic, m4, tmp_path):
+    from llavakit.training.dataset import Conversations
+
+    processor = llavakit.load(classic).processor
+    turns = [{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "Nothing."}]
+    frames = tmp_path / "clip"
+    frames.mkdir()
+    for number in range(16):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(frames / f"{number}.png")
+    (record,) = Mixture([m4({"video": "clip", "conversations": turns}, name="clips.json")])
+    for options, problem in (
+        ({"max_length": 200}, "max_length is 200, and the cut would go through its media, which take 256 of them"),
+        ({"positions": 200}, "the model has 200 positions; shorten it, or set max_length"),
+    ):
+        maker = Conversations(processor, **options)
+        with pytest.raises(RecordError) as error:
+            maker.check(maker.encode(record), record)
+        assert str(error.value).startswith(f"{record.file}:1: video: takes ")
+        assert problem in str(error.value)
 
 
 # The benchmark

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from llavakit.conversation.messages import media_of
 from llavakit.data.mixture import Mixture, check_choice
 from llavakit.data.records import BadRecords, belongs_to
 from llavakit.errors import RecordError, UserError
@@ -159,12 +160,19 @@ def check_sample(
     problem = f"takes {len(ids)} tokens, max_length is {max_length}"
     visual = [place for place, token in enumerate(ids) if int(token) == visual_token_id]
     if visual and visual[-1] >= max_length:
-        raise RecordError(record.file, record.line, "record", f"{problem}, and the cut would go through its media")
+        said = f"{problem}, and the cut would go through its media, which take {len(visual)} of them"
+        raise RecordError(record.file, record.line, media_field(record), said)
     labels = labels[:max_length]
     if not _supervised(labels):
         raise RecordError(record.file, record.line, "record", f"{problem}, and no answer is left before the cut")
     kept = {name: sample[name][:max_length] for name in ("input_ids", "label_weights") if name in sample}
     return sample | kept | {"labels": labels}
+
+
+def media_field(record: Any) -> str:
+    """The field of a record that its media stand in: their modality if they have one in common."""
+    modalities = {part["type"] for part in media_of(getattr(record, "messages", ()))}
+    return modalities.pop() if len(modalities) == 1 else "record"
 
 
 def _supervised(labels: Sequence[int]) -> bool:

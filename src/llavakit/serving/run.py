@@ -137,6 +137,7 @@ def vllm_arguments(
         UserError: If vLLM cannot do what an option asks for.
     """
     arguments = ["--override-generation-config", '{"temperature": 0}']  # greedy where a request does not say otherwise
+    arguments.append("--interleave-mm-strings")  # else templates that take plain strings get all pictures in front
     if api_keys:
         arguments += ["--api-key", *api_keys]
     if origins:

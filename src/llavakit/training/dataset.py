@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 from llavakit.connectors.base import tokens_in
 from llavakit.conversation.messages import is_media
 from llavakit.data.collate import Collator
-from llavakit.data.dataset import SampleDataset, check_sample
+from llavakit.data.dataset import SampleDataset, check_sample, media_field
 from llavakit.data.mixing import generator_of
 from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import Piece, chunks, first_fit_decreasing
@@ -96,6 +96,7 @@ class Conversations:
     Args:
         processor: Makes ids, labels and views.
         max_length: Longest sample.
+        positions: Positions that the decoder has; without `max_length` a longer sample is a broken record.
         options: Passed to `LlavakitProcessor.encode` (`labels`, `placement`).
         features: `features(messages, regions)` gives encoder features per view instead of pixels.
     """
@@ -105,10 +106,12 @@ class Conversations:
         processor: LlavakitProcessor,
         *,
         max_length: int | None = None,
+        positions: int | None = None,
         options: Mapping[str, Any] | None = None,
         features: Features | None = None,
     ) -> None:
         self.processor, self.max_length, self.features = processor, max_length, features
+        self.positions = positions
         self.options = dict(options or {})
 
     def encode(self, record: Record, *, media: bool = True) -> dict[str, Any]:
@@ -120,6 +123,10 @@ class Conversations:
 
     def check(self, sample: dict[str, Any], record: Record) -> dict[str, Any]:
         """The sample, cut behind its last visual token; see `llavakit.data.dataset.check_sample`."""
+        length = len(sample["input_ids"])
+        if self.max_length is None and self.positions is not None and length > self.positions:
+            problem = f"takes {length} tokens, the model has {self.positions} positions; shorten it, or set max_length"
+            raise RecordError(record.file, record.line, media_field(record), problem)
         sample = check_sample(sample, record, self.max_length, self.processor.image_token_id)
         rows = ("input_ids", "labels", "label_weights")
         return sample | {name: torch.tensor(sample[name]) for name in rows if name in sample}

@@ -102,8 +102,10 @@ class LanguageObjective(Objective):
             except UserError as error:
                 raise RecipeError(f"labels: {error}") from error
             options["labels"] = stage.labels
-        longest = None if stage.packing == "stream" else stage.max_length
-        self.conversations = Conversations(processor, max_length=longest, options=options)
+        stream = stage.packing == "stream"  # cuts wherever a row ends
+        longest = None if stream else stage.max_length
+        positions = None if stream else getattr(config.text_config, "max_position_embeddings", None)
+        self.conversations = Conversations(processor, max_length=longest, positions=positions, options=options)
 
     def encode(self, record: Record, *, media: bool = True) -> dict[str, Any]:
         """The record's conversation as ids, labels and views."""
