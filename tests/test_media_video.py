@@ -12,9 +12,11 @@ from av.stream import Disposition
 from PIL import Image
 from test_media import greys, refused, write_video
 
+from llavakit.errors import MediaError, UserError
 from llavakit.media import Limits, load_video
-from llavakit.media.frame_sampling import choose, rate
+from llavakit.media.frame_sampling import choose, rate, read_span
 from llavakit.media.video import displayed
+from llavakit.phantom.write import save_video
 
 ALL = {"type": "all"}
 
@@ -384,3 +386,31 @@ def test_frames_are_compared_before_they_are_decoded(tmp_path, monkeypatch):
     refused(lambda: load_video(tmp_path, {"type": "uniform", "frames": 2}, limits=Limits(video_pixels=100)), "one size")
     (tmp_path / "2.png").unlink()
     refused(lambda: load_video(tmp_path, limits=Limits(video_pixels=100)), "2 frames of 80 pixels")
+
+
+# -- stretches --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stretch_of_a_video_is_sampled_by_time(tmp_path):
+    frames = np.zeros((20, 32, 32, 3), np.uint8)
+    frames += (np.arange(20, dtype=np.uint8) * 12)[:, None, None, None]
+    save_video(tmp_path / "v.mp4", frames)  # 4 frames a second
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / f"{number}.png")
+    for source, options in ((tmp_path / "v.mp4", {}), (folder, {"rate": 4.0}), (list(frames), {"rate": 4.0})):
+        video = load_video(source, {"type": "all"}, span=(1.0, 2.5), **options)
+        assert (video.indices, video.timestamps[0], video.duration) == ([4, 5, 6, 7, 8, 9], 1.0, 5.0)
+        assert abs(int(np.asarray(video.frames[0])[0, 0, 0]) - 48) <= 3
+        middle = load_video(source, {"type": "midpoints", "frames": 2}, span=(1.0, 2.5), **options)
+        assert middle.indices == [5, 7]
+        assert load_video(source, {"type": "all"}, span=read_span(3.0, None), **options).indices == list(range(12, 20))
+        with pytest.raises(MediaError, match=r"has no frame from 9 s to 12 s; the last one is at 4\.75 s"):
+            load_video(source, {"type": "all"}, span=(9.0, 12.0), **options)
+        with pytest.raises(MediaError, match=r"has 6 frames, at least 8 are wanted \(sampling\.min_frames\)"):
+            load_video(source, {"type": "uniform", "frames": 8, "min_frames": 8}, span=(1.0, 2.5), **options)
+    assert read_span(None, None) is None
+    for start, end, problem in ((2, 1, "1 s is not behind"), (-1, None, "start: must be"), (0, "x", "end: must be")):
+        with pytest.raises(UserError, match=problem):
+            read_span(start, end)

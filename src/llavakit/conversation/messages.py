@@ -4,6 +4,7 @@ A conversation is a list of `{"role": ..., "content": [parts]}`. A part is a dic
 
     {"type": "text", "text": "..."}
     {"type": "image" | "video" | "volume", KIND: path, URL, bytes or loaded media item}
+                                        of a video also "start" and "end", the seconds of the stretch that is meant
     {"type": "boxes", "boxes": [[x1, y1, x2, y2], ...], "labels": [...], "scores": [...]}
                                         regions of the image before it, corners in pixels; labels and scores optional
 

@@ -56,7 +56,8 @@ def asked_digest(question: Question) -> str:
         for part in message["content"]:
             value = part if part["type"] == "boxes" else part.get("text")
             value = _content(part[part["type"]]) if value is None else value
-            digest.update(json.dumps([message["role"], part["type"], value]).encode())
+            span = [[name, part[name]] for name in ("start", "end") if part.get(name) is not None]
+            digest.update(json.dumps([message["role"], part["type"], value, *span]).encode())
     for reply in question.replies:
         digest.update(json.dumps(["reply", reply]).encode())
     return digest.hexdigest()[:16]

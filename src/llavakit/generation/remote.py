@@ -373,6 +373,8 @@ class RemoteResponder(Responder):
             return dict(part)
         if kind not in self.modalities:
             raise UserError(f"{where}: parts of type {quoted(kind)} cannot be sent to an API")
+        if part.get("start") is not None or part.get("end") is not None:
+            raise UserError(f"{where}: a stretch of a video cannot be sent to an API; cut the file")
         source = part.get(kind, part.get("url", part.get("path")))
         if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
             url = source

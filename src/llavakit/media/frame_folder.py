@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llavakit.errors import MediaError
-from llavakit.media.frame_sampling import choose
+from llavakit.media.frame_sampling import Span, choose_within, named
 from llavakit.media.image import image_size, load_image
 from llavakit.media.source import Limits, MediaSize, name_of, reading
 from llavakit.media.video import Video
@@ -25,6 +25,7 @@ def load_frames(
     *,
     limits: Limits,
     rate: float,
+    span: Span | None = None,
 ) -> Video:
     """The frames that a sampling rule takes from a folder, from a sequence of images, or from an array of them.
 
@@ -41,7 +42,8 @@ def load_frames(
         raise MediaError(f"{name}: rate must be positive, got {rate!r}")
     timestamps = np.arange(len(items)) / rate
     rule = {"type": "all"} if sampling is None else sampling
-    indices = choose(rule, total=len(items), average_rate=rate, timestamps=timestamps)
+    with named(name):
+        indices = choose_within(rule, span, average_rate=rate, timestamps=timestamps)
     chosen = sorted(set(indices))
     if len(chosen) > limits.frames:
         raise MediaError(f"{name}: {len(chosen):,} frames were asked for, the limit is {limits.frames:,}")

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from llavakit.errors import UserError, quoted
+from llavakit.errors import MediaError, UserError, quoted
 from llavakit.registry import nearest
 
 DEFAULT = {"type": "uniform", "frames": 8}
 MOST_FRAMES = 1_000_000
+
+
+class TooFewFrames(UserError):
+    """A video, or a stretch of one, that has fewer frames than are wanted; the message lacks the video's name."""
 
 
 def uniform(total: int, frames: int) -> list[int]:
@@ -130,7 +135,8 @@ def choose(
     """Numbers of the frames that a rule takes from a video.
 
     Args:
-        sampling: `{"type": rule, **options}`, `DEFAULT` if None.
+        sampling: `{"type": rule, **options}`, `DEFAULT` if None. Every rule takes `min_frames`, the fewest frames that
+            a video may have.
         total: Frames of the video, at least 1.
         average_rate: Frames per second.
         timestamps: Start of every frame in seconds.
@@ -142,6 +148,11 @@ def choose(
     name = options.pop("type", None)
     if name not in RULES:
         raise UserError(f"sampling: unknown rule {name!r}{nearest(str(name), list(RULES))}")
+    least = options.pop("min_frames", None)
+    if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 1):
+        raise UserError(f"sampling.min_frames: must be a whole number of at least 1, got {quoted(least)}")
+    if least is not None and total < least:
+        raise TooFewFrames(f"has {total} frames, at least {least} are wanted (sampling.min_frames)")
     for key in ("frames", "fps", "max_frames"):
         value = options.get(key)
         if value is None and (key == "max_frames" or key not in options):
@@ -157,3 +168,60 @@ def choose(
         return RULES[name](**{key: value for key, value in known.items() if key in wanted}, **options)
     except TypeError as error:
         raise UserError(f"sampling {name!r}: {error}") from error
+
+
+Span = tuple[float, float]
+
+
+@contextmanager
+def named(video: str) -> Iterator[None]:
+    """Too few frames are this video's.
+
+    Raises:
+        MediaError: With the video's name.
+    """
+    try:
+        yield
+    except TooFewFrames as error:
+        raise MediaError(f"{video}: {error}") from None
+
+
+def read_span(start: Any, end: Any) -> Span | None:
+    """A stretch of a video in seconds; None if neither bound is given.
+
+    Raises:
+        UserError: If a bound is no number of seconds, or the end is not behind the start.
+    """
+    if start is None and end is None:
+        return None
+    for name, value in (("start", start), ("end", end)):
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not (number and value >= 0):
+            raise UserError(f"{name}: must be a number of seconds, at least 0, not {quoted(value)}")
+    span = (float(start or 0.0), math.inf if end is None else float(end))
+    if not span[0] < span[1]:
+        raise UserError(f"end: {span[1]:g} s is not behind the start, {span[0]:g} s")
+    return span
+
+
+def choose_within(
+    sampling: Mapping[str, Any] | None, span: Span | None, *, average_rate: float, timestamps: Sequence[float]
+) -> list[int]:
+    """Numbers of the frames that a rule takes from a stretch of a video, as if there were nothing else.
+
+    Args:
+        span: First second and the one at which the stretch is over; None for the whole video.
+
+    Raises:
+        UserError: As `choose`, and if the stretch has no frame.
+    """
+    times = np.asarray(timestamps, dtype=np.float64)
+    if span is None:
+        return choose(sampling, total=len(times), average_rate=average_rate, timestamps=times)
+    first, behind = np.searchsorted(times, [span[0] - 1e-6, span[1] - 1e-6])
+    if first >= behind:
+        last = float(times[-1])
+        raise TooFewFrames(f"has no frame from {span[0]:g} s to {span[1]:g} s; the last one is at {last:g} s")
+    own = times[first:behind]
+    numbers = choose(sampling, total=len(own), average_rate=average_rate, timestamps=own)
+    return [int(first) + number for number in numbers]

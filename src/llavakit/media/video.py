@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from llavakit.errors import MediaError
-from llavakit.media.frame_sampling import choose
+from llavakit.media.frame_sampling import Span, choose_within, named
 from llavakit.media.mp4_index import check_index
 from llavakit.media.source import (
     PIXEL_BYTES,
@@ -68,6 +68,7 @@ def load_video(
     partial: bool = False,
     rotate: bool = True,
     rate: float = 1.0,
+    span: Span | None = None,
 ) -> Video:
     """The frames of a video that a sampling rule takes.
 
@@ -82,6 +83,7 @@ def load_video(
         partial: Accept a file that is cut off or damaged and use what can be decoded.
         rotate: Turn and mirror frames as the file notes (telephones store them turned), as a player does.
         rate: Frames per second of a folder or sequence, which have no times.
+        span: Seconds (first, behind the last) of the stretch to sample from; None for the whole video.
 
     Raises:
         MediaError: If there is no video in it, it is cut off or damaged, or breaks a limit.
@@ -90,7 +92,7 @@ def load_video(
     if many or (isinstance(source, (str, os.PathLike)) and os.path.isdir(source)):
         from llavakit.media.frame_folder import load_frames
 
-        return load_frames(source, sampling, limits=limits, rate=rate)
+        return load_frames(source, sampling, limits=limits, rate=rate, span=span)
     name = name_of(source)
     source = opened(source, limits, _WANTED)
     with (
@@ -100,7 +102,7 @@ def load_video(
         check_index(file, name, limits)
         reader = _Reader(file, name, limits, partial, lambda: looks_like(source))
         with closing(reader):
-            return reader.read(sampling, rotate)
+            return reader.read(sampling, rotate, span)
 
 
 class _Reader:
@@ -156,7 +158,7 @@ class _Reader:
             raise MediaError(f"{self.name}: holds {what}; it should be {_WANTED} with a picture")
         return next((stream for stream in videos if stream.disposition & Disposition.default), videos[0])
 
-    def read(self, sampling: Mapping[str, Any] | None, rotate: bool) -> Video:
+    def read(self, sampling: Mapping[str, Any] | None, rotate: bool, span: Span | None = None) -> Video:
         self._check_size()
         times, keys, last = self._scan()
         if not len(times):
@@ -166,7 +168,8 @@ class _Reader:
         base = 1 / self._rate_of_header() if self.untimed else float(self.stream.time_base)
         timestamps = (times - times[0]) * base
         duration, average_rate = self._span(timestamps, last * base)
-        indices = choose(sampling, total=len(times), average_rate=average_rate, timestamps=timestamps)
+        with named(self.name):
+            indices = choose_within(sampling, span, average_rate=average_rate, timestamps=timestamps)
         chosen = sorted(set(indices))
         self._check(len(chosen), len(times))
         wanted = times[chosen].tolist()

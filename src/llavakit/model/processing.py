@@ -23,7 +23,7 @@ from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, e
 from llavakit.conversation.messages import media_of, normalise
 from llavakit.conversation.timing import with_time_instruction
 from llavakit.errors import MediaError, UserError, quoted
-from llavakit.media.frame_sampling import counted_times
+from llavakit.media.frame_sampling import counted_times, read_span
 from llavakit.media.regions import Region
 from llavakit.model.configuration import NO_PLACEHOLDER, LlavakitConfig
 from llavakit.model.routes import MODALITIES, MediaSpec
@@ -165,7 +165,7 @@ def check_reading(reading: Mapping[str, Any] | None) -> dict[str, Any] | None:
     for modality, options in reading.items():
         if modality not in known:
             raise UserError(f"reading.{modality}: unknown modality{nearest(modality, list(known))}")
-        own = ("source", "sampling", "keep_integers")  # the processor's business
+        own = ("source", "sampling", "keep_integers", "span")  # the processor's business
         names = [name for name in inspect.signature(known[modality]).parameters if name not in own]
         for name in options:
             if name not in names:
@@ -288,6 +288,8 @@ class LlavakitProcessor(ProcessorMixin):
     def read_media(self, part: Mapping[str, Any]) -> tuple[Any, MediaSize]:
         """Open the media item of a content part: a path, bytes or an object that is open already.
 
+        Of a video with `start` or `end` (seconds) only that stretch is sampled.
+
         Returns:
             Image, frames or volume, and its size.
         """
@@ -304,6 +306,8 @@ class LlavakitProcessor(ProcessorMixin):
 
     def _video(self, part: Mapping[str, Any]) -> Any:
         options = (self.reading or {}).get("video", {})
+        if (span := read_span(part.get("start"), part.get("end"))) is not None:
+            options = options | {"span": span}
         return readers.load_video(_source_of(part), sampling=self.sampling, **options)
 
     def timed(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
@@ -317,6 +321,8 @@ class LlavakitProcessor(ProcessorMixin):
             return messages, None
         if len(media) > 1:
             raise UserError(f"time_instruction: takes one video, this conversation has {len(media)} media items")
+        if media[0].get("start") is not None or media[0].get("end") is not None:
+            raise UserError("time_instruction: takes whole videos, not a stretch of one")
         video = self._video(media[0])
         times = video.timestamps
         if self.time_instruction == "counted":

@@ -30,7 +30,10 @@ SYSTEM = System(
             "cholec80_vqa": ".vqa:Cholec80",
             "psi_ava_vqa": ".vqa:PsiAva",
         },
-        "preparations": {"video_instruct": ".records:video_instruct"},
+        "preparations": {
+            "video_instruct": ".records:video_instruct",
+            "surgical_dialogues": ".dialogues:surgical_dialogues",
+        },
         "layouts": {"video-chatgpt": ".checkpoint:VideoChatGPT"},
     },
 )
