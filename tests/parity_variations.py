@@ -146,6 +146,31 @@ def weights_in_another_type(given: Given, dtype: torch.dtype) -> str:
     return ""
 
 
+def another_padding_embedding(given: Given) -> str:
+    """The embedding of the padding id is nowhere seen."""
+    weights, inputs = given.tensors("weights"), given.tensors("inputs")
+    if any(name.startswith("call") for name in given.tensors("outputs")):
+        raise DoesNotApply("outputs lie where the inputs lie, and a placeholder is read as the padding id")
+    tables = [name for name in weights if name.endswith("embed_tokens.weight")]
+    ids = [tensor for name, tensor in inputs.items() if name.endswith("input_ids")]
+    if not tables or not ids:
+        raise DoesNotApply("no table of embeddings, or no ids")
+    masks = {name: tensor for name, tensor in inputs.items() if name.endswith("attention_mask")}
+    real = [own if own.shape not in [m.shape for m in masks.values()] else own[_mask(masks, own)] for own in ids]
+    if any(bool((own == 0).any()) for own in real):
+        raise DoesNotApply("the padding id is a token of the text too")
+    if not any("lm_head" in name for name in weights):
+        raise DoesNotApply("the table of embeddings is the head as well")
+    for name in tables:
+        weights[name] = weights[name].clone()
+        weights[name][0] = 1000.0
+    return against_expected(given, {"weights.safetensors": weights})
+
+
+def _mask(masks: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    return next(mask for mask in masks.values() if mask.shape == ids.shape).bool()
+
+
 # Rows
 
 
@@ -461,6 +486,7 @@ def cut_inside_media(given: Given) -> str:
 VARIATIONS: dict[str, Callable[[Given], str]] = {
     **{f"inputs of {str(d).removeprefix('torch.')}": partial(inputs_in_another_type, dtype=d) for d in DTYPES},
     **{f"weights of {str(d).removeprefix('torch.')}": partial(weights_in_another_type, dtype=d) for d in DTYPES},
+    "another embedding of padding": another_padding_embedding,
     "batch again and reversed": again_and_reversed,
     "first row alone": first_row_alone,
     "records reversed": partial(records_permuted, change=lambda records: records[::-1]),

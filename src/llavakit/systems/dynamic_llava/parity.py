@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
+from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.prompt import PromptInfo
 from llavakit.proof.classic_batch import ClassicBatch, Entry
@@ -179,6 +180,10 @@ class RecordingAdapter(DynamicSparsification):
         self.decisions = super().decide(hidden, samples)
         return self.decisions
 
+    def _samples(self, *args: Any) -> list[Sample]:
+        self.samples = super()._samples(*args)
+        return self.samples
+
     def select(self, *args: Any) -> Selection:
         self.selections.append(super().select(*args))
         return self.selections[-1]
@@ -195,10 +200,16 @@ def recording(model: LlavakitForConditionalGeneration, tensors: Mapping[str, Ten
 def tiny_model(case: Case) -> LlavakitForConditionalGeneration:
     """The case's model, opened as a published checkpoint."""
     vision = check_keys(case.config["vision"], CLIPVisionConfig().to_dict(), "config.vision")
-    sparse = check_keys(case.config["sparse_config"], (*SPARSE_DEFAULTS, "gumbel_tau"), "config.sparse_config")
+    known = (*SPARSE_DEFAULTS, "gumbel_tau", "user_marker")
+    sparse = check_keys(case.config["sparse_config"], known, "config.sparse_config")
+    marker = case.config.get("user_marker") or sparse.pop("user_marker", None) or USER_MARKER
+
+    def marked(config: LlavakitConfig) -> None:
+        config.language_adapter["user_marker"] = list(marker)
+
     raw = {"model_type": DynamicLlavaLayout.model_types[0], **case.config["llm"], "sparse_config": sparse}
     encoder = {"model_type": "clip_vision_model", **vision}
-    return published_model(raw, case.weights(), encoder, known=("sparse_config",))
+    return published_model(raw, case.weights(), encoder, known=("sparse_config",), change=marked)
 
 
 def spliced_batch(case: Case, model: LlavakitForConditionalGeneration) -> ClassicBatch:
@@ -320,6 +331,9 @@ def cached_turns(case: Case) -> Result:
     session = Session(case)
     prefill = session.prefill()
     lengths, steps, decisions = [session.lengths()], [prefill[0, -1]], []
+    if session.adapter.prunes_instructions:  # the prompt's last instruction without its last token
+        run, sample = session.adapter.selections[-1].run, session.adapter.samples[0]
+        decisions.append(run[0, sample.last_instruct[:-1]].tolist())
     for chunk in case.inputs["chunks"]:
         steps.append(session.feed(chunk)[0, -1])
         lengths.append(session.lengths())
