@@ -247,7 +247,9 @@ class DynamicSparsification(LanguageAdapter):
             position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
         position_ids = position_ids.expand(batch, length)
 
-        if self.training and valid is not None:  # the floor of the masked softmax reaches padding: the original has zeros
+        if (
+            self.training and valid is not None
+        ):  # the floor of the masked softmax reaches padding: the original has zeros
             inputs_embeds = inputs_embeds.masked_fill(~valid.unsqueeze(-1), 0.0)
         hidden = self._lower(decoder, inputs_embeds, attention_mask, position_ids, segments, cache)
         if self.training and cache is None:

@@ -52,8 +52,9 @@ def text_predictor(case: Case) -> Result:
 def softmax(case: Case) -> Result:
     """The masked softmax on given scores."""
     case.informational("config.causal")
-    inputs = case.tensors
-    return Result(tensors={"probs": masked_softmax(inputs["scores"], inputs["policy"], case.config.get("eps", EPS))})
+    inputs, eps = case.tensors, case.config.get("eps")
+    eps = EPS if eps is None else eps
+    return Result(tensors={"probs": masked_softmax(inputs["scores"], inputs["policy"], eps)})
 
 
 def decoder_layer(case: Case) -> Result:

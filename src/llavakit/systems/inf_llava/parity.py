@@ -143,8 +143,8 @@ def end_to_end(case: Case) -> Iterator[Example]:
 def preprocess(case: Case) -> Result:
     """The picture that both croppings are made from."""
     config = case.config
-    views = {"type": config["image_aspect_ratio"], "size": config["side"]}
-    views |= {name: config[name] for name in ("image_mean", "image_std")}
+    views = {"type": config.get("image_aspect_ratio") or "square", "size": config["side"]}
+    views |= {name: config[name] for name in ("image_mean", "image_std") if config.get(name) is not None}
     processor = view_processor({"image": {"views": views}}, {"image_size": config["side"], "patch_size": 1})
     (pixels,) = views_of(processor, "image", picture(case.tensors["image"]).convert("RGB"))
     return Result(tensors={"pixel_values": pixels})

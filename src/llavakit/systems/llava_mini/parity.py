@@ -32,6 +32,7 @@ from llavakit.proof.entries import (
     fitting,
     greedy,
     loaded,
+    picture,
     pope,
     prompt_ids,
     prompt_text,
@@ -49,6 +50,7 @@ from llavakit.systems.llava_mini.compressor import Compressor, resized_table
 from llavakit.systems.llava_mini.connector import CompressorPrefusion, units_of
 from llavakit.systems.llava_mini.views import GridAndWhole, blocks
 from llavakit.views.frames import squash_nearest
+from llavakit.views.pixels import CLIP_MEAN, CLIP_STD
 from llavakit.views.plan import MediaSize
 
 FRAMES_IN_TRAINING = 8
@@ -109,14 +111,15 @@ def pixel_values(case: Case) -> Result:
     case.informational("config.resample", "config.order")
     config = case.config
     view = {
-        "type": "pad" if config["image_aspect_ratio"] == "pad" else "square",
+        "type": "pad" if config.get("image_aspect_ratio") == "pad" else "square",
         "size": config["shortest_edge"],
-        "crop": config["crop"],
-        "image_mean": config["mean"],
-        "image_std": config["std"],
+        "crop": config.get("crop") or config["shortest_edge"],
+        "image_mean": config.get("mean") or CLIP_MEAN,
+        "image_std": config.get("std") or CLIP_STD,
     }
-    image = Image.fromarray(case.tensors["image"].numpy()).convert("RGB")
-    views = {"type": "grid_and_whole", "grid": config["n"], "view": view} if config["n"] > 1 else view
+    image = picture(case.tensors["image"]).convert("RGB")
+    n = config.get("n") or 1
+    views = {"type": "grid_and_whole", "grid": n, "view": view} if n > 1 else view
     processor = view_processor({"image": {"views": views}}, {"image_size": view["crop"], "patch_size": view["crop"]})
     return Result(tensors={"pixel_values": torch.stack(views_of(processor, "image", image))})
 
@@ -124,7 +127,7 @@ def pixel_values(case: Case) -> Result:
 def frame_sampling(case: Case) -> Result:
     """Numbers of frames: uniform, one a second, eight."""
     inputs = case.inputs
-    clips = [(total, fps) for total, fps in inputs["fps_items"]]
+    clips = [(total, fps) for total, fps in inputs.get("fps_items") or []]
 
     def row(total: int, fps: float, indices: list[int]) -> dict[str, Any]:
         return {"total": total, "fps": fps, "frames": len(indices), "indices": indices}
@@ -133,7 +136,7 @@ def frame_sampling(case: Case) -> Result:
         json={
             "uniform": [
                 {"total": total, "desired": desired, "indices": sampling.midpoints(total, desired)}
-                for total, desired in inputs["items"]
+                for total, desired in inputs.get("items") or []
             ],
             "inference_1fps": [row(*clip, sampling.midpoints_per_second(*clip)) for clip in clips],
             "training_8": [row(*clip, sampling.midpoints(clip[0], FRAMES_IN_TRAINING)) for clip in clips],
@@ -221,15 +224,17 @@ def multiple_choice(case: Case) -> Result:
         json={
             "check_ans": [
                 {"pred": pred, "gt": gt, "correct": metrics.bracket_choice_match(pred, gt)}
-                for pred, gt in inputs["pairs"]
+                for pred, gt in inputs.get("pairs") or []
             ],
             "first_char_as_answer": [
                 row | {"letter": processors.first_letter(row["res"], letters[: row["n"]], "A")}
-                for row in ({"res": row["res"], "n": row["n"]} for row in case.wanted.json["first_char_as_answer"])
+                for row in (
+                    {"res": row["res"], "n": row["n"]} for row in case.wanted.json.get("first_char_as_answer") or []
+                )
             ],
             "egoschema_first_char": [
                 {"res": text, "index": -1 if letter is None else five.index(letter)}
-                for text in inputs["ego"]
+                for text in inputs.get("ego") or []
                 for letter in [processors.first_letter(text, five)]
             ],
             "qa_template": [
@@ -240,7 +245,7 @@ def multiple_choice(case: Case) -> Result:
                         strict=True,
                     )
                 )
-                for row in inputs["qa"]
+                for row in inputs.get("qa") or []
             ],
         }
     )

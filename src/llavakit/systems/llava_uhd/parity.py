@@ -50,15 +50,14 @@ MARKS = SpatialSchema(column_separator=0, row_separator=1)
 
 def slicer_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the planner of a case."""
-    normal = {k: config[k] for k in ("image_mean", "image_std") if k in config}
+    named = {"scale_resolution": "size", "patch_size": "patch", "max_slice_nums": "max_slices"}
+    named |= {name: name for name in ("image_mean", "image_std")}
+    given = {own: config.get(name) for name, own in named.items()}
     return {
         "type": "native_slices",
-        "size": config["scale_resolution"],
-        "patch": config["patch_size"],
-        "max_slices": config["max_slice_nums"],
         "split": not config.get("never_split", False),
         "long_side": config.get("pre_resize"),
-        **normal,
+        **{name: value for name, value in given.items() if value is not None},
     }
 
 
@@ -69,8 +68,9 @@ def slicer(config: Mapping[str, Any]) -> NativeSlices:
 
 def slicing_processor(config: Mapping[str, Any]) -> LlavakitProcessor:
     """A processor that slices as the case does."""
+    own = slicer(config)
     media = {"image": {"views": slicer_options(config), "arrange": {"type": "spatial_schema"}}}
-    return view_processor(media, {"image_size": config["scale_resolution"], "patch_size": config["patch_size"]})
+    return view_processor(media, {"image_size": own.size, "patch_size": own.patch})
 
 
 def separators(plan: Plan) -> str:
@@ -192,7 +192,7 @@ def clip_native_aspect(case: Case) -> Result:
 def build_resampler(cls: type[Resampler], config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Resampler:
     """A resampler with the original's weights."""
     net = cls(
-        vision_width=config["kv_dim"] or config["embed_dim"],
+        vision_width=config.get("kv_dim") or config["embed_dim"],
         hidden_size=config["embed_dim"],
         queries=config["grid_size"] ** 2,
         heads=config["num_heads"],
@@ -350,12 +350,12 @@ def metric_textvqa(case: Case) -> Iterator[Example]:
     inputs = case.inputs
 
     def accuracy() -> float:
-        rows = inputs["pred_list"]
+        rows = inputs.get("pred_list") or []
         texts = [row["pred_answer"] for row in rows]
         return scored("textvqa", texts, [{"answers": row["gt_answers"]} for row in rows])["accuracy"] / 100
 
     yield Example("accuracy", accuracy, "accuracy")
-    yield from examples(processors.vqa_answer, inputs["strings"], "normalised")
+    yield from examples(processors.vqa_answer, inputs.get("strings") or [], "normalised")
 
 
 def flops(case: Case) -> Result:

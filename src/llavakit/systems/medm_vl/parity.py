@@ -75,7 +75,7 @@ def _m3d(config: Mapping[str, Any]) -> M3DClipConfig:
     return M3DClipConfig(
         image_size=list(config["img_size"]),
         patch_size=list(config["patch_size"]),
-        num_channels=config["in_channels"],
+        num_channels=config.get("in_channels", 1),
         hidden_size=config["hidden_size"],
         intermediate_size=config["mlp_dim"],
         num_hidden_layers=config["num_layers"],
@@ -262,22 +262,22 @@ def ct_rate_accuracy(case: Case) -> Result:
 
 def box_iou(case: Case) -> Result:
     """Boxes of referring expressions."""
-    inputs, resolution = case.inputs, case.config["coordinate_resolution"]
+    inputs, resolution = case.inputs, case.config.get("coordinate_resolution") or 100
 
     def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         gold = [{"bbox": row["bbox_xywh"], "image_size": row["image_size"]} for row in rows]
         return scored("referring", [row["prediction"] for row in rows], gold, resolution=resolution)
 
-    rows = inputs["refer"]
-    found = score(rows)
-    return Result(
-        json={
-            "iou": [metrics.box_iou(a, b, inclusive=True) for a, b in inputs["box_pairs"]],
-            "refer_iou": [score([row])["mean_iou"] / 100 for row in rows],
-            "miou": found["mean_iou"] / 100,
-            "accuracy_at_0.5": found["accuracy_at_0.5"] / 100,
-        }
-    )
+    rows = inputs.get("refer") or []
+    pairs = inputs.get("box_pairs") or []
+    json: dict[str, Any] = {
+        "iou": [metrics.box_iou(a, b, inclusive=True) for a, b in pairs],
+        "refer_iou": [score([row])["mean_iou"] / 100 for row in rows],
+    }
+    if rows:
+        found = score(rows)
+        json |= {"miou": found["mean_iou"] / 100, "accuracy_at_0.5": found["accuracy_at_0.5"] / 100}
+    return Result(json=json)
 
 
 def text_scores(case: Case) -> Result:

@@ -80,9 +80,9 @@ def conversation(case: Case) -> Iterator[Example]:
 def batch_collator(case: Case) -> Result:
     """Padded batches; the original pads labels with the padding id, llavakit with -100."""
     config = case.config
-    pad, limit = config["pad_token_id"], config["model_max_length"]
+    pad, limit = config["pad_token_id"], config.get("model_max_length")
     # a token that equals the padding id is masked wherever it stands, unless it is the end of the text as well
-    batch = Collator(pad, limit, mask_by_pad_id=pad != config["eos_token_id"])(take(case.inputs))
+    batch = Collator(pad, limit, mask_by_pad_id=pad != config.get("eos_token_id"))(take(case.inputs))
     lengths = torch.tensor([len(sample["input_ids"][:limit]) for sample in case.inputs])
     real = torch.arange(batch["labels"].shape[1]) < lengths[:, None]
     labels = torch.where(real, batch["labels"], pad)
