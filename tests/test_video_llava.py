@@ -13,10 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.convert import convert, save
 from llavakit.checkpoints.encoders import encoder_options, read_encoder
-from llavakit.checkpoints.opening import build, open_checkpoint
+from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
 from llavakit.errors import CheckpointError, MediaError, UserError
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.processing import LlavakitProcessor
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.video_llava.checkpoint import Published
@@ -367,3 +370,121 @@ def test_files_that_do_not_fit_are_one_line(tmp_path, change, message):
     change(tmp_path)
     with pytest.raises(UserError, match=message):
         score("video_chatgpt_qa", tmp_path / "p.jsonl", tmp_path / "test_a.json", judge="http://127.0.0.1:9/v1#m")
+
+
+# transformers' class
+
+
+@pytest.fixture
+def transformers_folder(tmp_path):
+    """A folder that transformers itself wrote."""
+    from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+
+    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 24, "intermediate_size": 32}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+    config = VideoLlavaConfig(
+        text_config=text,
+        vision_config={"model_type": "clip_vision_model", **VIT},
+        image_token_index=60,
+        video_token_index=61,
+    )
+    torch.manual_seed(0)
+    net = VideoLlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0, 0.15)
+    net.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf", net
+
+
+def mixed_inputs(image_token: int, video_token: int, frames: int = 3):
+    """A picture and a clip in one prompt: ids, picture [1, 3, ...], clip [1, frames, 3, ...]."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [1, 5, *[image_token] * 4, 7, *[video_token] * (5 * frames), 9, 11]
+    image, clip = torch.randn(1, 3, 14, 14, generator=generator), torch.randn(1, frames, 3, 14, 14, generator=generator)
+    return torch.tensor([ids]), image, clip
+
+
+def our_logits(net, image, clip, ids):
+    with torch.no_grad():
+        return net(
+            input_ids=ids,
+            pixel_values=[image[0], clip[0].transpose(0, 1)],
+            visual_sizes=torch.tensor([[1, 14, 14], [clip.shape[1], 14, 14]]),
+            visual_modalities=torch.tensor([0, 1]),
+        ).logits
+
+
+def test_transformers_own_files_answer_alike_and_go_back(transformers_folder, tmp_path):
+    from transformers import VideoLlavaForConditionalGeneration
+
+    folder, theirs = transformers_folder
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.system == "video-llava"
+    assert not checkpoint.config.encoder_config("video_tower")[0].temporal_attention
+    ids, image, clip = mixed_inputs(60, 61)
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids, pixel_values=image, pixel_values_videos=clip).logits
+    same = ids.masked_fill(ids == 61, 60)
+    torch.testing.assert_close(our_logits(build(checkpoint), image, clip, same), wanted, atol=1e-5, rtol=0)
+    convert(folder, tmp_path / "native", to="llavakit")
+    convert(tmp_path / "native", tmp_path / "again", to="hf")
+    again, report = VideoLlavaForConditionalGeneration.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        found = again.eval()(input_ids=ids, pixel_values=image, pixel_values_videos=clip).logits
+    torch.testing.assert_close(found[..., :64], wanted, atol=1e-6, rtol=0)
+    convert(tmp_path / "native", tmp_path / "original", to="original")
+    back = open_checkpoint(tmp_path / "original")
+    assert not back.config.encoder_config("video_tower")[0].temporal_attention
+    same = ids.masked_fill((ids == 60) | (ids == 61), back.config.image_token_id)
+    torch.testing.assert_close(our_logits(build(back), image, clip, same), wanted, atol=1e-5, rtol=0)
+    assert back.config.media["image"]["views"]["type"] == "square"  # transformers' processor, not the authors' code
+
+
+def test_an_export_with_tokenizer_writes_prompts_alike(transformers_folder, tmp_path):
+    from export_cases import tokenizer_of
+
+    folder, _ = transformers_folder
+    checkpoint = open_checkpoint(folder)
+    tokenizer = tokenizer_of("llama")
+    fields = checkpoint.config.to_dict() | {"image_token_id": len(tokenizer), "system": "video-llava"}
+    fields["text_config"] |= {"vocab_size": len(tokenizer)}
+    config = LlavakitConfig.from_dict(fields)
+    net = LlavakitForConditionalGeneration(config)
+    processor = LlavakitProcessor.from_config(config, tokenizer)
+    save(net.state_dict(), config, processor, tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "export", to="hf")
+    back = open_checkpoint(tmp_path / "export")
+    assert back.config.template == "video_llava"
+    again = load_processor(back)
+    parts = [{"type": "video", "video": [picture(20, 30)] * 8}, {"type": "text", "text": "What moves?"}]
+    mine, theirs = (
+        own.encode([{"role": "user", "content": parts}], add_generation_prompt=True) for own in (processor, again)
+    )
+    assert mine["input_ids"] == theirs["input_ids"]
+    (tmp_path / "export" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'video' %}{{ '<video>' }}"
+        "{% elif p['type'] == 'image' %}{{ '<image>' }}{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    own = load_processor(open_checkpoint(tmp_path / "export"))
+    parts[1] = {"type": "text", "text": "What <video> moves?"}
+    found = own.encode([{"role": "user", "content": parts}], add_generation_prompt=True)
+    assert found["input_ids"].count(own.image_token_id) == 8 * 5
+    raw = json.loads((tmp_path / "export" / "processor_config.json").read_text())
+    raw["video_processor"]["image_mean"] = [0.1, 0.1, 0.1]
+    (tmp_path / "export" / "processor_config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="image_mean"):
+        open_checkpoint(tmp_path / "export")
+
+
+def test_weights_of_time_are_not_lost_in_silence(published, tmp_path):
+    folder, towers = published
+    with pytest.raises(UserError, match="temporal_attention: transformers' class does not look along time"):
+        convert(folder, tmp_path / "export", to="hf", vision_tower=towers)
+    video = towers / "LanguageBind_Video_merge" / "config.json"
+    raw = json.loads(video.read_text())
+    raw["vision_config"]["add_time_attn"] = False
+    video.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="temporal_attn"):
+        build(open_checkpoint(folder, vision_tower=towers))

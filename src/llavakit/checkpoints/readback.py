@@ -172,22 +172,24 @@ def _route(route: Route, config: LlavakitConfig) -> dict[str, Any]:
     geometries = zip(route.geometries, route.keep_prefix, strict=True)
     return {
         "tokens": [list(geometry.grid(_VIEW, keep)) for geometry, keep in geometries],
-        "views": _part(route.planner),
-        "arrange": _part(route.arrangement),
+        "views": part_values(route.planner),
+        "arrange": part_values(route.arrangement),
         "encoder": list(route.encoders),
         "connector": _plain(defaults | route.connector_options),
     }
 
 
-def _part(part: Any) -> Any:
+def part_values(part: Any) -> Any:
     """A planner or an arrangement as the values that it works with."""
     if isinstance(part, np.ndarray):
         return part.tolist()
     if isinstance(part, (list, tuple)):
-        return [_part(item) for item in part]
+        return [part_values(item) for item in part]
     if isinstance(part, Mapping):
-        return {key: _part(item) for key, item in part.items()}
+        return {key: part_values(item) for key, item in part.items()}
     if isinstance(part, (int, float, str, bool, type(None))):
         return part
-    values = {name: _part(value) for name, value in getattr(part, "__dict__", {}).items() if not name.startswith("_")}
+    values = {
+        name: part_values(value) for name, value in getattr(part, "__dict__", {}).items() if not name.startswith("_")
+    }
     return {"type": type(part).__name__, **values}

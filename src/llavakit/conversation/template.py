@@ -24,6 +24,7 @@ from llavakit.registry import TEMPLATES
 OWN = "tokenizer"  # name of the chat template that a tokenizer brings
 PLACEHOLDER = "<image>"
 TYPED = "[image]"  # replaces a placeholder inside a text, because text must never ask for a media item
+VIDEO_MARK, TYPED_VIDEO = "<video>", "[video]"  # what templates of other libraries write for a video
 
 _RENDERING = threading.Lock()  # transformers keeps one span tracker per template, which two threads would share
 
@@ -199,9 +200,15 @@ class Template:
         ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if self.jinja is None:
             return self._rendered(source, bare, **ends, **options)
+        if any(part["type"] == "video" for message in bare for part in message["content"]):
+            bare = [
+                message | {"content": [_without_video_mark(part) for part in message["content"]]} for message in bare
+            ]
         if not self._takes_parts:
             bare = [message | {"content": _as_text(message["content"])} for message in bare]
         text, spans = self._rendered(source, bare, **ends)
+        if any(part["type"] == "video" for message in messages for part in message["content"]):
+            text = text.replace(VIDEO_MARK, PLACEHOLDER)  # as long, so that spans stay where they are
         if training and not spans:
             spans = self._answers(text, bare)
         return text, spans
@@ -267,6 +274,11 @@ def _bare(part: Part) -> Part:
     if part["type"] == "text":
         return {"type": "text", "text": part["text"].replace(PLACEHOLDER, TYPED)}
     return {"type": part["type"]}
+
+
+def _without_video_mark(part: Part) -> Part:
+    """A part whose text asks for no video."""
+    return part | {"text": part["text"].replace(VIDEO_MARK, TYPED_VIDEO)} if part["type"] == "text" else part
 
 
 @functools.cache

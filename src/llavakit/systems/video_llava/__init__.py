@@ -27,7 +27,10 @@ SYSTEM = System(
             "LanguageBindVideo": ".encoder_files:LanguageBindFiles",
             "LanguageBindImage": ".encoder_files:LanguageBindImageFiles",
         },
-        "layouts": {"video-llava": ".checkpoint:Published"},
+        "layouts": {
+            "video-llava": ".checkpoint:Published",
+            "video-llava-hf": ".hf_checkpoint:VideoLlavaTransformersLayout",
+        },
         "templates": {
             "video_llava": ".templates:INFERENCE",
             "video_llava_training": ".templates:TRAINING",

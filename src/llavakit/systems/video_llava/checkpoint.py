@@ -10,14 +10,17 @@ from typing import Any
 from llavakit.checkpoints.classic import ClassicLayout, wrapped
 from llavakit.checkpoints.encoders import encoder_options
 from llavakit.checkpoints.fields import Fields, check_known
+from llavakit.checkpoints.readback import part_values
 from llavakit.errors import CheckpointError, quoted
 from llavakit.model.configuration import LlavakitConfig, build_config
+from llavakit.registry import PLANNERS
 from llavakit.systems.video_llava.encoder_files import CLIP
 from llavakit.vision.geometry import geometry_of
 
 IMAGE_TOWER, VIDEO_TOWER = "vision_tower", "video_tower"
 VIDEO_MARKS = ("<vid_start>", "<vid_end>")
 VIDEO = "languagebind_video"
+MEDIA = "llavakit_media"  # key of config.json in llavakit's exports alone
 _VIT_L = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -54,7 +57,9 @@ class Published(ClassicLayout):
     """`LanguageBind/Video-LLaVA-7B`, and the projector alone (`LanguageBind/Video-LLaVA-Pretrain-7B`).
 
     The encoders' configurations are in repositories of their own, which config.json names; those of the published ones
-    are known. Weights are taken from the checkpoint itself where it has them, as the published one does.
+    are known. Weights are taken from the checkpoint itself where it has them, as the published one does. How pictures
+    and frames are cut is a literal of the authors' code; models that cut otherwise (from transformers' files) have
+    it under `llavakit_media` in llavakit's exports.
     """
 
     system = "video-llava"
@@ -119,12 +124,22 @@ class Published(ClassicLayout):
         video: dict[str, Any] = {"encoder": VIDEO_TOWER, "views": video_views(encoder.image_size, frames)}
         if raw.get("mm_use_im_start_end"):
             video["arrange"] = wrapped(None, sources.get("folder"), sources.get("base"), marks=VIDEO_MARKS)
-        config.media = {**config.media, "video": video}
+        config.media = self._own_media(raw, {**config.media, "video": video})
         config.extra_encoders = {
             VIDEO_TOWER: {"config": encoder.to_dict(), "layer": config.vision_feature_layer, "strategy": "full"}
         }
         config.extras = {"processor": {"sampling": {"type": "uniform", "frames": encoder.num_frames}}}
         return config
+
+    @staticmethod
+    def _own_media(raw: Fields, media: dict[str, Any]) -> dict[str, Any]:
+        """The planners of an export that cuts otherwise than the authors' code."""
+        own = raw.section(MEDIA)
+        views = {name: own.section(name) for name in media if name in own}
+        own.finish({})
+        return {
+            name: section | ({"views": dict(views[name])} if name in views else {}) for name, section in media.items()
+        }
 
     def given_folder(self, tower: str, sources: Mapping[str, Path]) -> Path | None:
         """The folder that is named with --vision-tower, if it is this encoder's, or the one in it."""
@@ -168,10 +183,8 @@ class Published(ClassicLayout):
             found.append(f"extra_encoders.{VIDEO_TOWER}: its features are of the pictures' layer, with class tokens")
         if set(config.media) != {"image", "video"}:
             found.append("media: Video-LLaVA's files are of models for images and videos")
-        elif config.media["image"]["views"].get("type") != "float_square":
-            found.append("media.image.views: Video-LLaVA's code resizes pictures as float_square does")
-        elif config.media["video"].get("views", {}).get("frame", {}).get("type") != "float_square":
-            found.append("media.video.views: Video-LLaVA's code cuts clips of frames that float_square resizes")
+        elif config.media["video"].get("views", {}).get("type") != "clip":
+            found.append("media.video.views: Video-LLaVA's files are of models that read clips")
         return found
 
     def _names(self, config: LlavakitConfig) -> dict[str, str]:
@@ -184,14 +197,27 @@ class Published(ClassicLayout):
         return found
 
     def write_config(self, config: LlavakitConfig) -> dict[str, Any]:
-        names = self._names(config)
+        names, video = self._names(config), config.encoder_config(VIDEO_TOWER)[0]
         raw = super().write_config(config)
         raw.pop("mm_vision_tower")
+        pad = bool(config.media["image"]["views"].get("pad"))
+        usual = {
+            "image": image_views(config.vision_config.image_size, pad),
+            "video": video_views(video.image_size, video.num_frames if video.temporal_attention else None),
+        }
+        views = {name: section["views"] for name, section in config.media.items()}
+        other = {name: own for name, own in views.items() if self._works(own) != self._works(usual[name])}
         return raw | {
             "mm_image_tower": names[IMAGE_TOWER],
             "mm_video_tower": names[VIDEO_TOWER],
-            "image_aspect_ratio": "pad" if config.media["image"]["views"].get("pad") else "square",
+            "image_aspect_ratio": "pad" if pad else "square",
+            **({MEDIA: other} if other else {}),
         }
+
+    @staticmethod
+    def _works(views: Mapping[str, Any]) -> Any:
+        """What a planner works with, however its options are spelt."""
+        return part_values(PLANNERS.build(dict(views)))
 
     def write_parts(self, config: LlavakitConfig, folder: Path) -> None:
         """Configurations of encoders that nobody published, in LanguageBind's form, in folders of their own."""
