@@ -119,7 +119,8 @@ class VideoLlavaTransformersLayout(TransformersLayout):
     # writing
 
     def objections(self, config: LlavakitConfig) -> list[str]:
-        return [objection for objection in super().objections(config) if not objection.startswith("extra_encoders: ")]
+        none = "extra_encoders: transformers' class has none"  # what the other classes say
+        return [objection for objection in super().objections(config) if objection != none]
 
     def own_objections(self, config: LlavakitConfig) -> list[str]:
         tower = f"extra_encoders.{VIDEO_TOWER}"
