@@ -88,9 +88,11 @@ def test_published_prompts_are_pieces(tokenizer, value):
     pictures = value.count("<image>")
     record = {"conversations": [{"from": "human", "value": value}]} | ({"image": ["-"] * pictures} if pictures else {})
     messages = from_llava(record)
-    again = [*messages, {"role": "assistant", "content": "\nthe answer"}, {"role": "user", "content": "\nmore"}]
-    for conversation, turns in ((messages, [("user", value)]), (again, None)):
-        turns = turns or [("user", value), ("assistant", "\nthe answer"), ("user", "\nmore")]
+    for answer in (None, "\nthe answer", ""):
+        turns, conversation = [("user", value)], messages
+        if answer is not None:
+            turns = [*turns, ("assistant", answer), ("user", "\nmore")]
+            conversation = [*messages, *({"role": role, "content": text} for role, text in turns[1:])]
         found = encode(conversation, "qwen_1_5_pieces", tokenizer, add_generation_prompt=True)
         assert found.ids == published_ids(tokenizer, turns)
     first = [{"role": "assistant", "content": "I begin."}, *messages]
@@ -510,6 +512,12 @@ def test_scores_name_the_variant_they_come_from(tmp_path):
     assert harness["datasets"]["RAVEN"]["score"] == 100  # the article is taken for the letter
     empty = results(tmp_path, ("VIST", "open-ended", 1, "", "anything"))
     assert score("interleave_bench", empty)["metrics"]["datasets"]["VIST"]["Rouge-L f"] is None
+    rows = ("nlrv2", "yes-no", 0, "A", "A"), ("VIST", "open-ended", 1, "a", "a"), ("VIST", "other", None, "b", "b")
+    found = score("interleave_bench", results(tmp_path, *rows))["metrics"]["datasets"]
+    assert (found["nlrv2"]["Accuracy"], found["VIST"]["count"]) == (100, 2)
+    with pytest.raises(RecordError, match=r"result\.jsonl:3: question_type"):
+        score("interleave_bench", results(tmp_path, rows[1], rows[1], rows[2]), variant="harness")
+    assert score("interleave_bench", results(tmp_path))["metrics"]["count"] == 0
     with pytest.raises(UserError, match="variant=other: must be published or harness"):
         score("interleave_bench", file, variant="other")
     with pytest.raises(RecordError, match="question_type: must be open-ended or multi-choice"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.conversation.messages import Message, from_llava, is_media, to_llava
-from llavakit.errors import FieldError, UserError
+from llavakit.errors import FieldError
 from llavakit.evaluation.benchmarks.base import (
     Benchmark,
     Question,
@@ -32,7 +32,7 @@ from llavakit.evaluation.records import Record, choose, pair, read_answers, read
 from llavakit.systems.llava_next_interleave import scoring
 
 KINDS = ("open-ended", "multi-choice")
-CHOICES = "nlrv2"  # a data set of this name is multiple choice whatever its records say, as published
+CHOICES = "nlrv2"  # a data set of this name is multiple choice unless its records say open-ended, as published
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,32 @@ class Row:
     """A prediction with its reference.
 
     Attributes:
-        kind: "open-ended" or "multi-choice".
+        record: Where it stands.
+        kind_field: The field that says the kind of question.
     """
 
     dataset: str
-    kind: str
     sample_id: str
     reference: str
     prediction: str
+    record: Record
+    kind_field: str
+
+    @property
+    def kind(self) -> str:
+        """The kind of question, "open-ended" or "multi-choice".
+
+        Raises:
+            RecordError: If the record says something else.
+        """
+        return kind_of(self.record, self.kind_field)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the script scores it as an open answer."""
+        if self.dataset == CHOICES and self.record.data.get(self.kind_field) != "open-ended":
+            return False
+        return self.kind == "open-ended"
 
 
 class InterleaveBench(Benchmark):
@@ -112,7 +130,7 @@ class InterleaveBench(Benchmark):
 
     def _rows(self, predictions: str | Path, gold: str | Path | None, missing: str, extra: str) -> list[Row]:
         records = read_records(predictions)
-        if gold is None and records and all("gt_response" in record.data for record in records):
+        if gold is None and all("gt_response" in record.data for record in records):
             return [result_row(record) for record in records]
         questions = read_records(need_gold(gold, self.title, "the test file, records with conversations and metadata"))
         pairs = pair(
@@ -130,9 +148,14 @@ def of_dataset(record: Record) -> tuple[str, str]:
     Raises:
         RecordError: If the metadata do not say them.
     """
-    metadata = record.get("metadata", dict)
-    inner = Record(record.file, record.line, {f"metadata.{key}": value for key, value in metadata.items()})
-    return inner.get("metadata.dataset", str), kind_of(inner, "metadata.question_type")
+    metadata = metadata_of(record)
+    return metadata.get("metadata.dataset", str), kind_of(metadata, "metadata.question_type")
+
+
+def metadata_of(record: Record) -> Record:
+    """The fields of a record's metadata under their dotted names."""
+    fields = record.get("metadata", dict)
+    return Record(record.file, record.line, {f"metadata.{key}": value for key, value in fields.items()})
 
 
 def kind_of(record: Record, field: str) -> str:
@@ -180,21 +203,24 @@ def gold_row(record: Record, prediction: str) -> Row:
     Raises:
         RecordError: If it has none.
     """
-    dataset, kind = of_dataset(record)
     answers = [turn for turn in to_llava(messages_of(record))["conversations"] if turn["from"] == "gpt"]
     if not answers:
         raise record.error("conversations", "holds no answer to compare with")
-    return Row(dataset, kind, str(record.get("sample_id", (str, int))), answers[-1]["value"], prediction)
+    metadata = metadata_of(record)
+    sample_id = str(record.get("sample_id", (str, int)))
+    dataset, kind_field = metadata.get("metadata.dataset", str), "metadata.question_type"
+    return Row(dataset, sample_id, answers[-1]["value"], prediction, metadata, kind_field)
 
 
 def result_row(record: Record) -> Row:
     """A line of the script's result file."""
     return Row(
         record.get("dataset", str),
-        kind_of(record, "question_type"),
-        str(record.get("sample_id", (str, int))),
+        str(record.get("sample_id", (str, int, float, bool, type(None)))),
         record.get("gt_response", str),
         record.get("pred_response", str),
+        record,
+        "question_type",
     )
 
 
@@ -244,8 +270,6 @@ def by_dataset(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row.dataset, []).append(row)
-    if not found:
-        raise UserError("LLaVA-Interleave Bench: there is no prediction to score")
     return found
 
 
@@ -255,7 +279,7 @@ def published(rows: Sequence[Row]) -> Scores:
     details: dict[str, list[dict[str, Any]]] = {}
     counts = {}
     for name, own in by_dataset(rows).items():
-        if own[0].kind == "open-ended" and name != CHOICES:
+        if own[0].is_open:
             metric = "Rouge-L f"
             pairs = [(row, scoring.overlap(row.prediction, row.reference)) for row in own]
             scored = [(row, value) for row, value in pairs if value is not None]

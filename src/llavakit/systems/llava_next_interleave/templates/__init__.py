@@ -16,6 +16,7 @@ INTERLEAVED = replace(QWEN, name="qwen_1_5_interleaved", placement="keep")
 PUBLISHED_EVALUATION = replace(
     INTERLEAVED,
     name="qwen_1_5_pieces",
+    file="llavakit.systems.llava_next_interleave:pieces",
     after_media="\n",
     breaks=("<|im_start|>user\n", ASSISTANT_HEADER, "<image>\n"),
     prompts_keep_first_answer=False,
