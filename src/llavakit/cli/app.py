@@ -48,6 +48,10 @@ WayToAnswer = Annotated[
     str | None,
     typer.Option(help="System in whose way to answer, or module:factory; plain is the model alone. Default: its own."),
 ]
+Search = Annotated[
+    str | None,
+    typer.Option(help="Search over replies, of a responder that has it: best-of-n, sentence, stage, swires."),
+]
 WayOptions = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the responder; may be repeated.")
 ]
@@ -110,9 +114,16 @@ def _assignments(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _answering(responder: str | None, options: Sequence[str] | None) -> dict[str, Any]:
-    """What `llavakit.load` is told of the responder."""
-    return _given(responder=responder, responder_options=_assignments(options or ()) or None)
+def _answering(responder: str | None, options: Sequence[str] | None, search: str | None = None) -> dict[str, Any]:
+    """What `llavakit.load` is told of the responder; `--search` is its option of that name.
+
+    Raises:
+        UserError: If the search is given twice.
+    """
+    found = _assignments(options or ())
+    if search is not None and "search" in found:
+        raise UserError("--search: --responder-option search= says it too; leave one of them out")
+    return _given(responder=responder, responder_options=found | _given(search=search) or None)
 
 
 @contextmanager
@@ -192,6 +203,7 @@ def chat(
     template: Template = None,
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
+    search: Search = None,
 ) -> None:
     """Ask a model about pictures, once or in a conversation.
 
@@ -201,6 +213,7 @@ def chat(
     Examples:
       llavakit chat runs/demo/final --image scan.png --prompt "Is there an effusion?"
       llavakit chat llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg
+      llavakit chat MODEL --image a.jpg --responder llava-o1 --search stage
       llavakit chat MODEL --video clip.mp4 --processor sampling.type=rate --processor sampling.fps=2
       echo "What is in the picture?" | llavakit chat MODEL --image a.jpg
     """
@@ -210,7 +223,7 @@ def chat(
     attached = [attachment(kind, place) for kind, given in places for place in given or ()]
     attached = with_boxes(attached, boxes or ())
     settings = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    answering = _answering(responder, responder_option)
+    answering = _answering(responder, responder_option, search)
     import llavakit
 
     loaded = llavakit.load(
@@ -287,6 +300,7 @@ def evaluate(
     template: Template = None,
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
+    search: Search = None,
     as_json: Json = False,
 ) -> None:
     """Answer the questions of a benchmark and score the answers.
@@ -309,7 +323,7 @@ def evaluate(
     # Every finished run is called "final": the folder above it tells them apart.
     name = "--".join(Path(model).resolve().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
     settings = {"score_options": _scoring(option, judge), "question_options": _assignments(question_option or ())}
-    answering = _answering(responder, responder_option)
+    answering = _answering(responder, responder_option, search)
     import llavakit
     from llavakit.evaluation.run import evaluate as run_evaluation
 

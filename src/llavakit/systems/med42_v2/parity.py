@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from llavakit.conversation.messages import normalise
 from llavakit.conversation.template import get_template
@@ -18,6 +17,7 @@ from llavakit.evaluation.benchmarks.likelihood import first_best, ranking_values
 from llavakit.evaluation.metrics.elo import bradley_terry, online_elo, win_rates
 from llavakit.proof.entries import text_processor, training_sample
 from llavakit.proof.golden import Case, Example, Result, examples, take
+from llavakit.proof.id_tokenizer import IdTokenizer
 from llavakit.splice.scatter import IGNORE
 from llavakit.training.objectives.preference import Pairs, pair_losses, sequence_logps, targets_of, token_logps
 
@@ -41,30 +41,6 @@ def chat_prompt(case: Case) -> Iterator[Example | Result]:
     yield from examples(written, case.inputs["cases"])
 
 
-class IdTokenizer:
-    """A tokenizer in which every id of a case is one token: those of the template have their names, others a number.
-
-    Args:
-        ids: Ids of the template's strings by string.
-        sequences: The case's sequences.
-    """
-
-    def __init__(self, ids: Mapping[str, int], sequences: Sequence[Sequence[int]]) -> None:
-        from tokenizers import AddedToken, Tokenizer, models
-
-        self.names = {number: text for text, number in ids.items()}
-        for number in sorted({number for sequence in sequences for number in sequence} - set(self.names)):
-            self.names[number] = f"[{number}]"
-        backend = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
-        backend.add_tokens([AddedToken(text, normalized=False) for text in self.names.values()])
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=START, eos_token=TURN_END)
-        self.original = {self.tokenizer.convert_tokens_to_ids(text): number for number, text in self.names.items()}
-
-    def text(self, ids: Sequence[int]) -> str:
-        """What ids say."""
-        return "".join(self.names[number] for number in ids)
-
-
 def sft_labels(case: Case) -> list[Example]:
     """Labels of conversations, from their messages."""
     inputs = take(case.inputs)
@@ -84,7 +60,7 @@ def sft_labels(case: Case) -> list[Example]:
     for name, found in (("user", users or roles), ("system", system - users)):
         if found:
             named[name] = min(found)
-    known = IdTokenizer(named, sequences)
+    known = IdTokenizer(named, sequences, START, TURN_END)
     processor = text_processor(known.tokenizer, TEMPLATE)
 
     def labelled(sequence: Sequence[int]) -> list[int]:
