@@ -337,5 +337,5 @@ def test_miniature_measures_every_arm():
     from llavakit.systems.inf_llava.miniature import run
 
     verdict = run(seeds=(0,), steps=8, held_out=16)
-    assert len(verdict.comparisons) == 5
+    assert len(verdict.comparisons) == 4
     assert all(0 <= value <= 1 for c in verdict.comparisons for side in (c.idea, c.baseline) for value in side.values)

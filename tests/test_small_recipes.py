@@ -48,6 +48,7 @@ def worlds(tmp_path_factory):
         ("hyper-llava", "pictures", "image"),
         ("mg-llava", "pictures", "image"),
         ("llava-mini", "scenes", "video"),
+        ("llava-rad", "pictures", "image"),
         ("dynamic-llava", "pictures", "image"),
         ("medm-vl", "thorax", "volume"),
         ("surgical-llava", "scenes", "video"),

@@ -204,13 +204,15 @@ def said(error: Exception) -> str:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A state dict from a pickled file, weights only."""
+    """A state dict from a pickled file, weights only; also one that a training checkpoint holds as `state_dict`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise CheckpointError(f"{path}: not a readable state dict ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, it should hold a state dict")
+    inner = state.get("state_dict")
+    state = inner if isinstance(inner, dict) else state
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {quoted(name)} is a {type(tensor).__name__}, it should be a tensor")

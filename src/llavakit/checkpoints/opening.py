@@ -81,7 +81,7 @@ def local_folder(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt", "*_checkpoint.pt"]
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -70,7 +70,8 @@ def scale(
             own = {"depths": [1] * stages, "patch_size": 1}
             return config | own | {"hidden_sizes": [vision_hidden // 2 ** (stages - n - 1) for n in range(stages)]}
         own = {"hidden_size": vision_hidden, "num_hidden_layers": vision_layers, "num_attention_heads": heads}
-        own |= {"intermediate_size": 2 * vision_hidden, "image_size": size, "patch_size": patch}
+        own |= {"image_size": size, "patch_size": patch}
+        own |= {"mlp_ratio": 2} if "mlp_ratio" in config else {"intermediate_size": 2 * vision_hidden}
         return config | own
 
     parts["vision_config"] = tiny_tower(dict(parts["vision_config"] or {}))

@@ -56,18 +56,20 @@ class Square(ImagePlanner):
 
     Args:
         crop: Side of the square that is kept, `size` if None.
+        rounded: Whether an odd rest is split as torchvision's `CenterCrop` does it; see `pixels.centre_crop`.
     """
 
-    def __init__(self, *, size: int = 336, crop: int | None = None, **options: Any) -> None:
+    def __init__(self, *, size: int = 336, crop: int | None = None, rounded: bool = False, **options: Any) -> None:
         super().__init__(size=size, **options)
         self.crop = size if crop is None else crop
+        self.rounded = rounded
 
     def plan(self, size: MediaSize) -> Plan:
         width, height = pixels.shortest_edge(size.width, size.height, self.size)
         return Plan("image", size, (View(self.crop, self.crop),), canvas=(height, width))
 
     def render(self, image: Image.Image, plan: Plan) -> list[Image.Image]:
-        return [pixels.resize_and_crop(image, self.size, self.crop, self.resample)]
+        return [pixels.resize_and_crop(image, self.size, self.crop, self.resample, rounded=self.rounded)]
 
 
 class Pad(Square):
@@ -91,7 +93,7 @@ class Pad(Square):
 
     def render(self, image: Image.Image, plan: Plan) -> list[Image.Image]:
         square = pixels.pad_and_resize(image, self.background, self.size, self.resample)
-        return [pixels.centre_crop(square, self.crop, self.crop)]
+        return [pixels.centre_crop(square, self.crop, self.crop, rounded=self.rounded)]
 
 
 class Squash(ImagePlanner):

@@ -145,9 +145,19 @@ def shortest_edge(width: int, height: int, size: int) -> tuple[int, int]:
     return int(size * width / height), size
 
 
-def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The middle of an image; where it is smaller than that, black around it."""
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+def _half(space: int, rounded: bool) -> int:
+    """What of the space is in front of a middle part: rounded down, or to the nearest even number."""
+    return round(space / 2) if rounded else space // 2
+
+
+def centre_crop(image: Image.Image, height: int, width: int, *, rounded: bool = False) -> Image.Image:
+    """The middle of an image; where it is smaller than that, black around it.
+
+    Args:
+        rounded: Whether an odd rest is split as torchvision's `CenterCrop` does it (half to even), and not as
+            transformers' processors do (the smaller half in front).
+    """
+    left, top = _half(image.width - width, rounded), _half(image.height - height, rounded)
     if left >= 0 and top >= 0:
         return image if (left, top, width, height) == (0, 0, *image.size) else _crop(image, left, top, width, height)
     # transformers first centres on a black canvas (odd pixel left and above), then crops that.
@@ -162,27 +172,35 @@ def _crop(image: Image.Image, left: int, top: int, width: int, height: int) -> I
 
 
 def resize_and_crop(
-    image: Image.Image, size: int, crop: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+    image: Image.Image,
+    size: int,
+    crop: int,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    *,
+    rounded: bool = False,
 ) -> Image.Image:
     """The classic CLIP view: short side to `size`, then the middle `crop` x `crop` pixels.
 
     A strip so long that its resized form would be huge is reduced to its middle first; its pixels may then differ
     from the long way round in the last bit.
+
+    Args:
+        rounded: See `centre_crop`.
     """
     width, height = shortest_edge(*image.size, size)
     if (width, height) == image.size:
-        return centre_crop(image, crop, crop)
+        return centre_crop(image, crop, crop, rounded=rounded)
     x, y = image.width / width, image.height / height
     if width * height > _LARGEST_RESIZE:
         across, down = min(crop, width), min(crop, height)
-        left, top = (width - across) // 2, (height - down) // 2
+        left, top = _half(width - across, rounded), _half(height - down, rounded)
         right, bottom = min((left + across) * x, image.width), min((top + down) * y, image.height)
         return centre_crop(image.resize((across, down), resample, box=(left * x, top * y, right, bottom)), crop, crop)
     # From version 13 on Pillow resizes columns first where the height shrinks much, and rounds other values in between.
     tall = 2 * image.height > 3 * image.width
     if tall or crop > size or resample == Image.Resampling.NEAREST:
-        return centre_crop(image.resize((width, height), resample), crop, crop)
-    left, top = (width - crop) // 2, (height - crop) // 2
+        return centre_crop(image.resize((width, height), resample), crop, crop, rounded=rounded)
+    left, top = _half(width - crop, rounded), _half(height - crop, rounded)
     # Rows first, as Pillow does otherwise, but only the rows and columns that the kept square depends on.
     reach = 3 * max(y, 1.0) + 2  # no filter reaches further
     first, last = max(int(top * y - reach), 0), min(int((top + crop) * y + reach) + 1, image.height)

@@ -23,21 +23,25 @@ CPU_PASS = 8 * 2**20
 REGION_BINS = 7  # points per axis that an encoder without `pool_regions` reads a region at
 
 
-def _is_sequential_vit(encoder: nn.Module) -> bool:
-    return hasattr(encoder, "embeddings") and hasattr(getattr(encoder, "encoder", None), "layers")
+def _layers(encoder: nn.Module) -> nn.ModuleList | None:
+    """The layers of a CLIP- or SigLIP-like encoder, or of DINOv2; None if the encoder is built in another way."""
+    stack = getattr(encoder, "encoder", None) if hasattr(encoder, "embeddings") else None
+    dinov2 = getattr(getattr(encoder, "config", None), "model_type", None) == "dinov2"
+    return getattr(stack, "layer" if dinov2 else "layers", None)
 
 
 def _hidden_states_vit(encoder: nn.Module, pixel_values: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """Hidden states of a CLIP- or SigLIP-like encoder; index 0 is the embedding, as in `output_hidden_states`."""
-    count = len(encoder.encoder.layers)
-    wanted = [layer if layer >= 0 else count + 1 + layer for layer in layers]
+    """Hidden states of an encoder with `_layers`; index 0 is the embedding, as in `output_hidden_states`."""
+    stack = _layers(encoder)
+    wanted = [layer if layer >= 0 else len(stack) + 1 + layer for layer in layers]
     size = getattr(encoder.config, "image_size", None)
     native = pixel_values.shape[-2:] == (size, size)
-    hidden = encoder.embeddings(pixel_values, interpolate_pos_encoding=not native)
+    always = encoder.config.model_type == "dinov2"  # interpolates wherever it has to, without being told
+    hidden = encoder.embeddings(pixel_values, **({} if always else {"interpolate_pos_encoding": not native}))
     if hasattr(encoder, "pre_layrnorm"):  # transformers' own spelling, CLIP only
         hidden = encoder.pre_layrnorm(hidden)
     kept = {0: hidden}
-    for number, layer in enumerate(encoder.encoder.layers[: max(wanted)], start=1):
+    for number, layer in enumerate(stack[: max(wanted)], start=1):
         hidden = layer(hidden, None)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         kept[number] = hidden
@@ -53,7 +57,7 @@ def hidden_states(encoder: nn.Module, pixel_values: Tensor, layers: Sequence[int
         layers: Indices into the tuple of hidden states; 0 is the embedding.
     """
     inner = getattr(encoder, "vision_model", encoder)
-    if _is_sequential_vit(inner):
+    if _layers(inner) is not None:
         return _hidden_states_vit(inner, pixel_values, layers)
     states = encoder(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
     chosen = [states[layer] for layer in layers]
@@ -62,11 +66,12 @@ def hidden_states(encoder: nn.Module, pixel_values: Tensor, layers: Sequence[int
 
 def passes(encoder: nn.Module, pixel_values: Tensor, geometry: Geometry) -> Sequence[Tensor]:
     """The views in as many parts as they are encoded in: one on an accelerator, parts of a few megabytes on a CPU."""
-    width = getattr(encoder.config, "intermediate_size", None)
-    if pixel_values.device.type != "cpu" or width is None:
+    if _layers(getattr(encoder, "vision_model", encoder)) is None or pixel_values.device.type != "cpu":
         return [pixel_values]
     steps = geometry.stride[-(pixel_values.dim() - 2) :]
     tokens = math.prod(side // step for side, step in zip(pixel_values.shape[2:], steps, strict=True))
+    config = encoder.config
+    width = getattr(config, "intermediate_size", None) or config.hidden_size * config.mlp_ratio
     size = (tokens + geometry.prefix_tokens) * width * pixel_values.element_size()
     return pixel_values.split(max(1, CPU_PASS // size))
 

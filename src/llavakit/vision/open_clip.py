@@ -220,6 +220,37 @@ def _vit(state: LazyState, heads: int | None, head_width: int) -> OpenClipEncode
     return OpenClipEncoder(config, state.joined(made))
 
 
+_VIT_OUT: Renames = (
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"patch_embed.proj.\1"),
+    (r"layernorm\.(weight|bias)", r"norm.\1"),
+    (r"encoder\.layer\.(\d+)\.(norm[12])\.(weight|bias)", r"blocks.\1.\2.\3"),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (r"encoder\.layer\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
+    (r"(blocks\.\d+\.attn\.qkv\.(?:weight|bias))", r"\1"),
+)
+_QUERY = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.query\.(weight|bias)")
+
+
+def timm_vit(state: LazyState) -> LazyState:
+    """A `dinov2` encoder's tensors under timm's names, the way back from `read_open_clip`.
+
+    Raises:
+        CheckpointError: If a tensor has no place there.
+    """
+    fused: dict[str, tuple[str, ...]] = {}
+    for name in state:
+        if found := _QUERY.fullmatch(name):
+            parts = tuple(name.replace(".query.", f".{part}.") for part in ("query", "key", "value"))
+            fused[f"blocks.{found[1]}.attn.qkv.{found[2]}"] = parts
+    taken = {part for parts in fused.values() for part in parts} | {"embeddings.mask_token"}
+    readers = {name: (lambda parts=parts: torch.cat([state[part] for part in parts])) for name, parts in fused.items()}
+    rest = state.renamed(lambda name: None if name in taken else name)
+    return _placed(rest.joined(LazyState(readers, {})), _VIT_OUT)
+
+
 def _siglip(state: LazyState, heads: int | None, head_width: int) -> OpenClipEncoder:
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     block, layer = r"blocks\.(\d+)\.", r"encoder.layers.\1."

@@ -1,10 +1,11 @@
 """INF-LLaVA's claim, small: blocks and interleaved pieces that enhance each other beat either alone.
 
 A 56 x 56 picture holds a large outline that spans all crops (ring, square, diamond or cross) and a patch of stripes of
-period 2, upright or lying, which halving the resolution hides. The class is both: 4 x 2. Every arm sees the picture
-through the same kind of encoder in views of 28 x 28 and gives the reader 16 tokens: the whole view alone (`low`), its
-mean with the blocks (`local`), with the interleaved pieces (`global`), with the average of both without attention
-(`average`) or with the enhancement module (`dual`). Spec section 11.
+period 2, upright or lying, which halving the resolution hides. The class is both: 4 x 2. The patch is 12 pixels wide:
+with 16 every arm that sees blocks is right about everything, with 10 no arm learns in so few steps. Every arm sees the
+picture through the same kind of encoder in views of 28 x 28 and gives the reader 16 tokens: the whole view alone
+(`low`), its mean with the blocks (`local`), with the interleaved pieces (`global`), with the average of both without
+attention (`average`) or with the enhancement module (`dual`). Spec section 11.
 """
 
 from __future__ import annotations
@@ -162,13 +163,11 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     """
     measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
 
-    def compare(baseline: str, name: str, when: str = "", threshold: float = 0.0) -> Comparison:
-        return Comparison(
-            metric=f"accuracy, outline and stripes{when and ', ' + when.strip()}",
-            idea=measured.arm(f"dual joint{when}", "both perspectives, enhanced"),
-            baseline=measured.arm(f"{baseline} joint{when}", name),
-            threshold=threshold,
-        )
+    idea = measured.arm("dual joint", "both perspectives, enhanced")
+
+    def compare(baseline: str, name: str, threshold: float = 0.0) -> Comparison:
+        arm = measured.arm(f"{baseline} joint", name)
+        return Comparison(metric="accuracy, outline and stripes", idea=idea, baseline=arm, threshold=threshold)
 
     return Verdict(
         system="inf-llava",
@@ -177,11 +176,11 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
         comparisons=(
             compare("low", "whole view alone"),
             compare("global", "interleaved pieces alone"),
+            compare("average", "both, averaged without attention"),
             compare("local", "blocks alone", threshold=0.01),
-            compare("local", "blocks alone", " halfway", threshold=0.01),
-            compare("average", "both, averaged without attention", " halfway"),
         ),
         seeds=tuple(seeds),
         seconds=measured.seconds,
-        notes="Chance is 0.125; halfway is half of the training steps. Blocks alone as good as both refutes the claim.",
+        notes="Chance is 0.125, and 0.5 with the outline alone, which every arm tells by half of the steps. Blocks alone "
+        "as good as both refutes the claim.",
     )

@@ -21,6 +21,10 @@ from llavakit.systems.llava_1_5.names import inferred_template, model_name
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+# Files of forks hold one of these beside the keys of this code base.
+KEYS_OF_FORKS = (
+    *("sparse_config", "compressor_size", "mm_image_tower", "mm_video_tower", "mm_vision_tower_checkpoint"),
+)
 YI_VOCABULARY = 64_000  # of v1.6-34b's decoder, whose tokenizer need not list its ChatML tokens as added ones
 
 
@@ -75,9 +79,7 @@ class LlavaLayout(ClassicLayout):
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         plain = str(raw.get("mm_projector_type", "linear"))
         own = plain in ("linear", "identity") or plain.startswith("mlp")
-        other = {"sparse_config", "compressor_size", "mm_image_tower", "mm_video_tower"} & set(raw) or "siglip" in str(
-            raw.get("mm_vision_tower", "")
-        ).lower()
+        other = any(key in raw for key in KEYS_OF_FORKS) or "siglip" in str(raw.get("mm_vision_tower", "")).lower()
         return super().matches(raw, folder) and own and not other
 
     def extend_config(self, raw: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:

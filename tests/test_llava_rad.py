@@ -1,0 +1,257 @@
+"""LLaVA-Rad: golden figures, the published files, annotation records, recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import TEXT, WIDTH, language_tensors, vocabulary, write_tokenizer
+
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
+from llavakit.data.preparation import prepare
+from llavakit.errors import CheckpointError, RecordError, UserError
+from llavakit.proof.golden import find_cases, run_case
+from llavakit.system import get_system
+from llavakit.systems.llava_rad.checkpoint import Published
+from llavakit.systems.llava_rad.cost import cost
+from llavakit.views.image import Square
+from llavakit.views.plan import MediaSize
+
+GOLDEN = Path(__file__).parent / "golden" / "llava-rad"
+TOWER, LAYERS, PATCH, SIDE = 64, 3, 14, 28  # one head of 64 channels, 2 x 2 patches
+
+
+CASES = [path for path in find_cases([GOLDEN]) if not path.name.startswith("eval-")]
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
+def test_golden(path):
+    report = run_case(path)
+    assert report.status == ("declined" if path.name == "batches" else "passed"), report.reason
+
+
+def trunk(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """timm's ViT with layer scale, small."""
+    shapes = {
+        "cls_token": (1, 1, TOWER),
+        "pos_embed": (1, 5, TOWER),
+        "patch_embed.proj.weight": (TOWER, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": (TOWER,),
+        "norm.weight": (TOWER,),
+        "norm.bias": (TOWER,),
+    }
+    for number in range(LAYERS):
+        block = f"blocks.{number}."
+        for name, size in (("attn.qkv", (3, 1)), ("attn.proj", (1, 1)), ("mlp.fc1", (4, 1)), ("mlp.fc2", (1, 4))):
+            shapes |= {
+                f"{block}{name}.weight": tuple(TOWER * k for k in size),
+                f"{block}{name}.bias": (TOWER * size[0],),
+            }
+        shapes |= {f"{block}{norm}.{kind}": (TOWER,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")}
+        shapes |= {f"{block}{scale}.gamma": (TOWER,) for scale in ("ls1", "ls2")}
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """`microsoft/llava-rad`'s files beside its language model, small, under the true names."""
+    generator = torch.Generator().manual_seed(0)
+    folder, base = tmp_path / "llava-rad", tmp_path / "vicuna"
+    for place in (folder, base):
+        place.mkdir()
+        write_tokenizer(place)
+    language = language_tensors(generator, vocabulary())
+    language["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(language, base / "model.safetensors")
+    text = {"vocab_size": vocabulary(), **TEXT}
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", **text}))
+    raw = {
+        **text,
+        "model_type": "llava",
+        "mm_vision_tower": "biomedclip_cxr_518",
+        "mm_vision_tower_config": "biomedclipcxr_518.json",
+        "mm_vision_tower_checkpoint": "biomedclipcxr_518_checkpoint.pt",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": TOWER,
+        "image_aspect_ratio": "square",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    vision = {"timm_model_name": "vit_base_patch14_dinov2", "image_size": SIDE}
+    described = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {"context_length": 256}}
+    (folder / "biomedclipcxr_518.json").write_text(json.dumps(described))
+    tower = trunk(generator)
+    state = {f"module.visual.trunk.{name}": tensor for name, tensor in tower.items()}
+    state |= {"module.visual.head.proj.weight": torch.zeros(8, TOWER), "module.logit_scale": torch.tensor(1.0)}
+    state |= {"module.text.transformer.pooler.dense.weight": torch.zeros(4, 4)}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state}, folder / "biomedclipcxr_518_checkpoint.pt")
+    prefix = "base_model.model.model."
+    sizes = {"0": (WIDTH, TOWER), "2": (WIDTH, WIDTH)}
+    connector = {
+        f"{prefix}mm_projector.{n}.{kind}": torch.randn(shape if kind == "weight" else shape[:1], generator=generator)
+        for n, shape in sizes.items()
+        for kind in ("weight", "bias")
+    }
+    torch.save(connector, folder / "non_lora_trainables.bin")
+    targets = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    options = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "bias": "none"}
+    options |= {"target_modules": targets, "task_type": "CAUSAL_LM", "base_model_name_or_path": "lmsys/vicuna-7b-v1.5"}
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    adapter = {}
+    for name, tensor in language.items():
+        if name.endswith("_proj.weight"):
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            adapter[f"{layer}.lora_A.weight"] = torch.randn(4, tensor.shape[1], generator=generator) * 0.1
+            adapter[f"{layer}.lora_B.weight"] = torch.randn(tensor.shape[0], 4, generator=generator) * 0.1
+    torch.save(adapter, folder / "adapter_model.bin")
+    return folder, base, tower, language, adapter
+
+
+def test_published_files_open_merged_with_the_encoder_beside_them(published):
+    folder, base, _, language, adapter = published
+    checkpoint = open_checkpoint(folder, base=base)
+    assert (checkpoint.config.system, checkpoint.config.template) == ("llava-rad", "v1")
+    net = build(checkpoint)
+    layer = "model.layers.1.mlp.up_proj"
+    low, high = (adapter[f"base_model.model.{layer}.lora_{which}.weight"] for which in "AB")
+    merged = net.model.language_model.layers[1].mlp.up_proj.weight
+    torch.testing.assert_close(merged.data, language[f"{layer}.weight"] + 2.0 * high @ low, atol=1e-5, rtol=1e-5)
+    processor = load_processor(checkpoint, base)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 71, 3), dtype=np.uint8))
+    part = {"type": "image", "image": picture}
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "Findings?"}]}
+    sample = processor.encode([asked], add_generation_prompt=True)
+    assert sample["pixel_values"][0].shape == (3, SIDE, SIDE)
+    assert int((torch.as_tensor(sample["input_ids"]) == processor.image_token_id).sum()) == 4
+    before = net.get_image_features(sample["pixel_values"][0][None]).pooler_output[0]
+    with torch.no_grad():
+        net.model.vision_tower.layernorm.weight.zero_()  # the feature is read in front of it
+    assert torch.equal(net.get_image_features(sample["pixel_values"][0][None]).pooler_output[0], before)
+
+
+def test_export_holds_the_encoder_under_timms_names_and_comes_back(published, tmp_path):
+    folder, base, tower, *_ = published
+    convert(folder, tmp_path / "native", to="llavakit", base=base)
+    convert(tmp_path / "native", tmp_path / "again", to="original")
+    written = load_file(tmp_path / "again" / "model.safetensors")
+    own = "model.vision_tower.vision_tower.vit."
+    assert {name.removeprefix(own) for name in written if name.startswith(own)} == set(tower)
+    for name, tensor in tower.items():
+        assert torch.equal(written[own + name], tensor), name
+    one, other = (build(open_checkpoint(tmp_path / name)) for name in ("native", "again"))
+    state = other.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"mm_vision_tower_checkpoint": "../secret.pt"}, "should be the name of a file in the folder"),
+        ("config.json", {"mm_vision_tower_checkpoint": "gone.pt"}, "name the encoder's folder with --vision-tower"),
+        ("config.json", {"image_aspect_ratio": "pad"}, "image_aspect_ratio"),
+        ("config.json", {"mm_hidden_size": 1024}, "mm_hidden_size is 1024"),
+        ("biomedclipcxr_518.json", {"vision_cfg": {"timm_model_name": "convnext"}}, "timm_model_name 'convnext'"),
+        ("biomedclipcxr_518.json", {"vision_cfg": None}, "timm_model_name None"),
+    ],
+)
+def test_files_that_do_not_fit_are_one_line(published, file, change, message):
+    folder, base, *_ = published
+    raw = json.loads((folder / file).read_text()) | change
+    if "gone.pt" in change.values():
+        raw |= {"mm_hidden_size": None, "mm_vision_tower_config": None}
+    (folder / file).write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(folder, base=base)
+    assert "\n" not in str(caught.value)
+
+
+def test_published_shapes_counts_and_recipe():
+    from llavakit.training.build import build_meta
+    from llavakit.training.recipe import load_recipe
+
+    net = build_meta(load_recipe(get_system("llava-rad").recipe))
+    shapes = {name: tuple(tensor.shape) for name, tensor in Published().write_state(net.config, net.state_dict())}
+    own = "model.vision_tower.vision_tower.vit."
+    assert shapes[f"{own}pos_embed"] == (1, 1370, 768)
+    assert shapes[f"{own}blocks.11.attn.qkv.weight"] == (2304, 768)
+    assert shapes["model.mm_projector.0.weight"] == (4096, 768)
+    trunk = sum(int(np.prod(shape)) for name, shape in shapes.items() if name.startswith(own))
+    counted = {row.name: row.value for row in cost().rows}
+    assert trunk == counted["parameters"] == 86_579_712
+    assert counted["connector"] == 19_931_136
+    assert counted["LoRA of rank 64"] == 159_907_840
+    assert counted["12 layers"] == 303_147_436_032
+    assert counted["the 11 layers that are read"] == 277_988_186_112
+    assert counted["connector on 1369 tokens"] == 54_549_020_672
+    assert counted["prefill of 1433 tokens"] == 20_012_503_400_448
+    assert net.model.media.count("image", MediaSize(1, 3056, 2544)) == 1369
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 31), (31, 28), (28, 33), (28, 28), (20, 23)])
+def test_the_middle_is_split_as_torchvision_does(height, width):
+    """Half to even: an odd rest of 3 leaves 2 in front, where transformers' processors leave 1."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    planner = Square(size=28, rounded=True)
+    (view,) = planner.render(image, planner.plan(MediaSize(1, height, width)))
+    short = min(height, width)
+    resized = image.resize((int(28 * width / short), int(28 * height / short)), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - 28) / 2), round((resized.height - 28) / 2)
+    wanted = resized.crop((left, top, left + 28, top + 28))
+    assert np.abs(np.asarray(view, np.int16) - np.asarray(wanted, np.int16)).max() <= 1
+
+
+def write_annotations(path: Path, records: list) -> Path:
+    path.write_text(json.dumps(records))
+    return path
+
+
+def annotation(**fields) -> dict:
+    turns = [{"from": "human", "value": "<image>\nold"}, {"from": "gpt", "value": "Clear."}]
+    return {"id": "a", "image": "mimic/mimic/p.jpg", "view": "PA", "conversations": turns, **fields}
+
+
+def test_annotations_become_records(tmp_path):
+    records = [annotation(), annotation(view="ap"), annotation(view=None), annotation(reason="a\n\nb")]
+    source = write_annotations(tmp_path / "a.json", records)
+    counts = prepare("mimic_cxr_findings", source, tmp_path / "train.jsonl")
+    assert (counts["records"], counts["written"], counts["left_out"]) == (4, 2, [])
+    written = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [record["image"] for record in written] == ["mimic/p.jpg"] * 2
+    assert written[0]["conversations"][0]["value"].endswith("in the radiology image.")
+    assert written[1]["conversations"][0]["value"].endswith("following indication: a  b")
+    counts = prepare("mimic_cxr_findings", source, tmp_path / "t.json", selection="mimic_test_findings")
+    assert (counts["written"], json.loads((tmp_path / "t.json").read_text())) == (0, [])
+    prepare("mimic_cxr_findings", source, tmp_path / "v.json", selection="mimic_cxr_all_views_findings")
+    asked = [record["conversations"][0]["value"] for record in json.loads((tmp_path / "v.json").read_text())]
+    assert [text.split(" view")[0].rpartition(" ")[2] for text in asked] == ["PA", "ap", "Unknown", "PA"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"conversations": [{"from": "human", "value": "x"}]}, "a.json:2: conversations: "),
+        ({"conversations": None}, "a.json:2: conversations: is None"),
+        ({"image": None}, "a.json:2: image: is None"),
+        ({"view": 3}, "a.json:2: view: is 3"),
+        ({"reason": ["x"]}, "a.json:2: reason: "),
+    ],
+)
+def test_broken_annotations_are_named_or_left_out(tmp_path, broken, message):
+    source = write_annotations(tmp_path / "a.json", [annotation(), annotation(**broken)])
+    with pytest.raises(RecordError, match=message):
+        prepare("mimic_cxr_findings", source, tmp_path / "train.json")
+    assert not (tmp_path / "train.json").exists()
+    counts = prepare("mimic_cxr_findings", source, tmp_path / "train.json", on_bad_record="skip")
+    assert counts["written"] == 1
+    assert len(counts["left_out"]) == 1
+    with pytest.raises(UserError, match="did you mean 'mimic_test_findings'"):
+        prepare("mimic_cxr_findings", source, tmp_path / "train.json", selection="mimic_test_finding")
