@@ -181,6 +181,6 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
         ),
         seeds=tuple(seeds),
         seconds=measured.seconds,
-        notes="Chance is 0.125, and 0.5 with the outline alone, which every arm tells by half of the steps. Blocks alone "
-        "as good as both refutes the claim.",
+        notes="Chance is 0.125, and 0.5 with the outline alone, which every arm tells by half of the steps. "
+        "Blocks alone as good as both refutes the claim.",
     )
