@@ -9,6 +9,8 @@ import tiny
 import torch
 
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.routes import MODALITIES
+from llavakit.views.plan import MediaSize
 
 GRID = list(itertools.product(tiny.ENCODERS, tiny.CONNECTORS, tiny.DECODERS))
 LAYOUTS = ("ttItttt", "tttttt", "tItttItt", "Ittttttttt")
@@ -144,3 +146,26 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     net.gradient_checkpointing_enable({"use_reentrant": False})
     net(**sample).loss.backward()
     assert torch.equal(net.model.multi_modal_projector.linear_1.weight.grad, plain)
+
+
+def test_a_second_separator_ends_frames_and_images_take_the_first(tmp_path):
+    view = {"type": "squash", "size": tiny.SIZE}
+    tiles = {"type": "anyres", "size": tiny.SIZE, "pinpoints": [[tiny.SIZE, 2 * tiny.SIZE]]}
+    media = {
+        "image": {"views": tiles, "arrange": {"type": "spatial_unpad"}},
+        "video": {"views": {"type": "frames", "frame": view}, "arrange": {"type": "faster_video", "every": 2}},
+    }
+    net = tiny.model(media=media)
+    assert net.model.image_newline.shape == (2, net.config.hidden_size)
+    with torch.no_grad():
+        net.model.image_newline.copy_(torch.tensor([[7.0], [9.0]]).expand(2, net.config.hidden_size))
+    net.save_pretrained(tmp_path)
+    net = LlavakitForConditionalGeneration.from_pretrained(tmp_path)
+    views = torch.randn(3, 3, tiny.SIZE, tiny.SIZE)
+    for modality, depth, height in (("image", 1, 2 * tiny.SIZE), ("video", 3, tiny.SIZE)):
+        size = MediaSize(depth, height, tiny.SIZE)
+        sizes, kinds = torch.tensor([size]), torch.tensor([MODALITIES.index(modality)])
+        (vectors,) = net.get_image_features(views, visual_sizes=sizes, visual_modalities=kinds).pooler_output
+        assert len(vectors) == net.model.media.count(modality, size)
+        ends = [(vectors == value).all(-1).sum().item() for value in (7.0, 9.0)]
+        assert ends == ([8, 0] if modality == "image" else [2 + 1 + 2, 3])

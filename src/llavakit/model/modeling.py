@@ -34,6 +34,7 @@ from llavakit.model.prompt import (
 from llavakit.model.routes import MODALITIES, MediaSpec, encoder_widths, read_region_tensor
 from llavakit.model.visuals import Visuals, gather_media, run_encoders, streamed, view_jobs
 from llavakit.registry import ADAPTERS, CONNECTORS
+from llavakit.splice.layout import Arrangement
 from llavakit.splice.scatter import IGNORE, scatter
 from llavakit.views.plan import MediaSize, Plan
 
@@ -103,13 +104,24 @@ class LlavakitModel(LlavakitPreTrainedModel):
         for name in config.extra_connectors:
             setattr(self, name, self._build_connector(name))
         self.language_model = AutoModel.from_config(config.text_config)
-        self.image_newline = nn.Parameter(torch.zeros(config.hidden_size)) if self.media.uses_newline else None
+        self.image_newline = self._build_newline(self.media.newline_vectors)
         self.language_adapter = (
             ADAPTERS.build(config.language_adapter, text_config=config.text_config) if config.language_adapter else None
         )
         if self.language_adapter is not None:
             self.language_adapter.check(self.language_model)
         self.post_init()
+
+    def _build_newline(self, vectors: int) -> nn.Parameter | None:
+        """The learned separator: [hidden] if there is one, [vectors, hidden] if there are several."""
+        width = self.config.hidden_size
+        return nn.Parameter(torch.zeros(*([vectors] if vectors > 1 else []), width)) if vectors else None
+
+    def _newline_for(self, arrangement: Arrangement) -> Tensor | None:
+        """The separator as an arrangement takes it."""
+        newline = self.image_newline
+        several = newline is not None and newline.dim() == 2
+        return newline[0] if several and arrangement.newline_vectors == 1 else newline
 
     def _build_connector(self, name: str) -> Connector:
         options = self.config.connector_options(name)
@@ -221,7 +233,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
                     visuals.plans[item],
                     [tokens.grids[entry] for entry in own_entries],
                     [split[entry] for entry in own_entries],
-                    self.image_newline,
+                    self._newline_for(routes[item].arrangement),
                 )
         if marks and all(mark is not None for mark in marks):
             prompt.changed = torch.stack(marks).any(0)

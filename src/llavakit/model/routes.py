@@ -167,7 +167,13 @@ class MediaSpec:
     @property
     def uses_newline(self) -> bool:
         """Whether any arrangement needs the learned `image_newline`."""
-        return any(route.arrangement.uses_newline for route in self.routes.values())
+        return self.newline_vectors > 0
+
+    @property
+    def newline_vectors(self) -> int:
+        """Vectors of the learned `image_newline`; 0 if no arrangement needs it."""
+        arrangements = [route.arrangement for route in self.routes.values()]
+        return max((own.newline_vectors for own in arrangements if own.uses_newline), default=0)
 
     @property
     def takes_regions(self) -> bool:

@@ -121,7 +121,8 @@ def coordinate_model(rows: Sequence[Sequence[int]], side: int, media: Mapping[st
     model = LlavakitForConditionalGeneration(config).eval()
     model.get_input_embeddings().weight.data = marked(TEXT, torch.arange(tokens))
     if model.model.image_newline is not None:
-        model.model.image_newline.data = marked(NEWLINE)
+        both = torch.stack([marked(NEWLINE), marked(FRAME_END)])
+        model.model.image_newline.data = both if model.model.image_newline.dim() == 2 else both[0]
     return model
 
 

@@ -29,10 +29,12 @@ class Arrangement:
 
     Attributes:
         uses_newline: Whether the model must own a learned `image_newline` vector.
+        newline_vectors: How many: one that ends rows, or a second one that ends frames.
         literal_ids: Token ids that layouts may write between visual positions.
     """
 
     uses_newline = False
+    newline_vectors = 1
     literal_ids: tuple[int, ...] = ()
 
     def layout(self, plan: Plan, grids: Sequence[Grid]) -> list[Run]:
@@ -46,7 +48,7 @@ class Arrangement:
 
         Args:
             tokens: One tensor [tokens, hidden] per grid.
-            newline: The learned separator [hidden], if `uses_newline`.
+            newline: The learned separator [hidden], or several [newline_vectors, hidden], if `uses_newline`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define arrange")
 

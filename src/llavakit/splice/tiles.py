@@ -228,6 +228,7 @@ class FasterVideo(Arrangement):
     """
 
     uses_newline = True
+    newline_vectors = 2
 
     def __init__(self, *, every: int = 10, pool: dict[str, Any] | None = None) -> None:
         self.every = every
@@ -245,8 +246,8 @@ class FasterVideo(Arrangement):
     def arrange(
         self, plan: Plan, grids: Sequence[Grid], tokens: Sequence[Tensor], newline: Tensor | None = None
     ) -> Tensor:
-        """As in the base class; `newline` may be [2, hidden]: the newline and a frame mark of its own."""
-        row_end, frame_end = newline if newline.dim() == 2 else (newline, newline)
+        """As in the base class; `newline` [2, hidden] holds the newline and the frame mark."""
+        row_end, frame_end = newline
         frames = [frame for grid, values in zip(grids, tokens, strict=True) for frame in values.view(*grid, -1)]
         parts = []
         for frame, (_, _, pooling) in zip(frames, self._frames(grids), strict=True):

@@ -33,6 +33,7 @@ class Wrapped(Arrangement):
         self.inner = ARRANGEMENTS.build(dict(inner or {"type": "flat"}))
         self.before, self.after = tuple(before), tuple(after)
         self.uses_newline = self.inner.uses_newline
+        self.newline_vectors = self.inner.newline_vectors
         self.literal_ids = (*self.before, *self.inner.literal_ids, *self.after)
 
     def layout(self, plan: Plan, grids: Sequence[Grid]) -> list[Run]:

@@ -13,15 +13,12 @@ from llavakit.proof.classic_batch import Entry
 from llavakit.proof.entries import TINY, check_keys, fitting, loaded
 from llavakit.proof.golden import Case, Result
 from llavakit.proof.siglip_qwen import (
-    FRAME_END,
-    NEWLINE,
     SharedComponents,
     batch_of,
     coordinate_model,
     coordinates,
-    marked,
 )
-from llavakit.registry import ARRANGEMENTS, CONNECTORS, PLANNERS
+from llavakit.registry import CONNECTORS
 from llavakit.splice.tiles import pool
 from llavakit.systems.llava_onevision import parity_data, parity_views
 from llavakit.systems.llava_onevision.checkpoint import (
@@ -104,23 +101,14 @@ def faster_video(case: Case) -> Result:
     """Detailed and coarse frames with a newline after every row and a mark after every frame."""
     case.informational("config.model_config.*")
     settings, request, side = case.config["model_config"], case.inputs, case.config["side"]
-    frames = request["frames"]
-    arrangement = ARRANGEMENTS.build(
-        {
-            "type": "faster_video",
-            "every": settings.get("faster_token_stride", 10),
-            "pool": {"mode": settings.get("mm_spatial_pool_mode", "bilinear"), "stride": 2},
-        }
-    )
-    size = case.config["tower_image_size"]
-    plan = PLANNERS.build({"type": "frames", "frame": {"type": "squash", "size": size}}).plan(
-        MediaSize(frames, size, size)
-    )
-    ends = torch.stack([marked(NEWLINE), marked(FRAME_END)])
-    vectors = arrangement.arrange(plan, [(1, side, side)] * frames, coordinates(0, frames, side), ends)
+    frames, size = request["frames"], case.config["tower_image_size"]
     media = media_of({}, size)
+    pool = {"mode": settings.get("mm_spatial_pool_mode") or "bilinear", "stride": 2}
+    every = settings.get("faster_token_stride") or 10
+    media["video"]["arrange"] = {"type": "faster_video", "every": every, "pool": pool}
     model = coordinate_model(request["input_ids"], side, media)
-    embeds = batch_of(model, request, [Entry(vectors=vectors)], settings).embeds().detach()
+    video = Entry("video", MediaSize(frames, size, size), coordinates(0, frames, side))
+    embeds = batch_of(model, request, [video], settings, features=True).embeds().detach()
     return Result(json={"shape": embeds.shape}, tensors={"inputs_embeds": embeds})
 
 
