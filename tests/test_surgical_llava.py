@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -19,6 +20,7 @@ from llavakit.connectors.base import Features
 from llavakit.conversation.template import get_template
 from llavakit.conversation.turns import TextDelta
 from llavakit.data.preparation import prepare
+from llavakit.data.records import Record
 from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.benchmarks import five_aspects
 from llavakit.evaluation.judges import Judge
@@ -27,6 +29,7 @@ from llavakit.evaluation.score import benchmark, score
 from llavakit.generation.responder import Responder
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.visuals import gather_media
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.surgical_llava import miniature
@@ -34,6 +37,7 @@ from llavakit.systems.surgical_llava.checkpoint import PUBLISHED, VideoChatGPT
 from llavakit.systems.surgical_llava.connector import SpatioTemporal, pool
 from llavakit.systems.surgical_llava.cost import cost, figures
 from llavakit.training.build import build_meta
+from llavakit.training.features import FeatureCache
 from llavakit.training.recipe import load_recipe
 from llavakit.views.plan import MediaSize
 
@@ -265,6 +269,33 @@ def test_published_shapes_and_recipe():
     shapes = {name: tuple(t.shape) for name, t in VideoChatGPT().write_state(net.config, net.state_dict())}
     assert shapes["model.mm_projector.weight"] == (4096, 1024)
     assert shapes["model.mm_projector.bias"] == (4096,)
+
+
+def test_the_cache_of_features_keeps_averages_alone(tmp_path):
+    checkpoint = open_checkpoint(published(tmp_path, extra=3))
+    net, processor = build(checkpoint), load_processor(checkpoint)
+    rng = np.random.default_rng(0)
+    clips = [[Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)) for _ in range(n)] for n in (5, 130, 1)]
+    messages = [[{"role": "user", "content": [{"type": "video", "video": clip}]}] for clip in clips]
+    records = [Record(own, "clips.jsonl", number, {}) for number, own in enumerate(messages, 1)]
+    cache = FeatureCache(tmp_path / "cache", net, processor, "float32")
+    assert cache.fill(records) == 3
+    kept = [cache(own) for own in messages]
+    assert [[len(tensor) for tensor in own] for own in kept] == [[5, 16], [100, 16], [1, 16]]
+    assert cache.data.stat().st_size == sum(tensor.numel() * 4 for own in kept for tensor in own)
+    samples = [processor.encode(own, add_generation_prompt=True) for own in messages]
+    sizes = torch.tensor([sample["visual_sizes"][0] for sample in samples])
+    kinds = torch.tensor([sample["visual_modalities"][0] for sample in samples])
+    views = torch.stack([view for sample in samples for view in sample["pixel_values"]])
+    with torch.no_grad():
+        wanted = net.model.get_image_features(views, visual_sizes=sizes, visual_modalities=kinds).pooler_output
+        names, plans = net.model.plan_media((), sizes, kinds)
+        flat = [tensor for own in kept for tensor in own]
+        found, _ = net.model.connect(gather_media(net.model.media, names, plans, flat, reduced=True))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)  # rounded to float16 on the way
+    net.config.connector["slots"] = 8
+    assert len(FeatureCache(tmp_path / "cache", net, processor, "float32")) == 0  # another pooling
 
 
 # Templates

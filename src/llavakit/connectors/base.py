@@ -46,12 +46,14 @@ class Features:
         media_index: For every entry the index of the media item that it belongs to, ascending.
         regions: One vector per region of an entry's view, [regions, region width] per entry; None if no view of the
             batch has regions.
+        reduced: Whether these are what `Connector.reduce` made of an encoder's features.
     """
 
     values: Tensor
     grids: list[Grid]
     media_index: list[int]
     regions: list[Tensor] | None = None
+    reduced: bool = False
 
     def split(self) -> list[Tensor]:
         """One tensor [tokens, width] per entry."""
@@ -174,6 +176,8 @@ class Connector(nn.Module):
         encoders: How many encoders of one media item `forward` reads.
         needs_prompt: Whether `forward` gets a `Prompt` and returns changed prompt embeddings too.
         streams: Whether `forward` asks for features by `Features.part`, so that they need not exist all at once.
+        reduces: Whether `forward` begins with `reduce`, a step without weights that leaves fewer tokens. A cache of
+            features keeps what it gives instead of the encoder's, and `forward` gets that (`Features.reduced`).
         blank_image: With `needs_prompt`: whether a sample without media is to be read with an image of zeros, which
             gets no place in the prompt.
     """
@@ -181,6 +185,7 @@ class Connector(nn.Module):
     encoders = 1
     needs_prompt = False
     streams = False
+    reduces = False
     blank_image = False
 
     def __init__(self, *, vision_width: Any, hidden_size: int, text_config: Any = None) -> None:
@@ -195,6 +200,15 @@ class Connector(nn.Module):
         every token.
         """
         return list(grids)
+
+    @classmethod
+    def reduced_grids(cls, options: Mapping[str, Any], plan: Plan, grids: Sequence[Grid]) -> list[Grid]:
+        """Grids that `reduce` leaves of a media item whose views have the feature grids `grids`; `reduces` only."""
+        raise NotImplementedError(f"{cls.__name__} must define reduced_grids")
+
+    def reduce(self, features: Features, plans: Sequence[Plan]) -> Features:
+        """What `forward` does first, without weights; `reduces` only, with one encoder and no regions."""
+        raise NotImplementedError(f"{type(self).__name__} must define reduce")
 
     def forward(self, features: Any, plans: Sequence[Plan], prompt: Prompt | None = None) -> Any:
         """Tokens of width `hidden_size` as `Features`; with `needs_prompt` a pair (tokens, embeddings).

@@ -69,6 +69,15 @@ class Route:
         """Grid of the encoder's features for every view."""
         return [self.geometries[view.encoder].grid(view, self.keep_prefix[view.encoder]) for view in plan.views]
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the connector begins with a step without weights, see `Connector.reduces`."""
+        return self.connector_cls.reduces
+
+    def reduced_grids(self, plan: Plan) -> list[Grid]:
+        """Grids that this step leaves of the features."""
+        return self.connector_cls.reduced_grids(self.connector_options, plan, self.feature_grids(plan))
+
     def token_grids(self, plan: Plan) -> list[Grid]:
         """Grids that come out of the connector."""
         return self.connector_cls.token_grids(self.connector_options, plan, self.feature_grids(plan))

@@ -100,11 +100,19 @@ def run_encoders(model: Any, pixel_values: Tensor | Sequence[Tensor], jobs: Sequ
     return [tensor for view in range(len(jobs)) for tensor in encoded[view]]
 
 
-def gather_media(spec: MediaSpec, modalities: list[str], plans: list[Plan], tensors: Sequence[Tensor]) -> Visuals:
+def gather_media(
+    spec: MediaSpec,
+    modalities: list[str],
+    plans: list[Plan],
+    tensors: Sequence[Tensor],
+    *,
+    reduced: bool = False,
+) -> Visuals:
     """Visuals from the features of every view.
 
     Args:
         tensors: As from `run_encoders`, in the order of the plans.
+        reduced: Whether the tensors of connectors that reduce (`Connector.reduces`) are what `reduce` made of them.
     """
     found: dict[str, list[_Slot]] = {}
     media: dict[str, int] = {}
@@ -114,6 +122,11 @@ def gather_media(spec: MediaSpec, modalities: list[str], plans: list[Plan], tens
         slots = found.setdefault(route.connector, [_Slot() for _ in route.encoders])
         number = media.get(route.connector, 0)
         media[route.connector] = number + 1
+        if reduced and route.reduces:
+            slots[0].reduced = True
+            for grid in route.reduced_grids(plan):
+                slots[0].add(number, next(remaining), grid, None)
+            continue
         for view, grid in zip(plan.views, route.feature_grids(plan), strict=True):
             tokens = next(remaining)
             slots[view.encoder].add(number, tokens, grid, next(remaining) if view.regions else None)
@@ -128,6 +141,7 @@ class _Slot:
         self.grids: list[Grid] = []
         self.media_index: list[int] = []
         self.regions: list[Tensor | None] = []
+        self.reduced = False
 
     def add(self, media_index: int, tokens: Tensor, grid: Grid, regions: Tensor | None) -> None:
         self.tokens.append(tokens)
@@ -141,7 +155,7 @@ class _Slot:
         if present:
             regions = [present[0][:0] if vectors is None else vectors for vectors in self.regions]
         values = torch.cat(self.tokens) if self.tokens else torch.zeros(0, 0)
-        return Features(values, self.grids, self.media_index, regions)
+        return Features(values, self.grids, self.media_index, regions, self.reduced)
 
 
 def streamed(

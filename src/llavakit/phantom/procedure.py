@@ -312,7 +312,12 @@ class Procedure(World):
 
 def clause(instrument: str, verb: str, target: str) -> str:
     """A triplet in words: "the hook dissects the cystic duct"."""
-    return f"the {instrument} {FORMS[verb]} the {target}"
+    return f"the {instrument} {_agree(instrument, verb, FORMS[verb])} the {target}"
+
+
+def _agree(instrument: str, plural: str, singular: str) -> str:
+    """The form of a verb that agrees with the name of an instrument; scissors are a plural."""
+    return plural if instrument == "scissors" else singular
 
 
 def _sentence(segment: Segment) -> str:
@@ -329,9 +334,10 @@ def _capitals(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _exist(name: str, there: bool) -> Question:
-    sentence = f"There is {words.article(name)}." if there else f"There is no {name}."
-    answer = "Yes" if there else "No"
-    return Question("exist", f"Is {words.article(name)} in the picture?", answer, sentence, ("Yes", "No"))
+    verb, noun = _agree(name, "are", "is"), _agree(name, name, words.article(name))
+    sentence = f"There {verb} {noun}." if there else f"There {verb} no {name}."
+    text = f"{words.capital(verb)} there {noun} in the picture?"
+    return Question("exist", text, "Yes" if there else "No", sentence, ("Yes", "No"))
 
 
 def _count(number: int) -> Question:
@@ -341,26 +347,29 @@ def _count(number: int) -> Question:
 
 
 def _tool(action: Action) -> Question:
-    sentence = f"The {action.instrument} is at work."
+    sentence = f"The {action.instrument} {_agree(action.instrument, 'are', 'is')} at work."
     answer = words.capital(action.instrument)
     return Question("tool", "Which instrument is at work?", answer, sentence, _capitals(INSTRUMENTS))
 
 
 def _side(action: Action) -> Question:
-    sentence = f"The {action.instrument} comes from the {action.side}."
-    text = f"From which side does the {action.instrument} come?"
+    name = action.instrument
+    sentence = f"The {name} {_agree(name, 'come', 'comes')} from the {action.side}."
+    text = f"From which side {_agree(name, 'do', 'does')} the {name} come?"
     return Question("side", text, words.capital(action.side), sentence, _capitals(tuple(SIDES)))
 
 
 def _target(action: Action) -> Question:
-    sentence = f"The {action.instrument} works on the {action.target}."
-    text = f"What does the {action.instrument} work on?"
+    name = action.instrument
+    sentence = f"The {name} {_agree(name, 'work', 'works')} on the {action.target}."
+    text = f"What {_agree(name, 'do', 'does')} the {name} work on?"
     return Question("target", text, words.capital(action.target), sentence, _capitals(TARGETS))
 
 
 def _verb(action: Action) -> Question:
-    text = f"Which action does the {action.instrument} perform?"
-    sentence = f"The {action.instrument} performs the action {action.verb}."
+    name = action.instrument
+    text = f"Which action {_agree(name, 'do', 'does')} the {name} perform?"
+    sentence = f"The {name} {_agree(name, 'perform', 'performs')} the action {action.verb}."
     return Question("verb", text, words.capital(action.verb), sentence, _capitals(VERBS))
 
 

@@ -460,7 +460,10 @@ def stand_ins(
         for run in route.layout(plan):
             ids += [model.config.image_token_id] * run.visual + list(run.ids)
         views: list[Tensor] = []
-        for view, grid in zip(plan.views, route.feature_grids(plan), strict=True):
+        kept = features and route.reduces
+        if kept:
+            views += [torch.zeros(tokens_in(grid), route.widths[0]) for grid in route.reduced_grids(plan)]
+        for view, grid in zip(plan.views, route.feature_grids(plan), strict=True) if not kept else ():
             if features:
                 views.append(torch.zeros(tokens_in(grid), route.widths[view.encoder]))
                 if view.regions:

@@ -4,7 +4,8 @@ While an encoder is frozen and the plan of every media item is fixed, its output
 features from a memory map instead of running the encoder in every epoch. The cache lives in a folder named after
 everything that decides the features (weights, configuration, planners, precision) and finds a media item by its
 content, so that stages, runs and restarts share it. A kill while it is written costs at most the media item
-being written.
+being written. Where a connector begins with a step without weights (`Connector.reduces`), the cache keeps what that
+leaves: of a clip of 100 frames under spatio-temporal pooling 0.7 MB instead of 52.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llavakit.connectors.base import Features
 from llavakit.conversation.encode import collect_media
 from llavakit.data.records import Record, belongs_to, open_media
 from llavakit.errors import RecordError, UserError
@@ -30,12 +32,13 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import read_region_tensor
 from llavakit.model.visuals import ViewJob, run_encoders, view_jobs
+from llavakit.views.plan import Plan
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MEDIA_AT_ONCE = 32
 
 Messages = Sequence[Mapping[str, Any]]
-_Opened = tuple[str, list[ViewJob], list[Tensor]]  # key, work and views of a media item
+_Opened = tuple[str, str, Plan, list[ViewJob], list[Tensor]]  # key, modality, plan, work and views of a media item
 
 
 def _digest(*chunks: bytes) -> str:
@@ -52,7 +55,11 @@ def towers_digest(model: LlavakitForConditionalGeneration, processor: LlavakitPr
     state = hashlib.sha256()
     settings = {name: [str(part) for part in config.encoder_config(name)] for name in names}
     reading = [processor.sampling, processor.reading]
-    state.update(json.dumps([settings, config.media, reading, dtype], sort_keys=True, default=str).encode())
+    described = [settings, config.media, reading, dtype]
+    reduced = {route.connector for route in processor.spec.routes.values() if route.reduces}
+    if reduced:
+        described.append([config.connector_options(name) for name in sorted(reduced)])
+    state.update(json.dumps(described, sort_keys=True, default=str).encode())
     for name in names:
         for key, tensor in sorted(getattr(model.model, name).state_dict().items()):
             state.update(key.encode())
@@ -224,8 +231,9 @@ class FeatureCache:
             if key in self._index or key in seen:
                 return None
             item, size = processor.read_media(part)
-            jobs = view_jobs(spec, [modality], [spec.plan(modality, size, selected)])
-            return key, jobs, processor.views_of(modality, item, size, selected)
+            plan = spec.plan(modality, size, selected)
+            jobs = view_jobs(spec, [modality], [plan])
+            return key, modality, plan, jobs, processor.views_of(modality, item, size, selected)
 
         for _, opened in open_media(record, read):
             if opened is not None:
@@ -236,10 +244,11 @@ class FeatureCache:
     def _compute(self, media: Sequence[_Opened], data: Any, index: Any) -> None:
         device = self.model.device
         views = [view.to(device) for *_, own in media for view in own]
-        jobs = [job for _, own, _ in media for job in own]
+        jobs = [job for *_, own, _ in media for job in own]
         remaining = iter(run_encoders(self.model.model, views, jobs))
-        for key, own, _ in media:
+        for key, modality, plan, own, _ in media:
             tensors = list(islice(remaining, sum(1 + bool(job.regions) for job in own)))
+            tensors = self._reduced(modality, plan, tensors)
             offset = data.tell()
             for values in tensors:
                 data.write(values.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes())
@@ -248,6 +257,15 @@ class FeatureCache:
             index.write(json.dumps({"key": key, "offset": offset, "shapes": self._index[key][1]}) + "\n")
             index.flush()
 
+    def _reduced(self, modality: str, plan: Plan, tensors: list[Tensor]) -> list[Tensor]:
+        """What the connector's step without weights leaves of the features of a media item, if it has one."""
+        route = self.processor.spec.route(modality)
+        if not route.reduces:
+            return tensors
+        features = Features(torch.cat(tensors), route.feature_grids(plan), [0] * len(tensors))
+        connector = getattr(self.model.model, route.connector)
+        return connector.reduce(features, [plan]).split()
+
     def __call__(self, messages: Messages, regions: Sequence[Tensor] = ()) -> list[Tensor]:
         """Features of every view of a conversation's media, as views of the memory map.
 
@@ -255,7 +273,8 @@ class FeatureCache:
             regions: `visual_regions` of the processed sample.
 
         Returns:
-            [tokens, width] per view; a view with regions is followed by their vectors [regions, width].
+            [tokens, width] per view; a view with regions is followed by their vectors [regions, width]. Of a media
+            item whose connector reduces, one tensor per grid of `Connector.reduced_grids`.
         """
         found: list[Tensor] = []
         for key, modality, part, _ in self._media(messages, regions):

@@ -71,7 +71,7 @@ class Clip:
         events = []
         for span in self.spans[:MOST_EVENTS]:
             told = [span.phase] if span.phase else []
-            told += [f"{tool} {third_person(verb)} {target}" for tool, verb, target in span.triplets]
+            told += [clause(triplet).replace("the ", "") for triplet in span.triplets]
             idle = [tool for tool in span.tools if tool not in {triplet[0] for triplet in span.triplets}]
             told += [f"{tool} present" for tool in idle]
             begin, end = span.start - self.start, span.end - self.start
@@ -151,9 +151,15 @@ class Vocabulary:
 # Questions with exact answers
 
 
+def is_plural(tool: str) -> bool:
+    """Whether the name of an instrument is a plural: "scissors"."""
+    return tool.endswith("s") and not tool.endswith("ss")
+
+
 def clause(triplet: Triplet) -> str:
     """ "the hook dissects the cystic duct"."""
-    return f"the {triplet[0]} {third_person(triplet[1])} the {triplet[2]}"
+    tool, verb, target = triplet
+    return f"the {tool} {verb if is_plural(tool) else third_person(verb)} the {target}"
 
 
 def _sentence(text: str) -> str:
@@ -167,14 +173,14 @@ def questions(clip: Clip) -> list[tuple[str, str]]:
         asked.append(("Which phase of the operation is shown?", f"The phase is {clip.phase}."))
     if clip.tools:
         present = listed([f"the {tool}" for tool in clip.tools])
-        verb = "is" if len(clip.tools) == 1 else "are"
+        verb = "is" if len(clip.tools) == 1 and not is_plural(clip.tools[0]) else "are"
         asked.append(("Which instruments are present?", _sentence(f"{present} {verb} present")))
         count = NUMBERS[len(clip.tools)] if len(clip.tools) < len(NUMBERS) else str(len(clip.tools))
         noun = "instrument is" if len(clip.tools) == 1 else "instruments are"
         asked.append(("How many instruments are present?", _sentence(f"{count} {noun} present")))
     for tool in dict.fromkeys(triplet[0] for triplet in clip.triplets):
         own = [clause(triplet) for triplet in clip.triplets if triplet[0] == tool]
-        asked.append((f"What does the {tool} do?", _sentence(listed(own))))
+        asked.append((f"What {'do' if is_plural(tool) else 'does'} the {tool} do?", _sentence(listed(own))))
     for target in dict.fromkeys(triplet[2] for triplet in clip.triplets):
         own = [clause(triplet) for triplet in clip.triplets if triplet[2] == target]
         asked.append((f"What is done to the {target}?", _sentence(listed(own))))

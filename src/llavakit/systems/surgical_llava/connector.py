@@ -20,20 +20,32 @@ SLOTS = 100
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def pool(frames: Tensor, slots: int | None = SLOTS) -> Tensor:
-    """Temporal and spatial averages of a clip, [max(frames, slots) + patches, width], in at least float32.
-
-    First the mean over the patches of every frame, followed by rows of zeros up to `slots`; then the mean over the
-    frames of every patch. More frames than slots are all kept.
+def averages(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the patches of every frame [frames, width] and over the frames of every patch [patches, width].
 
     Args:
-        frames: [frames, patches, width], at least one frame.
-        slots: Rows of the temporal part; None for as many as there are frames.
+        frames: [frames, patches, width], at least one frame; the means are in at least float32.
     """
     wide = frames.to(torch.promote_types(frames.dtype, torch.float32))
-    temporal, spatial = wide.mean(1), wide.mean(0)
+    return wide.mean(1), wide.mean(0)
+
+
+def joined(temporal: Tensor, spatial: Tensor, slots: int | None) -> Tensor:
+    """Averages as one sequence [max(frames, slots) + patches, width]: frames, zeros up to `slots`, patches.
+
+    More frames than slots are all kept.
+    """
     blank = temporal.new_zeros(max((slots or 0) - len(temporal), 0), temporal.shape[-1])
     return torch.cat([temporal, blank, spatial])
+
+
+def pool(frames: Tensor, slots: int | None = SLOTS) -> Tensor:
+    """Temporal and spatial averages of a clip [frames, patches, width] as one sequence, see `joined`.
+
+    Args:
+        slots: Rows of the temporal part; None for as many as there are frames.
+    """
+    return joined(*averages(frames), slots)
 
 
 class SpatioTemporal(MLP):
@@ -48,6 +60,8 @@ class SpatioTemporal(MLP):
         depth: Linear layers, see `MLP`; the published connector has one.
         options: See `MLP`.
     """
+
+    reduces = True
 
     def __init__(
         self, *, slots: int | None = SLOTS, precision: str | None = "float16", depth: int = 1, **options: Any
@@ -69,21 +83,32 @@ class SpatioTemporal(MLP):
             )
         return [(slots or frames, 1, 1), (1, *grids[0][1:])]
 
-    def forward(self, features: Features, plans: Sequence[Plan], prompt: Prompt | None = None) -> Features:
-        parts, tokens, grids = features.split(), [], []
+    @classmethod
+    def reduced_grids(cls, options: Mapping[str, Any], plan: Plan, grids: Sequence[Grid]) -> list[Grid]:
+        return [(_frames(plan, grids), 1, 1), (1, *grids[0][1:])]
+
+    def reduce(self, features: Features, plans: Sequence[Plan]) -> Features:
+        """Averages of every media item: one entry for its frames, one for its patches."""
+        parts, values, grids = features.split(), [], []
         for own in features.by_media(len(plans)):
             depths = [features.grids[entry][0] for entry in own]
-            frames = torch.cat(
-                [parts[entry].unflatten(0, (depth, -1)) for entry, depth in zip(own, depths, strict=True)]
-            )
-            tokens.append(pool(frames, self.slots))
-            temporal = len(tokens[-1]) - frames.shape[1]
-            grids += [(temporal, 1, 1), (1, *features.grids[own[0]][1:])]
+            frames = [parts[entry].unflatten(0, (depth, -1)) for entry, depth in zip(own, depths, strict=True)]
+            values += averages(torch.cat(frames))
+            grids += [(sum(depths), 1, 1), (1, *features.grids[own[0]][1:])]
+        index = [number for number in range(len(plans)) for _ in range(2)]
+        return Features(torch.cat(values), grids, index, reduced=True)
+
+    def forward(self, features: Features, plans: Sequence[Plan], prompt: Prompt | None = None) -> Features:
+        reduced = features if features.reduced else self.reduce(features, plans)
+        parts = reduced.split()
+        tokens = [joined(parts[t], parts[s], self.slots) for t, s in reduced.by_media(len(plans))]
+        grids = list(reduced.grids)
+        for number, own in enumerate(tokens):
+            grids[2 * number] = (len(own) - len(parts[2 * number + 1]), 1, 1)
         values = torch.cat(tokens)
         if self.precision is not None:
             values = values.to(PRECISIONS[self.precision])
-        index = [number for number in range(len(plans)) for _ in range(2)]
-        return Features(self.project(values.to(features.values.dtype)), grids, index)
+        return Features(self.project(values.to(features.values.dtype)), grids, reduced.media_index)
 
 
 def _frames(plan: Plan, grids: Sequence[Grid]) -> int:

@@ -175,7 +175,7 @@ class LanguageObjective(Objective):
         if features is not None:
             names = ("visual_sizes", "visual_modalities", "visual_regions")
             modalities, plans = self.net.model.plan_media((), *(inputs.pop(name, None) for name in names))
-            inputs["visuals"] = gather_media(self.net.model.media, modalities, plans, list(features))
+            inputs["visuals"] = gather_media(self.net.model.media, modalities, plans, list(features), reduced=True)
         if not self.flat:
             return model(**inputs)
         with packed_attention():
