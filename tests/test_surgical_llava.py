@@ -470,6 +470,10 @@ def test_judges_of_five_aspects(tmp_path):
         score("five_aspects", tmp_path / "two.json", judge=judge, aspects="detail")
     with pytest.raises(RecordError, match=r"generic\.json:3: Q: has no answer"):
         score("five_aspects", answers(tmp_path / "few.jsonl", {"v_0": "p", "v_1": "p"}), gold, judge=judge)
+    more = answers(tmp_path / "more.jsonl", {"v_0": "p", "v_1": "p", "v_2": "p", "v_3": "p"})
+    with pytest.raises(RecordError, match=r"more\.jsonl:4: question_id: 'v_3' is not in the gold file"):
+        score("five_aspects", more, gold, judge=judge)
+    assert score("five_aspects", more, gold, judge=judge, extra="ignore")["metrics"]["count"] == 3
     lost = write(tmp_path / "lost.json", json.dumps([{"video_name": "x", "Q": "q", "A": "a"}]))
     with pytest.raises(RecordError, match=r"lost\.json:1: video_name: 'x': .* holds no such video"):
         benchmark("five_aspects").questions(lost)

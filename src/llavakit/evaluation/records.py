@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -244,12 +244,22 @@ def pair(
         raise first.error(
             "question_id", f"{_show(absent[0])} has no prediction ({len(absent)} of {len(questions)} lack one); {hint}"
         )
+    refuse_surplus(answers, questions, extra)
+    return ((record, answers.get(name)) for name, record in questions.items())
+
+
+def refuse_surplus(answers: Mapping[Any, Record], questions: Container[Any], extra: str) -> None:
+    """Refuse predictions by key for unknown questions, unless `extra` is "ignore".
+
+    Raises:
+        RecordError: For the first one.
+    """
+    choose(extra, "extra", ("error", "ignore"))
     surplus = [name for name in answers if name not in questions]
     if surplus and extra == "error":
         record = answers[surplus[0]]
         hint = "is this the right gold file? score with extra=ignore to leave such predictions out"
         raise record.error("question_id", f"{_show(surplus[0])} is not in the gold file ({len(surplus)} such); {hint}")
-    return ((record, answers.get(name)) for name, record in questions.items())
 
 
 def choose(value: str, name: str, allowed: tuple[str, ...]) -> str:

@@ -109,11 +109,13 @@ def train_rows(model: nn.Module, stage: Stage, tokenizer: Any) -> None:
             raise RecipeError(f"{where}: {part} is no table with one row per token; name one, such as {tables}")
         if stage.shard:
             raise RecipeError(f"{where}: single rows cannot train in shards; leave out shard")
+        parameter = inside[0][1]
+        parameter.trained_rows = len(set(options.rows))
+        if tokenizer is None and parameter.is_meta:  # rows are counted; which ones they are makes no difference
+            continue
         numbers = [_row(token, tokenizer, where, vocabulary) for token in options.rows]
         mask = torch.zeros(vocabulary, 1, dtype=torch.bool)
         mask[numbers] = True
-        parameter = inside[0][1]
-        parameter.trained_rows = len(set(numbers))
         parameter.register_hook(_masking(mask))
 
 

@@ -21,7 +21,7 @@ from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import Benchmark, Question, folder_of, need_gold
 from llavakit.evaluation.benchmarks.judged import given, judged, make_judge
 from llavakit.evaluation.metrics.answers import mean
-from llavakit.evaluation.records import Record, index, read_answers, read_records
+from llavakit.evaluation.records import Record, index, read_answers, read_records, refuse_surplus
 
 TEMPERATURES = (0.0, 0.5, 1.0)  # of the attempts at a reply that can be read
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
@@ -106,11 +106,12 @@ class FiveAspects(Benchmark):
                 asked.append(Question(f"{key}{name}", text, media, {"prompt": text}))
         return asked
 
-    def items(self, predictions: str | Path, gold: str | Path | None) -> list[dict[str, str]]:
+    def items(self, predictions: str | Path, gold: str | Path | None, extra: str = "error") -> list[dict[str, str]]:
         """What is judged: `key`, `A`, and `Q` with `pred`, or `Q1` and `Q2` with `pred1` and `pred2`.
 
         Raises:
-            RecordError: If a field is missing, or a question has no answer.
+            RecordError: If a field is missing, a question has no answer, or an answer no question (unless `extra` is
+                "ignore").
         """
         records = read_records(predictions)
         published = bool(records) and not {"pred", "pred1"}.isdisjoint(records[0].data)
@@ -118,12 +119,13 @@ class FiveAspects(Benchmark):
             records = read_records(need_gold(gold, self.title, "published list of video_name, Q and A"))
         answers = {} if published else index(read_answers(predictions), lambda record: record.id)
         keys = item_keys([record.get("video_name", str) for record in records])
-        items = []
+        items, asked = [], set()
         for record, key in zip(records, keys, strict=True):
             item = {"key": key, "A": record.get("A", str)}
             for name, field in _fields(record):
                 item[field] = record.get(field, str)
                 own = field.replace("Q", "pred")
+                asked.add(f"{key}{name}")
                 if published:
                     item[own] = record.get(own, str)
                 elif f"{key}{name}" in answers:
@@ -131,6 +133,7 @@ class FiveAspects(Benchmark):
                 else:
                     raise record.error(field, f"has no answer: {predictions} holds no question_id {key + name!r}")
             items.append(item)
+        refuse_surplus(answers, asked, extra)
         if not items:
             raise UserError(f"{predictions}: holds no item")
         return items
@@ -149,6 +152,7 @@ class FiveAspects(Benchmark):
         price_out: float | None = None,
         max_cost: float | None = None,
         attempts: int = 3,
+        extra: str = "error",
     ) -> dict[str, Any]:
         """Mean score of every aspect.
 
@@ -161,10 +165,11 @@ class FiveAspects(Benchmark):
                 that fails is no judgement: it is counted in `failed_calls`, and the next call asks it again.
             attempts: How often (1 to 3) a judge is asked whose reply cannot be read. An item without a readable score
                 is left out of the mean and counted in `unreadable`.
+            extra: What an answer without a question is: an "error", or to be left out ("ignore").
         """
         if judge is None:
             raise UserError(f"{predictions}: holds answers; give judge to have them judged (-o judge=MODEL)")
-        items = self.items(predictions, gold)
+        items = self.items(predictions, gold, extra)
         names = self._aspects(aspects, items)
         options = {
             "judge": judge,
