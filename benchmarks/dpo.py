@@ -5,9 +5,9 @@
 Both align the same tiny LLaVA-1.5 (same weights, float32, full training, same pictures and pairs, batches of eight, one
 epoch), each in a process of its own, and are charged for all that a user calls: from opening records to the last step,
 the reference included; llavakit also for opening the model, its checks, and writing and reading back the result. Tokens
-that count are those of both sequences of a pair (picture and prompt twice, both answers), whether a trainer computes the
-prompt once or twice. Seconds are processor time of all threads. Memory is the highest resident set above that of the
-process before it trains.
+that count are those of both sequences of a pair (picture and prompt twice, both answers), whether a trainer computes
+the prompt once or twice. Seconds are processor time of all threads. Memory is the highest resident set above that
+of the process before it trains.
 """
 
 from __future__ import annotations
