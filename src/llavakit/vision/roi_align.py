@@ -6,6 +6,7 @@ interpolation is separable, so a region is two small matrices, one per axis, ins
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -111,8 +112,13 @@ def _onto(weights: Tensor, cells: int) -> Tensor:
     fine = weights.shape[-1]
     if fine == cells:
         return weights
-    resize = F.interpolate(torch.eye(cells, device=weights.device)[None], size=fine, mode="linear")[0]
-    return weights @ resize.T
+    return weights @ _resizing(cells, fine).to(weights.device)
+
+
+@functools.lru_cache(maxsize=32)
+def _resizing(cells: int, fine: int) -> Tensor:
+    """Bilinear resizing of an axis as a matrix [fine, cells]."""
+    return F.interpolate(torch.eye(cells)[None], size=fine, mode="linear")[0].T.contiguous()
 
 
 def _weights(features: Tensor, boxes: Tensor, rows: int, columns: int, spatial_scale: float) -> tuple[Tensor, Tensor]:

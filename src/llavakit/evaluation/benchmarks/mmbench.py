@@ -112,10 +112,18 @@ class MMBench(Benchmark):
         for row in read_table(path, ("index", "question", "A")):
             name = row.get("index", str)
             media = ({"type": "image", "image": _image(row, folder)},)
-            for turn in rounds(row.data, all_rounds, self.chinese):
+            for turn in rounds(row.data, all_rounds, self.is_chinese(row.data)):
                 stored = {key: turn[key] for key in ("round_id", "prompt", "options", "option_char")}
                 found.append(Question(int(name) if _is_number(name) else name, turn["message"], media, stored))
         return found
+
+    def is_chinese(self, row: Mapping[str, Any]) -> bool:
+        """Whether a question is asked for its letter in Chinese."""
+        return self.chinese
+
+    def chosen(self, record: Record, row: Record) -> str | None:
+        """The original letter of the option that a prediction chose."""
+        return _chosen(record, row)
 
     def score(
         self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
@@ -149,7 +157,7 @@ class MMBench(Benchmark):
                 )
             for number in range(max(count, len(records))):
                 record = list(records.values())[number] if number < len(records) else None
-                hit = record is not None and _chosen(record, row) == answer
+                hit = record is not None and self.chosen(record, row) == answer
                 hits.append((_base(row.data["index"]), hit))
                 if row.data.get("category"):
                     categories.append((row.data["category"], hit))

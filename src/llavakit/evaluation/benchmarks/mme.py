@@ -78,6 +78,10 @@ class MME(PairedBenchmark):
             }
         return list(pair(rows, answers, **keys, missing=missing, extra=extra))
 
+    def answer(self, text: str) -> str:
+        """A reply as `mme_scores` reads it."""
+        return text
+
     def score(
         self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
     ) -> dict[str, Any]:
@@ -95,7 +99,7 @@ class MME(PairedBenchmark):
             if answer not in ("yes", "no"):
                 raise question.error("answer", f"must be yes or no, is {answer!r}")
             category, image = _place(question)
-            items.append((category, image, text_of(prediction) or "", answer))
+            items.append((category, image, self.answer(text_of(prediction) or ""), answer))
         metrics = mme_scores(items)
         return {"perception": metrics["perception"], "cognition": metrics["cognition"], "count": len(items)} | {
             "by_task": metrics["by_task"]

@@ -26,6 +26,10 @@ class POPE(PairedBenchmark):
     suffix = SHORT_ANSWER
     keep = ("category",)
 
+    def answer(self, text: str) -> str:
+        """What a reply says, "yes" or "no"."""
+        return pope_answer(text)
+
     def score(
         self, predictions: str | Path, gold: str | Path | None, *, missing: str = "error", extra: str = "error"
     ) -> dict[str, Any]:
@@ -43,7 +47,7 @@ class POPE(PairedBenchmark):
                 raise question.error("label", f"must be yes or no, is {label!r}")
             text = text_of(prediction)
             wrong = "no" if label == "yes" else "yes"
-            answers.append(wrong if text is None else pope_answer(text))
+            answers.append(wrong if text is None else self.answer(text))
             labels.append(label)
             categories.append(question.get("category", str, None))
         metrics: dict[str, Any] = {"count": len(labels), **_percent(binary_metrics(answers, labels))}

@@ -25,6 +25,16 @@ SYSTEM = System(
             "mg_phi_3": ".templates:MG_PHI_3",
             "mg_qwen": ".templates:MG_QWEN",
         },
+        "benchmarks": {
+            "mg_multiple_choice": ".benchmarks:MultipleChoice",
+            "mg_pope": ".benchmarks:YesNoPOPE",
+            "mg_mme": ".benchmarks:YesNoMME",
+            "mg_chartqa": ".benchmarks:ChartQA",
+            "mg_ocrvqa": ".benchmarks:OCRVQA",
+            "mg_tallyqa": ".benchmarks:TallyQA",
+            "mg_hallusion": ".benchmarks:HallusionBench",
+            "mg_docvqa": ".benchmarks:DocVQA",
+        },
         "layouts": {"mg-llava": ".checkpoint:MgLayout"},
     },
 )
