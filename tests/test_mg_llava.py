@@ -26,14 +26,13 @@ from llavakit.views.plan import MediaSize
 from llavakit.vision.roi_align import roi_mean
 
 GOLDEN = Path(__file__).parent / "golden" / "mg-llava"
-WAITING = ("metrics", "eval_prompts", "box_generator")
 
 
 def region(*box, label="a", score=0.5):
     return Region(*map(float, box), label, score)
 
 
-@pytest.mark.parametrize("path", [p for p in find_cases([GOLDEN]) if p.name not in WAITING], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", find_cases([GOLDEN]), ids=lambda path: path.name)
 def test_golden(path):
     report = run_case(path)
     assert report.status == "passed", report.reason

@@ -428,6 +428,47 @@ def convert(
 
 
 @app.command()
+def boxes(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Records or questions, a picture, or a folder of them.")
+    ],
+    detector: Annotated[str, typer.Option(help="Folder or hub id of OWLv2, Grounding DINO or another of their kind.")],
+    out: Annotated[Path, typer.Option(help="The box file, .jsonl; an interrupted one is continued.")],
+    tags: Annotated[
+        str | None, typer.Option(help="What to look for, 'dog, red car'; default: the record's tags or question.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: that of SOURCE.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of a box.")] = 0.2,
+    on_bad_record: Annotated[OnBadRecord, typer.Option(help="What to do with a broken record.")] = OnBadRecord.stop,
+    device: Device = None,
+) -> None:
+    """Find objects in pictures, and write a box file for training, eval and chat.
+
+    \b
+    Examples:
+      llavakit boxes mix.json --images data --detector google/owlv2-large-patch14-ensemble --out boxes.jsonl
+      llavakit boxes photos --tags "person, cup, red car" --detector IDEA-Research/grounding-dino-base --out b.jsonl
+    """
+    from llavakit.checkpoints.identity import model_identity
+    from llavakit.checkpoints.opening import local_folder
+    from llavakit.data.detection import jobs_of, write_boxes
+    from llavakit.generation.load import check_device
+    from llavakit.vision.detection import Detector
+
+    jobs = iter(list(jobs_of(source, images=images, tags=tags)))  # what is wrong with the records is said first
+    folder = local_folder(detector)
+    settings = {"detector": model_identity(folder), "threshold": threshold, "tags": tags}
+    find = Detector.load(folder, threshold=threshold, device=check_device(device))
+    with _writing(out):
+        done = write_boxes(jobs, find, out, settings=settings, on_bad_record=on_bad_record.value)
+    more = f", {done['kept']} were there" if done["kept"] else ""
+    without = f", {done['without']} records have no picture" if done["without"] else ""
+    print(f"{out}: boxes of {done['found']} pictures{more}{without}", file=sys.stderr)
+    if done["bad"]:
+        print(done["bad"].report(), file=sys.stderr)
+
+
+@app.command()
 def inspect(model: Model, base: Base = None, vision_tower: Encoder = None, as_json: Json = False) -> None:
     """Show what a checkpoint consists of.
 

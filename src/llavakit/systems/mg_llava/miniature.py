@@ -186,7 +186,7 @@ def one_arm(arm: str, seed: int, steps: int, held_out: int, size: int = 32) -> f
     return right / (-(-held_out // size) * size)
 
 
-def one_seed(seed: int, steps: int = 160, held_out: int = 640) -> dict[str, float]:
+def one_seed(seed: int, steps: int = 120, held_out: int = 640) -> dict[str, float]:
     """All arms under one seed."""
     return {arm: one_arm(arm, seed, steps, held_out) for arm in ARMS}
 

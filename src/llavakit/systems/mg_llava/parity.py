@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionConfig
+from transformers import BatchFeature, CLIPVisionConfig
 
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
@@ -32,6 +34,7 @@ from llavakit.systems.mg_llava.connector import VARIANTS, ConvGate, ObjectProjec
 from llavakit.systems.mg_llava.cost import golden_flops
 from llavakit.systems.mg_llava.encoder import ConvNextPyramid, ConvNextPyramidConfig
 from llavakit.views.plan import MediaSize, Plan, View
+from llavakit.vision.detection import Detector, entry, parse_tags
 from llavakit.vision.roi_align import pyramid_mean, roi_align, roi_mean
 
 # Parts
@@ -204,6 +207,36 @@ def pixels(case: Case) -> Result:
     )
 
 
+class Constant:
+    """A detector's network and processor that find what a case says, and remember what they were asked."""
+
+    def __init__(self, boxes: Any, scores: Any, labels: Any) -> None:
+        self.found = {"boxes": boxes, "scores": scores, "labels": labels}
+        self.config, self.device, self.asked = SimpleNamespace(model_type="owlv2"), "cpu", {}
+
+    def __call__(self, text: Any = None, **inputs: Any) -> BatchFeature:
+        self.asked |= {"prompts": text[0]} if text else {}
+        return BatchFeature()
+
+    def post_process_grounded_object_detection(self, outputs: Any, threshold: float, target_sizes: Any) -> list[Any]:
+        """The case's boxes."""
+        self.asked |= {"threshold": threshold, "target_sizes": [list(size) for size in target_sizes]}
+        return [self.found]
+
+
+def box_generator(case: Case) -> Iterator[Example]:
+    """From tags and a detector's boxes to an entry of a box file; the networks are constants."""
+
+    def run(sample: Mapping[str, Any]) -> Result:
+        width, height = sample["image_size"]
+        constant = Constant(sample["det_boxes"], sample["det_scores"], sample["det_labels"])
+        regions = Detector(constant, constant)(Image.new("RGB", (width, height)), parse_tags(sample["ram_output"]))
+        found = entry("case", regions)
+        return Result(json=constant.asked | {name: found[name] for name in ("boxes", "labels", "scores")})
+
+    yield from examples(run, case.inputs["samples"], "samples")
+
+
 # Splice and whole model
 
 
@@ -321,6 +354,7 @@ ADAPTERS = {
     "object_tokens": object_tokens,
     "convnext_pyramid": convnext_pyramid,
     "box_pipeline": box_pipeline,
+    "box_generator": box_generator,
     "nms": nms,
     "pixels": pixels,
     "splice": splice,
