@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from PIL import Image
+from tiny_checkpoints import WIDTH, write_classic
 from transformers import DynamicCache
 
+import llavakit
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.files import read_folder
+from llavakit.checkpoints.opening import build as build_from
+from llavakit.checkpoints.opening import load_processor, open_checkpoint
 from llavakit.connectors.base import Features
 from llavakit.errors import UserError
 from llavakit.generation import Engine, Request, SamplingParams
 from llavakit.model.prompt import PromptInfo
 from llavakit.proof.golden import find_cases, run_case
+from llavakit.system import get_system
 from llavakit.systems.hyper_llava.connector import VisualExpertMLP
 from llavakit.systems.hyper_llava.experts import ExpertShape, GeneratedExpert
 from llavakit.systems.hyper_llava.segments import find_segments
+from llavakit.training.build import build_meta
+from llavakit.training.recipe import load_recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "hyper-llava"
 SIZES = {"embed_dim": 6, "hyper_hidden": 5, "bottleneck": 2}
@@ -445,3 +456,115 @@ def test_decoders_and_adapters_that_do_not_fit_are_one_line():
         UserError, match="'language_experts' and 'dynamic_sparsification' cannot run one decoder together"
     ):
         tiny.model(language_adapter=[LANGUAGE, {"type": "dynamic_sparsification"}])
+
+
+# ---------------------------------------------------------------------- files, templates, recipe
+
+KEYS = {"hyper_embed_dim": 6, "hyper_hidden": 5, "hyper_bottleneck": 2, "hyper_activation": "silu"}
+
+
+def expert_tensors(prefix, guidance, d_in, layers=("layer",)):
+    size = 2 * d_in + 2 * WIDTH
+    shapes = {"hyper.W1": (5, 6), "hyper.B1": (5,), "hyper.W2": (size, 5), "hyper.B2": (size,)}
+    for layer in layers:
+        shapes |= {f"{layer}.A": (6, guidance), f"{layer}.a": (6,), f"{layer}.b": (size,)}
+    generator = torch.Generator().manual_seed(d_in)
+    return {f"model.{prefix}.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder in LLaVA-1.5's layout with experts in both places of the connector and in the upper of two layers."""
+    places = {"visual_expert": "both", "language_expert_layers": "posterior"}
+    folder, encoder = write_classic(tmp_path, **places, **KEYS)
+    own = expert_tensors("visual_expert.first", 16, 16) | expert_tensors("visual_expert.second", 16, WIDTH)
+    own |= expert_tensors("language_expert", WIDTH, WIDTH, ("layers.1",))
+    torch.save(own, folder / "experts.bin")
+    index = folder / "pytorch_model.bin.index.json"
+    weights = json.loads(index.read_text())["weight_map"] | dict.fromkeys(own, "experts.bin")
+    index.write_text(json.dumps({"weight_map": weights}))
+    return folder, encoder, own
+
+
+def test_files_load_answer_and_go_back(published, tmp_path):
+    folder, encoder, own = published
+    checkpoint = open_checkpoint(folder, vision_tower=encoder)
+    assert (checkpoint.layout, checkpoint.config.system) == ("hyper-llava (original)", "hyper-llava")
+    assert checkpoint.config.connector["variant"] == "both"
+    assert checkpoint.config.language_adapter["activation"] == "silu"
+    build_from(checkpoint)
+    convert(folder, tmp_path / "ours", to="llavakit", vision_tower=encoder)
+    chat = llavakit.load(tmp_path / "ours")
+    picture = Image.new("RGB", (20, 30), (200, 30, 30))
+    question = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    reply = chat.chat([{"role": "user", "content": question}], max_new_tokens=4)
+    more = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": reply},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert chat.generate(more, max_new_tokens=4, do_sample=False) == chat.chat(more, max_new_tokens=4)
+    convert(tmp_path / "ours", tmp_path / "back", to="original")
+    again = read_folder(tmp_path / "back")
+    assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+    raw = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {key: raw[key] for key in KEYS} == KEYS
+    assert (raw["visual_expert"], raw["language_expert_layers"]) == ("both", "posterior")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"visual_expert": "third"}, "visual_expert is 'third'; llavakit reads 'first', 'second', 'both', 'none'"),
+        ({"visual_expert": "first", "mm_projector_type": "linear"}, "a visual expert needs mlp2x_gelu"),
+        ({"language_expert_layers": "upper"}, "language_expert_layers is 'upper'"),
+        ({"visual_expert": "first", "hyper_width": 3}, "'hyper_width': 3 is not understood"),
+    ],
+)
+def test_wrong_files_are_one_line(tmp_path, fields, message):
+    folder, encoder = write_classic(tmp_path, **fields)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(folder, vision_tower=encoder)
+
+
+def test_files_without_experts_are_those_of_llava_1_5(tmp_path):
+    folder, encoder = write_classic(tmp_path)
+    assert open_checkpoint(folder, vision_tower=encoder).config.system == "llava-1.5"
+
+
+def test_training_and_asking_agree_on_what_is_an_answer(published):
+    chat_folder, encoder, _ = published
+    processor = load_processor(open_checkpoint(chat_folder, vision_tower=encoder))
+    turns = [("user", "What is it?"), ("assistant", "A red disc."), ("user", "How large?"), ("assistant", "Small.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    learned = [label != -100 for label in processor.encode(messages)["labels"]]
+    asked = processor.encode(messages[:3], add_generation_prompt=True)
+    known = [label != -100 for label in asked["labels"]]
+    assert known == learned[: len(known)]
+    assert any(known)
+    assert learned[len(known)]  # the reply begins where the prompt ends
+
+
+def test_published_sizes_and_recipe():
+    net = build_meta(load_recipe(get_system("hyper-llava").recipe))
+    assert sum(p.numel() for p in net.model.language_adapter.parameters()) == 20_124_736
+    assert sum(p.numel() for p in net.model.multi_modal_projector.expert_1.parameters()) == 6_557_824
+    assert list(net.model.language_adapter.experts) == [str(number) for number in range(16, 32)]
+    layout = get_system("hyper-llava").load("checkpoint")()
+    names = dict(layout.write_state(net.config, net.state_dict()))
+    assert names["model.language_expert.layers.16.A"].shape == (64, 4096)
+    assert names["model.visual_expert.first.hyper.W2"].shape == (98_304, 64)
+
+
+@pytest.mark.slow
+def test_miniature():
+    from llavakit.systems.hyper_llava.miniature import run
+
+    verdict = run(seeds=(0,), learn=60, tune=20)
+    assert [arm.name.split(",")[0] for c in verdict.comparisons for arm in (c.idea, c.baseline)] == [
+        "generated",
+        "static",
+        "generated",
+        "static",
+    ]
+    assert "4,976 learned" in verdict.comparisons[0].idea.name
