@@ -154,7 +154,7 @@ def one_seed(seed: int, learn: int, tune: int) -> dict[str, float]:
 
 
 def run(
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
     progress: Callable[[str], None] | None = None,
     learn: int = 900,
     tune: int = 400,
