@@ -310,4 +310,7 @@ def test_what_cannot_be_made_is_said_at_once(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no annotations"):
         prepare("surgical_dialogues", tmp_path / "empty", output)
+    (source / "video01-phase.txt").write_text("nothing")
+    with pytest.raises(UserError, match=r"no operation could be read: .*video01-phase\.txt:1: \(header\)"):
+        prepare("surgical_dialogues", source, output, on_bad_record="skip")
     assert not output.exists()

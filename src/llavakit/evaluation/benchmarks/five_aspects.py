@@ -23,6 +23,7 @@ from llavakit.evaluation.benchmarks.judged import given, judged, make_judge
 from llavakit.evaluation.metrics.answers import mean
 from llavakit.evaluation.records import Record, index, read_answers, read_records, refuse_surplus
 
+PLAIN = (str, int, float)  # answers such as 3 are written without quotation marks in places
 TEMPERATURES = (0.0, 0.5, 1.0)  # of the attempts at a reply that can be read
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 ASKED = "Please evaluate the following video-based question-answer pair:\n\n"
@@ -121,13 +122,13 @@ class FiveAspects(Benchmark):
         keys = item_keys([record.get("video_name", str) for record in records])
         items, asked = [], set()
         for record, key in zip(records, keys, strict=True):
-            item = {"key": key, "A": record.get("A", str)}
+            item = {"key": key, "A": str(record.get("A", PLAIN))}
             for name, field in _fields(record):
-                item[field] = record.get(field, str)
+                item[field] = str(record.get(field, PLAIN))
                 own = field.replace("Q", "pred")
                 asked.add(f"{key}{name}")
                 if published:
-                    item[own] = record.get(own, str)
+                    item[own] = str(record.get(own, PLAIN))
                 elif f"{key}{name}" in answers:
                     item[own] = answers[f"{key}{name}"].get("text", str)
                 else:

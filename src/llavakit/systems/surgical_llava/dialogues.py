@@ -184,7 +184,8 @@ def surgical_dialogues(
         raise UserError(f"clip and shortest must be positive seconds, not {clip:g} and {shortest:g}")
     operations = list(read_operations(source, bad))
     if not operations:
-        raise UserError(f"{source}: no operation could be read")
+        why = next((f": {error}" for error in bad.bad.errors()), "")
+        raise UserError(f"{source}: no operation could be read{why}")
     clips = [own for operation in operations for own in cut_clips(operation, clip, shortest)]
     clips = [own for own in clips if questions(own)]
     records = [record_of(own, "template", questions(own), suffix) for own in clips if "template" in wanted]

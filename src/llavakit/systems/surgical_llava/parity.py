@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,7 +149,7 @@ def end_to_end(case: Case) -> Result:
     """Projected features, logits and loss; a row of features belongs to every sample, with or without a clip."""
     llama, inputs = dict(case.config), case.tensors
     width, length, wrapped = (llama.pop(key) for key in ("mm_hidden_size", "video_tokens", "use_vid_start_end"))
-    ids = {key: llama.pop(key) for key in ("vid_patch_token", "vid_start_token", "vid_end_token")}
+    ids = {key: llama.pop(key, None) for key in ("vid_patch_token", "vid_start_token", "vid_end_token")}
     clip = {**TINY, "hidden_size": width, "image_size": 2, "patch_size": 2}
     own = {"mm_hidden_size": width, "mm_use_vid_start_end": wrapped}
     model = model_of(llama, clip, case.weights(), **own, **ids)
@@ -159,15 +160,18 @@ def end_to_end(case: Case) -> Result:
     with torch.no_grad():
         connector = model.model.multi_modal_projector
         projected = connector.project(fitting(features, connector))
+        rows = list(projected)
         for number, row in enumerate(inputs["input_ids"]):
             own = row[seen[number]].tolist()
             samples.append({"input_ids": own, "labels": own, "pixel_values": [], "visual_sizes": []})
             if labels is not None:
                 samples[-1]["labels"] = labels[number][seen[number]].tolist()
             samples[-1]["visual_modalities"] = []
-            if ids["vid_patch_token"] in own:
-                vectors.append(projected[number])
-        batch = StageCollator(0)(samples)
+            clips = [token for token, _ in itertools.groupby(own) if token == ids["vid_patch_token"]]
+            vectors += rows[: len(clips)]
+            rows = rows[max(len(clips), 1) :]  # a sample without a clip uses one up too
+        side = "right" if bool(seen[:, 0].all()) else "left"
+        batch = StageCollator(0, padding_side=side)(samples)
         embeds = model.model.embed(batch["input_ids"], vectors=vectors)[0]
         targets = None if labels is None else batch["labels"]
         out = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=targets)
@@ -214,7 +218,7 @@ def clip_processor(template: Template | str, length: int, wrapped: bool) -> Llav
     config = LlavakitConfig(
         text_config={"model_type": "llama", "vocab_size": FIRST_MARK + len(MARKS), **TINY},
         vision_config={"model_type": "clip_vision_model", "image_size": 2, "patch_size": 2, **TINY},
-        connector={"type": "spatio_temporal", "slots": length - 1},  # and one patch
+        connector={"type": "spatio_temporal", "slots": length - 1} if length > 1 else {"type": "mlp"},  # and one patch
         media=media_of(2, arrange),
     )
     return text_processor(toy_tokenizer(), template, config)
@@ -237,7 +241,7 @@ def training_prompt(case: Case) -> Iterator[Example]:
     """Sentences with their clips, ids and labels."""
     case.informational("config.tokenizer")
     config = case.config
-    length, wrapped, front = (config[key] for key in ("video_token_len", "use_vid_start_end", "sep_video_conv_front"))
+    length, wrapped, front = config["video_token_len"], config["use_vid_start_end"], config.get("sep_video_conv_front")
     template = get_template("vicuna_v1_1_front" if front else "vicuna_v1_1")
     processor = clip_processor(template, length, wrapped)
     bare = replace(template, file="plain", system="", values={**template.values, "end": ""}, training=None)
@@ -296,10 +300,10 @@ def vqa_metrics(case: Case) -> Result:
     if average != "macro":
         raise UserError(f"config.average: is {average!r}, llavakit averages over classes (macro)")
     truth, guesses = case.inputs["label_true"], case.inputs["label_pred"]
-    names = [f"class {label}" for label in sorted({*truth, *guesses})]
-    gold = [{"text": "-", "answer": f"class {label}"} for label in truth]
-    options = {"labels": names, "zero_division": float(zero)}
-    found = scored("classes", [f"class {label}" for label in guesses], gold, **options)
+    names = {label: f"class {number}" for number, label in enumerate(dict.fromkeys([*truth, *guesses]))}
+    gold = [{"text": "-", "answer": names[label]} for label in truth]
+    options = {"labels": list(names.values()), "zero_division": float(zero)}
+    found = scored("classes", [names[label] for label in guesses], gold, **options)
     return Result(json={name: found[name] / 100 for name in ("accuracy", "precision", "recall", "fscore")})
 
 
