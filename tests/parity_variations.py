@@ -138,11 +138,18 @@ def weights_in_another_type(given: Given, dtype: torch.dtype) -> str:
         wanted = results(folder, [GOLDEN])
     with varied(given, {"weights.safetensors": cast(weights, dtype)}) as folder:
         found = results(folder, [GOLDEN])
+    outputs = given.tensors("outputs")
+    decides = given.json("outputs") is not None or any(not tensor.is_floating_point() for tensor in outputs.values())
     for name, other in wanted.items():
         for key, tensor in other.tensors.items():
             own = found[name].tensors[key]
             if own.shape != tensor.shape:
                 return f"{key}: shape {list(own.shape)}, expected {list(tensor.shape)}"
+            if decides or not tensor.is_floating_point():
+                continue
+            off = float((own.double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-6))
+            if off > 0.1:
+                return f"{key}: off by {off:.0%} of its norm"
     return ""
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import parity_variations
 import pytest
 import tiny
 import torch
@@ -16,7 +17,7 @@ from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Request
 from llavakit.model.prompt import PromptInfo
-from llavakit.proof.golden import run_case
+from llavakit.proof.golden import results, run_case
 from llavakit.system import get_system
 from llavakit.systems.dynamic_llava.adapter import DynamicSparsification
 from llavakit.systems.dynamic_llava.attention import masked_softmax
@@ -102,6 +103,29 @@ def with_answer(sample, count):
 def test_golden(path):
     report = run_case(path)
     assert report.status == "passed", report.reason
+
+
+@pytest.mark.parametrize(("marker", "undecided"), [([8, 9], 1), (None, 0)])
+def test_a_case_with_another_marker_of_user_turns_and_decisions_about_instructions(marker, undecided):
+    given = parity_variations.Given(next(path for path in GOLDEN if path.name == "cached_two_turns"))
+    text, instruct = "output_text_score_predictor", "instruct_score_predictor"
+    weights = given.tensors("weights")
+    weights |= {name.replace(text, instruct): tensor for name, tensor in weights.items() if text in name}
+    sparse = given.meta["config"]["sparse_config"] | {"use_instruct_predictor": True}
+    config = given.meta["config"] | {"sparse_config": sparse, "user_marker": marker}
+    files = {"weights.safetensors": weights, "case.json": given.meta | {"config": config}}
+    with parity_variations.varied(given, files) as folder:
+        found = results(folder)[""].json
+    first, chunk = found[
+        "instruct_decisions"
+    ]  # the prompt is [1, 5, 6, image, 7, 8, 9, 10], the later turn has 4 tokens
+    assert len(first) == 3 - undecided
+    assert len(chunk) == 4
+    assert chunk[-1] is True
+    upper = [lengths[-1] for lengths in found["cache_lengths"]]
+    image = int(16 * sparse["vision_keep_rate"])
+    assert upper[0] == found["prefill_logits_length"] == 3 + image + undecided + sum(first) + 1
+    assert upper[5] - upper[4] == sum(chunk)
 
 
 # Properties of the parts

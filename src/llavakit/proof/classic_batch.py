@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.data.collate import Collator
-from llavakit.generation.engine import position_limit
+from llavakit.errors import UserError
+from llavakit.generation.engine import Engine, position_limit
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES
 from llavakit.model.visuals import Visuals, gather_media, run_encoders, view_jobs
@@ -230,12 +231,16 @@ class ClassicBatch:
         """An example that compares the output `name` [rows, longest, vocabulary] with the engine's logits.
 
         The prompt of every row ends with its last media item; what follows is given to the engine as the answer. There
-        is no example where the engine cannot take the rows: cut ones, ready vectors, more positions than the decoder
-        has.
+        is no example where the engine cannot take the rows (cut or empty ones, ready vectors, more positions than the
+        decoder has) or the decoder.
         """
         limit = position_limit(self.model.config.get_text_config())
-        fits = limit is None or max(self.lengths, default=0) < limit
-        if self.samples and fits and not self.is_cut and all(entry.vectors is None for entry in self.used):
+        fits = min(self.lengths, default=0) > 0 and (limit is None or max(self.lengths) < limit)
+        try:
+            Engine(self.model)
+        except UserError:
+            return
+        if fits and not self.is_cut and all(entry.vectors is None for entry in self.used):
             yield Example("through the engine", lambda: self._engine_result(name), tensors=(escaped(name),))
 
     def _engine_result(self, name: str) -> Result:

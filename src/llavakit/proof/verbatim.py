@@ -24,6 +24,8 @@ from llavakit.views.plan import MediaSize
 
 FIRST_CHARACTER = 0xF0000  # private use: no template trims or rewrites such characters
 
+LARGEST = 1 << 24  # pixels or voxels of a blank media item
+
 # Nothing but the turns' texts and placeholders; the assistant's are learned.
 VERBATIM = Template(
     "verbatim",
@@ -118,8 +120,8 @@ def is_conversation(
 ) -> bool:
     """Whether messages can say what a row holds.
 
-    They cannot if a label is neither the id at its place nor ignored, if a placeholder is learned, or if images are
-    laid out in another way than a message with so many images would have them.
+    They cannot if a label is neither the id at its place nor ignored, if a placeholder is learned, if images are laid
+    out in another way than a message with so many images would have them, or if a blank media item would be too large.
     """
     images = [modality for modality, _ in media.values() if modality.endswith("image")]
     as_written = all(modality == ("multi_image" if len(images) > 1 else "image") for modality in images)
@@ -127,4 +129,5 @@ def is_conversation(
         label == IGNORE or (label == token and place not in media)
         for place, (token, label) in enumerate(zip(ids, labels, strict=True))
     )
-    return bool(ids) and min(ids, default=0) >= 0 and as_written and known
+    handy = all(0 < size.depth * size.height * size.width <= LARGEST for _, size in media.values())
+    return bool(ids) and min(ids) >= 0 and as_written and known and handy
