@@ -42,7 +42,7 @@ REACHES = {
     "read_config": rf"{MODEL}",
     "build": rf"{MODEL}",
     "engine": rf"{MODEL}",
-    "score": r"metric|accuracy|pope|iou",
+    "score": r"metric|accuracy|pope|iou|scores|benchmark",
 }
 
 

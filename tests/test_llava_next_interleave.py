@@ -546,3 +546,13 @@ def test_questions_keep_pictures_in_their_places(m4):
     (question,) = benchmark("interleave_bench").questions(m4(RECORD))
     (message,) = question.turns()
     assert [part["type"] for part in message["content"]] == ["text", "image", "text", "image", "text"]
+
+
+def test_miniature_measures_every_arm():
+    from llavakit.systems.llava_next_interleave.miniature import IN_FRONT, INTERLEAVED, MARK, PICTURE, layout, run
+
+    assert layout(INTERLEAVED) == (-2, PICTURE, -3, PICTURE, -4, PICTURE)
+    assert layout(IN_FRONT) == (PICTURE, PICTURE, PICTURE, -2, MARK, -3, MARK, -4, MARK)
+    verdict = run(seeds=(0,), steps=2, held_out=16, workers=1)
+    assert len(verdict.comparisons) == 3
+    assert all(0 <= value <= 1 for c in verdict.comparisons for side in (c.idea, c.baseline) for value in side.values)

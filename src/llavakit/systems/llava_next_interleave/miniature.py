@@ -10,6 +10,7 @@ section 11.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +21,8 @@ from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
 from llavakit.conversation.messages import is_media, split_literals
 from llavakit.data.edits import MediaInFront
-from llavakit.proof.miniature import Comparison, Verdict, run_seeds
+from llavakit.proof.miniature import Comparison, Measurements, Verdict
+from llavakit.proof.parallel import run_each
 
 PICTURES, COPIES, CLASSES, LETTERS = 3, 3, 5, 6
 FEATURES, WIDTH, NOISE = 24, 48, 0.6
@@ -112,21 +114,37 @@ def accuracy(model: Reader, placement: str, prototypes: Tensor, seed: int, held_
     return float((model(*drawn[:3], placement).argmax(-1) == drawn[3]).float().mean())
 
 
-def one_seed(seed: int, steps: int = 1000, held_out: int = 2000) -> dict[str, float]:
-    """All arms under one seed."""
-    results: dict[str, float] = {}
-    for arm in ARMS:
-        results |= one_arm(arm, seed, steps, held_out)
-    return results
+def one_run(run: tuple[int, str], steps: int = 1000, held_out: int = 2000) -> dict[str, float]:
+    """One arm under one seed."""
+    seed, arm = run
+    return one_arm(arm, seed, steps, held_out)
+
+
+def measure(
+    seeds: Sequence[int], progress: Callable[[str], None] | None = None, workers: int | None = None, **budget: int
+) -> Measurements:
+    """Every arm under every seed, each in a process of its own, so that two cores share three seeds evenly."""
+    started = time.perf_counter()
+    runs = [(seed, arm) for seed in seeds for arm in ARMS]
+    values: dict[str, dict[int, float]] = {}
+    for number, metrics in run_each(functools.partial(one_run, **budget), runs, workers, name="run"):
+        seed, arm = runs[number]
+        for name, value in metrics.items():
+            values.setdefault(name, {})[seed] = value
+        if progress is not None:
+            shown = ", ".join(f"{name.partition(': ')[2]} {value:.4g}" for name, value in metrics.items())
+            progress(f"seed {seed}, trained {arm}: {shown}")
+    found = {name: [own[seed] for seed in seeds] for name, own in values.items()}
+    return Measurements(tuple(seeds), found, time.perf_counter() - started)
 
 
 def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None = None, **budget: int) -> Verdict:
     """Train every arm under every seed.
 
     Args:
-        budget: Other numbers of steps and of held-out questions, see `one_seed`.
+        budget: Other numbers of steps, of held-out questions and of workers, see `measure`.
     """
-    measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
+    measured = measure(seeds, progress, **budget)
 
     def compare(idea: str, baseline: str, placement: str, threshold: float) -> Comparison:
         return Comparison(
