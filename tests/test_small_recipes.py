@@ -24,6 +24,7 @@ WORLDS = {
     "pictures": ("scene", {"size": 48}),
     "scenes": ("scene", {"size": 32, "pairs": True, "videos": True}),
     "thorax": ("thorax", {"size": 32, "volumes": True}),
+    "operations": ("procedure", {"size": 24}),
 }
 
 
@@ -51,7 +52,7 @@ def worlds(tmp_path_factory):
         ("llava-rad", "pictures", "image"),
         ("dynamic-llava", "pictures", "image"),
         ("medm-vl", "thorax", "volume"),
-        ("surgical-llava", "scenes", "video"),
+        ("surgical-llava", "operations", "video"),
         ("llava-critic", "scenes", "image"),
         ("video-llava", "scenes", "video"),
     ],
