@@ -201,3 +201,10 @@ def test_ratings_and_their_intervals(tmp_path):
     assert (found["count"], found["failed"]) == (10, 1)
     assert next(iter(found["models"])) == "a"
     assert torch.tensor([row["battles"] for row in found["models"].values()]).sum() == 20
+
+
+def test_the_miniature_runs_and_is_judged_by_its_measurements():
+    verdict = get_system("med42-v2").load("miniature")(seeds=(0,), steps=8)
+    assert [one.metric for one in verdict.comparisons] == ["clinical facts ranked right", "probability of refusing"]
+    assert verdict.comparisons[1].higher_is_better is False
+    assert "against the tuned model" in verdict.notes
