@@ -11,16 +11,21 @@ from safetensors.torch import load_file, save_file
 
 from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, open_checkpoint
+from llavakit.conversation.encode import encode
 from llavakit.data.boxes import BoxFile
+from llavakit.data.dataset import check_sample
 from llavakit.data.mixture import Mixture
-from llavakit.data.records import read_record
+from llavakit.data.records import Record, read_record
 from llavakit.errors import FieldError, RecordError, UserError
 from llavakit.media.regions import Region
+from llavakit.model.routes import MediaSpec
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
+from llavakit.systems.mg_llava.benchmarks import distance, first_letters, yes_or_no
 from llavakit.systems.mg_llava.boxes import cap, suppress
 from llavakit.systems.mg_llava.connector import VARIANTS, ConvGate
 from llavakit.systems.mg_llava.encoder import ConvNextPyramid, ConvNextPyramidConfig
+from llavakit.systems.mg_llava.parity_text import toy_tokenizer
 from llavakit.systems.mg_llava.views import LowAndHigh
 from llavakit.views.plan import MediaSize
 from llavakit.vision.roi_align import roi_mean
@@ -340,3 +345,80 @@ def test_records_get_their_boxes_and_text_alone_needs_none(tmp_path):
     assert [part["type"] for part in direct.messages[0]["content"]] == ["image", "boxes", "text"]
     with pytest.raises(RecordError, match="2 entries, but the record has 1 images"):
         read_record(own | {"boxes": [{"boxes": []}] * 2}, "f.json", 1, check_files=False)
+
+
+# Whole model
+
+
+@torch.no_grad()
+def test_object_tokens_follow_their_boxes_and_nothing_else(published):
+    folder, base, towers, _ = published
+    checkpoint = open_checkpoint(folder, base=base, vision_tower=towers)
+    checkpoint.config.media["image"]["views"]["size"] = 96
+    net = build(checkpoint).model
+    torch.manual_seed(0)
+    views = [torch.randn(3, 42, 42), torch.randn(3, 96, 96)]
+    sizes = torch.tensor([[1, 768, 768]])
+
+    def tokens(*boxes):
+        regions = [torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)]
+        return net.get_image_features(views, visual_sizes=sizes, visual_regions=regions).pooler_output[0]
+
+    one, other = [0, 0, 300, 200], [400, 10, 700, 700]
+    both, turned = tokens(one, other), tokens(other, one)
+    assert both.shape == (9 + 2, 24)
+    torch.testing.assert_close(both[:9], turned[:9])
+    torch.testing.assert_close(both[[10, 9]], turned[9:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens(one)[9], both[9], atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens(), tokens([0, 0, 0, 0]))
+    assert (both[9] - both[10]).abs().max() > 1e-3
+    pair = net.get_image_features(
+        views * 2,
+        visual_sizes=sizes.repeat(2, 1),
+        visual_regions=[torch.tensor([one], dtype=torch.float64), torch.tensor([other], dtype=torch.float64)],
+    ).pooler_output
+    torch.testing.assert_close(torch.stack([pair[0][9], pair[1][9]]), both[9:], atol=1e-5, rtol=0)
+
+
+def test_more_boxes_than_fit_are_a_broken_record():
+    ids = [1, *[99] * 700, 5, 6]
+    with pytest.raises(RecordError, match=r"f.json:4: record: takes 703 tokens, max_length is 600, and the cut would"):
+        check_sample({"input_ids": ids, "labels": ids}, Record([], "f.json", 4, {}), 600, 99)
+
+
+def test_grids_that_differ_are_one_line(published):
+    folder, base, towers, _ = published
+    checkpoint = open_checkpoint(folder, base=base, vision_tower=towers)
+    with pytest.raises(UserError, match=r"both encoders on one grid, they have 3 x 3 and 24 x 24"):
+        MediaSpec(checkpoint.config).count("image", MediaSize(1, 20, 20))
+
+
+# Templates and benchmarks
+
+
+def test_templates_write_their_begin_tokens():
+    tokenizer = toy_tokenizer()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    encoded = encode(turns, "mg_vicuna", tokenizer, add_generation_prompt=True)
+    assert encoded.text == "<s>USER: a ASSISTANT:b</s>\n<s>USER: c ASSISTANT:"
+    assert encoded.ids.count(tokenizer.bos_token_id) == 2
+    encoded = encode([{"role": "system", "content": "Be brief."}, *turns], "mg_phi_3", tokenizer)
+    assert encoded.text == "<s><|system|>Be brief.<|end|>\n<|user|>a<|end|>\n<|assistant|>\nb<|end|>\n"
+    assert encoded.notes == ("a user turn after the last answer is left out, as the template 'mg_phi_3' was trained",)
+    assert [tokenizer.decode([i]) for i in encoded.labels if i >= 0] == ["b", "<|end|>"]
+
+
+def test_answers_are_read_as_published():
+    assert [yes_or_no(text) for text in ("Yes.", "no, none", "yes/no", "maybe", "")] == ["Yes", "No", *["Unknown"] * 3]
+    assert [first_letters(text) for text in ("(C)", "Answer: B", "none", "AB")] == ["C", "A", "", "AB"]
+    assert distance("ABC", "abd") == pytest.approx(1 / 3)
+    assert distance("", "") == 0.0
+
+
+@pytest.mark.slow
+def test_miniature_measures_every_arm():
+    from llavakit.systems.mg_llava.miniature import run
+
+    verdict = run(seeds=(0,), steps=4, held_out=32)
+    assert len(verdict.comparisons) == 3
+    assert all(0 <= value <= 1 for c in verdict.comparisons for side in (c.idea, c.baseline) for value in side.values)

@@ -43,6 +43,7 @@ class Entry:
         views: Encoder inputs, or the encoder's features [tokens, width] of every view.
         vectors: Ready visual vectors [tokens, hidden] instead of views.
         plan: How the media item was cut, where that does not follow from its size (boxes on a view, for instance).
+        regions: The boxes that the plan shows, [regions, 4] in pixels of the original picture.
     """
 
     modality: str = "image"
@@ -50,6 +51,7 @@ class Entry:
     views: Sequence[Tensor] = ()
     vectors: Tensor | None = None
     plan: Plan | None = None
+    regions: Tensor | None = None
 
 
 def as_rows(values: Any) -> list[list[int]] | None:
@@ -130,12 +132,14 @@ class ClassicBatch:
             placeholder=IMAGE_PLACEHOLDER,
             image_token_id=self.model.config.image_token_id,
         )
+        regions = [torch.zeros(0, 4) if entry.regions is None else entry.regions for entry in entries]
         return {
             "input_ids": spliced.ids,
             "labels": spliced.labels,
             "pixel_values": [view for entry in entries for view in entry.views],
             "visual_sizes": [entry.size for entry in entries],
             "visual_modalities": [MODALITIES.index(entry.modality) for entry in entries],
+            "visual_regions": regions if any(map(len, regions)) else [],
         }
 
     @functools.cached_property
@@ -167,8 +171,8 @@ class ClassicBatch:
             batch["visuals"] = gather_media(net.media, modalities, plans, list(features))
         elif any(entry.plan is not None for entry in self.used):
             batch["visuals"] = self._planned()
-            for name in ("pixel_values", "visual_sizes", "visual_modalities"):
-                batch.pop(name)
+            for name in ("pixel_values", "visual_sizes", "visual_modalities", "visual_regions"):
+                batch.pop(name, None)
         if self.labels is None:
             batch.pop("labels")
         return batch

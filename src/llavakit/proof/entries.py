@@ -365,6 +365,7 @@ def engine_logits(
         pixel_values=views or None,
         visual_sizes=torch.tensor(sample["visual_sizes"]) if views else None,
         visual_modalities=torch.tensor(sample["visual_modalities"]) if views else None,
+        visual_regions=sample.get("visual_regions") or None,
         **request,
     )
     end = [0]  # logits belong to the position in front of a token: one more shows those behind the last

@@ -289,7 +289,7 @@ def _with_empty_rows(tensor: Tensor, rows: list[int | None]) -> Tensor:
     return torch.stack([torch.zeros_like(tensor[0]) if row is None else tensor[row] for row in rows])
 
 
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example]:
     """Spliced embeddings, labels, mask, logits and loss of a whole model."""
     config, inputs = case.config, case.tensors
     clip = check_keys(config["clip"], CLIPVisionConfig().to_dict(), "config.clip")
@@ -300,7 +300,7 @@ def end_to_end(case: Case) -> Result:
         "visual_encoder_aux": {"model_type": "convnext", **convnext_options(config["convnext"])},
         "image_size": inputs["pixel_values"].shape[-1],
         "image_size_aux": inputs["pixel_values_aux"].shape[-1],
-        "box_rules": {"frame": config["box_frame"]},
+        "box_rules": {"frame": config["box_frame"], "rounded": False},
     }
     model = published_model(raw, case.weights(), known=raw)
     low, high = inputs["pixel_values"], inputs["pixel_values_aux"]
@@ -310,8 +310,9 @@ def end_to_end(case: Case) -> Result:
         fractions = (inputs[f"boxes{number}"].double() / config["box_frame"]).tolist()
         boxes = tuple(to_corners(box, "fraction_corners", (columns, rows)) for box in fractions)
         views = (View(*small.shape[-2:]), View(rows, columns, encoder=1, regions=boxes or (NOTHING.box,)))
-        size = MediaSize(1, rows, columns)
-        entries.append(Entry("image", size, [small, large], plan=Plan("image", size, views)))
+        size = MediaSize(1, config["box_frame"], config["box_frame"])
+        own = {"plan": Plan("image", size, views), "regions": inputs[f"boxes{number}"].double()}
+        entries.append(Entry("image", size, [small, large], **own))
     batch = ClassicBatch(
         model,
         inputs["input_ids"],
@@ -319,17 +320,22 @@ def end_to_end(case: Case) -> Result:
         attention_mask=inputs.get("attention_mask"),
         labels=inputs.get("labels"),
     )
-    with torch.no_grad():
-        out, embeds = batch.forward(), batch.embeds()
-    tensors = {
-        "inputs_embeds": embeds * batch.meaningful(),
-        "new_labels": batch.targets,
-        "new_attention_mask": batch.attention,
-        "logits": out.logits,
-    }
-    if out.loss is not None:
-        tensors["loss"] = out.loss.reshape(1)
-    return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    def outputs() -> Result:
+        with torch.no_grad():
+            out, embeds = batch.forward(), batch.embeds()
+        tensors = {
+            "inputs_embeds": embeds * batch.meaningful(),
+            "new_labels": batch.targets,
+            "new_attention_mask": batch.attention,
+            "logits": out.logits,
+        }
+        if out.loss is not None:
+            tensors["loss"] = out.loss.reshape(1)
+        return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    yield Example("forward pass", outputs, tensors=("*",))
+    yield from batch.through_engine()
 
 
 def collate(case: Case) -> Result:
