@@ -488,3 +488,127 @@ def test_weights_of_time_are_not_lost_in_silence(published, tmp_path):
     video.write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="temporal_attn"):
         build(open_checkpoint(folder, vision_tower=towers))
+
+
+# Records that do not fit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"value": "<video><video>\nQ?"},
+            "train.jsonl:2: conversations: 2 <video> in the text, but 1 media in the record",
+        ),
+        ({"value": "Q?"}, "train.jsonl:2: conversations: 0 <image> in the text, but 1 media in the record"),
+        (
+            {"value": "<video>\n<image>\nQ?"},
+            "train.jsonl:2: conversations: 2 <image> and <video> in the text, but 1 media",
+        ),
+        ({"video": "short"}, "train.jsonl:2: video: .*short: has 3 frames, at least 8 are wanted"),
+    ],
+)
+def test_records_that_do_not_fit_are_one_line_or_left_out(tmp_path, change, message):
+    from export_cases import tokenizer_of
+
+    from llavakit.data.mixture import Mixture, read_specs
+    from llavakit.data.records import BadRecords
+    from llavakit.training.dataset import Samples
+
+    for name, count in (("long", 9), ("short", 3)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            picture(20, 30, number).save(tmp_path / name / f"{number}.png")
+    rows = [{"id": n, "video": "long", "conversations": turns("<video>\nQ?")} for n in range(2)]
+    rows[1] |= {"video": change.get("video", "long"), "conversations": turns(change.get("value", "<video>\nQ?"))}
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = build_config_of(len(tokenizer_of("llama")))
+    sampling = {"type": "uniform", "frames": 8, "min_frames": 8}
+    processor = LlavakitProcessor.from_config(config, tokenizer_of("llama"), sampling=sampling)
+
+    def samples(**options):
+        specs = read_specs({"path": str(file), "media_root": str(tmp_path)})
+        return Samples(Mixture(specs, seed=0), processor, **options)
+
+    good = samples()
+    assert good[0]["pixel_values"][0].shape == (3, 8, 14, 14)
+    with pytest.raises(UserError, match=message) as caught:
+        good[1]
+    assert "\n" not in str(caught.value)
+    bad = BadRecords(tmp_path / "bad.jsonl")
+    skipping = samples(on_bad_record="skip", bad=bad)
+    assert torch.equal(skipping[1]["input_ids"], good[0]["input_ids"])
+    assert "train.jsonl" in (tmp_path / "bad.jsonl").read_text()
+
+
+def turns(question: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": "A."}]
+
+
+def build_config_of(rows: int) -> LlavakitConfig:
+    """Video-LLaVA, tiny, with 14-pixel views."""
+    vit = {"model_type": "clip_vision_model", **VIT}
+    frame = {"type": "float_square", "size": 14}
+    tower = {"config": VIT | {"model_type": "languagebind_video"}, "layer": -2, "strategy": "full"}
+    return LlavakitConfig(
+        text_config={"model_type": "llama", "vocab_size": rows, "hidden_size": 24, "num_attention_heads": 4}
+        | {"intermediate_size": 32, "num_hidden_layers": 2},
+        vision_config=vit,
+        extra_encoders={"video_tower": tower},
+        media={
+            "image": {"views": frame},
+            "video": {"encoder": "video_tower", "views": {"type": "clip", "frames": 8, "frame": frame}},
+        },
+        image_token_id=rows,
+        template="video_llava",
+        system="video-llava",
+    )
+
+
+# Mixed conversations and batches
+
+
+def test_pictures_clips_and_text_decode_together_as_alone():
+    from export_cases import tokenizer_of
+
+    from llavakit.generation.engine import Engine
+    from llavakit.generation.request import Request, SamplingParams
+
+    tokenizer = tokenizer_of("llama")
+    config = build_config_of(len(tokenizer))
+    torch.manual_seed(0)
+    net = LlavakitForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    processor = LlavakitProcessor.from_config(config, tokenizer)
+    text = {"type": "text", "text": "What is it?"}
+    clip = {"type": "video", "video": [picture(20, 30, seed) for seed in range(8)]}
+    shown = [
+        [clip, {"type": "image", "image": picture(30, 20)}, text],
+        [{"type": "image", "image": picture(9, 9)}, text],
+    ]
+    samples = [
+        processor.encode([{"role": "user", "content": parts}], add_generation_prompt=True)
+        for parts in (*shown, [clip, text], [text])
+    ]
+
+    def request(sample):
+        views = sample["pixel_values"] or None
+        media = {name: torch.tensor(sample[name]) if views else None for name in ("visual_sizes", "visual_modalities")}
+        sampling = SamplingParams(max_new_tokens=4, eos_token_ids=())
+        return Request(input_ids=torch.tensor(sample["input_ids"]), pixel_values=views, sampling=sampling, **media)
+
+    together = Engine(net, max_batch=4).generate([request(sample) for sample in samples])
+    alone = [Engine(net, max_batch=1).generate([request(sample)])[0] for sample in samples]
+    assert [reply.token_ids for reply in together] == [reply.token_ids for reply in alone]
+
+
+def test_the_miniature_measures_every_arm():
+    from llavakit.systems.video_llava.miniature import one_seed
+
+    found = one_seed(0, align_steps=3, steps=3, held_out=20)
+    assert len(found) == 15
+    assert all(0 <= value <= 1 for value in found.values())

@@ -238,7 +238,9 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
                 parts.append(boxes.pop(0))
         messages.append({"role": role, "content": parts})
     if taken != total:
-        raise FieldError("conversations", f"{taken} <image> in the text, but {total} media in the record")
+        texts = "".join(turn["value"] for turn in turns)
+        used = " and ".join(literal for literal in LITERALS if literal in texts) or "<image>"
+        raise FieldError("conversations", f"{taken} {used} in the text, but {total} media in the record")
     if waiting:
         raise FieldError("conversations", f"no place in the text for the {waiting[0]['type']} of the record")
     return messages

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from llavakit.conversation.messages import media_of
 from llavakit.data.mixture import Mixture, check_choice
 from llavakit.data.records import BadRecords, belongs_to
-from llavakit.errors import RecordError, UserError
+from llavakit.errors import MediaError, RecordError, UserError
 
 IGNORE = -100
 
@@ -126,7 +126,11 @@ class SampleDataset(Dataset):
     def _sample(self, index: int, encode: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
         record = self.records[index]
         with belongs_to(record.file, record.line):
-            sample = dict(encode(record if self.whole_records else record.messages))
+            try:
+                sample = dict(encode(record if self.whole_records else record.messages))
+            except MediaError as error:
+                said = " ".join(str(error).split())
+                raise RecordError(record.file, record.line, media_field(record), said) from error
         self.bad.note(record.file, record.line, (*getattr(record, "notes", ()), *sample.pop("notes", ())))
         return self.check(sample, record)
 
