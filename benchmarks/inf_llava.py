@@ -1,4 +1,4 @@
-"""INF-LLaVA's pictures: 18 views in one pass of the encoder, beside the published loop of 19 passes.
+"""INF-LLaVA's pictures: 18 views encoded together, beside the published loop of 19 passes.
 
     OMP_NUM_THREADS=1 python benchmarks/inf_llava.py [--width 256] [--layers 24] [--pictures 1] [--repeats 3]
 
@@ -128,7 +128,7 @@ def main() -> None:
         "loop of 19 views, all layers (as published)": Published(model),
         "loop of 18 views, all layers": Published(model, whole=False),
         "loop of 18 views, layers that are read": Published(model, whole=False, last=False),
-        "18 views together, layers that are read (llavakit)": together(model),
+        "18 views in parts, layers that are read (llavakit)": together(model),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     tokens: dict[str, Tensor] = {}

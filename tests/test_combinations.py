@@ -59,6 +59,7 @@ BOX = {"type": "volume_box", "size": [8, 16, 16]}
 IMAGE = ("image", MediaSize(1, 40, 90))
 SMALL = ("image", MediaSize(1, 30, 20))
 VIDEO = ("video", MediaSize(3, 30, 40))
+CLIP = ("video", MediaSize(2, 30, 40))
 VOLUME = ("volume", MediaSize(20, 64, 64))
 
 
@@ -187,6 +188,40 @@ COMBINATIONS = {
         [IMAGE, SMALL],
         [SMALL],
     ),
+    "Mini's compressor over Video-LLaVA's encoder": (
+        combination(
+            "clip",
+            COMPRESSOR,
+            "llama",
+            {
+                "image": {"views": SQUASH},
+                "video": {
+                    "views": {"type": "clip", "frame": SQUASH, "frames": 2},
+                    "encoder": "video_tower",
+                    "connector": "video_projector",
+                },
+            },
+            extra_encoders={
+                "video_tower": {
+                    "config": tiny.ENCODERS["clip"] | {"model_type": "languagebind_video", "num_frames": 2},
+                    "layer": -2,
+                }
+            },
+            extra_connectors={"video_projector": COMPRESSOR | {"encoder": "video_tower"}},
+        ),
+        [IMAGE, CLIP],
+        [CLIP],
+    ),
+    "Surgical pooling on a volume slice by slice": (
+        combination(
+            "siglip",
+            {"type": "spatio_temporal", "slots": 6, "precision": "float32", "depth": 2},
+            "qwen2",
+            {"volume": {"views": {"type": "volume_slices", "size": tiny.SIZE, "slices": 4}}},
+        ),
+        [VOLUME],
+        [VOLUME, VOLUME],
+    ),
     "HyperLLaVA's experts on OneVision's media with Qwen2": (
         combination("siglip", EXPERT_MLP | {"variant": "both"}, "qwen2", ONEVISION, language_adapter=EXPERTS),
         [IMAGE],
@@ -238,7 +273,7 @@ def sample(net, media, seed: int, text: int = 8) -> dict:
         ids += words(2)
         kinds.append(MODALITIES.index(kind))
         for view in spec.plan(kind, size).views:
-            shape = (1, view.depth) if view.role == "volume" else (3,)
+            shape = {"volume": (1, view.depth), "clip": (3, view.depth)}.get(view.role, (3,))
             views.append(torch.randn(*shape, view.height, view.width, generator=generator))
     ids += words(text)
     labels = [-100] * (len(ids) - 5) + ids[-5:]
