@@ -16,9 +16,11 @@ from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
 from llavakit.data.preparation import prepare
 from llavakit.errors import CheckpointError, RecordError, UserError
+from llavakit.evaluation.metrics import reports
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.llava_rad.checkpoint import Published
+from llavakit.systems.llava_rad.chexprompt import INSIGNIFICANT, SIGNIFICANT, parse
 from llavakit.systems.llava_rad.cost import cost
 from llavakit.views.image import Square
 from llavakit.views.plan import MediaSize
@@ -27,10 +29,7 @@ GOLDEN = Path(__file__).parent / "golden" / "llava-rad"
 TOWER, LAYERS, PATCH, SIDE = 64, 3, 14, 28  # one head of 64 channels, 2 x 2 patches
 
 
-CASES = [path for path in find_cases([GOLDEN]) if not path.name.startswith("eval-")]
-
-
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", find_cases([GOLDEN]), ids=lambda path: path.name)
 def test_golden(path):
     report = run_case(path)
     assert report.status == ("declined" if path.name == "batches" else "passed"), report.reason
@@ -255,3 +254,46 @@ def test_broken_annotations_are_named_or_left_out(tmp_path, broken, message):
     assert len(counts["left_out"]) == 1
     with pytest.raises(UserError, match="did you mean 'mimic_test_findings'"):
         prepare("mimic_cxr_findings", source, tmp_path / "train.json", selection="mimic_test_finding")
+
+
+def test_scores_of_reports_hold_their_bounds():
+    graph = {"1": {"tokens": "Edema", "label": "OBS-DP", "relations": []}}
+    lower = {"1": {"tokens": "edema", "label": "OBS-DP", "relations": []}}
+    both = {**graph, "2": {"tokens": "lung", "label": "ANAT-DP", "relations": [["modify", "1"]]}}
+    for level in reports.LEVELS:
+        assert reports.radgraph_f1(both, both, level) == (1.0, 1.0, 1.0)
+        assert reports.radgraph_f1(graph, lower, level) == (0.0, 0.0, 0.0)
+        assert reports.radgraph_f1({}, graph, level) == (0.0, 0.0, 0.0)
+        f1, precision, recall = reports.radgraph_f1(graph, both, level)
+        assert (f1, recall, precision) == reports.radgraph_f1(both, graph, level)
+    classes = np.random.default_rng(0).integers(0, 4, (14, 9))
+    classes[3] = reports.BLANK
+    same = reports.chexbert_f1(classes, classes)
+    assert same["micro avg"]["f1-score"] == 1.0
+    assert same["macro avg"]["f1-score"] == pytest.approx(13 / 14)  # a condition that never occurs counts as 0
+    values = np.array([0.0, 1.0, 1.0, 0.5])
+    found = reports.bootstrap(np.mean, values)
+    assert 0 <= found.low <= found.median <= found.high <= 1
+    with pytest.raises(UserError, match="at least 2 cases, there is 1"):
+        reports.bootstrap(np.mean, values[:1])
+    unit = torch.eye(4)
+    assert reports.retrieval_ranks(unit, unit)["image_to_text_mean_rank"] == 1.0
+    assert reports.retrieval_ranks(unit, unit.roll(1, 0), at=(1,))["text_to_image_R@1"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("significant", "wanted"),
+    [
+        (" [(A, 1), (B, 0)]", {"false_positive_finding": 1, "omission_finding": 0}),
+        (" ((A, 1), (Z, 2))", {"false_positive_finding": 1, "Z": 2}),
+        ("[(A, 1), (B, 0)]", None),  # the published reader would count it under a wrong name
+        (" [(A, one)]", None),
+        (" ", None),
+    ],
+)
+def test_counts_of_a_judge_are_read_or_asked_for_again(significant, wanted):
+    reply = f"Sure.\n{SIGNIFICANT}{significant}\n{INSIGNIFICANT} [(C, 2)]\nExplanation: (D, 9)"
+    rating = parse(reply)
+    assert (rating.significant, rating.insignificant) == (wanted, {"incorrect_location": 2})
+    assert rating.valid
+    assert not parse(significant).valid

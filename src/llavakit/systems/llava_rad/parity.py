@@ -34,6 +34,7 @@ from llavakit.proof.entries import (
     views_of,
 )
 from llavakit.proof.golden import Case, Example, Result, declined, examples, take
+from llavakit.systems.llava_rad import parity_eval
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
 from llavakit.vision.open_clip import read_open_clip
@@ -203,6 +204,7 @@ def data(case: Case) -> Iterator[Example]:
 
 
 ADAPTERS = {
+    **parity_eval.ADAPTERS,
     "vision_encoder": vision_encoder,
     "image_preprocessing": image_preprocessing,
     "end_to_end": end_to_end,
