@@ -24,6 +24,8 @@ from llavakit.evaluation.benchmarks.five_aspects import average_score, item_keys
 from llavakit.evaluation.judges import Judge
 from llavakit.evaluation.records import as_records
 from llavakit.evaluation.score import score
+from llavakit.generation.engine import Engine
+from llavakit.generation.request import Request
 from llavakit.generation.responder import Call, Responder
 from llavakit.media import frame_sampling
 from llavakit.model.configuration import LlavakitConfig
@@ -145,7 +147,7 @@ def frame_numbers(case: Case) -> Result:
     return Result(json={"sampling": rows}, tensors=tensors)
 
 
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example]:
     """Projected features, logits and loss; a row of features belongs to every sample, with or without a clip."""
     llama, inputs = dict(case.config), case.tensors
     width, length, wrapped = (llama.pop(key) for key in ("mm_hidden_size", "video_tokens", "use_vid_start_end"))
@@ -173,17 +175,40 @@ def end_to_end(case: Case) -> Result:
         side = "right" if bool(seen[:, 0].all()) else "left"
         batch = StageCollator(0, padding_side=side)(samples)
         embeds = model.model.embed(batch["input_ids"], vectors=vectors)[0]
-        targets = None if labels is None else batch["labels"]
-        out = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=targets)
-    logits = out.logits.new_zeros(*seen.shape, out.logits.shape[-1])
-    logits[seen] = out.logits[batch["attention_mask"].bool()]
-    tensors = {"logits": logits, "projected": projected}
-    if out.loss is not None:
-        tensors["loss"] = out.loss.reshape(1)
     case.informational("config.video_tokens")
-    if any(len(rows) != length for rows in projected):
-        raise ValueError(f"features of {projected.shape[1]} tokens for a run of {length}")
-    return Result(tensors=tensors, mask={"logits": seen.unsqueeze(-1)})
+    if any(len(own) != length for own in projected):
+        raise UserError(f"inputs: features of {projected.shape[1]} tokens for a run of {length}")
+
+    def spread(found: Tensor) -> Tensor:
+        """Rows as the collator pads them, in the places of the case."""
+        places = found.new_zeros(*seen.shape, *found.shape[2:])
+        places[seen] = found[batch["attention_mask"].bool()]
+        return places
+
+    def forward() -> Result:
+        targets = None if labels is None else batch["labels"]
+        with torch.no_grad():
+            out = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=targets)
+        tensors = {"logits": spread(out.logits), "projected": projected}
+        if out.loss is not None:
+            tensors["loss"] = out.loss.reshape(1)
+        return Result(tensors=tensors, mask={"logits": seen.unsqueeze(-1)})
+
+    def engine() -> Result:
+        """Logits from the last visual position on: what comes before it is the prompt, what follows the answer."""
+        logits, known = torch.zeros(*seen.shape, model.config.text_config.vocab_size), torch.zeros_like(seen)
+        for number, sample in enumerate(samples):
+            own = sample["input_ids"]
+            visual = [place for place, token in enumerate(own) if token == ids["vid_patch_token"]]
+            begin = visual[-1] + 1 if visual else 1
+            prompt = Request(inputs_embeds=spread(embeds)[number][seen[number]][:begin])
+            found = Engine(model).reply_logits(prompt, [[*own[begin:], 0]])[0]
+            places = seen[number].nonzero().flatten()[begin - 1 :]
+            logits[number, places], known[number, places] = found.to(logits.dtype), True
+        return Result(tensors={"logits": logits}, mask={"logits": known.unsqueeze(-1)})
+
+    yield Example("forward pass", forward, tensors=("*",))
+    yield Example("through the engine", engine, tensors=("logits",))
 
 
 # Text
