@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llavakit.checkpoints.convert import convert
@@ -18,6 +20,8 @@ from llavakit.data.mixture import Mixture
 from llavakit.data.records import Record, read_record
 from llavakit.errors import FieldError, RecordError, UserError
 from llavakit.media.regions import Region
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MediaSpec
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
@@ -422,3 +426,47 @@ def test_miniature_measures_every_arm():
     verdict = run(seeds=(0,), steps=4, held_out=32)
     assert len(verdict.comparisons) == 3
     assert all(0 <= value <= 1 for c in verdict.comparisons for side in (c.idea, c.baseline) for value in side.values)
+
+
+# With the views of other systems
+
+
+@pytest.mark.parametrize(
+    ("views", "arrange"),
+    [
+        (
+            {"type": "anyres", "size": tiny.SIZE, "pinpoints": "(1x1),...,(3x3)"},
+            {"type": "spatial_unpad", "max_tiles": 2},
+        ),
+        ({"type": "squash", "size": tiny.SIZE}, {"type": "flat"}),
+    ],
+)
+def test_object_tokens_behind_the_tiles_of_another_system(views, arrange):
+    convnext = {"model_type": "convnext_pyramid", "depths": [1, 1], "hidden_sizes": [4, 6], "num_stages": 2}
+    image = {"views": {"type": "with_objects", "views": views, "size": 32}}
+    fields = tiny.config().to_dict() | {
+        "extra_encoders": {"detail_encoder": {"config": convnext, "layer": -1}},
+        "connector": {"type": "with_objects", "encoder": ["vision_tower", "detail_encoder"]},
+        "media": {"image": {**image, "arrange": {"type": "then_objects", "inner": arrange}}},
+    }
+    torch.manual_seed(0)
+    net = LlavakitForConditionalGeneration(LlavakitConfig.from_dict(fields)).eval()
+    plain = tiny.config().to_dict() | {"media": {"image": {"views": views, "arrange": arrange}}}
+    size, boxes = MediaSize(1, 30, 50), (region(0, 0, 9, 9), region(10, 10, 40, 30))
+    bare = sum(run.visual for run in MediaSpec(LlavakitConfig.from_dict(plain)).layout("image", size))
+    spec = net.model.media
+    assert sum(run.visual for run in spec.layout("image", size, boxes)) == bare + 2
+    picture = Image.new("RGB", (50, 30), "red")
+    picture.paste("blue", (0, 0, 9, 9))
+    views = [torch.from_numpy(v) for v in spec.route("image").planner.cut(picture, spec.plan("image", size, boxes))]
+    corners = torch.tensor([r.box for r in boxes], dtype=torch.float64)
+    with torch.no_grad():
+        (found,) = net.model.get_image_features(
+            views, visual_sizes=torch.tensor([size]), visual_regions=[corners]
+        ).pooler_output
+        (turned,) = net.model.get_image_features(
+            views, visual_sizes=torch.tensor([size]), visual_regions=[corners.flip(0)]
+        ).pooler_output
+    assert len(found) == bare + 2
+    torch.testing.assert_close(found[:-2], turned[:-2])
+    torch.testing.assert_close(found[[-1, -2]], turned[-2:], atol=1e-5, rtol=0)

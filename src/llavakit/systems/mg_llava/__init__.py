@@ -17,8 +17,9 @@ SYSTEM = System(
     checkpoints=("PhoenixZ/MG-LLaVA",),
     parts={
         "encoders": {"convnext_pyramid": ".encoder:ConvNextPyramid"},
-        "planners": {"low_and_high": ".views:LowAndHigh"},
-        "connectors": {"conv_gate": ".connector:ConvGateMLP"},
+        "planners": {"low_and_high": ".views:LowAndHigh", "with_objects": ".with_objects:WithObjects"},
+        "connectors": {"conv_gate": ".connector:ConvGateMLP", "with_objects": ".with_objects:ConnectorWithObjects"},
+        "arrangements": {"then_objects": ".with_objects:ThenObjects"},
         "templates": {
             "mg_vicuna": ".templates:MG_VICUNA",
             "mg_llama_3": ".templates:MG_LLAMA_3",
