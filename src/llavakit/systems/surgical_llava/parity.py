@@ -94,7 +94,10 @@ def model_of(
     if not any(name.startswith(TOWER) for name in weights):
         tower = CLIPVisionModel(CLIPVisionConfig(**clip)).state_dict()
         prefix = TOWER if all(name.startswith("vision_model.") for name in tower) else f"{TOWER}vision_model."
-        weights |= {f"{prefix}{name}": tensor for name, tensor in tower.items()}
+        own_type = next(iter(weights.values())).dtype
+        weights |= {
+            f"{prefix}{name}": tensor.to(own_type) for name, tensor in tower.items() if tensor.is_floating_point()
+        }
     raw = {"model_type": "VideoChatGPT", **llama, **own}
     return published_model(raw, weights, encoder, known=own)
 
