@@ -39,8 +39,14 @@ def checked(function: Any, options: Mapping[str, Any], task: str) -> dict[str, A
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
     hints = typing.get_type_hints(function)
+    known = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            known.append(name)
+        elif parameter.kind is parameter.VAR_KEYWORD and typing.get_origin(hints.get(name)) is typing.Unpack:
+            more = typing.get_type_hints(typing.get_args(hints[name])[0])
+            known, hints = known + list(more), hints | more
     found = {}
     for name, value in options.items():
         if name not in known:

@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import Benchmark, Question, folder_of, need_gold
-from llavakit.evaluation.benchmarks.judged import given, judged, make_judge
+from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
 from llavakit.evaluation.metrics.answers import mean
 from llavakit.evaluation.records import Record, index, read_answers, read_records, refuse_surplus
 
@@ -145,15 +145,9 @@ class FiveAspects(Benchmark):
         gold: str | Path | None,
         *,
         aspects: list[str] | str | None = None,
-        judge: Any = None,
-        base_url: str | None = None,
-        concurrency: int | None = None,
-        cache: str | Path | None = None,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        max_cost: float | None = None,
         attempts: int = 3,
         extra: str = "error",
+        **judging: Unpack[JudgeOptions],
     ) -> dict[str, Any]:
         """Mean score of every aspect.
 
@@ -162,26 +156,17 @@ class FiveAspects(Benchmark):
             gold: The published list; not needed for the published form.
             aspects: Names of aspects; default: consistency for items of two questions, else correctness, detail and
                 context. The list for temporal understanding is judged with aspects=temporal.
-            judge: Model that judges, or a `Judge`; the further options are those of `Judge` and `APIClient`. A call
-                that fails is no judgement: it is counted in `failed_calls`, and the next call asks it again.
+            judging: Who judges, and the judge's options. A call that fails is no judgement: it is counted in
+                `failed_calls`, and the next call asks it again.
             attempts: How often (1 to 3) a judge is asked whose reply cannot be read. An item without a readable score
                 is left out of the mean and counted in `unreadable`.
             extra: What an answer without a question is: an "error", or to be left out ("ignore").
         """
-        if judge is None:
+        if judging.get("judge") is None:
             raise UserError(f"{predictions}: holds answers; give judge to have them judged (-o judge=MODEL)")
         items = self.items(predictions, gold, extra)
         names = self._aspects(aspects, items)
-        options = {
-            "judge": judge,
-            "base_url": base_url,
-            "concurrency": concurrency,
-            "cache": cache,
-            "price_in": price_in,
-            "price_out": price_out,
-            "max_cost": max_cost,
-        }
-        asker = make_judge(given(options), predictions)
+        asker = make_judge(judging, predictions)
         metrics: dict[str, Any] = {}
         unreadable, failures = {}, []
         for name in names:

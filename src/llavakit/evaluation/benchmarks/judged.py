@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import (
@@ -41,16 +41,29 @@ RULE = (
 CATEGORIES = ("llava_bench_conv", "llava_bench_detail", "llava_bench_complex")
 
 
-def make_judge(options: dict[str, Any], predictions: str | Path) -> Judge:
-    """A judge from the options of a score; by default its cache is beside the predictions."""
+class JudgeOptions(TypedDict, total=False):
+    """Options of a score that has a judge: the judge (a model, or a `Judge`), and what `Judge` and `APIClient` take."""
+
+    judge: Any
+    base_url: str | None
+    temperature: float | None
+    max_tokens: int | None
+    concurrency: int | None
+    cache: str | Path | None
+    price_in: float | None
+    price_out: float | None
+    max_cost: float | None
+
+
+def make_judge(options: JudgeOptions, predictions: str | Path, **defaults: Any) -> Judge:
+    """The judge that the options of a score name; by default its cache is beside the predictions."""
     from llavakit.evaluation.judges import Judge
 
-    options = dict(options)
-    model = options.pop("judge")
+    found = {name: value for name, value in options.items() if value is not None}
+    model = found.pop("judge")
     if isinstance(model, Judge):
         return model
-    options.setdefault("cache", Path(predictions).with_suffix(".judge.jsonl"))
-    return Judge(model, **options)
+    return Judge(model, **{"cache": Path(predictions).with_suffix(".judge.jsonl"), **defaults, **found})
 
 
 def judged(judge: Judge, failures: Sequence[Exception], count: int) -> dict[str, Any]:
@@ -128,16 +141,9 @@ class LLaVABench(Benchmark):
         reference: str | Path | None = None,
         rules: str | Path | None = None,
         reviews: str | Path | None = None,
-        judge: Any = None,
-        base_url: str | None = None,
-        temperature: float | None = None,
-        concurrency: int | None = None,
-        cache: str | Path | None = None,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        max_cost: float | None = None,
         missing: str = "error",
         extra: str = "error",
+        **judging: Unpack[JudgeOptions],
     ) -> dict[str, Any]:
         """Summary of reviews: of a published review file, or of answers that a judge reviews first.
 
@@ -150,30 +156,20 @@ class LLaVABench(Benchmark):
             reference: The reference answers, `answers_gpt4.jsonl`.
             rules: Published `rule.json` (category -> prompt and role); default: llavakit's own instruction.
             reviews: Where to write the reviews; default: beside the predictions.
-            judge: Model that reviews, or a `Judge`; the further options are those of `Judge` and `APIClient`. A call
-                that fails is no review: it is counted in `failed_calls`, and the next call asks it again.
+            judging: Who reviews, and the judge's options. A call that fails is no review: it is counted in
+                `failed_calls`, and the next call asks it again.
         """
         metrics: dict[str, Any] = {}
         records = read_records(predictions)
         if records and not any(name in records[0].data for name in ("tuple", "score", "content")):
-            if judge is None or context is None or reference is None:
+            if judging.get("judge") is None or context is None or reference is None:
                 raise UserError(
                     f"{predictions}: holds answers, not reviews; give judge, context and reference to have them "
                     "reviewed (-o judge=MODEL -o context=FILE -o reference=FILE)"
                 )
-            options = {
-                "judge": judge,
-                "base_url": base_url,
-                "temperature": temperature,
-                "concurrency": concurrency,
-                "cache": cache,
-                "price_in": price_in,
-                "price_out": price_out,
-                "max_cost": max_cost,
-            }
             questions = read_records(need_gold(gold, self.title, "questions.jsonl"))
             pairs = list(pair(questions, records, missing=missing, extra=extra))
-            asked = make_judge(given(options), predictions)
+            asked = make_judge(judging, predictions)
             rows, failures = review(pairs, context, reference, rules, asked)
             metrics = judged(asked, failures, len(pairs))
             output = write_lines(reviews or Path(predictions).with_suffix(".reviews.jsonl"), rows)
@@ -188,11 +184,6 @@ class LLaVABench(Benchmark):
             if record.id not in left_out
         )
         return summary | metrics
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def review(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.benchmarks.base import (
@@ -22,7 +22,7 @@ from llavakit.evaluation.benchmarks.base import (
     percent,
     write_json,
 )
-from llavakit.evaluation.benchmarks.judged import given, judged, make_judge
+from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
 from llavakit.evaluation.metrics.answers import mean
 from llavakit.evaluation.records import Record, as_records, pair, read_answers, read_json, read_records, read_text
 
@@ -89,15 +89,9 @@ class MMVet(PairedBenchmark):
         gold: str | Path | None,
         *,
         rules: str | Path | None = None,
-        judge: Any = None,
-        base_url: str | None = None,
-        concurrency: int | None = None,
-        cache: str | Path | None = None,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        max_cost: float | None = None,
         missing: str = "error",
         extra: str = "error",
+        **judging: Unpack[JudgeOptions],
     ) -> dict[str, Any]:
         """Mean grades.
 
@@ -105,9 +99,9 @@ class MMVet(PairedBenchmark):
             predictions: Graded records (with `score` between 0 and 1), or answers that `judge` grades first.
             gold: `mm-vet.json`.
             rules: Text file with the official instruction and examples; default: llavakit's own.
-            judge: Model that grades, or a `Judge`; the further options are those of `Judge` and `APIClient`. A reply
-                that is no number is asked for again at temperatures up to 2, then counts 0 (`unparsed`). A call that
-                fails is no grade: it is counted in `failed_calls`, and the next call asks it again.
+            judging: Who grades, and the judge's options. A reply that is no number is asked for again at temperatures
+                up to 2, then counts 0 (`unparsed`). A call that fails is no grade: it is counted in `failed_calls`, and
+                the next call asks it again.
         """
         metrics: dict[str, Any] = {}
         questions = self.read_gold(need_gold(gold, self.title, self.gold_file))
@@ -115,20 +109,11 @@ class MMVet(PairedBenchmark):
         pairs = list(pair(questions, records, key=_mmvet_id, gold_key=lambda row: row.id, missing=missing, extra=extra))
         if records and all("score" in record.data for record in records):
             grades = [0.0 if answer is None else float(answer.get("score", (int, float))) for _, answer in pairs]
-        elif judge is None:
+        elif judging.get("judge") is None:
             raise UserError(f"{predictions}: holds answers without grades; give judge to have them graded")
         else:
             rule = read_text(rules).rstrip() if rules is not None else GRADE_RULE
-            options = {
-                "judge": judge,
-                "base_url": base_url,
-                "concurrency": concurrency,
-                "cache": cache,
-                "price_in": price_in,
-                "price_out": price_out,
-                "max_cost": max_cost,
-            }
-            asker = make_judge(given(options), predictions)
+            asker = make_judge(judging, predictions)
             unparsed = 0
 
             def grade(item: Pair) -> float:

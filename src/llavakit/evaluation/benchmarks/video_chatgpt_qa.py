@@ -16,12 +16,12 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.benchmarks.base import Benchmark, Question, folder_of, need_gold, percent, write_json
 from llavakit.evaluation.benchmarks.five_aspects import ASKED, TEMPERATURES, parse_reply, video_file
-from llavakit.evaluation.benchmarks.judged import given, judged, make_judge
+from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
 from llavakit.evaluation.metrics.answers import judged_answers
 from llavakit.evaluation.records import Record, choose, index, read_answers, read_json, read_records
 
@@ -116,16 +116,10 @@ class VideoChatGPTQA(Benchmark):
         *,
         questions: str | Path | None = None,
         judgements: str | Path | None = None,
-        judge: Any = None,
-        base_url: str | None = None,
-        concurrency: int | None = None,
-        cache: str | Path | None = None,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        max_cost: float | None = None,
         attempts: int = 3,
         missing: str = "error",
         extra: str = "error",
+        **judging: Unpack[JudgeOptions],
     ) -> dict[str, Any]:
         """Accuracy in percent of the judgements that say yes or no, and the mean score, cut to whole numbers.
 
@@ -134,8 +128,8 @@ class VideoChatGPTQA(Benchmark):
             gold: `test_a.json`, or one file with question and answer; not needed for the published forms.
             questions: `test_q.json`; default: the file beside `gold` with `_q` for `_a` in its name.
             judgements: Where to write what the judge said, in the published form.
-            judge: Model that judges, or a `Judge`; the further options are those of `Judge` and `APIClient`. A call
-                that fails is no judgement: it is counted in `failed_calls`, and the next call asks it again.
+            judging: Who judges, and the judge's options. A call that fails is no judgement: it is counted in
+                `failed_calls`, and the next call asks it again.
             attempts: How often (1 to 3) a judge is asked whose reply is no Python literal; the published script asks
                 without end. An item without one is left out and counted in `unreadable`.
             missing: What a question without a prediction is: an "error", or "wrong" (judged with an empty answer).
@@ -146,19 +140,10 @@ class VideoChatGPTQA(Benchmark):
         stored = _stored(predictions)
         if stored is not None:
             return _metrics(stored, len(stored))
-        if judge is None:
+        if judging.get("judge") is None:
             raise UserError(f"{predictions}: holds answers, not judgements; give judge to have them judged")
         items = self.items(predictions, gold, questions, missing, extra)
-        options = {
-            "judge": judge,
-            "base_url": base_url,
-            "concurrency": concurrency,
-            "cache": cache,
-            "price_in": price_in,
-            "price_out": price_out,
-            "max_cost": max_cost,
-        }
-        asker = make_judge(given(options), predictions)
+        asker = make_judge(judging, predictions)
 
         def judgement(item: Mapping[str, str]) -> list[Any] | None:
             return asker.ask_parsed(judge_messages(item), _literal, TEMPERATURES[:attempts])

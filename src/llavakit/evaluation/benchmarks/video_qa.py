@@ -11,11 +11,11 @@ import ast
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import Pair, PairedBenchmark, need_gold, percent, text_of
-from llavakit.evaluation.benchmarks.judged import given, judged, make_judge
+from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
 from llavakit.evaluation.metrics.answers import judged_answers
 from llavakit.evaluation.records import pair, read_records, read_text
 
@@ -53,15 +53,9 @@ class VideoQA(PairedBenchmark):
         gold: str | Path | None,
         *,
         rules: str | Path | None = None,
-        judge: Any = None,
-        base_url: str | None = None,
-        concurrency: int | None = None,
-        cache: str | Path | None = None,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        max_cost: float | None = None,
         missing: str = "error",
         extra: str = "error",
+        **judging: Unpack[JudgeOptions],
     ) -> dict[str, Any]:
         """Accuracy in percent of the judgements that say yes or no, and the mean score.
 
@@ -69,10 +63,9 @@ class VideoQA(PairedBenchmark):
             predictions: Judgements (with `pred` and `score`), or answers that `judge` judges first.
             gold: The questions with their answers.
             rules: Text file with the instruction, in which {question}, {answer} and {prediction} are filled in.
-            judge: Model that judges, or a `Judge`; the further options are those of `Judge` and `APIClient`. A reply
-                that cannot be read is asked for again at higher temperatures; if none can, it counts in the mean score
-                as 0, as published (`unreadable`). A call that fails is no judgement: it is counted in `failed_calls`,
-                and the next call asks it again.
+            judging: Who judges, and the judge's options. A reply that cannot be read is asked for again at higher
+                temperatures; if none can, it counts in the mean score as 0, as published (`unreadable`). A call that
+                fails is no judgement: it is counted in `failed_calls`, and the next call asks it again.
         """
         metrics: dict[str, Any] = {}
         questions = read_records(need_gold(gold, self.title, self.gold_file))
@@ -80,19 +73,10 @@ class VideoQA(PairedBenchmark):
         pairs = list(pair(questions, records, missing=missing, extra=extra))
         if records and all("pred" in record.data and "score" in record.data for record in records):
             judgements = [{} if answer is None else answer.data for _, answer in pairs]
-        elif judge is None:
+        elif judging.get("judge") is None:
             raise UserError(f"{predictions}: holds answers, not judgements; give judge to have them judged")
         else:
-            options = {
-                "judge": judge,
-                "base_url": base_url,
-                "concurrency": concurrency,
-                "cache": cache,
-                "price_in": price_in,
-                "price_out": price_out,
-                "max_cost": max_cost,
-            }
-            asker = make_judge(given(options), predictions)
+            asker = make_judge(judging, predictions)
             rule = read_text(rules) if rules is not None else RULE
 
             def judgement(item: Pair) -> Mapping[str, Any]:

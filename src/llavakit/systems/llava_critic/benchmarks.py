@@ -8,9 +8,9 @@ next call asks it again. A reply that cannot be read is counted in `unparsed`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import (
@@ -25,7 +25,7 @@ from llavakit.evaluation.benchmarks.base import (
     text_of,
     write_lines,
 )
-from llavakit.evaluation.benchmarks.judged import given, judged, make_judge
+from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
 from llavakit.evaluation.metrics.answers import mean
 from llavakit.evaluation.records import Record, pair, read_records
 from llavakit.systems.llava_critic import prompts, verdicts
@@ -61,43 +61,24 @@ class Reviewed(Benchmark):
         *,
         images: str | Path | None = None,
         reviews: str | Path | None = None,
-        judge: Any = None,
-        base_url: str | None = None,
-        temperature: float | None = None,
-        max_tokens: int | None = None,
-        concurrency: int | None = None,
-        cache: str | Path | None = None,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        max_cost: float | None = None,
         missing: str = "error",
         extra: str = "error",
+        **judging: Unpack[JudgeOptions],
     ) -> dict[str, Any]:
         """Metrics of reviews.
 
         Args:
             images: Folder that image names are relative to; by default that of the gold file.
             reviews: Where to write the judge's replies; default: beside the predictions.
-            judge: Model that reviews, or a `Judge`: a LLaVA-Critic or any other; the further options are those of
-                `Judge` and `APIClient`. By default greedy, up to 4096 tokens.
+            judging: Who reviews, a LLaVA-Critic or any other model, and the judge's options. By default greedy, up to
+                4096 tokens.
         """
         questions = read_records(need_gold(gold, self.title, self.gold_file))
         pairs = list(pair(questions, read_records(predictions), missing=missing, extra=extra))
         if all(answer is None or "review" in answer.data for _, answer in pairs):
             known = [(question, answer.get("review", str)) for question, answer in pairs if answer is not None]
             return self._summed(known) | {"count": len(known)}
-        options = {
-            "judge": judge,
-            "base_url": base_url,
-            "temperature": 0.0 if temperature is None else temperature,
-            "max_tokens": max_tokens or 4096,
-            "concurrency": concurrency,
-            "cache": cache,
-            "price_in": price_in,
-            "price_out": price_out,
-            "max_cost": max_cost,
-        }
-        asker = need_judge(options, predictions)
+        asker = need_judge(judging, predictions)
         folder = folder_of(gold, images)
         asked = [(question, self.prompt(question, text_of(answer) or "")) for question, answer in pairs]
         replies = asker.ask_all(prompts.judge_messages(text, media_parts(own, folder)) for own, text in asked)
@@ -114,15 +95,15 @@ class Reviewed(Benchmark):
         return self.summary(replies)
 
 
-def need_judge(options: Mapping[str, Any], predictions: str | Path) -> Any:
+def need_judge(options: JudgeOptions, predictions: str | Path) -> Any:
     """The judge of a score's options.
 
     Raises:
         UserError: If none is named.
     """
-    if options["judge"] is None:
+    if options.get("judge") is None:
         raise UserError(f"{predictions}: holds answers, not reviews; name who reviews them (--judge MODEL)")
-    return make_judge(given(dict(options)), predictions)
+    return make_judge(options, predictions, temperature=0.0, max_tokens=4096)
 
 
 class CriticScore(Reviewed):
@@ -226,16 +207,8 @@ class CriticPairs(Benchmark):
         against: str | Path | None = None,
         images: str | Path | None = None,
         verdicts_file: str | Path | None = None,
-        judge: Any = None,
-        base_url: str | None = None,
-        temperature: float | None = None,
-        max_tokens: int | None = None,
-        concurrency: int | None = None,
-        cache: str | Path | None = None,
-        price_in: float | None = None,
-        price_out: float | None = None,
-        max_cost: float | None = None,
         extra: str = "error",
+        **judging: Unpack[JudgeOptions],
     ) -> dict[str, Any]:
         """Win rate in percent of the pairs that were judged, ties half.
 
@@ -249,21 +222,10 @@ class CriticPairs(Benchmark):
         """
         if against is None:
             raise UserError(f"{self.title}: name the other model's answers (-o against=FILE)")
-        options = {
-            "judge": judge,
-            "base_url": base_url,
-            "temperature": 0.0 if temperature is None else temperature,
-            "max_tokens": max_tokens or 4096,
-            "concurrency": concurrency,
-            "cache": cache,
-            "price_in": price_in,
-            "price_out": price_out,
-            "max_cost": max_cost,
-        }
         questions = read_records(need_gold(gold, self.title, Reviewed.gold_file))
         own = list(pair(questions, read_records(predictions), extra=extra))
         others = {question.id: answer for question, answer in pair(questions, read_records(against), extra=extra)}
-        asker = need_judge(options, predictions)
+        asker = need_judge(judging, predictions)
         folder = folder_of(gold, images)
         asked = []
         for question, answer in own:

@@ -104,7 +104,7 @@ class LanguageObjective(Objective):
             options["labels"] = stage.labels
         stream = stage.packing == "stream"  # cuts wherever a row ends
         longest = None if stream else stage.max_length
-        positions = None if stream else getattr(config.text_config, "max_position_embeddings", None)
+        positions = None if stream else getattr(getattr(config, "text_config", None), "max_position_embeddings", None)
         self.conversations = Conversations(processor, max_length=longest, positions=positions, options=options)
 
     def encode(self, record: Record, *, media: bool = True) -> dict[str, Any]:
