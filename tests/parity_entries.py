@@ -25,7 +25,7 @@ from llavakit.model.processing import LlavakitProcessor
 from llavakit.proof.golden import Case, Report, run_case
 from llavakit.registry import resolve
 from llavakit.system import get_system, systems
-from llavakit.training.dataset import Samples, StageCollator
+from llavakit.training.dataset import PreparedSamples, StageCollator
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
@@ -69,7 +69,7 @@ def broken(entry: str, system: str) -> Iterator[None]:
     """Everything that enters there raises. Functions that others import by name get other code."""
     methods = {
         "encode": [(LlavakitProcessor, "encode")],
-        "samples": [(Samples, "__init__")],
+        "samples": [(PreparedSamples, "__init__")],  # `Samples` of conversations and those of other objectives
         "collator": [(StageCollator, "__call__")],
         "read_config": [(layout, "read_config") for layout in layouts_of(system)],
         "engine": [(Engine, "__init__")],
