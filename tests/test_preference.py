@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from llavakit.data.preference import read_preference
 from llavakit.data.records import Record
-from llavakit.errors import RecipeError, RecordError
+from llavakit.errors import RecipeError, RecordError, UserError
 from llavakit.training.build import build_model
 from llavakit.training.objectives.base import Step
 from llavakit.training.objectives.dpo import DPO, answers_of, pair_of
@@ -313,3 +313,11 @@ def test_another_record_is_no_preference(world):
     objective, _, _ = prepared(world)
     with pytest.raises(Exception, match="a preference record is needed"):
         objective.encode(Record([], "a", 1, {}))
+
+
+def test_a_pair_without_a_reference_is_no_pair_with_a_reference_of_zero(world):
+    objective, model, samples = prepared(world)
+    objective.use(model)
+    objective.reference = {}
+    with pytest.raises(UserError, match="has no reference; start again"):
+        objective.loss(model, objective._collator()(samples), Step(torch.tensor(len(samples)), 1))

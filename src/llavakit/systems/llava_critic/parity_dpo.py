@@ -18,6 +18,7 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.classic_batch import ClassicBatch, Entry
 from llavakit.proof.entries import (
     check_keys,
+    one_token_media,
     picture,
     published_model,
     text_processor,
@@ -114,7 +115,7 @@ def objective_of(tokenizer: Any, **options: Any) -> DPO:
     """The objective as a stage makes it, with a processor for text."""
     stage = {"name": "dpo", "train": ["language_model"], "learning_rate": 0.0}
     objective = DPO(Stage.model_validate(stage | {"objective": {"type": "dpo", **options}}))
-    objective.bind(None, text_processor(tokenizer, TEMPLATE))
+    objective.bind(one_token_media(), text_processor(tokenizer, TEMPLATE))
     return objective
 
 

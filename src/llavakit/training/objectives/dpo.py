@@ -303,12 +303,23 @@ class DPO(LanguageObjective):
         answers = 2 * self.items(batch)
         return sums_by(targets.owners, found, answers), counts_of(targets.owners, answers), outputs
 
+    def _known(self, keys: Sequence[int]) -> Tensor:
+        """The reference's log-probabilities of chosen and then of rejected answers [2 x pairs]; zeros without one.
+
+        Raises:
+            UserError: If a pair was not there when they were computed.
+        """
+        if self.options.reference_free:
+            return torch.zeros(2 * len(keys))
+        if not all(key in self.reference for key in keys):
+            raise UserError("a record changed while training ran, so its pair has no reference; start again to go on")
+        return torch.tensor([self.reference[key] for key in keys], dtype=torch.float64).T.flatten()
+
     def loss(self, model: nn.Module, batch: dict[str, Any], step: Step) -> Loss:
         """Mean over the step's pairs; the cross entropy is a mean over the tokens of a batch, weighted by its pairs."""
         options, count = self.options, self.items(batch)
         sums, tokens, outputs = self.logps(model, batch)
-        known = [self.reference.get(key, (0.0, 0.0)) for key in batch["keys"].tolist()]
-        reference = torch.tensor(known, device=sums.device).T.flatten()
+        reference = self._known(batch["keys"].tolist()).to(sums)
         policy = sums
         if options.loss == "ipo":
             policy, reference = sums / tokens, reference / tokens
