@@ -612,3 +612,31 @@ def test_the_miniature_measures_every_arm():
     found = one_seed(0, align_steps=3, steps=3, held_out=20)
     assert len(found) == 15
     assert all(0 <= value <= 1 for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "said"),
+    [
+        ("<image>" * 18 + "\nWhich? ", 16, "<image>" * 16 + "\nWhich?"),
+        ("<video>" + "<image>" * 17 + "\nWhich?", 16, "<video>" + "<image>" * 16 + "\nWhich?"),
+        ("See <image>" + "<image>" * 17, 18, None),
+        ("<image> " * 18, 18, None),
+        ("<image>" * 16 + " ", 16, None),
+    ],
+)
+def test_a_long_run_of_images_is_cut_as_published_with_a_note(text, images, said):
+    from llavakit.conversation.encode import encode
+    from llavakit.conversation.messages import from_llava
+    from llavakit.proof.entries import byte_tokenizer
+
+    count = text.count("<image>")
+    record = {"conversations": turns(text), "image": [f"{n}.png" for n in range(count)]}
+    record |= {"video": "v.mp4"} if "<video>" in text else {}
+    found = encode(from_llava(record), "video_llava_training", byte_tokenizer())
+    names = [part["image"] for part in found.media if part["type"] == "image"]
+    assert len(names) == images
+    assert names == sorted(names, key=lambda name: int(name.split(".")[0]))
+    assert (names[0], names[-1]) == ("0.png", f"{count - 1}.png")
+    assert bool(found.notes) == (said is not None)
+    question = (said or text).replace("<video>", "<image>")
+    assert f"USER: {question} ASSISTANT: A." in found.text

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llavakit.conversation.labels import LabelPolicy, Tokens, label_policy
-from llavakit.conversation.messages import Message, Part, is_media, normalise, text_of
+from llavakit.conversation.messages import Message, Part, is_media, limit_images, normalise, text_of
 from llavakit.conversation.template import PLACEHOLDER, Span, Template, template_for
 from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, tokenize
 from llavakit.errors import UserError
@@ -79,6 +79,12 @@ def encode(
     messages, notes = normalise(messages), ()
     if not (template.keeps_first_answer if training else template.prompts_keep_first_answer):
         messages, notes = _without_first_answers(messages, template)
+    if training and template.most_images is not None:
+        messages, dropped = limit_images(messages, template.most_images)
+        if dropped:
+            notes += (
+                f"{dropped} images are left out, {template.name!r} takes {template.most_images} at the head of a turn",
+            )
     if training and template.drops_unanswered:
         messages, more = _without_last_question(messages, template)
         notes += more

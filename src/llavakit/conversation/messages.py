@@ -288,6 +288,29 @@ def _take(waiting: list[Part], modality: str) -> Part | None:
     return waiting.pop(fitting[0]) if fitting else None
 
 
+def limit_images(messages: Sequence[Message], most: int) -> tuple[list[Message], int]:
+    """Normalised messages whose turns open with at most `most` images in an unbroken run, and how many are left out.
+
+    Of a longer run as many images are kept, spread evenly, and the turn's text loses the space at its end (Video-LLaVA,
+    whose code draws them at random). Turns that open with text, and images with text between them, stay as they are.
+    """
+    limited, dropped = [], 0
+    for message in messages:
+        parts = message["content"]
+        places = [place for place, part in enumerate(parts) if part["type"] == "image"]
+        run = parts[places[0] : places[-1] + 1] if places else []
+        unbroken = all(part["type"] == "image" or part.get("text") == "" for part in run)
+        if len(places) > most and is_media(parts[0]) and unbroken:
+            kept = {places[number * (len(places) - 1) // max(most - 1, 1)] for number in range(most)}
+            dropped += len(places) - len(kept)
+            content = [dict(part) for place, part in enumerate(parts) if place not in places or place in kept]
+            if content[-1]["type"] == "text":
+                content[-1]["text"] = content[-1]["text"].rstrip()
+            message = message | {"content": content}
+        limited.append(message)
+    return limited, dropped
+
+
 def media_first(
     messages: Sequence[Message], *, before: str = "", after: str = "", collapse: bool = False
 ) -> list[Message]:

@@ -101,6 +101,8 @@ class Template:
         prompts_keep_first_answer: The same for prompts.
         as_generated: Whether the ids that an assistant's turn brings are the whole turn, also without an end mark;
             otherwise an end mark that they lack follows.
+        most_images: Images with which a turn of a training sample may open; see `messages.limit_images`. None for any
+            number.
         bos: What happens to the tokenizer's begin token if the template writes one too: "double" keeps both, "once"
             drops one; "before_text" drops the tokenizer's own in front of a prompt that opens with a media item;
             "written": the template writes every begin token that it wants (`bos_token`), and the tokenizer adds none.
@@ -125,6 +127,7 @@ class Template:
     rounds: Rounds | None = None
     marks: Marks | None = None
     keeps_first_answer: bool = False
+    most_images: int | None = None
     prompts_keep_first_answer: bool = True
     as_generated: bool = False
     bos: str = "double"

@@ -12,7 +12,8 @@ import torch
 
 from llavakit.checkpoints.classic import IMAGE_MARKS
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
-from llavakit.conversation.messages import from_llava, split_literals
+from llavakit.conversation.messages import from_llava, limit_images, split_literals
+from llavakit.conversation.template import get_template
 from llavakit.conversation.turns import TextDelta
 from llavakit.data.sampler import modality_grouped
 from llavakit.evaluation.judges import Judge
@@ -49,13 +50,17 @@ def processor_of(tokenizer: Any, template: str, marks: bool = False) -> Llavakit
     return text_processor(tokenizer, TRAINED.get(template, template), config)
 
 
-def expanded(sentence: str, frames: int, marks: bool) -> str:
+def expanded(sentence: str, frames: int, marks: bool, template: str) -> str:
     """A sentence with a placeholder for every image and every frame, read back from the ids of a prompt."""
     parts = split_literals(sentence)
     if all(part["type"] == "text" for part in parts):
         return sentence
     processor = processor_of(byte_tokenizer(), "plain", marks)
-    messages = with_blank_media([{"role": "user", "content": parts}], frames)
+    messages = [{"role": "user", "content": parts}]
+    most = get_template(TRAINED.get(template, template)).most_images
+    if most is not None:
+        messages, _ = limit_images(messages, most)
+    messages = with_blank_media(messages, frames)
     ids = processor.encode(messages, pixels=False, add_generation_prompt=True, placement="keep")["input_ids"]
     return processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False).removesuffix("\n")
 
@@ -84,7 +89,10 @@ def training_prompt(case: Case) -> Iterator[Example]:
         spoken = processor_of(byte_tokenizer(), given["template"], marks)
         ids = spoken.encode(with_blank_media(messages, frames), pixels=False, placement="keep")["input_ids"]
         return {
-            "expanded": [expanded(turn["value"], frames, marks) if has_image else turn["value"] for turn in turns],
+            "expanded": [
+                expanded(turn["value"], frames, marks, given["template"]) if has_image else turn["value"]
+                for turn in turns
+            ],
             "prompt": spoken.tokenizer.decode(ids, clean_up_tokenization_spaces=False),
             "input_ids": [token if i == IMAGE_PLACEHOLDER else i for i in found["input_ids"]],
             "labels": [ignore if label == IGNORE else label for label in found["labels"]],

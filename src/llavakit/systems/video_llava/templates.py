@@ -4,5 +4,6 @@ from dataclasses import replace
 
 from llavakit.conversation.builtin import CURIOUS_HUMAN, VICUNA_V1
 
-TRAINING = replace(VICUNA_V1, name="video_llava_training", placement="keep")  # a curious user, while it was trained
+# a curious user, while it was trained
+TRAINING = replace(VICUNA_V1, name="video_llava_training", placement="keep", most_images=16)
 INFERENCE = replace(TRAINING, name="video_llava", system=CURIOUS_HUMAN)
