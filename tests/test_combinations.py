@@ -55,10 +55,17 @@ M3D = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+PYRAMID = {
+    "model_type": "convnext_pyramid",
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 8, 8, 8],
+    "patch_size": 64 // (tiny.SIZE // 8) // 8,
+}
 BOX = {"type": "volume_box", "size": [8, 16, 16]}
 IMAGE = ("image", MediaSize(1, 40, 90))
 SMALL = ("image", MediaSize(1, 30, 20))
 VIDEO = ("video", MediaSize(3, 30, 40))
+TILED = ("multi_image", MediaSize(1, 40, 90))
 CLIP = ("video", MediaSize(2, 30, 40))
 VOLUME = ("volume", MediaSize(20, 64, 64))
 
@@ -211,6 +218,25 @@ COMBINATIONS = {
         ),
         [IMAGE, CLIP],
         [CLIP],
+    ),
+    "MG's object tokens for one picture, OneVision's tiles for several": (
+        combination(
+            "clip",
+            {"type": "conv_gate", "encoder": ["vision_tower", "detail"], "level_width": 8},
+            "llama",
+            {
+                "image": {"views": {"type": "low_and_high", "size": 64, "low_size": tiny.SIZE}},
+                "multi_image": {
+                    "views": ANYRES,
+                    "connector": "tiles_projector",
+                    "arrange": {"type": "spatial_unpad", "max_tiles": 2},
+                },
+            },
+            extra_encoders={"detail": {"config": PYRAMID, "layer": -1}},
+            extra_connectors={"tiles_projector": {"type": "mlp"}},
+        ),
+        [IMAGE],
+        [TILED, TILED],
     ),
     "Surgical pooling on a volume slice by slice": (
         combination(
