@@ -29,6 +29,7 @@ COMMANDS = [
     "eval",
     "score",
     "convert",
+    "boxes",
     "inspect",
     "systems",
     "parity",

@@ -486,7 +486,7 @@ def test_a_record_that_breaks_in_a_worker_is_the_one_line(world: Path, tmp_path:
     data = edited(world, tmp_path / "records.json", {1: {"image": str(tmp_path / "cut.png")}})
     with pytest.raises(UserError) as caught:
         run(world, tmp_path / "run", data, "stages.0.workers=2", "stages.0.max_steps=6")
-    assert re.fullmatch(r".*records\.json:2: record: .*cut\.png: .*", str(caught.value))
+    assert re.fullmatch(r".*records\.json:2: image: .*cut\.png: .*", str(caught.value))
     assert (tmp_path / "run" / "align").is_dir()  # the sample before the first step had not met it
 
 

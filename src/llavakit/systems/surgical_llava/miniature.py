@@ -102,6 +102,10 @@ def one_arm(arm: str, seed: int, steps: int, clips: int, held_out: int, batch: i
     return {f"{arm} {question}": value for question, value in zip(QUESTIONS, right, strict=True)}
 
 
+# The learning rate was chosen on seeds 0 to 3, so the verdict is measured on others.
+SEEDS = (10, 11, 12, 13)
+
+
 def one_seed(seed: int, steps: int = 500, clips: int = 900, held_out: int = 600) -> dict[str, float]:
     """All arms under one seed."""
     results: dict[str, float] = {}
@@ -110,7 +114,7 @@ def one_seed(seed: int, steps: int = 500, clips: int = 900, held_out: int = 600)
     return results
 
 
-def run(seeds: Sequence[int] = (0, 1, 2, 3), progress: Callable[[str], None] | None = None, **budget: int) -> Verdict:
+def run(seeds: Sequence[int] = SEEDS, progress: Callable[[str], None] | None = None, **budget: int) -> Verdict:
     """Train every arm under every seed.
 
     Args:
