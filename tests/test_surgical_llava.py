@@ -548,3 +548,19 @@ def test_miniature_measures_every_arm():
     assert (found > 0.5 * organ @ organ).float().mean() > 0.9
     assert ((clips[:, 0].mean(1) @ tools.T).argmax(-1) == answers[:, 1]).float().mean() > 0.8
     assert (answers[:, 1] != answers[:, 2]).all()
+
+
+def test_pictures_follow_from_where_a_file_is_however_its_path_is_written(tmp_path, monkeypatch):
+    write(tmp_path / "seq_1/vqa/Classification/7_QA.txt", "organ?|kidney\n")
+    monkeypatch.chdir(tmp_path / "seq_1/vqa/Classification")
+    asked = benchmark("endovis18_vqa").questions("7_QA.txt", tmp_path)
+    assert asked[0].media[0]["image"] == str(tmp_path / "seq_1/left_frames/7.png")
+
+
+@pytest.mark.parametrize(("name", "problem"), [("x" * 5000, "File name too long"), (" ", "is empty; name the video")])
+@pytest.mark.parametrize("task", ["five_aspects", "video_chatgpt_qa"])
+def test_videos_whose_name_is_no_file_name_are_named(tmp_path, task, name, problem):
+    item = {"question_id": 1, "video_name": name, "Q": "q", "A": "a", "question": "q", "answer": "a"}
+    gold = write(tmp_path / "gold.json", json.dumps([item]))
+    with pytest.raises(RecordError, match=rf"gold\.json:1: video_name: .*{problem}"):
+        benchmark(task).questions(gold)

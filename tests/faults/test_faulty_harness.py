@@ -12,6 +12,13 @@ from mutations import ODD, scramble, scrambled_json, twist
 from llavakit.errors import UserError
 
 
+class Uncut(UserError):
+    """An error whose line is not cut, as that of every other `UserError` is."""
+
+    def __str__(self) -> str:
+        return "word " * LONGEST_LINE
+
+
 def raising(error: Exception) -> None:
     raise error
 
@@ -24,13 +31,20 @@ def test_only_tracebacks_long_lines_and_slow_attempts_fail() -> None:
     faults.check()
     assert (faults.table["k"].tried, faults.table["k"].accepted, faults.table["k"].refused) == (3, 1, 2)
     faults.attempt("k", "traceback", lambda: raising(KeyError("x")))
-    faults.attempt("k", "long", lambda: raising(UserError("word " * LONGEST_LINE)))
+    faults.attempt("k", "long", lambda: raising(Uncut()))
+    faults.response("k", "long answer", 400, "word " * LONGEST_LINE)
     faults.attempt("k", "slow", lambda: sum(range(10**6)), seconds=0.0)
     faults.response("k", "failed", 500, "Internal Server Error")
     assert faults.table["k"].tracebacks == 2
     with pytest.raises(pytest.fail.Exception) as caught:
         faults.check()
-    for said in ("traceback: KeyError", "long: a line of", "slow: took", "failed: status 500"):
+    for said in (
+        "traceback: KeyError",
+        "long: a line of",
+        "long answer: a line of",
+        "slow: took",
+        "failed: status 500",
+    ):
         assert said in str(caught.value)
 
 

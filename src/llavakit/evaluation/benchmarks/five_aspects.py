@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Unpack
 
-from llavakit.errors import UserError
+from llavakit.errors import UserError, quoted
 from llavakit.evaluation.benchmarks.base import Benchmark, Question, folder_of, need_gold
 from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
 from llavakit.evaluation.metrics.answers import mean
@@ -218,11 +218,16 @@ def video_file(record: Record, folder: Path, prefixes: Sequence[str] = ("",)) ->
         prefixes: What may stand before the name.
 
     Raises:
-        RecordError: If there is none.
+        RecordError: If there is none, or the name can be no file's.
     """
     name = record.get("video_name", str)
+    if not name.strip():
+        raise record.error("video_name", "is empty; name the video")
     candidates = [folder / f"{prefix}{name}{suffix}" for prefix in prefixes for suffix in ("", *VIDEO_SUFFIXES)]
-    found = next((path for path in candidates if path.is_file() or path.is_dir()), None)
+    try:
+        found = next((path for path in candidates if path.is_file() or path.is_dir()), None)
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise record.error("video_name", f"{quoted(name)}: {error.strerror}") from None
     if found is None:
-        raise record.error("video_name", f"{name!r}: {folder} holds no such video ({', '.join(VIDEO_SUFFIXES)})")
+        raise record.error("video_name", f"{quoted(name)}: {folder} holds no such video ({', '.join(VIDEO_SUFFIXES)})")
     return found

@@ -11,6 +11,7 @@ per token. They differ: the sum favours short options. Of equal options the firs
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,24 @@ class LikelihoodChoice(PairedBenchmark):
     def _value(question: Record, prediction: Record, by: str) -> float:
         likelihoods = prediction.get("likelihoods", list)
         if len(likelihoods) != len(options_of(question)) or not all(map(_is_likelihood, likelihoods)):
-            raise prediction.error("likelihoods", "must hold sum, characters and tokens of every option")
+            problem = "must hold sum, characters and tokens of every option, and numbers only"
+            raise prediction.error("likelihoods", problem)
         return float(first_best(ranking_values(likelihoods)[by]) == right_option(question))
 
 
 def _is_likelihood(value: Any) -> bool:
     if not isinstance(value, Mapping) or not {"sum", "characters", "tokens"} <= set(value):
         return False
-    numbers = [value[name] for name in ("sum", "characters", "tokens")]
-    return all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers) and min(numbers[1:]) > 0
+    numbers = [value[name] for name in ("characters", "tokens", "sum")]
+    if value.get("unconditional") is not None:
+        numbers.append(value["unconditional"])
+    return all(map(_is_finite, numbers)) and min(numbers[:2]) > 0
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max  # false for NaN, and for integers that no float holds
 
 
 def options_of(record: Record) -> tuple[str, ...]:

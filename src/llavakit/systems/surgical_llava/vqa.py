@@ -195,6 +195,21 @@ def frame_number(file: Path) -> int:
     return int(number)
 
 
+def folder_above(file: Path, levels: int) -> str:
+    """Name of the folder that a file of a data set is in, or of one above it, however its path is written.
+
+    Args:
+        levels: 1 for the folder that holds the file.
+
+    Raises:
+        UserError: If there is none.
+    """
+    parts = file.absolute().parts[1:]
+    if len(parts) <= levels:
+        raise UserError(f"{file}: should be {levels} folder(s) deep, as the data set has it; its pictures are named so")
+    return parts[-1 - levels]
+
+
 def _sorted(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.txt"), key=lambda file: (len(file.name), file.name))
 
@@ -211,7 +226,7 @@ class EndoVis18(SurgicalVQA):
 
     def picture(self, record: Record) -> Path:
         file = Path(record.file)
-        return Path(file.parts[-4], "left_frames", f"{file.name.partition('_')[0]}.png")
+        return Path(folder_above(file, 3), "left_frames", f"{file.name.partition('_')[0]}.png")
 
 
 class Cholec80(SurgicalVQA):
@@ -229,7 +244,7 @@ class Cholec80(SurgicalVQA):
 
     def picture(self, record: Record) -> Path:
         file = Path(record.file)
-        return Path("cropped_image", file.parts[-2], f"{file.stem.partition('_')[0]}.png")
+        return Path("cropped_image", folder_above(file, 1), f"{file.stem.partition('_')[0]}.png")
 
 
 class PsiAva(SurgicalVQA):
