@@ -127,7 +127,7 @@ def joined_frames(
     return kept_rows, None if labels is None else kept_labels
 
 
-def end_to_end(case: Case) -> Result:
+def end_to_end(case: Case) -> Iterator[Example]:
     """Spliced embeddings, labels, mask, logits and loss."""
     case.informational("config.images")
     inputs, model, settings = case.tensors, model_of(case), case.config["language_model"]
@@ -152,22 +152,28 @@ def end_to_end(case: Case) -> Result:
         max_length=settings.get("tokenizer_model_max_length"),
         padding_side=settings.get("tokenizer_padding_side", "right"),
     )
-    with torch.no_grad():
-        embeds = batch.embeds()
-        if joined:
-            out = batch.forward()
-        else:
-            targets = None if labels is None else batch.targets
-            out = model(inputs_embeds=embeds, attention_mask=batch.attention, labels=targets)
-    tensors = {
-        "inputs_embeds": embeds * batch.meaningful(),
-        "spliced_labels": batch.targets,
-        "spliced_attention_mask": batch.attention,
-        "logits": out.logits,
-    }
-    if out.loss is not None:
-        tensors["loss"] = out.loss.reshape(1)
-    return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    def outputs() -> Result:
+        with torch.no_grad():
+            embeds = batch.embeds()
+            if joined:
+                out = batch.forward()
+            else:
+                targets = None if labels is None else batch.targets
+                out = model(inputs_embeds=embeds, attention_mask=batch.attention, labels=targets)
+        tensors = {
+            "inputs_embeds": embeds * batch.meaningful(),
+            "spliced_labels": batch.targets,
+            "spliced_attention_mask": batch.attention,
+            "logits": out.logits,
+        }
+        if out.loss is not None:
+            tensors["loss"] = out.loss.reshape(1)
+        return Result(tensors=tensors, mask={"logits": batch.meaningful()})
+
+    yield Example("forward pass", outputs, tensors=("*",))
+    if joined:  # frames that are apart are no clip that a message can name
+        yield from batch.through_engine()
 
 
 # Pixels
