@@ -231,6 +231,29 @@ class ClassicBatch:
         labels = None if self.labels is None else self.targets
         return self.model(inputs_embeds=self.embeds(), attention_mask=self.attention, labels=labels, **options)
 
+    def examples(self, prefix: str = "new") -> Iterator[Example]:
+        """The forward pass and the engine, as cases of whole models record them.
+
+        Args:
+            prefix: Of the spliced labels and mask: `{prefix}_labels`, `{prefix}_attention_mask`.
+        """
+
+        def outputs() -> Result:
+            with torch.no_grad():
+                out, embeds = self.forward(), self.embeds()
+            tensors = {
+                "inputs_embeds": embeds * self.meaningful(),
+                f"{prefix}_labels": self.targets,
+                f"{prefix}_attention_mask": self.attention,
+                "logits": out.logits,
+            }
+            if out.loss is not None:
+                tensors["loss"] = out.loss.reshape(1)
+            return Result(tensors=tensors, mask={"logits": self.meaningful()})
+
+        yield Example("forward pass", outputs, tensors=("*",))
+        yield from self.through_engine()
+
     def through_engine(self, name: str = "logits") -> Iterator[Example]:
         """An example that compares the output `name` [rows, longest, vocabulary] with the engine's logits.
 

@@ -305,22 +305,7 @@ def end_to_end(case: Case) -> Iterator[Example]:
         max_length=config.get("tokenizer_model_max_length"),
         padding_side=config.get("padding_side") or "right",
     )
-
-    def outputs() -> Result:
-        with torch.no_grad():
-            out, embeds = batch.forward(), batch.embeds()
-        tensors = {
-            "inputs_embeds": embeds * batch.meaningful(),
-            "new_labels": batch.targets,
-            "new_attention_mask": batch.attention,
-            "logits": out.logits,
-        }
-        if out.loss is not None:
-            tensors["loss"] = out.loss.reshape(1)
-        return Result(tensors=tensors, mask={"logits": batch.meaningful()})
-
-    yield Example("forward pass", outputs, tensors=("*",))
-    yield from batch.through_engine()
+    yield from batch.examples()
 
 
 def prompts(case: Case) -> Iterator[Example]:

@@ -227,22 +227,7 @@ def end_to_end(case: Case) -> Iterator[Example]:
         padding_side=config.get("llm_padding_side") or "right",
         spare=False,
     )
-
-    def outputs() -> Result:
-        with torch.no_grad():
-            out, embeds = batch.forward(), batch.embeds()
-        tensors = {
-            "inputs_embeds": embeds * batch.meaningful(),
-            "spliced_attention_mask": batch.attention,
-            "spliced_labels": batch.targets,
-            "logits": out.logits,
-        }
-        if out.loss is not None:
-            tensors["loss"] = out.loss.reshape(1)
-        return Result(tensors=tensors, mask={"logits": batch.meaningful()})
-
-    yield Example("forward pass", outputs, tensors=("*",))
-    yield from batch.through_engine()
+    yield from batch.examples("spliced")
 
 
 def ct_rate_accuracy(case: Case) -> Result:
