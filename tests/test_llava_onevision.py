@@ -623,7 +623,7 @@ def test_the_recipe_trains_each_part_at_its_rate():
 def test_cost_counts_what_the_formulas_say():
     from llavakit.systems.llava_onevision import cost
 
-    assert cost.vision_flops(cost.encoder()).total == 641_801_428_992
+    assert cost.vision_flops(cost.kept_siglip()).total == 641_801_428_992
     for size, tokens, flops in (
         ("0.5B", 729, 567_423_553_536),
         ("7B", 1485, 20_265_301_647_360),

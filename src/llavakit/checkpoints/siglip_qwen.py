@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import SiglipVisionConfig
 
 from llavakit.checkpoints.classic import ClassicLayout
 from llavakit.checkpoints.files import LazyState, read_json
@@ -283,6 +284,11 @@ class SiglipQwenLayout(ClassicLayout):
 def _is_siglip(encoder: Any) -> bool:
     config = Path(str(encoder)) / "config.json"
     return "siglip" in (read_json(config).get("model_type", "") if config.is_file() else str(encoder)).lower()
+
+
+def kept_siglip() -> SiglipVisionConfig:
+    """SigLIP so400m as these systems run it: 26 of 27 layers, no pooling head."""
+    return SiglipVisionConfig(**{k: v for k, v in kept_tower(KNOWN_ENCODERS[SIGLIP]).items() if k != "model_type"})
 
 
 def kept_tower(encoder: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ products with weights, `attention` those between activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from llavakit.registry import ARRANGEMENTS, PLANNERS
+from llavakit.views.plan import MediaSize
 from llavakit.vision.encode import hidden_states
 
 _ATTENTION_OPS = ("bmm", "baddbmm", "_scaled_dot_product")
@@ -100,6 +102,24 @@ def prefill_flops(model: nn.Module, tokens: int, head: bool = True) -> Flops:
     positions = torch.arange(tokens, device="meta")[None]
     net = model if head else model.base_model
     return count(lambda: net(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False))
+
+
+def body_flops(config_class: type, dimensions: Mapping[str, Any], tokens: int) -> int:
+    """FLOPs of all decoder layers on a prompt, without the head; one layer is counted, since all are alike."""
+    layer = language_model(config_class(**dimensions | {"num_hidden_layers": 1}))
+    return prefill_flops(layer, tokens, head=False).total * dimensions["num_hidden_layers"]
+
+
+def views_and_tokens(media: Mapping[str, Any], size: MediaSize, side: int) -> tuple[int, int]:
+    """Views and visual tokens of a media item.
+
+    Args:
+        media: `views` and `arrange` of its modality.
+        side: Rows, and columns, of a view's tokens.
+    """
+    plan = PLANNERS.build(media["views"]).plan(size)
+    layout = ARRANGEMENTS.build(media["arrange"]).layout(plan, [(1, side, side)] * len(plan.views))
+    return len(plan.views), sum(run.visual for run in layout)
 
 
 def module_flops(module: nn.Module, *shapes: tuple[int, ...]) -> Flops:

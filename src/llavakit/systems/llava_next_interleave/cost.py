@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, Qwen2Config, SiglipVisionConfig
+from transformers import LlamaConfig, Qwen2Config
 
-from llavakit.checkpoints.siglip_qwen import SIGLIP, kept_tower
+from llavakit.checkpoints.siglip_qwen import kept_siglip
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
+from llavakit.proof import cost as proof
 from llavakit.proof.cost import (
     CostReport,
     cache_bytes,
@@ -18,14 +18,11 @@ from llavakit.proof.cost import (
     language_model,
     on_meta,
     parameters,
-    prefill_flops,
     vision_flops,
     vision_model,
 )
-from llavakit.registry import ARRANGEMENTS, PLANNERS
 from llavakit.systems.llava_next_interleave.checkpoint import InterleaveLayout
 from llavakit.views.plan import MediaSize
-from llavakit.vision.known import KNOWN_ENCODERS
 
 CURRENT = {"mm_patch_merge_type": "flat", "image_aspect_ratio": "pad"}
 EARLIER = {
@@ -66,33 +63,21 @@ VIEW = SIDE * SIDE
 IMAGES, DEMO_FRAMES, POOLED_FRAMES = 10, 16, 40
 
 
-def encoder() -> SiglipVisionConfig:
-    """SigLIP so400m as it is run: 26 of 27 layers, no pooling head."""
-    return SiglipVisionConfig(**{k: v for k, v in kept_tower(KNOWN_ENCODERS[SIGLIP]).items() if k != "model_type"})
-
-
 def tokens_of(modality: str, size: MediaSize, **settings: Any) -> int:
     """Visual tokens of one media item."""
     media = InterleaveLayout().media(CURRENT | settings, 384)[modality]
-    plan = PLANNERS.build(media["views"]).plan(size)
-    layout = ARRANGEMENTS.build(media["arrange"]).layout(plan, [(1, SIDE, SIDE)] * len(plan.views))
-    return sum(run.visual for run in layout)
-
-
-@functools.cache
-def _layer(size: str) -> Any:
-    return language_model(Qwen2Config(**QWEN1_5[size] | {"num_hidden_layers": 1}))
+    return proof.views_and_tokens(media, size, SIDE)[1]
 
 
 def body_flops(size: str, tokens: int) -> int:
     """All decoder layers on a prompt of visual tokens alone, without the head."""
-    return prefill_flops(_layer(size), tokens, head=False).total * QWEN1_5[size]["num_hidden_layers"]
+    return proof.body_flops(Qwen2Config, QWEN1_5[size], tokens)
 
 
 def cost() -> CostReport:
     """Count everything."""
     report = CostReport("llava-next-interleave")
-    siglip = encoder()
+    siglip = kept_siglip()
     group = "vision: SigLIP so400m, 26 layers"
     report.add("parameters", parameters(vision_model(siglip)), "parameters", group=group)
     report.add("one view of 384 px", vision_flops(siglip).total, "FLOPs", group=group)
@@ -134,9 +119,8 @@ def cost() -> CostReport:
             for name, tokens in prompts.items():
                 report.add(f"cache of {name}, 16 bit", cache_bytes(config, tokens), "bytes", group=group)
     group = "one image on LLaVA-1.5-7B"
-    layer = language_model(LlamaConfig(**VICUNA | {"num_hidden_layers": 1}, vocab_size=32000))
     report.add("tokens", 576, "tokens", group=group)
-    body = prefill_flops(layer, 576, head=False).total * VICUNA["num_hidden_layers"]
+    body = proof.body_flops(LlamaConfig, VICUNA, 576)
     report.add("language model's layers", body, "FLOPs", group=group)
     report.notes = [
         "Language model: decoder layers without the head, visual tokens alone, the full square of attention.",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config
 
+from llavakit.checkpoints.siglip_qwen import kept_siglip
 from llavakit.connectors.base import Features
 from llavakit.connectors.general import MLP
+from llavakit.proof import cost as proof
 from llavakit.proof.cost import (
     CostReport,
     cache_bytes,
@@ -17,12 +16,10 @@ from llavakit.proof.cost import (
     language_model,
     on_meta,
     parameters,
-    prefill_flops,
     vision_flops,
     vision_model,
 )
-from llavakit.registry import ARRANGEMENTS, PLANNERS
-from llavakit.systems.llava_onevision.checkpoint import SIGLIP, kept_tower, media_of
+from llavakit.systems.llava_onevision.checkpoint import media_of
 from llavakit.views.plan import MediaSize
 from llavakit.vision.known import KNOWN_ENCODERS
 
@@ -63,41 +60,27 @@ IMAGES = 12  # most images of a training sample
 LARGEST, LONGEST = (2304, 2304), (1123, 1362)  # width and height; most pixels kept, most tokens
 
 
-def encoder() -> SiglipVisionConfig:
-    """SigLIP so400m as it is run: 26 of 27 layers, no pooling head."""
-    return SiglipVisionConfig(**{k: v for k, v in kept_tower(KNOWN_ENCODERS[SIGLIP]).items() if k != "model_type"})
-
-
 def views_and_tokens(width: int, height: int, ratio: str = "anyres_max_9") -> tuple[int, int]:
     """Views and visual tokens of one image."""
-    image = media_of(SETTINGS | {"image_aspect_ratio": ratio}, 384)["image"]
-    plan = PLANNERS.build(image["views"]).plan(MediaSize(1, height, width))
-    layout = ARRANGEMENTS.build(image["arrange"]).layout(plan, [(1, SIDE, SIDE)] * len(plan.views))
-    return len(plan.views), sum(run.visual for run in layout)
+    media = media_of(SETTINGS | {"image_aspect_ratio": ratio}, 384)["image"]
+    return proof.views_and_tokens(media, MediaSize(1, height, width), SIDE)
 
 
 def video_tokens(frames: int, newline: str = "one_token") -> int:
     """Visual tokens of a video."""
-    video = media_of(SETTINGS | {"mm_newline_position": newline}, 384)["video"]
-    plan = PLANNERS.build(video["views"]).plan(MediaSize(frames, 384, 384))
-    layout = ARRANGEMENTS.build(video["arrange"]).layout(plan, [(1, SIDE, SIDE)] * frames)
-    return sum(run.visual for run in layout)
-
-
-@functools.cache
-def _layer(size: str) -> Any:
-    return language_model(Qwen2Config(**QWEN2[size] | {"num_hidden_layers": 1}))
+    media = media_of(SETTINGS | {"mm_newline_position": newline}, 384)["video"]
+    return proof.views_and_tokens(media, MediaSize(frames, 384, 384), SIDE)[1]
 
 
 def body_flops(size: str, tokens: int) -> int:
     """All decoder layers on a prompt of visual tokens alone, without the head."""
-    return prefill_flops(_layer(size), tokens, head=False).total * QWEN2[size]["num_hidden_layers"]
+    return proof.body_flops(Qwen2Config, QWEN2[size], tokens)
 
 
 def cost() -> CostReport:
     """Count everything."""
     report = CostReport("llava-onevision")
-    siglip = encoder()
+    siglip = kept_siglip()
     view = vision_flops(siglip).total
     group = "vision: SigLIP so400m, 26 layers"
     report.add("parameters", parameters(vision_model(siglip)), "parameters", group=group)
@@ -140,7 +123,7 @@ def _tokens(report: CostReport) -> None:
     views, tokens = views_and_tokens(*LARGEST)
     report.add("2304 x 2304 image", tokens, "tokens", "at most 7,290", group)
     report.add("  its views", views, "views", group=group)
-    report.add("  its views through the encoder", views * vision_flops(encoder()).total, "FLOPs", group=group)
+    report.add("  its views through the encoder", views * vision_flops(kept_siglip()).total, "FLOPs", group=group)
     report.add("  without a budget", views_and_tokens(*LARGEST, ratio="anyres")[1], "tokens", group=group)
     report.add("the longest image, 1123 x 1362", views_and_tokens(*LONGEST)[1], "tokens", "at most 7,290", group)
     report.add("one image among several", VIEW + 1, "tokens", group=group)
@@ -154,12 +137,11 @@ def _compared(report: CostReport, view: int) -> None:
     clip = CLIPVisionConfig(
         **{k: v for k, v in KNOWN_ENCODERS["openai/clip-vit-large-patch14-336"].items() if k != "model_type"}
     )
-    layer = language_model(LlamaConfig(**VICUNA | {"num_hidden_layers": 1}, vocab_size=32000))
     group = "a 672 x 672 image, 7B"
     views, tokens = views_and_tokens(672, 672)
     report.add("LLaVA-1.5: tokens", 576, "tokens", group=group)
     report.add("LLaVA-1.5: encoder", vision_flops(clip, layer=-2).total, "FLOPs", group=group)
-    body = prefill_flops(layer, 576, head=False).total * VICUNA["num_hidden_layers"]
+    body = proof.body_flops(LlamaConfig, VICUNA, 576)
     report.add("LLaVA-1.5: language model's layers", body, "FLOPs", group=group)
     report.add("LLaVA-OneVision: tokens", tokens, "tokens", group=group)
     report.add("LLaVA-OneVision: encoder", views * view, "FLOPs", group=group)
