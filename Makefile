@@ -6,7 +6,7 @@
 
 VENV     ?= .venv
 PIP_ARGS ?=
-EXTRAS   ?= train,serve,medical,eval,dev
+EXTRAS   ?= train,serve,medical,eval,retrieval,tools,dev
 CONSTRAINTS ?= constraints.txt
 ARGS     ?=
 # A file's tests share models, so they stay in one process; more than four processes take more memory than they save time.

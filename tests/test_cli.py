@@ -25,19 +25,19 @@ from llavakit.generation.responder import Responder
 
 COMMANDS = [
     "chat",
+    "serve",
     "train",
+    "prepare",
+    "boxes",
+    "phantom",
     "eval",
     "score",
     "convert",
-    "boxes",
     "inspect",
     "systems",
     "parity",
     "cost",
     "reproduce",
-    "phantom",
-    "prepare",
-    "serve",
     "doctor",
 ]
 

@@ -168,11 +168,11 @@ def _events(text):
 
 
 def test_option_given_twice(monkeypatch):
-    from llavakit.cli import app
+    from llavakit.cli.common import responder_choice
 
     with pytest.raises(UserError, match="--search: --responder-option search= says it too"):
-        app._answering("llava-o1", ["search=stage"], "stage")
-    assert app._answering("llava-o1", None, "stage") == {
+        responder_choice("llava-o1", ["search=stage"], "stage")
+    assert responder_choice("llava-o1", None, "stage") == {
         "responder": "llava-o1",
         "responder_options": {"search": "stage"},
     }
