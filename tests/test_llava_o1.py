@@ -13,11 +13,14 @@ from llavakit.errors import UserError
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.generation.search import Branch
 from llavakit.proof.golden import find_cases, run_case
+from llavakit.system import get_system
 from llavakit.systems.llava_o1 import teaching
 from llavakit.systems.llava_o1.judging import Judge, shown_text
 from llavakit.systems.llava_o1.responder import StagedSearch
 from llavakit.systems.llava_o1.searching import SAMPLING, Retracing, by_stage, knock_out, swires
 from llavakit.systems.llava_o1.stages import NAMES, end_of, stages_codec
+from llavakit.training.build import build_meta
+from llavakit.training.recipe import load_recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "llava-o1"
 QUESTION = [{"role": "user", "content": "What is this?"}]
@@ -132,6 +135,20 @@ def test_what_cannot_search_says_so():
         searcher.submit(QUESTION, SamplingParams(seed=1, max_new_tokens=4)).result()
     with pytest.raises(Exception, match="cannot continue a reply"):
         StagedSearch(StagedSearch(small_chat()), search="stage").submit(QUESTION).result()
+
+
+# Recipe
+
+
+def test_published_scale():
+    recipe = load_recipe(get_system("llava-o1").recipe)
+    model = build_meta(recipe)
+    (stage,) = recipe.stages
+    assert (
+        sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel() == 8_030_261_248
+    )
+    assert (stage.learning_rate, stage.epochs, stage.global_batch, stage.seed) == (1e-5, 3, 32, 42)
+    assert (stage.schedule, stage.schedule_options, stage.clip) == ("step", {"gamma": 0.85, "parts": 3}, None)
 
 
 # Data

@@ -18,6 +18,7 @@ from llavakit.training.recipe import load_recipe, parse_recipe
 from llavakit.training.run import train
 from llavakit.training.scaling import scale
 
+WORDS = ("<SUMMARY>", "</SUMMARY>", "<CAPTION>", "</CAPTION>", "<REASONING>", "</REASONING>", "<CONCLUSION>")
 MARKS = ("<image>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 STEPS = {"max_steps": 2, "batch_size": 2, "workers": 0, "shard": False, "log_steps": 1, "max_length": 2048}
 WORLDS = {
@@ -38,6 +39,29 @@ def worlds(tmp_path_factory):
     return folder
 
 
+def in_stages(folder):
+    """Captions as conclusions of replies in stages."""
+    records = json.loads((folder / "captions.json").read_text())
+    for record in records:
+        answer = record["conversations"][1]
+        stages = "".join(f"{begin} look {end}\n\n" for begin, end in zip(WORDS[:6:2], WORDS[1:6:2], strict=True))
+        answer["value"] = f"{stages}<CONCLUSION> {answer['value']} </CONCLUSION>"
+    (folder / "staged.json").write_text(json.dumps(records))
+    return "staged.json"
+
+
+def text_alone(folder):
+    """Questions without their pictures, and preferences for the right answer."""
+    turns, pairs = [], []
+    for line in (folder / "heldout_questions.jsonl").read_text().splitlines():
+        question = json.loads(line)
+        asked = {"role": "user", "content": question["text"]}
+        turns.append({"messages": [asked, {"role": "assistant", "content": question["answer"]}]})
+        pairs.append({"prompt": [asked], "chosen": question["answer"], "rejected": "nothing"})
+    for name, rows in (("text", turns), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize(
     ("slug", "world", "item"),
     [
@@ -55,15 +79,24 @@ def worlds(tmp_path_factory):
         ("surgical-llava", "operations", "video"),
         ("llava-critic", "scenes", "image"),
         ("video-llava", "scenes", "video"),
+        ("llava-o1", "pictures", "image"),
+        ("med42-v2", "pictures", None),
     ],
 )
 def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, item):
     folder = worlds / world
     recipe = scale(load_recipe(get_system(slug).recipe), vocab=1300, patch_size=4, image_size=16, stages=STEPS)
     raw = recipe.model_dump()
+    names = ["captions.json"] + ["train.json"] * len(recipe.data)
+    if slug == "llava-o1":
+        names = [in_stages(folder)]
+    if slug == "med42-v2":
+        names = ["text.jsonl" if "preference" not in source.name else "pairs.jsonl" for source in recipe.data]
+        text_alone(folder)
+        raw["stages"][0]["max_length"] = 64  # of a chunk
     raw["data"] = [
         {"name": source.name, "path": str(folder / name), "images": str(folder)}
-        for source, name in zip(recipe.data, ["captions.json"] + ["train.json"] * len(recipe.data), strict=False)
+        for source, name in zip(recipe.data, names, strict=False)
     ]
     raw["parts"]["tokenizer"] = str(folder / "tokenizer")
     if slug == "llava-uhd":  # its separators are ids of Llama's tokenizer
@@ -78,11 +111,15 @@ def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, it
     assert [stage.name for stage in result.stages] == [stage.name for stage in recipe.stages]
     assert all(len(stage.metrics["log"]) == 2 for stage in result.stages)
     records = json.loads((folder / "train.json").read_text())
-    file = next(str(folder / record[item]) for record in records if isinstance(record.get(item), str))
+    file = next((str(folder / record[item]) for record in records if isinstance(record.get(item), str)), None)
+    media = {} if item is None else {item: file}
     chat = llavakit.load(result.final)
-    question = [{"type": item, item: file}, {"type": "text", "text": "What is there?"}]
+    question = [
+        *({"type": kind, kind: path} for kind, path in media.items()),
+        {"type": "text", "text": "What is there?"},
+    ]
     reply = chat.chat([{"role": "user", "content": question}], max_new_tokens=2)
-    record = {"question_id": 1, "text": "What is there?", "answer": reply, item: file}
+    record = {"question_id": 1, "text": "What is there?", "answer": reply, **media}
     (tmp_path / "questions.jsonl").write_text(json.dumps(record))
     files = tmp_path / "questions.jsonl", tmp_path / "predictions.jsonl"
     found = evaluate(chat, "exact_match", *files, max_new_tokens=2, console=Console(quiet=True))

@@ -437,7 +437,7 @@ def test_schedule_clipping_and_rates_reach_the_optimiser(world: Path, tmp_path: 
     assert list((tmp_path / "tune").rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "constant_with_warmup", "polynomial"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "step"])
 def test_a_stage_of_one_step_learns(world: Path, tmp_path: Path, schedule: str) -> None:
     options = (f"stages.0.schedule={schedule}", "stages.0.max_steps=1", "stages.1.max_steps=1")
     result = run(world, tmp_path, *options)
@@ -449,6 +449,16 @@ def test_a_stage_of_one_step_learns(world: Path, tmp_path: Path, schedule: str) 
     after = load_file(tmp_path / "align" / "final" / "model.safetensors")
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if "multi_modal_projector" in name}
+
+
+def test_the_rate_falls_in_steps(world: Path, tmp_path: Path) -> None:
+    options = "stages.1.schedule=step", "stages.1.schedule_options={gamma: 0.5, parts: 3}", "stages.1.max_steps=7"
+    result = run(world, tmp_path, *options, "stages.1.warmup=2", "stages.1.log_steps=1", "stages.0.max_steps=1")
+    rates = [entry["learning_rate"] for entry in result.stages[1].metrics["log"]]
+    assert [rate / max(rates) for rate in rates] == pytest.approx([0.5, 1, 1, 0.5, 0.5, 0.25, 0.25])
+    for wrong, said in (("gamma: 2", "gamma: must be above 0"), ("parts: 1.5", "parts: must be a whole number")):
+        with pytest.raises(RecipeError, match=f"stages.1.schedule_options: {said}"):
+            run(world, tmp_path / "wrong", options[0], "stages.1.schedule_options={" + wrong + "}")
 
 
 def test_a_reporter_that_is_not_installed_is_named(world: Path, tmp_path: Path) -> None:

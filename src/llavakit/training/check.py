@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.optimization import get_scheduler
 
 from llavakit.conversation.template import OWN, get_template
 from llavakit.data.dataset import SampleDataset
@@ -29,6 +28,7 @@ from llavakit.training.fingerprint import spread
 from llavakit.training.lora import prepare
 from llavakit.training.objectives.base import Objective, objective_of
 from llavakit.training.recipe import Recipe, Stage
+from llavakit.training.schedules import check_schedule
 
 RECORDS = 8  # per source and stage, with "sample"
 
@@ -96,7 +96,7 @@ def check_names(recipe: Recipe, number: int) -> Objective:
         Trainer.get_optimizer_cls_and_kwargs(training_arguments(recipe, stage, Path(recipe.output), 0), None)
     with named(number, "schedule_options", ValueError, TypeError, ArithmeticError):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        get_scheduler(stage.schedule, optimizer, 1, 10, scheduler_specific_kwargs=dict(stage.schedule_options) or None)
+        check_schedule(stage, optimizer)
     return objective
 
 

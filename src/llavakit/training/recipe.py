@@ -30,7 +30,7 @@ from llavakit.errors import RecipeError, UserError, quoted
 from llavakit.registry import OBJECTIVES, nearest
 from llavakit.training.overrides import override
 
-Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial"]
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial", "step"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes

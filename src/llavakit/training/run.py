@@ -44,7 +44,7 @@ from llavakit.data.strict_json import read_json
 from llavakit.errors import RecipeError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
-from llavakit.training import distributed, summary
+from llavakit.training import distributed, schedules, summary
 from llavakit.training.callbacks import Bar, Metrics
 from llavakit.training.check import check_recipe, named
 from llavakit.training.dataset import PreparedSamples, global_batch, open_records, plan_batches
@@ -415,8 +415,7 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path, seed: int) ->
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.accumulation,
         learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule,
-        lr_scheduler_kwargs=dict(stage.schedule_options) or None,
+        **schedules.arguments(stage),
         warmup_steps=stage.warmup,
         weight_decay=stage.weight_decay,
         adam_beta1=stage.betas[0],

@@ -28,6 +28,7 @@ from llavakit.training.lora_targets import GradientCheck
 from llavakit.training.objectives.base import Objective, Step
 from llavakit.training.parameter_groups import Rates, core, optimizer_groups, progress_hooks
 from llavakit.training.recipe import Stage
+from llavakit.training.schedules import STEP, step_decay
 
 PREFIX = "checkpoint-"
 
@@ -124,6 +125,9 @@ class StageTrainer(Trainer):
         fresh = self.lr_scheduler is None
         # some schedules divide by what a warm-up leaves
         warmup = self.args.warmup_steps = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
+        if fresh and self.stage.schedule == STEP:
+            own = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = step_decay(own, warmup, num_training_steps, **self.stage.schedule_options)
         schedule = super().create_scheduler(num_training_steps, optimizer)
         if fresh and isinstance(schedule, LambdaLR) and warmup and schedule.lr_lambdas[0](0) == 0:
             schedule.lr_lambdas = [_warmed_up(rate, warmup) for rate in schedule.lr_lambdas]
