@@ -129,6 +129,7 @@ _REGISTRIES = {
     "layouts": registry.LAYOUTS,
     "preparations": registry.PREPARATIONS,
     "record_edits": registry.RECORD_EDITS,
+    "store_encoders": registry.STORE_ENCODERS,
 }
 
 

@@ -1,0 +1,222 @@
+"""Stores and retrievers: what is found, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llavakit.errors import UserError
+from llavakit.retrieval import NO_NEIGHBOUR, Entry
+from llavakit.retrieval.encoder import StoreEncoder, load_encoder
+from llavakit.retrieval.exact import best, unit
+from llavakit.retrieval.passages import pack
+from llavakit.retrieval.retriever import StoreRetriever, open_retriever
+
+pytest.importorskip("lancedb")
+
+from llavakit.retrieval.store import Store
+
+
+class Letters(StoreEncoder):
+    """Counts letters of texts, and shades of pictures."""
+
+    name, identity, dimension = "letters", "1", 26
+
+    def texts(self, texts):
+        return np.array([[text.count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
+
+    def images(self, images):
+        return np.array([[image.convert("L").getpixel((0, 0)) == i for i in range(26)] for image in images], np.float32)
+
+
+def entries(*texts: str) -> list[Entry]:
+    return [Entry(f"p{i}", (text,), title=text.title(), fields={"patient": str(i % 2)}) for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store.create(tmp_path / "store", 26, encoder=Letters().describe(), settings={"source": "x"})
+    found = entries("aaa", "abb", "bbb", "ccc")
+    store.add(found[:3], Letters().texts(["aaa", "abb", "bbb"]))
+    store.add(found[3:], Letters().texts(["ccc"]))
+    return store
+
+
+def test_a_store_comes_back_as_it_was_written(store):
+    again = Store.open(store.path, encoder=Letters().describe())
+    assert len(again) == 4
+    assert (again.dimension, again.metric, again.settings) == (26, "cosine", {"source": "x"})
+    assert again.entries([3, 0, 0]) == [entries("aaa", "", "", "ccc")[i] for i in (3, 0, 0)]
+    assert entries("aaa")[0].text == "aaa"
+    with pytest.raises(IndexError):
+        again.entries([4])
+
+
+def test_exact_search_is_brute_force_and_does_not_see_the_length_of_a_query(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.normal(size=(500, 16)).astype("f4"), rng.normal(size=(9, 16)).astype("f4")
+    for metric in ("cosine", "dot"):
+        store = Store.create(tmp_path / metric, 16, metric=metric)
+        store.add(entries(*"x" * 500), vectors)
+        rows = unit(vectors) if metric == "cosine" else vectors
+        expected = unit(queries).astype(np.float64) @ rows.T.astype(np.float64)
+        scores, numbers = store.neighbours(queries * 7, 12)
+        assert (numbers == np.argsort(-expected, axis=1)[:, :12]).all()
+        np.testing.assert_allclose(scores, -np.sort(-expected, axis=1)[:, :12], rtol=1e-5, atol=1e-6)
+        assert (store.neighbours(queries[2:3], 12)[1] == numbers[2]).all()
+
+
+def test_a_small_store_says_which_neighbours_it_lacks(store):
+    scores, numbers = store.neighbours(Letters().texts(["a"]), 6)
+    assert numbers.tolist()[0][:2] == [0, 1]
+    assert numbers.tolist()[0][4:] == [NO_NEIGHBOUR] * 2
+    assert np.isneginf(scores[0, 4:]).all()
+    assert [hit.index for hit in store.search(Letters().texts(["a"]), 6)[0]] == numbers.tolist()[0][:4]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_neighbours_are_those_of_a_flat_faiss_index_also_among_equals(seed):
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(seed)
+    n, d, k, q = (int(rng.integers(1, high)) for high in (300, 9, 40, 40))
+    base = unit(rng.normal(size=(max(1, n // int(rng.integers(1, 8))), d)))
+    vectors, queries = base[rng.integers(0, len(base), n)], unit(rng.normal(size=(q, d)))
+    index = faiss.IndexFlatIP(d)
+    index.add(vectors)
+    cut = int(rng.integers(1, n + 1))
+    blocks = [(begin, vectors[begin : begin + cut]) for begin in range(0, n, cut)]
+    assert (best(queries, blocks, k)[1] == index.search(queries, k)[1]).all()
+
+
+def test_a_retriever_takes_texts_pictures_and_vectors_together(store):
+    retriever = StoreRetriever(store, Letters())
+    picture = Image.new("L", (2, 2), 2)
+    vector = Letters().texts(["bb"])[0]
+    text, image, given = retriever.retrieve(["aa", picture, vector], 1)
+    assert [hits[0].entry.text for hits in (text, image, given)] == ["aaa", "ccc", "bbb"]
+    assert text[0].score == pytest.approx(1)
+    assert retriever.retrieve([], 3) == []
+
+
+def test_entries_that_are_not_kept_make_room_for_further_ones(store):
+    hits = StoreRetriever(store, Letters()).retrieve(["a"], 2, keep=lambda entry: entry.fields["patient"] == "1")
+    assert [hit.entry.page for hit in hits[0]] == ["p1", "p3"]
+    assert StoreRetriever(store, Letters()).retrieve(["a"], 2, keep=lambda entry: False) == [[]]
+
+
+def test_approximate_search_finds_most_of_the_neighbours(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2000, 16)).astype("f4")
+    store = Store.create(tmp_path / "store", 16)
+    store.add(entries(*"x" * 2000), vectors)
+    assert not store.has_index
+    with pytest.raises(UserError, match="has no index"):
+        store.neighbours(vectors[:1], 1, approximate=True)
+    store.build_index()
+    assert Store.open(store.path).has_index
+    exact, found = store.neighbours(vectors[:50], 10), store.neighbours(vectors[:50], 10, approximate=True)
+    shared = [len(set(a) & set(b)) for a, b in zip(exact[1].tolist(), found[1].tolist(), strict=True)]
+    assert sum(shared) >= 475
+    assert (found[1][:, 0] == np.arange(50)).all()
+    np.testing.assert_allclose(found[0][:, 0], 1, atol=0.02)
+
+
+def test_bad_stores_and_queries_are_one_line(store, tmp_path):
+    other = Letters()
+    other.identity, other.name = "2", "other"
+    vector = Letters().texts(["a"])
+    cases = [
+        (lambda: Store.create(store.path, 26), "exists already"),
+        (lambda: Store.create(tmp_path / "x", 0), "dimension 0: must be a positive number"),
+        (lambda: Store.create(tmp_path / "x", 3, metric="l2"), "must be cosine or dot"),
+        (lambda: Store.open(tmp_path), "is not a store; `llavakit index SOURCE STORE` makes one"),
+        (lambda: StoreRetriever(store, other), "was made with the encoder 'letters', not with 'other'"),
+        (lambda: StoreRetriever(store).retrieve(["a"], 1), "needs the encoder that made it"),
+        (lambda: store.neighbours(vector, 0), "k 0: must be a positive number"),
+        (lambda: store.neighbours(vector[:, :5], 1), r"must be \[number, 26\]"),
+        (lambda: store.neighbours(vector * np.nan, 1), "query: row 0 is not finite"),
+        (lambda: store.add(entries("a", "b"), vector), "2 entries and 1 vectors"),
+        (lambda: Store.create(tmp_path / "empty", 26).neighbours(vector, 1), "the store is empty"),
+        (lambda: load_encoder(tmp_path), "has no config.json"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError, match=message):
+            call()
+    assert len(store) == 4
+    note = store.path / "store.json"
+    for wrong, message in (({"format": 9}, "format 9"), ({"format": 1}, "dimension: missing")):
+        note.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=message):
+            Store.open(store.path)
+
+
+def clip_folder(folder):
+    """A tiny CLIP with tokenizer and image processor."""
+    import torch
+    from tiny_training import write_tokenizer
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    sides = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=sides | {"vocab_size": 80, "max_position_embeddings": 12},
+        vision_config=sides | {"image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_a_clip_model_encodes_texts_and_pictures_into_one_space(tmp_path):
+    encoder = load_encoder(clip_folder(tmp_path / "clip"))
+    texts = encoder.texts(["red square", "blue white", "red square red square red square red square red square red"])
+    images = encoder.images([Image.new("RGB", (20, 30), "red"), Image.new("L", (16, 16))])
+    assert texts.shape == (3, 8)
+    assert images.shape == (2, 8)
+    np.testing.assert_allclose(texts[1], encoder.texts(["blue white"])[0], atol=1e-6)
+    store = Store.create(tmp_path / "store", 8, encoder=encoder.describe())
+    store.add(entries("red square", "blue white"), texts[:2])
+    found = open_retriever(store.path).retrieve(["blue white"], 1)
+    assert found[0][0].entry.text == "blue white"
+    assert load_encoder(tmp_path / "clip").identity == encoder.identity
+
+
+def test_a_text_encoder_averages_or_takes_the_first_token(tmp_path):
+    import torch
+    from tiny_training import write_tokenizer
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=80,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    mean, first = load_encoder(tmp_path), load_encoder(tmp_path, pooling="first")
+    alone, together = mean.texts(["red square"]), mean.texts(["red square", "blue blue blue white"])
+    np.testing.assert_allclose(alone[0], together[0], atol=1e-6)
+    assert abs(first.texts(["red square"]) - alone).max() > 1e-3
+    assert first.identity != mean.identity
+    with pytest.raises(UserError, match="encodes texts alone"):
+        mean.images([Image.new("RGB", (4, 4))])
+    with pytest.raises(UserError, match="pooling 'max'"):
+        load_encoder(tmp_path, pooling="max")
+
+
+def test_passages_are_packed_greedily():
+    sentences = [("One two three.", 4), ("Four five six seven.", 5), ("Eight nine!", 3), ("Ten?", 2)]
+    assert pack(sentences, 8) == ["One two three.", "Four five six seven. Eight nine!", "Ten?"]
+    assert pack(sentences) == ["One two three. Four five six seven. Eight nine! Ten?"]
+    assert pack([("long", 9), ("a", 1), ("b", 1), ("long", 9), ("c", 1)], 3) == ["long", "a b", "long", "c"]
+    assert pack([]) == []
