@@ -130,6 +130,7 @@ _REGISTRIES = {
     "preparations": registry.PREPARATIONS,
     "record_edits": registry.RECORD_EDITS,
     "store_encoders": registry.STORE_ENCODERS,
+    "skills": registry.SKILLS,
 }
 
 
