@@ -304,11 +304,13 @@ def save_png(path: Path, image: np.ndarray) -> None:
 
 
 def save_video(path: Path, frames: np.ndarray, rate: int = 4) -> None:
-    """Write uint8 `[frames, height, width, 3]` as H.264 with full colour resolution."""
+    """Write uint8 `[frames, height, width, 3]` as H.264 with full colour resolution, equal bytes for equal frames."""
     import av
 
+    # With its look-ahead, libx264 writes other bytes now and then, even in one thread: findings/x264_not_repeatable.sh.
+    options = {"crf": "12", "preset": "veryfast", "x264-params": "rc-lookahead=0:mbtree=0"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv444p"
         stream.codec_context.thread_count = 1
         for frame in frames:
