@@ -34,6 +34,7 @@ COMMANDS = [
     "score",
     "convert",
     "inspect",
+    "index",
     "systems",
     "parity",
     "cost",

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llavakit.cli import app as cli
 from llavakit.errors import UserError
 from llavakit.retrieval import NO_NEIGHBOUR, Entry
 from llavakit.retrieval.encoder import StoreEncoder, load_encoder
 from llavakit.retrieval.exact import best, unit
+from llavakit.retrieval.index import build_store
+from llavakit.retrieval.pages import open_pages
 from llavakit.retrieval.passages import pack
 from llavakit.retrieval.retriever import StoreRetriever, open_retriever
+from llavakit.retrieval.sentences import sentences
 
 pytest.importorskip("lancedb")
 
@@ -220,3 +226,169 @@ def test_passages_are_packed_greedily():
     assert pack(sentences) == ["One two three. Four five six seven. Eight nine! Ten?"]
     assert pack([("long", 9), ("a", 1), ("b", 1), ("long", 9), ("c", 1)], 3) == ["long", "a b", "long", "c"]
     assert pack([]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "No pneumonia.  Mild edema at 3 cm. Dr. Smith saw it.",
+            [("No pneumonia.", 3), (" Mild edema at 3 cm.", 7), ("Dr. Smith saw it.", 5)],
+        ),
+        (
+            "Effusion, e.g. left.Small (1.5 cm)?! A. B. end",
+            [("Effusion, e.g. left.", 5), ("Small (1.5 cm)?!", 7), ("A. B. end", 3)],
+        ),
+        ("It can't be 8 p.m. now... or so", [("It can't be 8 p.m. now... or so", 10)]),
+        ("a\n\nbb. c", [("a\n\nbb.", 4), ("c", 1)]),
+        ("www.example.org is it. Yes", [("www.example.org is it.", 4), ("Yes", 1)]),
+        ("x-ray and/or CT:)", [("x-ray and/or CT:)", 6)]),
+        ("", []),
+        ("  ", [("  ", 1)]),
+    ],
+)
+def test_sentences_are_those_of_spacys_rules(text, found):
+    assert sentences(text) == found
+    spacy = sys.modules.get("spacy") or importlib.util.find_spec("spacy")
+    if spacy is not None:
+        pipeline = importlib.import_module("spacy").blank("en")
+        pipeline.add_pipe("sentencizer")
+        assert [(sentence.text, len(sentence)) for sentence in pipeline(text).sents] == found
+
+
+def pages_file(folder, count=12):
+    records = [
+        {"id": f"p{i}", "title": f"Page {i}", "text": "aaa bbb. " * 3 + f"{chr(97 + i)} here.", "kind": i}
+        for i in range(count)
+    ]
+    path = folder / "pages.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_store_is_built_from_records_and_goes_on_after_a_kill(tmp_path, monkeypatch):
+    from llavakit.retrieval import index
+
+    monkeypatch.setattr(index, "ROWS", 3)
+    monkeypatch.setattr(index, "ENCODE", 2)
+    source = pages_file(tmp_path)
+
+    class Killed(Letters):
+        left = 4
+
+        def texts(self, texts):
+            Killed.left -= 1
+            if not Killed.left:
+                raise KeyboardInterrupt
+            return super().texts(texts)
+
+    whole = index.build_store(open_pages(source), tmp_path / "whole", Letters(), tokens=6)
+    assert (whole.entries, whole.pages, whole.resumed) == (24, 12, 0)
+    with pytest.raises(KeyboardInterrupt):
+        index.build_store(open_pages(source), tmp_path / "killed", Killed(), tokens=6)
+    assert 0 < len(Store.open(tmp_path / "killed")) < 24
+    rest = index.build_store(open_pages(source), tmp_path / "killed", Letters(), tokens=6)
+    assert 0 < rest.resumed < 12
+    assert rest.pages == 12 - rest.resumed
+    one, other = Store.open(tmp_path / "whole"), Store.open(tmp_path / "killed")
+    assert one.entries(range(24)) == other.entries(range(24))
+    assert all((a == b).all() for (_, a), (_, b) in zip(one.blocks(), other.blocks(), strict=True))
+    assert one.entries([1])[0] == Entry("p0", ("aaa bbb. a here.",), "Page 0", None, {"kind": "0"})
+    assert index.build_store(open_pages(source), tmp_path / "whole", Letters(), tokens=6).pages == 0
+    with pytest.raises(UserError, match=r"tokens 6.*made otherwise"):
+        index.build_store(open_pages(source), tmp_path / "whole", Letters(), tokens=7)
+    source.write_text(source.read_text() * 2)
+    with pytest.raises(UserError, match="made otherwise"):
+        index.build_store(open_pages(source), tmp_path / "whole", Letters(), tokens=6)
+
+
+def test_pages_of_a_folder_are_their_text_titles_and_pictures(tmp_path):
+    folder = tmp_path / "notes"
+    (folder / "sub").mkdir(parents=True)
+    Image.new("L", (4, 4), 2).save(folder / "c.png")
+    Image.new("L", (4, 4), 3).save(tmp_path / "outside.png")
+    (folder / "a.md").write_text(
+        "# Head\n\nSome *text* with a [link](http://x.org).\n\n![p](c.png) ![q](../outside.png) ![r](http://x.org/y.png)\n"
+    )
+    html = "<title>T &amp; U</title><script>no()</script><h1>Big</h1><p>One<br>two</p><img src='../c.png?x=1'>"
+    (folder / "sub" / "b.html").write_text(html)
+    (folder / "ignored.txt").write_text("x")
+    pages = open_pages(folder)
+    assert [page.name for page in (pages[0], pages[1])] == ["a.md", "sub/b.html"]
+    assert (pages[0].title, pages[0].text) == ("Head", "Head\nSome text with a link.")
+    assert (pages[1].title, pages[1].text) == ("T & U", "Big\nOne\ntwo")
+    assert pages[0].images == pages[1].images == (str(folder / "c.png"),)
+    built = build_store(pages, tmp_path / "store", Letters(), embed=["image", "summary", "passage"])
+    entries = built.store.entries(range(built.entries))
+    assert [(entry.page, entry.text, entry.image is not None) for entry in entries] == [
+        ("a.md", "Head\nSome text with a link.", False),
+        ("a.md", "Head\nSome text with a link.", False),
+        ("a.md", "Head\nSome text with a link.", True),
+        ("sub/b.html", "Big\nOne\ntwo", False),
+        ("sub/b.html", "Big\nOne\ntwo", False),
+        ("sub/b.html", "Big\nOne\ntwo", True),
+    ]
+    with pytest.raises(UserError, match="holds no Markdown or HTML file"):
+        open_pages(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([1], "record: is"),
+        ({"text": "x"}, "id: missing"),
+        ({"id": "a", "text": 3}, "text: is 3; must be text"),
+        ({"id": "a", "passages": "x"}, "passages: is 'x'; must be a list of text"),
+        ({"id": "a", "passages": [], "sections": []}, "passages: given beside sections"),
+        ({"id": "a", "images": ["nothing.png"]}, "images: .*nothing.png"),
+    ],
+)
+def test_broken_pages_are_named_or_left_out(tmp_path, record, message):
+    path = tmp_path / "pages.jsonl"
+    path.write_text(json.dumps({"id": 0, "passages": ["abc"]}) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=f"pages.jsonl:2: {message}"):
+        build_store(open_pages(path), tmp_path / "x", Letters(), embed=["passage", "image"])
+    built = build_store(open_pages(path), tmp_path / "y", Letters(), embed=["passage", "image"], on_bad_record="skip")
+    assert built.entries == 1
+    assert len(built.left_out) == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_nothing_to_embed_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "pages.jsonl"
+    path.write_text(json.dumps({"id": 0, "passages": ["abc"]}) + "\n")
+    with pytest.raises(UserError, match="no page has anything to embed"):
+        build_store(open_pages(path), tmp_path / "store", Letters(), embed=["image"])
+    with pytest.raises(UserError, match="embed 'audio': must be any of"):
+        build_store(open_pages(path), tmp_path / "store", Letters(), embed=["audio"])
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_command_builds_describes_and_queries(tmp_path, capsys):
+    encoder, source, store = str(clip_folder(tmp_path / "clip")), pages_file(tmp_path), str(tmp_path / "store")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    assert cli.run(["index", str(source), store, "--encoder", encoder]) == 0
+    assert capsys.readouterr().out == f"{store}: 12 entries (12 pages)\n"
+    assert cli.run(["index", str(source), store, "--encoder", encoder]) == 0
+    assert "12 entries (was complete)" in capsys.readouterr().out
+    assert cli.run(["index", store, "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["entries"], about["dimension"], about["complete"]) == (12, 8, True)
+    for query in (str(tmp_path / "red.png"), "a here"):
+        assert cli.run(["index", store, "--query", query, "--k", "2", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found) == 2
+        assert found[0]["score"] >= found[1]["score"]
+        assert cli.run(["index", store, "--query", query]) == 0
+        assert capsys.readouterr().out.count("aaa bbb.") >= 5
+    for arguments, message in (
+        (["index", str(source), str(tmp_path / "new")], "--encoder: missing"),
+        (["index", str(source)], "is not a store"),
+        (["index", store, store, "--query", "x"], "looks in one store"),
+        (["index", store, "--query", "x", "--approximate"], "has no index"),
+        (["index", str(source), store, "--encoder", encoder, "--tokens", "9"], "made otherwise"),
+    ):
+        assert cli.run(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

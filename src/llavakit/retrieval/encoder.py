@@ -11,6 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ class TransformersEncoder(StoreEncoder):
         self.device = check_device(device)
         self._torch = torch
         try:
-            model = AutoModel.from_pretrained(folder, dtype=check_dtype(dtype, self.device), trust_remote_code=False)
+            with _quiet():
+                model = AutoModel.from_pretrained(
+                    folder, dtype=check_dtype(dtype, self.device), trust_remote_code=False
+                )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{folder}: not an encoder that transformers can load ({reason})") from None
@@ -102,6 +106,9 @@ class TransformersEncoder(StoreEncoder):
         content = json.dumps([model_identity(folder), self.pooling]).encode()
         self.identity = hashlib.sha256(content).hexdigest()
         self.dimension = self.texts(["a"]).shape[1]
+
+    def describe(self) -> dict[str, str]:
+        return super().describe() | ({} if self.pooling is None else {"pooling": self.pooling})
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         tokenizer = self._get_tokenizer()
@@ -190,9 +197,23 @@ def load_encoder(model: str | Path, **options: Any) -> StoreEncoder:
     kind = read_json(path).get("model_type")
     made = STORE_ENCODERS.get(kind) if kind in STORE_ENCODERS else TransformersEncoder
     try:
-        return made(folder, str(model), **options)
+        return made(folder, str(folder.resolve()) if Path(model).expanduser().is_dir() else str(model), **options)
     except TypeError as error:
         raise UserError(f"{model}: {error}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bar, which standard error of a command has no place for."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _pooled(output: Any) -> Any:

@@ -107,6 +107,6 @@ def open_retriever(
     """
     store = Store.open(path)
     named = encoder or store.encoder.get("name")
-    if named is not None:
-        options = {"pooling": store.settings["pooling"], **options} if store.settings.get("pooling") else options
+    if "pooling" in store.encoder:
+        options = {"pooling": store.encoder["pooling"], **options}
     return StoreRetriever(store, None if named is None else load_encoder(named, **options), approximate=approximate)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -185,6 +186,17 @@ class Store:
         self._table.add(pa.Table.from_arrays(columns, schema=_schema(self.dimension)))
         with self._lock:
             self._matrix = None
+
+    def last_record(self) -> int:
+        """Number of the record that the last entry was made from; -1 if there is none."""
+        count = len(self)
+        if not count:
+            return -1
+        return self._table.take_offsets([count - 1]).select(["record"]).to_arrow().column("record")[0].as_py()
+
+    def finish(self) -> None:
+        """Put the appended pieces together into few files, and remove what earlier versions left."""
+        self._table.optimize(cleanup_older_than=timedelta(milliseconds=1))
 
     def entries(self, indices: Sequence[int]) -> list[Entry]:
         """Entries by number, in the order asked for.
