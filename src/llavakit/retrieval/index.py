@@ -128,7 +128,8 @@ def build_store(
             progress(number + 1, len(pages))
     append()
     if store is None:
-        raise UserError(f"{pages.file}: no page has anything to embed ({", ".join(embed)}), so there is nothing to store")
+        kinds = ", ".join(embed)
+        raise UserError(f"{pages.file}: no page has anything to embed ({kinds}), so there is nothing to store")
     done.store, done.entries = store, len(store)
     if index or (index is None and done.entries >= INDEXED):
         store.build_index()
