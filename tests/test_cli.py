@@ -35,6 +35,7 @@ COMMANDS = [
     "convert",
     "inspect",
     "index",
+    "synthesize",
     "systems",
     "parity",
     "cost",

@@ -115,3 +115,11 @@ class WriteError(CheckpointError):
 
 class RecipeError(UserError):
     """An unknown key or a wrong type in a recipe."""
+
+
+class CallFailed(UserError):
+    """One call of a model that brought no answer; others may. It can be asked again."""
+
+
+class APIRefused(UserError):
+    """An API refuses every call (a wrong key or model, money spent): there is no use in asking on."""

@@ -152,6 +152,7 @@ PREPARATIONS = Registry("preparation of data")
 RECORD_EDITS = Registry("record edit")
 STORE_ENCODERS = Registry("encoder of a store")
 SKILLS = Registry("skill")
+PIPELINES = Registry("synthesis pipeline")
 
 # Built-in parts, as places to import from on first use. Parts of one published system are on that system's card.
 ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleEncoder")

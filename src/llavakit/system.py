@@ -131,6 +131,7 @@ _REGISTRIES = {
     "record_edits": registry.RECORD_EDITS,
     "store_encoders": registry.STORE_ENCODERS,
     "skills": registry.SKILLS,
+    "pipelines": registry.PIPELINES,
 }
 
 

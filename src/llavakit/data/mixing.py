@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from llavakit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Item = TypeVar("Item")
 
 
 def generator_of(seed: int, epoch: int) -> torch.Generator:
     """A generator that depends on (seed, epoch) only; neighbouring epochs are unrelated."""
+    import torch  # here, because files are read in processes that need no network
+
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9) % 2**63)
 
 
@@ -80,6 +83,8 @@ def mixed_order(
     Raises:
         UserError: If a weight is negative or their number is wrong.
     """
+    import torch
+
     weights = [1.0] * len(sizes) if weights is None else list(weights)
     if len(weights) != len(sizes):
         raise UserError(f"weights: {len(weights)} given for {len(sizes)} sources")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.conversation.turns import CallEvent, Event, ReasoningDelta, TextDelta, ToolCall
-from llavakit.errors import UserError, quoted
+from llavakit.errors import APIRefused, CallFailed, UserError, quoted
 from llavakit.generation.request import SamplingParams
 from llavakit.generation.responder import Call, Responder
 from llavakit.generation.response import FinishEvent, Response, Usage
@@ -35,14 +35,6 @@ _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": PNG, "WEBP": "image/webp"}
 _REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
 _ORIENTATION = 0x0112
 _DEFAULTS = SamplingParams()
-
-
-class CallFailed(UserError):
-    """One call that brought no answer; others may. It can be asked again."""
-
-
-class APIRefused(UserError):
-    """The API refuses every call (a wrong key or model, money spent): there is no use in asking on."""
 
 
 @dataclass
