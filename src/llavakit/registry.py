@@ -166,6 +166,8 @@ RECORD_EDITS.add("lead_with_media", "llavakit.data.edits:LeadWithMedia")
 RECORD_EDITS.add("remove_text", "llavakit.data.edits:RemoveText")
 
 OBJECTIVES.add("dpo", "llavakit.training.objectives.dpo:DPO")
+OBJECTIVES.add("fare", "llavakit.training.objectives.adversarial:FARE")
+OBJECTIVES.add("tecoa", "llavakit.training.objectives.adversarial:TeCoA")
 OBJECTIVES.add("supervised", "llavakit.training.objectives.supervised:Supervised")
 
 PLANNERS.add("square", "llavakit.views.image:Square")

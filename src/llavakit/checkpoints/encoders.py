@@ -15,7 +15,7 @@ from llavakit.checkpoints.files import LazyState, holds_weights, read_folder, re
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.errors import CheckpointError, quoted
 from llavakit.registry import ENCODER_FILES
-from llavakit.vision.open_clip import is_open_clip, read_open_clip_folder
+from llavakit.vision.open_clip import is_open_clip, open_clip_projection, read_open_clip_folder
 
 # The text side of contrastive models, which their files hold beside the encoder.
 _TEXT_SIDE = re.compile(r"(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$)")
@@ -86,6 +86,20 @@ def encoder_options(folder: Path) -> dict[str, Any] | None:
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"{folder / 'config.json'}: vision_config is {quoted(nested)}, it should be an object")
     return {**nested, "model_type": vision_model_type(config)}
+
+
+def read_projection(folder: Path) -> Tensor | None:
+    """The projection [joint width, encoder width] of a CLIP encoder into the space of images and texts; None without.
+
+    Args:
+        folder: In transformers' or open_clip's files.
+    """
+    if is_open_clip(folder):
+        return open_clip_projection(folder)
+    if not holds_weights(folder):
+        return None
+    state = read_folder(folder)
+    return state.get("visual_projection.weight")
 
 
 def holds_encoder(folder: Path) -> bool:

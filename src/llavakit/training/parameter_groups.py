@@ -179,17 +179,20 @@ class Rates:
     Attributes:
         learning_rate, weight_decay: For parts that name none of their own.
         parts: As in `Stage.train`.
+        decay_rms_norms: See `no_decay_parameters`.
+        decay_everything: Whether biases and norms decay too.
     """
 
     learning_rate: float
     weight_decay: float = 0.0
     parts: Mapping[str, PartTraining] | None = None
     decay_rms_norms: bool = False
+    decay_everything: bool = False
 
     @classmethod
     def of(cls, stage: Stage) -> Rates:
         """The rates of a stage."""
-        return cls(stage.learning_rate, stage.weight_decay, stage.train, stage.decay_rms_norms)
+        return cls(stage.learning_rate, stage.weight_decay, stage.train, stage.decay_rms_norms, stage.decay_everything)
 
 
 def optimizer_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
@@ -198,7 +201,7 @@ def optimizer_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     Each pair is (decayed, not decayed); empty groups are left out. Every group has `params`, `lr`, `weight_decay`
     and `names`, in the order of the model.
     """
-    no_decay = no_decay_parameters(model, decay_rms_norms=rates.decay_rms_norms)
+    no_decay = set() if rates.decay_everything else no_decay_parameters(model, decay_rms_norms=rates.decay_rms_norms)
     parts = {
         name: options
         for name, options in (rates.parts or {}).items()

@@ -30,7 +30,16 @@ from llavakit.errors import RecipeError, UserError, quoted
 from llavakit.registry import OBJECTIVES, nearest
 from llavakit.training.overrides import override
 
-Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "polynomial", "step"]
+Schedule = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_min_lr",
+    "polynomial",
+    "step",
+    "cosine_set_after_step",
+]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
@@ -228,6 +237,7 @@ class Stage(Section):
     warmup: float = Field(0.03, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     decay_rms_norms: bool = False
+    decay_everything: bool = False
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     epsilon: float = Field(1e-8, gt=0)
     optimizer: str = "adamw_torch_fused"

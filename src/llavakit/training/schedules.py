@@ -1,7 +1,9 @@
-"""Schedules of learning rates: transformers' by name, and the one that it does not have."""
+"""Schedules of learning rates: transformers' by name, and those that it does not have."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -11,6 +13,7 @@ from transformers.optimization import get_scheduler
 from llavakit.training.recipe import Stage
 
 STEP = "step"
+SET_AFTER_STEP = "cosine_set_after_step"
 
 
 def step_decay(optimizer: Optimizer, warmup: int, steps: int, *, gamma: float = 0.1, parts: float = 3) -> LambdaLR:
@@ -37,9 +40,53 @@ def step_decay(optimizer: Optimizer, warmup: int, steps: int, *, gamma: float = 
     return LambdaLR(optimizer, rate)
 
 
+def open_clip_cosine(warmup: float, steps: float) -> Callable[[int], float]:
+    """open_clip's `cosine_lr` as a share of the peak: warm-up step s has (s + 1) / warmup, then half a cosine to 0.
+
+    Args:
+        warmup: Steps of the linear warm-up.
+        steps: Steps of the whole schedule.
+
+    Raises:
+        ValueError: If the warm-up is as long as the schedule.
+    """
+    if not 0 <= warmup < steps:
+        raise ValueError(f"steps: must be above the {warmup:g} steps of the warm-up, not {steps:g}")
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    return share
+
+
+def after_step(share: Callable[[int], float]) -> Callable[[int], float]:
+    """The rates of optimiser steps where a schedule is applied behind each, with the count of steps by then.
+
+    The first step is made before the schedule has said anything, so it has the whole peak rate, as in the published
+    training of Robust CLIP.
+    """
+    return lambda step: 1.0 if step == 0 else share(step)
+
+
+def set_after_step(optimizer: Optimizer, warmup: int, whole: int, *, steps: float = 0) -> LambdaLR:
+    """`open_clip_cosine` applied behind every optimiser step.
+
+    Args:
+        warmup: Steps of the linear warm-up.
+        whole: Steps of the stage.
+        steps: Of the schedule, if it is not the stage's; 0 means it is.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    return LambdaLR(optimizer, after_step(open_clip_cosine(warmup, steps or whole)))
+
+
 def arguments(stage: Stage) -> dict[str, Any]:
     """What transformers' `TrainingArguments` are told of a stage's schedule."""
-    if stage.schedule == STEP:
+    if stage.schedule in (STEP, SET_AFTER_STEP):
         return {"lr_scheduler_type": "constant"}
     return {"lr_scheduler_type": stage.schedule, "lr_scheduler_kwargs": dict(stage.schedule_options) or None}
 
@@ -52,5 +99,7 @@ def check_schedule(stage: Stage, optimizer: Optimizer) -> None:
     """
     if stage.schedule == STEP:
         step_decay(optimizer, 1, 10, **stage.schedule_options)
+    elif stage.schedule == SET_AFTER_STEP:
+        set_after_step(optimizer, 1, 10, **stage.schedule_options)
     else:
         get_scheduler(stage.schedule, optimizer, 1, 10, scheduler_specific_kwargs=dict(stage.schedule_options) or None)

@@ -28,7 +28,7 @@ from llavakit.training.lora_targets import GradientCheck
 from llavakit.training.objectives.base import Objective, Step
 from llavakit.training.parameter_groups import Rates, core, optimizer_groups, progress_hooks
 from llavakit.training.recipe import Stage
-from llavakit.training.schedules import STEP, step_decay
+from llavakit.training.schedules import SET_AFTER_STEP, STEP, set_after_step, step_decay
 
 PREFIX = "checkpoint-"
 
@@ -123,10 +123,14 @@ class StageTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' schedule, but with a rate in the first step: warm-up step k of w has k / w of it, not k - 1."""
         fresh = self.lr_scheduler is None
+        own = self.optimizer if optimizer is None else optimizer
+        if fresh and self.stage.schedule == SET_AFTER_STEP:
+            own_warmup = self.args.get_warmup_steps(int(self.stage.schedule_options.get("steps", num_training_steps)))
+            self.lr_scheduler = set_after_step(own, own_warmup, num_training_steps, **self.stage.schedule_options)
+            return self.lr_scheduler
         # some schedules divide by what a warm-up leaves
         warmup = self.args.warmup_steps = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
         if fresh and self.stage.schedule == STEP:
-            own = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = step_decay(own, warmup, num_training_steps, **self.stage.schedule_options)
         schedule = super().create_scheduler(num_training_steps, optimizer)
         if fresh and isinstance(schedule, LambdaLR) and warmup and schedule.lr_lambdas[0](0) == 0:

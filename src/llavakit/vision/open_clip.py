@@ -63,13 +63,25 @@ def read_open_clip_folder(folder: Path) -> OpenClipEncoder:
     vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
     if not isinstance(vision, Mapping):
         raise CheckpointError(f"{path}: model_cfg.vision_cfg is {quoted(vision)}, it should be an object")
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(f"{folder}: no weights; it should hold {' or '.join(WEIGHTS)}")
+    file = _weights(folder)
     width = vision.get("head_width", HEAD_WIDTH)
     if not isinstance(width, int) or width < 1:
         raise CheckpointError(f"{path}: head_width is {quoted(width)}, it should be a number of channels")
     return read_open_clip(read_file(file), head_width=width, quick_gelu=bool(model.get("quick_gelu", False)))
+
+
+def _weights(folder: Path) -> Path:
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: no weights; it should hold {' or '.join(WEIGHTS)}")
+    return file
+
+
+def open_clip_projection(folder: Path) -> Tensor | None:
+    """The projection [joint width, encoder width] of a folder's CLIP ViT into the joint space; None if it has none."""
+    state = read_file(_weights(folder)).renamed(lambda name: name.removeprefix("module."))
+    name = next((name for name in ("visual.proj", "proj") if name in state), None)
+    return None if name is None else state[name].T.contiguous()
 
 
 def read_open_clip(
