@@ -34,16 +34,19 @@ def stack_layers(cache: Cache) -> Tensor:
     return stacked.view(len(cache.layers), 2, *stacked.shape[1:])
 
 
-def one_row_cache(states: Tensor | None = None, cache: DynamicCache | None = None) -> DynamicCache:
+def one_row_cache(
+    states: Tensor | None = None, cache: DynamicCache | None = None, *, rows: int = 1
+) -> DynamicCache:
     """A growing cache for prefill, filled with `states` [layers, 2, kv heads, length, head size] if given.
 
     Args:
         cache: An empty one to fill; default a new one.
+        rows: How many rows begin with these states.
     """
     cache = DynamicCache() if cache is None else cache
     for keys, values in () if states is None else states:
         layer = DynamicLayer()
-        layer.update(keys.unsqueeze(0), values.unsqueeze(0))
+        layer.update(keys.expand(rows, *keys.shape), values.expand(rows, *values.shape))
         cache.layers.append(layer)
     return cache
 

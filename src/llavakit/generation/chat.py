@@ -13,14 +13,16 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llavakit.conversation.codecs import Codec, Parser, get_codec
 from llavakit.conversation.encode import encode, escape_special_tokens, tokenize
+from llavakit.conversation.messages import media_of, normalise
 from llavakit.conversation.template import template_for
 from llavakit.conversation.turns import Event
 from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
-from llavakit.generation.request import Request, RequestHandle, SamplingParams, StreamChunk
+from llavakit.generation.request import PromptTooLong, Request, RequestHandle, SamplingParams, StreamChunk
 from llavakit.generation.responder import Call, Messages, Responder
 from llavakit.generation.response import Answer, FinishEvent, Listener, Response, Usage, chunk_events
 from llavakit.generation.scoring import Score, check_replies, one_begin, shared_length, text_ids
@@ -192,6 +194,33 @@ class Chat(Responder):
         (branches,) = self.expand([self.begin(messages, prefix)], replace(sampling or SamplingParams(), **fields))
         return [Answer.continued(self.codec.parser(), prefix, branch.last) for branch in branches]
 
+    def next_logits(self, conversations: Sequence[Messages]) -> Tensor:
+        """Logits of the first token of the reply to each of several conversations, [conversations, vocabulary].
+
+        What they share at their beginning, media included, is read and computed once; see `Engine.next_logits`.
+
+        Raises:
+            UserError: If there is none, or one cannot be answered.
+        """
+        if not conversations:
+            raise UserError("next_logits: give at least one conversation")
+        prepared = [normalise(self.codec.prepare(messages)) for messages in conversations]
+        first = self.request(prepared[0])
+        requests = [first]
+        for messages in prepared[1:]:
+            if not _same_media(messages, prepared[0]):
+                requests.append(self.request(messages))
+                continue
+            sample = self.processor.encode(messages, add_generation_prompt=True, pixels=False)
+            answers = [label != IGNORE for label in sample["labels"]]
+            requests.append(replace(first, input_ids=sample["input_ids"], answers=answers))
+        for request in requests:
+            if len(request.ids()) >= self.engine.max_length:
+                raise PromptTooLong(
+                    f"a conversation has {len(request.ids())} positions, this model takes {self.engine.max_length - 1}"
+                )
+        return self.engine.next_logits(requests)
+
     def score(self, context: Messages | str, replies: Sequence[str]) -> list[Score]:
         check_replies(replies)
         request, wanted = (
@@ -265,6 +294,15 @@ class Chat(Responder):
         out = self.model.generate(**inputs, **options)
         text = tokenizer.decode(out[0, request.input_ids.shape[0] :], skip_special_tokens=True)
         return before_stop(text, request.sampling.stop).strip()
+
+
+def _same_media(one: Messages, other: Messages) -> bool:
+    """Whether two normalised conversations show the very same media, without boxes in them."""
+    if any(part["type"] == "boxes" for messages in (one, other) for turn in messages for part in turn["content"]):
+        return False
+    sources = [[(part["type"], id(part[part["type"]])) for part in media_of(messages)] for messages in (one, other)]
+    stretches = [[(part.get("start"), part.get("end")) for part in media_of(messages)] for messages in (one, other)]
+    return sources[0] == sources[1] and stretches[0] == stretches[1]
 
 
 def _given(sampling: SamplingParams) -> dict[str, Any]:

@@ -228,6 +228,69 @@ class Engine:
                 found.append(torch.cat([first, self._continue(states, prompt, ids)]) if ids.shape[1] else first)
             return found
 
+    def next_logits(self, requests: Sequence[Request]) -> Tensor:
+        """Logits of the token that follows each of several prompts.
+
+        The beginning that all of them share is computed once, and kept for prompts that come later; the rest of the
+        prompts is computed in batches.
+
+        Returns:
+            [requests, vocabulary]
+        """
+        with self._stepping, torch.inference_mode():
+            prompts = [self.prompts.read(request) for request in requests]
+            keys = [prompt.keys for prompt in prompts]
+            shared = 0
+            if self._adapter is None and all(own is not None for own in keys):
+                shared = min(shared_prefix(keys[0], own[:-1]) for own in keys)
+            if shared < _LEAST_REUSE:
+                handles = [RequestHandle(self, request) for request in requests]
+                found = [self._run_prompt(handle, own)[1] for handle, own in zip(handles, prompts, strict=True)]
+                return torch.cat(found)
+            states = self._beginning(prompts[0], shared)
+        found: dict[int, Tensor] = {}
+        order = sorted(range(len(prompts)), key=lambda number: prompts[number].length)
+        for start in range(0, len(order), self.max_batch):
+            group = order[start : start + self.max_batch]
+            with self._stepping, torch.inference_mode():  # other requests may go on between two groups
+                found |= dict(zip(group, self._behind(states, [prompts[n] for n in group], shared), strict=True))
+        return torch.stack([found[number] for number in range(len(prompts))])
+
+    def _beginning(self, prompt: Prompt, length: int) -> Tensor:
+        """States of the first positions of a prompt, which are kept."""
+        keys = prompt.keys[:length]
+        known, states = self.prefixes.find(keys) if self.prefixes.enabled else (0, None)
+        if states is not None and known == length:
+            return states
+        cache = one_row_cache(states)
+        self.core.language_model(
+            inputs_embeds=self.prompts.embed(prompt, known)[:, : length - known],
+            position_ids=torch.arange(known, length, device=self.device).unsqueeze(0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states = stack_layers(cache)
+        if self.prefixes.enabled:
+            self.prefixes.put(keys, states)
+        return states
+
+    def _behind(self, states: Tensor, prompts: Sequence[Prompt], start: int) -> Tensor:
+        """Logits [prompts, vocabulary] behind prompts that go on from the same states, in one forward pass."""
+        lengths = torch.tensor([prompt.length - start for prompt in prompts], device=self.device)
+        embeds = [self.prompts.embed(prompt, start)[0] for prompt in prompts]
+        embeds = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+        width = embeds.shape[1]
+        real = torch.arange(width, device=self.device) < lengths[:, None]
+        seen = torch.cat([real.new_ones(len(prompts), start), real], dim=1).long()
+        hidden = self.core.language_model(
+            inputs_embeds=embeds,
+            attention_mask=None if bool(real.all()) else seen,
+            position_ids=torch.arange(start, start + width, device=self.device).expand(len(prompts), -1),
+            past_key_values=one_row_cache(states, rows=len(prompts)),
+            use_cache=True,
+        ).last_hidden_state
+        return self.model.lm_head(hidden[torch.arange(len(prompts), device=self.device), lengths - 1])
+
     def forget(self) -> None:
         """Drop kept states and visual vectors; needed when the model's weights have changed."""
         with self._stepping:

@@ -24,6 +24,7 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 # Files of forks hold one of these beside the keys of this code base.
 KEYS_OF_FORKS = (
     *("sparse_config", "compressor_size", "mm_image_tower", "mm_video_tower", "mm_vision_tower_checkpoint"),
+    "template_paragraph",
 )
 YI_VOCABULARY = 64_000  # of v1.6-34b's decoder, whose tokenizer need not list its ChatML tokens as added ones
 
