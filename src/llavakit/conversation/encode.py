@@ -15,7 +15,7 @@ from typing import Any
 from llavakit.conversation.labels import LabelPolicy, Tokens, label_policy
 from llavakit.conversation.messages import Message, Part, is_media, limit_images, normalise, text_of
 from llavakit.conversation.template import PLACEHOLDER, Span, Template, template_for
-from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, tokenize
+from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, special_tokens, tokenize
 from llavakit.errors import UserError
 from llavakit.media.regions import read_regions
 
@@ -143,7 +143,7 @@ def escape_special_tokens(messages: Sequence[Message], tokenizer: Any) -> list[M
     turn nor open another. For servers; training text is left alone. Further fields of a message (`tool_calls`) are
     kept.
     """
-    specials = sorted((token for token in tokenizer.all_special_tokens if len(token) > 1), key=len, reverse=True)
+    specials = sorted((token for token in special_tokens(tokenizer) if len(token) > 1), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
     def part_of(part: Part) -> Part:

@@ -34,9 +34,7 @@ def stack_layers(cache: Cache) -> Tensor:
     return stacked.view(len(cache.layers), 2, *stacked.shape[1:])
 
 
-def one_row_cache(
-    states: Tensor | None = None, cache: DynamicCache | None = None, *, rows: int = 1
-) -> DynamicCache:
+def one_row_cache(states: Tensor | None = None, cache: DynamicCache | None = None, *, rows: int = 1) -> DynamicCache:
     """A growing cache for prefill, filled with `states` [layers, 2, kv heads, length, head size] if given.
 
     Args:

@@ -1,7 +1,7 @@
 """Encyclopedic-VQA and InfoSeek: questions whose answers are in an encyclopedia and not in the picture.
 
-Predictions: JSONL of `question_id` and `text`. Both benchmarks are asked from JSONL of `question_id`, `image` and `text`;
-InfoSeek's own files call the id `data_id`.
+Predictions: JSONL of `question_id` and `text`. Both benchmarks are asked from JSONL of `question_id`, `image` and
+`text`; InfoSeek's own files call the id `data_id`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     llavakit prepare reflective_list data/ReflectiVA-Data train.json -o seed=42
 
 The source is a folder with `train_multiturn_infoseek.json`, `train_multiturn_encyclopedic.json` and
-`train_multiturn_mix.json`. Dialogues of the first two ask for a passage and say whether it helps; those of the third are
-visual instructions that need none.
+`train_multiturn_mix.json`. Dialogues of the first two ask for a passage and say whether it helps; those of the third
+are visual instructions that need none.
 """
 
 from __future__ import annotations

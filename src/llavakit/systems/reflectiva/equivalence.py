@@ -36,7 +36,9 @@ class AnswerEquivalence:
             raise CheckpointError(f"bem: {folder}: not a sequence classifier ({reason})") from None
         config = self.model.config
         if getattr(config, "type_vocab_size", 0) < 3 or config.num_labels != 2:
-            raise UserError(f"bem: {folder}: must have two classes and three token types (candidate, reference, question)")
+            raise UserError(
+                f"bem: {folder}: must have two classes and three token types (candidate, reference, question)"
+            )
 
     @torch.no_grad()
     def __call__(self, candidate: str, reference: str, question: str) -> float:

@@ -3,8 +3,8 @@
     objective: reflective                        # the mean over all labels, as published
     objective: {type: reflective, weight: 5}     # 5 x the mean over retrieval tokens + the mean over all others
 
-How often the likeliest token is the right one is logged for both pairs of reflective tokens. Means are those of a batch;
-a batch counts by its labels.
+How often the likeliest token is the right one is logged for both pairs of reflective tokens. Means are those of a
+batch; a batch counts by its labels.
 """
 
 from __future__ import annotations

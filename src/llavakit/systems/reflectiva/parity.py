@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from llavakit.conversation.encode import IMAGE_PLACEHOLDER, escape_special_tokens
+from llavakit.conversation.messages import from_llava, normalise
 from llavakit.conversation.turns import Event, TextDelta
 from llavakit.data.preparation import prepare
 from llavakit.data.records import Record
@@ -32,7 +33,6 @@ from llavakit.proof.entries import (
     byte_tokenizer,
     check_keys,
     greedy,
-    one_token_media,
     original_ids,
     prompt_ids,
     published_model,
@@ -42,6 +42,7 @@ from llavakit.proof.entries import (
 from llavakit.proof.golden import Case, Example, Result, component, examples, take
 from llavakit.splice.scatter import IGNORE
 from llavakit.systems.reflectiva import parity_eval
+from llavakit.systems.reflectiva.knowledge import Knowledge, unit_rows
 from llavakit.systems.reflectiva.objective import Choices, losses, predicted
 from llavakit.systems.reflectiva.prompts import answer, judgement
 from llavakit.systems.reflectiva.responder import Reflection
@@ -144,8 +145,6 @@ def labels(case: Case) -> Iterator[Example | Result]:
         }
         turns = item["conversation"]
         images = sum(turn["value"].count("<image>") for turn in turns) if item.get("has_image", True) else 0
-        from llavakit.conversation.messages import from_llava
-
         messages = from_llava({"conversations": turns} | ({"image": ["-"] * images} if images else {}))
         # the original cuts texts alone, and before it drops the second of two begin tokens
         cut = {} if images or limit is None else {"max_length": limit - 1}
@@ -203,6 +202,7 @@ def prompts(case: Case) -> Iterator[Example]:
     plain = text_processor(byte_tokenizer(), "reflectiva")
 
     def step(name: str, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        messages = normalise(messages)
         ids = plain.encode(messages, pixels=False, add_generation_prompt=True)["input_ids"]
         text = plain.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return {f"{name}_text": text, f"{name}_ids": prompt_ids(processor, messages, add_generation_prompt=True)}
@@ -213,7 +213,9 @@ def prompts(case: Case) -> Iterator[Example]:
         chosen = [item["sections"][number] for number in item["relevant"]]
         last = step("step3", answer(asked, chosen, short=item["short_prompt"]))
         found = step("step1", asked) | step("step2", judgement(asked, chosen[0])) | last
-        return found | {"step3_image_at": last["step3_ids"].index(-200)}
+        # of the last prompt the cases hold the text around the picture, and where the picture stands
+        text = last["step3_text"].replace("<image>", "", 1)
+        return found | {"step3_text": text, "step3_image_at": last["step3_ids"].index(IMAGE_PLACEHOLDER)}
 
     yield from examples(steps, case.inputs)
 
@@ -230,8 +232,6 @@ class Scripted(Responder):
         return self.processor.tokenizer
 
     def escape(self, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-        from llavakit.conversation.encode import escape_special_tokens
-
         return escape_special_tokens(messages, self.tokenizer)
 
     def run(self, call: Call) -> Iterator[Event]:
@@ -265,26 +265,27 @@ def stored(folder: Path, vectors: np.ndarray, pages: Sequence[tuple[str, Sequenc
     return store
 
 
-def scripted_encoder(features: Sequence[Tensor]) -> Any:
-    """An encoder of pictures that gives these features [dimension], one a call."""
+def scripted_encoder(dimension: int) -> Any:
+    """An encoder of pictures that gives the features [dimension] that it holds as `now`, whatever the picture shows."""
     from llavakit.retrieval.encoder import StoreEncoder
-    from llavakit.systems.reflectiva.knowledge import unit_rows
 
     class Features(StoreEncoder):
-        name, identity, dimension = "case", "case", len(features[0])
-        waiting = iter(features)
+        name, identity, now = "case", "case", torch.zeros(dimension)
+
+        def __init__(self) -> None:
+            self.dimension = dimension
 
         def texts(self, texts: Sequence[str]) -> np.ndarray:
             raise UserError("a case has no features of texts")
 
         def images(self, images: Sequence[Image.Image]) -> np.ndarray:
-            return np.concatenate([unit_rows(next(self.waiting)[None]) for _ in images])
+            return unit_rows(self.now.repeat(len(images), 1))
 
     return Features()
 
 
 @component(echoes=("generate_calls.*.generated_text", "generate_calls.*.generated_ids.*"), ordered=True)
-def procedure(case: Case) -> Iterator[Example]:
+def procedure(case: Case) -> dict[str, Any]:
     """The whole procedure on a scripted model: what is asked in which order, and what is answered."""
     check_mode(case)
     inputs, tensors = take(case.inputs), dict(case.tensors)
@@ -308,9 +309,10 @@ def procedure(case: Case) -> Iterator[Example]:
         answers = []
         with tempfile.TemporaryDirectory() as place:
             store = stored(Path(place) / "store", tensors["index"].numpy(), pages)
+            encoder = scripted_encoder(store.dimension)
             responder = Reflection(
                 model,
-                store=StoreRetriever(store, scripted_encoder(list(tensors["queries"]))),
+                store=StoreRetriever(store, encoder),
                 shortest=shortest,
                 draw=lambda count: draws.randint(0, count - 1),
                 retrieve="always" if inputs.get("fix_ret_token", False) else "auto",
@@ -319,7 +321,7 @@ def procedure(case: Case) -> Iterator[Example]:
                 decisions="sampled",
             )
             sampling = SamplingParams(max_new_tokens=128, temperature=inputs.get("temperature", 0))
-            for sample in inputs["samples"]:
+            for sample, encoder.now in zip(inputs["samples"], tensors["queries"], strict=True):
                 picture = Image.new("RGB", (2, 2), (sample["gray"],) * 3)
                 (found,) = responder.answer_all([question(sample["question"], picture)], sampling)
                 if isinstance(found, Exception):
@@ -334,7 +336,7 @@ def procedure(case: Case) -> Iterator[Example]:
                 )
         return {"answers": answers, "generate_calls": model.calls}
 
-    yield Example("procedure", run, "")
+    return run()
 
 
 def retrieve_pages(case: Case) -> Iterator[Example]:
@@ -345,7 +347,6 @@ def retrieve_pages(case: Case) -> Iterator[Example]:
 
     def found(count: int) -> list[str]:
         from llavakit.retrieval.retriever import StoreRetriever
-        from llavakit.systems.reflectiva.knowledge import Knowledge
 
         with tempfile.TemporaryDirectory() as place:
             store = stored(Path(place) / "store", index.numpy(), [(name, ()) for name in names])
@@ -416,7 +417,7 @@ def end_to_end(case: Case) -> Iterator[Example]:
     batch = ClassicBatch(
         model,
         tensors["input_ids"],
-        {-200: entries},
+        {IMAGE_PLACEHOLDER: entries},
         attention_mask=tensors["attention_mask"],
         labels=tensors["labels"],
         pad_token_id=tokenizer.pad_token_id,
@@ -462,10 +463,10 @@ def end_to_end(case: Case) -> Iterator[Example]:
 
     def prompt() -> list[int]:
         asked = [{"role": "system", "content": ""}, *question("q?")]
-        return prompt_ids(text_processor(tokenizer, "reflectiva"), asked, add_generation_prompt=True)
+        return prompt_ids(text_processor(tokenizer, "reflectiva"), normalise(asked), add_generation_prompt=True)
 
     def reply() -> list[int]:
-        (sample,) = ClassicBatch(model, [prompt()], {-200: entries}).samples
+        (sample,) = ClassicBatch(model, [prompt()], {IMAGE_PLACEHOLDER: entries}).samples
         ends = [tokenizer.convert_tokens_to_ids(name) for name in ENDS_OF_REPLIES]
         return greedy(model, [sample], len(wanted.json["greedy_ids"]), ends)[0]
 

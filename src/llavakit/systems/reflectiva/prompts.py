@@ -1,7 +1,7 @@
 """What the model is asked: the question, then about each passage whether it helps, then for the answer.
 
-All three begin alike, with the system text, the picture and the question. Texts are the published ones: the passage that
-is judged is stripped, those that are answered from are neither stripped nor separated.
+All three begin alike, with the system text, the picture and the question. Texts are the published ones: the passage
+that is judged is stripped, those that are answered from are neither stripped nor separated.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def judgement(messages: Sequence[Mapping[str, Any]], passage: str, frame: Frame 
 
 
 def answer(
-    messages: Sequence[Mapping[str, Any]], passages: Sequence[str], frame: Frame = FRAMES[DEFAULT], *, short: bool = True
+    messages: Sequence[Mapping[str, Any]],
+    passages: Sequence[str],
+    frame: Frame = FRAMES[DEFAULT],
+    *,
+    short: bool = True,
 ) -> list[Any]:
     """The conversation in which the model answers from passages.
 

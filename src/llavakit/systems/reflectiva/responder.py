@@ -137,9 +137,7 @@ class Reflection(Responder):
         if not any(own.kept for own in judged):
             drawn = self._drawn(call, len(judged))
             yield ReasoningDelta(text=f"none helps; passage {drawn + 1} was drawn\n", stage="retrieval")
-        yield TraceEvent(
-            name="retrieval", data={"passages": [own.model_dump() for own in judged], "drawn": drawn}
-        )
+        yield TraceEvent(name="retrieval", data={"passages": [own.model_dump() for own in judged], "drawn": drawn})
         kept = [own.text for own in judged if own.kept] if drawn is None else [judged[drawn].text]
         asked = answer(messages, kept, self.frame, short=options.short)
         yield from call.stream(self.main, asked)

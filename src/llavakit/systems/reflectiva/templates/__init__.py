@@ -1,7 +1,7 @@
 """ReflectiVA's chat template: Llama 3.1's first one.
 
-In a prompt two newlines stand between picture and question, in training one. What is trained on always ends with an open
-header of the assistant.
+In a prompt two newlines stand between picture and question, in training one. What is trained on always ends with an
+open header of the assistant.
 """
 
 from __future__ import annotations
