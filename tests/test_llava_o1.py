@@ -188,8 +188,8 @@ def test_option_given_twice(monkeypatch):
     from llavakit.cli.common import responder_choice
 
     with pytest.raises(UserError, match="--search: --responder-option search= says it too"):
-        responder_choice("llava-o1", ["search=stage"], "stage")
-    assert responder_choice("llava-o1", None, "stage") == {
+        responder_choice("llava-o1", ["search=stage"], search="stage")
+    assert responder_choice("llava-o1", None, search="stage") == {
         "responder": "llava-o1",
         "responder_options": {"search": "stage"},
     }

@@ -13,6 +13,7 @@ from llavakit.cli.common import (
     Device,
     Dtype,
     Encoder,
+    Knowledge,
     Model,
     Search,
     Template,
@@ -62,6 +63,7 @@ def chat(
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
     search: Search = None,
+    store: Knowledge = None,
 ) -> None:
     """Ask a model about pictures, once or in a conversation.
 
@@ -72,6 +74,7 @@ def chat(
       llavakit chat runs/demo/final --image scan.png --prompt "Is there an effusion?"
       llavakit chat llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg
       llavakit chat MODEL --image a.jpg --responder llava-o1 --search stage
+      llavakit chat aimagelab/ReflectiVA --image bridge.jpg --store pages
       llavakit chat MODEL --video clip.mp4 --processor sampling.type=rate --processor sampling.fps=2
       echo "What is in the picture?" | llavakit chat MODEL --image a.jpg
     """
@@ -81,7 +84,7 @@ def chat(
     attached = [attachment(kind, place) for kind, given in places for place in given or ()]
     attached = with_boxes(attached, boxes or ())
     settings = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    answering = responder_choice(responder, responder_option, search)
+    answering = responder_choice(responder, responder_option, search=search, store=store)
     import llavakit
 
     loaded = llavakit.load(
@@ -122,6 +125,7 @@ def serve(
     template: Template = None,
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
+    store: Knowledge = None,
     extra: Annotated[list[str] | None, typer.Option(help="Argument for `vllm serve`; may be repeated.")] = None,
 ) -> None:
     """Serve a model: OpenAI's API and a web app.
@@ -137,7 +141,7 @@ def serve(
     from llavakit.serving.run import serve as run_server
 
     options = given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template, name=name)
-    options |= responder_choice(responder, responder_option)
+    options |= responder_choice(responder, responder_option, store=store)
     run_server(
         model,
         host=host,

@@ -44,6 +44,10 @@ Search = Annotated[
     str | None,
     typer.Option(help="Search over replies, of a responder that has it: best-of-n, sentence, stage, swires."),
 ]
+Knowledge = Annotated[
+    str | None,
+    typer.Option("--store", help="Store that passages are looked up in, of a responder that reads some."),
+]
 WayOptions = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the responder; may be repeated.")
 ]
@@ -74,16 +78,20 @@ def assignments(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def responder_choice(responder: str | None, options: Sequence[str] | None, search: str | None = None) -> dict[str, Any]:
-    """What `llavakit.load` is told of the responder; `--search` is its option of that name.
+def responder_choice(responder: str | None, options: Sequence[str] | None, **own: str | None) -> dict[str, Any]:
+    """What `llavakit.load` is told of the responder.
+
+    Args:
+        own: Options of the responder that have an option of their own on the command line (`--search`, `--store`).
 
     Raises:
-        UserError: If the search is given twice.
+        UserError: If one is given twice.
     """
     found = assignments(options or ())
-    if search is not None and "search" in found:
-        raise UserError("--search: --responder-option search= says it too; leave one of them out")
-    return given(responder=responder, responder_options=found | given(search=search) or None)
+    for name in given(**own):
+        if name in found:
+            raise UserError(f"--{name}: --responder-option {name}= says it too; leave one of them out")
+    return given(responder=responder, responder_options=found | given(**own) or None)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from llavakit.cli.common import (
     Encoder,
     Json,
     Judge,
+    Knowledge,
     Model,
     Search,
     Template,
@@ -58,6 +59,7 @@ def evaluate(
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
     search: Search = None,
+    store: Knowledge = None,
     as_json: Json = False,
 ) -> None:
     """Answer the questions of a benchmark and score the answers.
@@ -80,7 +82,7 @@ def evaluate(
     # Every finished run is called "final": the folder above it tells them apart.
     name = "--".join(Path(model).resolve().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
     settings = {"score_options": _scoring(option, judge), "question_options": assignments(question_option or ())}
-    answering = responder_choice(responder, responder_option, search)
+    answering = responder_choice(responder, responder_option, search=search, store=store)
     import llavakit
     from llavakit.evaluation.run import evaluate as run_evaluation
 
