@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
+from llavakit.connectors.base import Features, Prompt
 from llavakit.connectors.general import sincos_table
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER as PLACEHOLDER
 from llavakit.conversation.encode import tokenize
@@ -25,7 +26,6 @@ from llavakit.media import frame_sampling as sampling
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MODALITIES
-from llavakit.model.visuals import Visuals
 from llavakit.proof.classic_batch import ClassicBatch, Entry
 from llavakit.proof.entries import (
     check_keys,
@@ -51,7 +51,7 @@ from llavakit.systems.llava_mini.connector import CompressorPrefusion, units_of
 from llavakit.systems.llava_mini.views import GridAndWhole, blocks
 from llavakit.views.frames import squash_nearest
 from llavakit.views.pixels import CLIP_MEAN, CLIP_STD
-from llavakit.views.plan import MediaSize
+from llavakit.views.plan import MediaSize, Plan
 
 FRAMES_IN_TRAINING = 8
 
@@ -283,8 +283,8 @@ class Batch:
         rows, self.frames, self.views = frames.shape[:3]
         side = images.shape[-1] * max(math.isqrt(self.views - 1), 1)
         size = MediaSize(self.frames, side, side)
-        self.original_ids, self.original_labels = inputs["input_ids"], inputs.get("labels")
-        token = case.config.get("image_token_index", PLACEHOLDER)
+        self.original_ids, self.attention_mask = inputs["input_ids"], inputs.get("attention_mask")
+        self.token = token = case.config.get("image_token_index", PLACEHOLDER)
         blank = [row for row, ids in enumerate(self.original_ids) if token not in ids.tolist()]
         if any(images[row].any() for row in blank):
             raise UserError("inputs.images: the picture of a prompt without a placeholder must be all zeros")
@@ -294,8 +294,8 @@ class Batch:
             self.model,
             self.original_ids,
             {token: [Entry("video" if self.is_video else "image", size, list(own.flatten(0, 1))) for own in frames]},
-            attention_mask=inputs.get("attention_mask"),
-            labels=self.original_labels,
+            attention_mask=self.attention_mask,
+            labels=inputs.get("labels"),
             max_length=llm.get("tokenizer_model_max_length"),
             padding_side=llm.get("tokenizer_padding_side") or "right",
         )
@@ -309,27 +309,65 @@ class Batch:
     def connector(self) -> CompressorPrefusion:
         return self.model.model.multi_modal_projector
 
-    def calls(self, visuals: Visuals) -> dict[str, Tensor]:
-        """What the original's fusion routine gave in every call: one per batch of images, or per frame."""
-        features = visuals.features["multi_modal_projector"][0]
-        shape = units_of(features, visuals.plans)[0].shape
-        values = features.values.unflatten(0, (len(self.original_ids), self.frames, self.views, -1))
-        text = self.model.get_input_embeddings()(self.original_ids.clamp(min=0))
-        visible = self.original_ids > 0
-        if self.original_labels is not None:
-            visible &= self.original_labels == IGNORE
+    def calls(self) -> Result:
+        """What the original's fusion routine gave in every call: one per batch of images, or per frame.
+
+        The batch is embedded as in training, where every unit goes through the blocks at once; hooks on the connector
+        and its parts look on.
+        """
+        units: list[tuple[int, int]] = []
+        features: list[Tensor] = []
+        compressed: list[tuple[Tensor, Tensor]] = []
+        fused: list[tuple[Tensor, Tensor]] = []
+
+        def on_batch(_: nn.Module, arguments: tuple[Features, Sequence[Plan], Prompt]) -> None:
+            given, plans, prompt = arguments
+            for unit in units_of(given, plans):
+                row, _segment = prompt.media_segments[prompt.media[unit.item]]
+                units.append((row, sum(known == row for known, _ in units)))
+                views = given.part(unit.first, unit.first + unit.shape.views)
+                features.append(views.view(unit.shape.views, -1, views.shape[-1]))
+
+        def on_compressor(module: nn.Module, arguments: tuple[Any, ...], out: tuple[Tensor, Any]) -> None:
+            compressed.extend(zip(out[0], module.forward(*arguments, weights=True)[1], strict=True))
+
+        def on_blocks(_: nn.Module, arguments: tuple[Tensor, ...], out: tuple[Tensor, Tensor]) -> None:
+            _, text, visible = arguments
+            fused.extend(zip(out[0], torch.where(visible.unsqueeze(-1), out[1], text), strict=True))
+
+        connector = self.connector
+        hooks = [
+            connector.register_forward_pre_hook(on_batch),
+            connector.compressor.register_forward_hook(on_compressor),
+            connector.prefusion.register_forward_hook(on_blocks),
+        ]
+        try:
+            with torch.enable_grad():
+                self.batch.embeds()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        text = self.model.get_input_embeddings()(self.original_ids.clamp(min=0)).detach()
+        real = torch.ones_like(self.original_ids) if self.attention_mask is None else self.attention_mask
+        real = real.bool()
+        places = real & (self.original_ids != self.token)
         found = {}
-        for number, views in enumerate(values.unbind(1)):
-            compressed, weights = self.connector.compress(views, shape, weights=True)
-            vision, fused = self.connector.prefusion(self.connector.vision_tokens(views, shape), text, visible)
+        for frame in range(self.frames):
+            # a prompt without a placeholder is fused with one blank image, whatever the others' number of frames
+            own = [units.index((row, frame if (row, frame) in units else 0)) for row in range(len(text))]
+            texts = text.clone()
+            for row, unit in enumerate(own):
+                texts[row, places[row]] = fused[unit][1][: int(places[row].sum())]
             found |= {
-                f"call{number}.vision_features": views.flatten(0, 1),
-                f"call{number}.compressor_out": compressed,
-                f"call{number}.compressor_attn": weights,
-                f"call{number}.fused_vision": vision[:, -self.connector.compressed :],
-                f"call{number}.fused_text": torch.where(visible.unsqueeze(-1), fused, text),
+                f"call{frame}.vision_features": torch.cat([features[unit] for unit in own]),
+                f"call{frame}.compressor_out": torch.stack([compressed[unit][0] for unit in own]),
+                f"call{frame}.compressor_attn": torch.stack([compressed[unit][1] for unit in own]),
+                f"call{frame}.fused_vision": torch.stack([fused[unit][0][-connector.compressed :] for unit in own]),
+                f"call{frame}.fused_text": texts,
             }
-        return found
+        # the original fuses padding too, and drops it afterwards
+        masks = {f"call{frame}.fused_text": real.unsqueeze(-1) for frame in range(self.frames)}
+        return Result(tensors={name: value.detach() for name, value in found.items()}, mask=masks)
 
 
 SETTINGS = ("compressor_size", "prefusion_layer_num", "resolution_ratio")
@@ -382,13 +420,9 @@ def end_to_end(case: Case) -> Iterator[Example]:
             tensors["loss"] = out.loss.reshape(1)
         return Result(tensors=tensors, mask={"logits": batch.meaningful()})
 
-    @torch.no_grad()
-    def parts() -> dict[str, Tensor]:
-        return own.calls(own.model.model.encode_media(**own.all_media))
-
     names = ("inputs_embeds", "logits", "loss", "attention_mask_after_splice", "labels_after_splice")
     yield Example("outputs", outputs, tensors=names)
-    yield Example("calls of the fusion", parts, tensors=("call*",))
+    yield Example("calls of the fusion", own.calls, tensors=("call*",))
 
 
 def greedy_generation(case: Case) -> Iterator[Example]:
