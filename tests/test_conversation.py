@@ -602,3 +602,10 @@ def test_media_first_keeps_or_collapses_several():
     assert to_llava(media_first(messages))["conversations"][0]["value"] == "<image>\n<image>\nx  y"
     assert to_llava(media_first(messages, collapse=True))["conversations"][0]["value"] == "<image>\nx  y"
     assert media_first(media_first(messages)) == media_first(messages)
+
+
+@pytest.mark.parametrize("modality", ["image", "volume"])
+@pytest.mark.parametrize("bound", ["start", "end"])
+def test_only_videos_have_a_stretch(modality, bound):
+    with pytest.raises(UserError, match=rf"{bound}: is a time in a video; {modality} parts have none"):
+        normalise([{"role": "user", "content": [{"type": modality, modality: "a.png", bound: 1.0}]}])

@@ -133,6 +133,9 @@ def _part(part: Any, where: str) -> Part:
         for alias in ("url", "path"):  # transformers' spelling of the same part
             if alias in inner:
                 inner.setdefault(modality, inner.pop(alias))
+        for bound in ("start", "end"):
+            if modality != "video" and bound in inner:
+                raise FieldError(f"{where}.{bound}", f"is a time in a video; {modality} parts have none, leave it out")
         return inner
     known = ("text", *MEDIA, "boxes", "image_url", "video_url")
     raise FieldError(f"{where}.type", f"must be one of {', '.join(known)}, not {quoted(modality)}")
