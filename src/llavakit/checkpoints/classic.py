@@ -325,13 +325,18 @@ def whole_model(folder: Path, state: LazyState, base: Path | None) -> LazyState:
         return state
     below = read_folder(base)
     if NORM in below and size < DIFFERENCE * below[NORM].float().abs().mean():
-        return state.added(below, overlapping=lambda name: name in ("model.embed_tokens.weight", "lm_head.weight"))
+        return state.added(below, overlapping=grows)
     if tokenizer_folder(folder) is not None:
         raise CheckpointError(
             f"{folder}: holds a whole model, so --base would be ignored; it is for adapters, connectors alone and "
             "weight differences"
         )
     return state  # the base gives the tokenizer
+
+
+def grows(name: str) -> bool:
+    """Whether a tensor has a row for every token, and so more rows than the base model's where tokens were added."""
+    return name in ("model.embed_tokens.weight", "lm_head.weight")
 
 
 IMAGE_MARKS = ("<im_start>", "<im_end>")

@@ -128,21 +128,40 @@ class LazyState(Mapping[str, Tensor]):
         Raises:
             CheckpointError: If the base has a tensor that is not here; when a tensor is read, if shapes differ.
         """
+        return self._beside(base, overlapping, 1, "weight differences", "difference")
+
+    def subtracted(self, base: LazyState, overlapping: Callable[[str], bool] = lambda name: False) -> LazyState:
+        """The differences of these tensors to a base, in their own type; the way back is `added`.
+
+        Args:
+            base: Every tensor of it must be here; what it does not have stays as it is.
+            overlapping: Names of tensors that may be larger here.
+
+        Raises:
+            CheckpointError: As `added`.
+        """
+        return self._beside(base, overlapping, -1, "model", "tensor")
+
+    def _beside(
+        self, base: LazyState, overlapping: Callable[[str], bool], factor: int, all_are: str, one_is: str
+    ) -> LazyState:
         absent = next((name for name in base if name not in self), None)
         if absent is not None:
-            raise CheckpointError(f"the base model has {quoted(absent)}, which the weight differences do not have")
+            raise CheckpointError(
+                f"the base model has {quoted(absent)}, which the {all_are} {'do' if factor > 0 else 'does'} not have"
+            )
 
         def reader(name: str) -> Callable[[], Tensor]:
             def read() -> Tensor:
-                delta, own = self[name], base[name]
-                fits = delta.dim() == own.dim() and all(a >= b for a, b in zip(delta.shape, own.shape, strict=True))
-                if delta.shape != own.shape and not (overlapping(name) and fits):
+                here, own = self[name], base[name]
+                fits = here.dim() == own.dim() and all(a >= b for a, b in zip(here.shape, own.shape, strict=True))
+                if here.shape != own.shape and not (overlapping(name) and fits):
                     raise CheckpointError(
-                        f"{self.origin.get(name, '')}: the difference {quoted(name)} has shape {list(delta.shape)}, "
+                        f"{self.origin.get(name, '')}: the {one_is} {quoted(name)} has shape {list(here.shape)}, "
                         f"the base model's tensor {list(own.shape)}"
                     )
-                total = delta.clone()
-                total[tuple(slice(side) for side in own.shape)] += own.to(delta.dtype)
+                total = here.clone()
+                total[tuple(slice(side) for side in own.shape)] += factor * own.to(here.dtype)
                 return total
 
             return read

@@ -30,6 +30,9 @@ class LlavaClassLayout(TransformersLayout):
 
     model_type = "llava"
     class_name = "LlavaForConditionalGeneration"
+    known_changes = {
+        "media.image.views.grey_background": "transformers pads pictures of one channel with the colour of all others"
+    }
 
     def media(self, folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
         check_processor(folder, config)

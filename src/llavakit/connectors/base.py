@@ -192,6 +192,14 @@ class Connector(nn.Module):
         super().__init__()
         self.vision_width, self.hidden_size = vision_width, hidden_size
 
+    def start_at(self, vector: Tensor) -> None:
+        """Set the weights so that every visual token is `vector` [hidden], whatever the image.
+
+        Raises:
+            UserError: If the connector cannot.
+        """
+        raise UserError(f"{type(self).__name__} cannot start with every visual token at one vector")
+
     @classmethod
     def token_grids(cls, options: Mapping[str, Any], plan: Plan, grids: Sequence[Grid]) -> list[Grid]:
         """Grids of the tokens that come out for a media item whose views have the feature grids `grids`.

@@ -47,6 +47,14 @@ class MLP(Connector):
             self.add_module(f"linear_{number}", nn.Linear(width, hidden_size, bias=bias))
         self.act = ACT2FN[act]
 
+    def start_at(self, vector: Tensor) -> None:
+        if not self.depth or self.get_submodule(f"linear_{self.depth}").bias is None:
+            raise UserError("connector 'mlp' without a last layer that has a bias cannot start at one vector")
+        last = self.get_submodule(f"linear_{self.depth}")
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.copy_(vector)
+
     def project(self, tokens: Tensor) -> Tensor:
         """[..., vision_width] to [..., hidden_size]."""
         for number in range(1, self.depth + 1):

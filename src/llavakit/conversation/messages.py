@@ -228,7 +228,10 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
         role = _FROM.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise FieldError(f"{field}.from", f"must be human or gpt, not {quoted(speaker)}")
-        value = _text(turn.get("value"), f"{field}.value")
+        value = turn.get("value")
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # answers that are numbers, as files of questions have them
+        value = _text(value, f"{field}.value")
         if not total and value.strip() in LITERALS:
             raise FieldError(f"{field}.value", f"is {value.strip()} alone, but the record has no media")
         parts: list[Part] = []
@@ -241,7 +244,7 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
                 parts.append(boxes.pop(0))
         messages.append({"role": role, "content": parts})
     if taken != total:
-        texts = "".join(turn["value"] for turn in turns)
+        texts = "".join(str(turn["value"]) for turn in turns)
         used = " and ".join(literal for literal in LITERALS if literal in texts) or "<image>"
         raise FieldError("conversations", f"{taken} {used} in the text, but {total} media in the record")
     if waiting:

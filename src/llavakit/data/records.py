@@ -91,6 +91,8 @@ def read_record(
     with belongs_to(file, line):
         if not isinstance(raw, Mapping):
             raise FieldError("record", f"must be an object, not {type(raw).__name__}")
+        if raw.get("conversatons") is not None and raw.get("conversations") is None:  # so spelt in released files
+            raw = {**raw, "conversations": raw["conversatons"]}
         form = _form(raw)
         _refuse_unread(raw, form)
         messages = from_llava(raw) if form == "conversations" else _from_messages(raw)

@@ -39,6 +39,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 _WANTED = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 BAND_PIXELS = 2**20  # pixels that are converted at a time
+ONE_CHANNEL = "one_channel"  # in `Image.info`: whether the picture was grey without transparency before it became RGB
 _DECODING = {
     "WEBP": 16,
     "JPEG2000": 20,
@@ -250,7 +251,11 @@ def _undecoded(error: Exception) -> str:
 def _to_rgb(image: Image.Image, background: Any) -> Image.Image:
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     if not transparent or background is None:
-        return image if image.mode == "RGB" else image.convert("RGB")
+        if image.mode == "RGB":
+            return image
+        converted = image.convert("RGB")
+        converted.info[ONE_CHANNEL] = image.mode == "L"
+        return converted
     canvas = Image.new("RGB", image.size, tuple(background))
     for top, band in _bands(image):
         band = band.convert("RGBA")

@@ -57,6 +57,7 @@ def published_model(
     *,
     encoders: Mapping[str, Mapping[str, Any]] | None = None,
     known: Iterable[str] = (),
+    added_tokens: Mapping[str, int] | None = None,
     change: Callable[[LlavakitConfig], None] | None = None,
 ) -> LlavakitForConditionalGeneration:
     """The model of a published checkpoint: the files as their authors would lay them out, opened as a user opens them.
@@ -67,6 +68,7 @@ def published_model(
         encoder: Configuration of the encoder with its `model_type`; it goes into a folder that `raw` names.
         encoders: config.json of several encoders, by the key under which `raw` is to name each one's folder.
         known: Keys of `raw` beside those of the language model and `CLASSIC_KEYS` that mean something to the layout.
+        added_tokens: Special tokens of the folder's tokenizer by name, where the layout asks for them.
         change: Edits llavakit's configuration before the model is built, as a user may.
 
     Raises:
@@ -84,6 +86,9 @@ def published_model(
         for key, own in (encoders or {}).items():
             raw[key] = str(encoder_folder(Path(place) / key, own))
         (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        if added_tokens is not None:
+            listed = [{"id": number, "content": name} for name, number in added_tokens.items()]
+            (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": listed}), encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
         checkpoint = open_checkpoint(folder)
         given = {

@@ -27,6 +27,7 @@ from llavakit.checkpoints.opening import (
     names_in_memory,
     open_checkpoint,
 )
+from llavakit.connectors.base import Connector
 from llavakit.conversation.template import template_for
 from llavakit.errors import CheckpointError, RecipeError, UserError
 from llavakit.model.configuration import LlavakitConfig, build_config, register_encoder
@@ -193,8 +194,24 @@ def build_model(recipe: Recipe) -> tuple[LlavakitForConditionalGeneration, Llava
     model = LlavakitForConditionalGeneration(config)
     for part, source in recipe.parts.init.items():
         _initialise(model, part, source)
+    _start_at_mean(model, recipe.parts)
     _fit_vocabulary(model, processor)
     return model, processor
+
+
+def _start_at_mean(model: LlavakitForConditionalGeneration, parts: Parts) -> None:
+    """Let connectors start where every visual token is the mean of the embeddings."""
+    connectors = {name: part for name, part in model.model.named_children() if isinstance(part, Connector)}
+    for number, name in enumerate(parts.start_at_mean):
+        where = f"parts.start_at_mean.{number}"
+        if name not in connectors:
+            raise RecipeError(f"{where}: the model has no connector {name!r}{nearest(name, list(connectors))}")
+        if name in parts.init:
+            raise RecipeError(f"{where}: {name} gets its weights from {parts.init[name]}; leave one of them out")
+        try:
+            connectors[name].start_at(model.get_input_embeddings().weight.detach().mean(0))
+        except UserError as error:
+            raise RecipeError(f"{where}: {error}") from None
 
 
 def build_processor(recipe: Recipe, config: LlavakitConfig) -> LlavakitProcessor:

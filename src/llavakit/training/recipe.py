@@ -118,6 +118,7 @@ class Parts(Section):
         tokenizer: Folder of the tokenizer; default: that of `init.language_model`.
         tokens: Tokens that are added to its vocabulary, in this order; their rows begin as the mean of the others.
         init: Part -> checkpoint folder or hub id that its weights are taken from; other parts start at random.
+        start_at_mean: Connectors that start with every visual token at the mean embedding of the decoder's vocabulary.
     """
 
     text_config: dict[str, Any] | None = None
@@ -136,6 +137,7 @@ class Parts(Section):
     tokenizer: str | None = None
     tokens: list[str] = Field(default_factory=list)
     init: dict[str, str] = Field(default_factory=dict)
+    start_at_mean: list[str] = Field(default_factory=list)
 
     @field_validator("vision_config", mode="before")
     @classmethod

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from llavakit.errors import UserError
+from llavakit.media.image import ONE_CHANNEL
 from llavakit.views import pixels, tiles
 from llavakit.views.plan import MediaSize, Plan, Planner, View
 
@@ -79,11 +80,21 @@ class Pad(Square):
 
     Args:
         background: 8-bit padding colour; int(255 * mean) per channel if None.
+        grey_background: 8-bit padding value around pictures that were stored in one channel; `background` if None.
     """
 
-    def __init__(self, *, background: Sequence[int] | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, background: Sequence[int] | None = None, grey_background: int | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.background = pixels.pad_colour(self.image_mean) if background is None else tuple(background)
+        if grey_background is not None and (type(grey_background) is not int or not 0 <= grey_background <= 255):
+            raise UserError(f"grey_background: must be a value from 0 to 255, got {grey_background!r}")
+        self.grey_background = None if grey_background is None else (grey_background,) * 3
+
+    def colour_around(self, image: Image.Image) -> tuple[int, ...]:
+        """The padding colour of an image."""
+        return self.grey_background if self.grey_background and image.info.get(ONE_CHANNEL) else self.background
 
     def plan(self, size: MediaSize) -> Plan:
         side = max(size.width, size.height)
@@ -92,7 +103,7 @@ class Pad(Square):
         return Plan("image", size, (View(self.crop, self.crop),), canvas=(side, side), content=content)
 
     def render(self, image: Image.Image, plan: Plan) -> list[Image.Image]:
-        square = pixels.pad_and_resize(image, self.background, self.size, self.resample)
+        square = pixels.pad_and_resize(image, self.colour_around(image), self.size, self.resample)
         return [pixels.centre_crop(square, self.crop, self.crop, rounded=self.rounded)]
 
 

@@ -76,6 +76,7 @@ class LlavaLayout(ClassicLayout):
 
     system = "llava-1.5"
     model_types = ("llava", "llava_llama", "llava_mistral")
+    general = True
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
         plain = str(raw.get("mm_projector_type", "linear"))

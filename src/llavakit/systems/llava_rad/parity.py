@@ -5,24 +5,18 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llavakit.checkpoints.files import LazyState
-from llavakit.checkpoints.opening import names_in_memory
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.conversation.messages import from_llava
 from llavakit.data.preparation import prepare
-from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.classic_batch import ClassicBatch, Entry
 from llavakit.proof.entries import (
-    TINY,
-    check_keys,
     fitting,
     greedy,
     picture,
@@ -34,54 +28,18 @@ from llavakit.proof.entries import (
     views_of,
 )
 from llavakit.proof.golden import Case, Example, Result, declined, examples, take
+from llavakit.proof.timm import FIXED, published_vit, vit_options
 from llavakit.systems.llava_rad import parity_eval
 from llavakit.vision.encode import encode_views
 from llavakit.vision.geometry import geometry_of
-from llavakit.vision.open_clip import read_open_clip
 
-TOWER = "model.vision_tower."
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-
-TIMM = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"}
-TIMM_FIXED = {"num_classes", "init_values", "global_pool", "hidden_size", "num_patches", "published", "qkv_bias"}
-
-
-def encoder_options(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """timm's sizes as transformers' configuration."""
-    own = check_keys(config, TIMM | TIMM_FIXED, where)
-    return {
-        "model_type": "dinov2",
-        "image_size": own["img_size"],
-        "patch_size": own["patch_size"],
-        "hidden_size": own["embed_dim"],
-        "num_hidden_layers": own["depth"],
-        "num_attention_heads": own["num_heads"],
-        "mlp_ratio": int(own.get("mlp_ratio", 4)),
-        "qkv_bias": own.get("qkv_bias", True),
-        "layer_norm_eps": 1e-6,
-    }
-
-
-def tower(case: Case) -> LlavakitForConditionalGeneration:
-    """A model around the case's encoder, whose tensors are read as those of the published file."""
-    options = encoder_options(case.config, "config")
-    config = LlavakitConfig(
-        text_config={"model_type": "llama", "vocab_size": 8, **TINY},
-        vision_config=options,
-        connector={"type": "mlp"},
-        media={"image": {"views": {"type": "square", "size": options["image_size"]}}},
-    )
-    net = LlavakitForConditionalGeneration(config).eval()
-    found = read_open_clip(LazyState.of(case.weights()), heads=options["num_attention_heads"])
-    state = names_in_memory(net, found.state.renamed(lambda name: TOWER + name))
-    net.model.vision_tower.load_state_dict({name.removeprefix(TOWER): state[name] for name in state})
-    return net
 
 
 def vision_encoder(case: Case) -> Iterator[Example]:
     """Hidden states of the trunk by layer, with and without its class token."""
-    case.informational("config.published", *(f"config.{name}" for name in TIMM_FIXED))
-    encoder = tower(case).model.vision_tower
+    case.informational("config.published", *(f"config.{name}" for name in FIXED))
+    encoder = published_vit(case.config, case.weights()).model.vision_tower
     pixels, geometry = fitting(case.tensors["pixel_values"], encoder), geometry_of(encoder.config)
 
     def layer(name: str, number: int, strategy: str) -> Result:
@@ -118,7 +76,7 @@ def image_preprocessing(case: Case) -> Result:
 def end_to_end(case: Case) -> Iterator[Example]:
     """Logits, loss and greedy replies of a whole model in the published layout."""
     config, inputs = case.config, case.tensors
-    case.informational("config.tokens_per_image", *(f"config.vision.{name}" for name in TIMM_FIXED))
+    case.informational("config.tokens_per_image", *(f"config.vision.{name}" for name in FIXED))
     raw = {
         "model_type": "llava",
         "mm_projector_type": config.get("mm_projector_type", "mlp2x_gelu"),
@@ -126,7 +84,7 @@ def end_to_end(case: Case) -> Iterator[Example]:
         "mm_vision_tower_checkpoint": None,
         **config["text"],
     }
-    encoder = encoder_options(config["vision"], "config.vision")
+    encoder = vit_options(config["vision"], "config.vision")
     model = published_model(raw, case.weights(), encoder, known=("mm_vision_tower_checkpoint",))
 
     def entries(count: int) -> dict[int, list[Entry]]:
