@@ -31,7 +31,6 @@ COMMANDS = [
     "boxes",
     "phantom",
     "eval",
-    "score",
     "convert",
     "inspect",
     "index",
@@ -41,6 +40,7 @@ COMMANDS = [
     "cost",
     "reproduce",
     "doctor",
+    "score",
 ]
 
 

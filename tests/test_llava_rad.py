@@ -17,10 +17,10 @@ from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
 from llavakit.data.preparation import prepare
 from llavakit.errors import CheckpointError, RecordError, UserError
 from llavakit.evaluation.metrics import reports
+from llavakit.evaluation.reports.rubric import read_rubric
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.llava_rad.checkpoint import Published
-from llavakit.systems.llava_rad.chexprompt import INSIGNIFICANT, SIGNIFICANT, parse
 from llavakit.systems.llava_rad.cost import cost
 from llavakit.views.image import Square
 from llavakit.views.plan import MediaSize
@@ -271,11 +271,6 @@ def test_scores_of_reports_hold_their_bounds():
     same = reports.chexbert_f1(classes, classes)
     assert same["micro avg"]["f1-score"] == 1.0
     assert same["macro avg"]["f1-score"] == pytest.approx(13 / 14)  # a condition that never occurs counts as 0
-    values = np.array([0.0, 1.0, 1.0, 0.5])
-    found = reports.bootstrap(np.mean, values)
-    assert 0 <= found.low <= found.median <= found.high <= 1
-    with pytest.raises(UserError, match="at least 2 cases, there is 1"):
-        reports.bootstrap(np.mean, values[:1])
     unit = torch.eye(4)
     assert reports.retrieval_ranks(unit, unit)["image_to_text_mean_rank"] == 1.0
     assert reports.retrieval_ranks(unit, unit.roll(1, 0), at=(1,))["text_to_image_R@1"] == 0.0
@@ -292,8 +287,10 @@ def test_scores_of_reports_hold_their_bounds():
     ],
 )
 def test_counts_of_a_judge_are_read_or_asked_for_again(significant, wanted):
-    reply = f"Sure.\n{SIGNIFICANT}{significant}\n{INSIGNIFICANT} [(C, 2)]\nExplanation: (D, 9)"
-    rating = parse(reply)
-    assert (rating.significant, rating.insignificant) == (wanted, {"incorrect_location": 2})
-    assert rating.valid
-    assert not parse(significant).valid
+    rubric = read_rubric("chexprompt")
+    first, second = rubric.severities.values()
+    found = rubric.parse(f"Sure.\n{first}{significant}\n{second} [(C, 2)]\nExplanation: (D, 9)")
+    assert found == [wanted, {"incorrect_location": 2}]
+    assert rubric.parse(significant) is None
+    assert rubric.counts(f"{first}{significant}\n{second} [(C, 2)]") is None  # not every type was counted
+    assert rubric.counts(rubric.examples.split("Errors:\n")[1].split("##")[0])[0]["false_positive_finding"] == 1

@@ -123,6 +123,7 @@ _REGISTRIES = {
     "label_policies": registry.LABEL_POLICIES,
     "text_metrics": registry.TEXT_METRICS,
     "benchmarks": registry.BENCHMARKS,
+    "rubrics": registry.RUBRICS,
     "worlds": registry.WORLDS,
     "codecs": registry.CODECS,
     "objectives": registry.OBJECTIVES,

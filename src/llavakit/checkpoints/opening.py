@@ -89,6 +89,29 @@ def local_folder(model: str | Path) -> Path:
         raise CheckpointError(f"{model}: not a local folder, and the hub did not deliver it ({reason})") from None
 
 
+def local_file(source: str | Path, name: str) -> Path:
+    """A local file for a file, a folder that holds `name`, or a hub id, from which `name` is downloaded.
+
+    Raises:
+        CheckpointError: If there is no such file.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name}: no such file")
+        return path / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{source}: no local folder, and the hub did not deliver {name} ({reason})") from None
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     """The object in config.json; the keys by which layouts are told apart have their types."""
     raw = read_json(folder / "config.json")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from llavakit.cli.common import (
     Base,
@@ -115,8 +116,33 @@ def evaluate(
         print_result({"task": task, "metrics": result["metrics"]})
 
 
-@app.command()
-def score(
+class ScoreCommands(TyperGroup):
+    """`llavakit score`: commands by name; any other first word is the task of `score_task`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = [TASK, *args]
+        return super().parse_args(ctx, args)
+
+
+TASK = "TASK"
+scores = typer.Typer(
+    cls=ScoreCommands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""Score existing predictions: of a benchmark, or written reports.
+
+    \b
+    Examples:
+      llavakit score pope --predictions answers.jsonl --gold coco_pope_random.json
+      llavakit score report --predictions answers.jsonl --references gold.jsonl
+    """,
+)
+app.add_typer(scores, name="score")
+
+
+@scores.command(TASK)
+def score_task(
     task: Annotated[str, typer.Argument(metavar="TASK", help="Benchmark, for instance scienceqa, vqav2, pope.")],
     predictions: Annotated[Path, typer.Option(help='JSONL of {"question_id", "text"}.')],
     gold: Annotated[Path | None, typer.Option(help="The benchmark's answers.")] = None,
@@ -124,7 +150,7 @@ def score(
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE of the benchmark.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score existing predictions.
+    """Score existing predictions of a benchmark.
 
     \b
     Examples:

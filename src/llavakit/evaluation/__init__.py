@@ -35,6 +35,7 @@ _BENCHMARKS = {
     "anls": "generic:ANLS",
     "relaxed_accuracy": "generic:RelaxedAccuracy",
     "text_overlap": "overlap:TextOverlap",
+    "report": "report:ReportScores",
     "agreement": "agreement:Agreement",
     "likelihood": "likelihood:LikelihoodChoice",
     "arena": "arena:Arena",

@@ -1,4 +1,4 @@
-"""Agreement of two raters of the same items: correlations by scipy, and pairwise preference.
+"""Agreement of two raters of the same items: correlations by scipy, kappa, and pairwise preference.
 
 A correlation of a constant sequence is undefined and given as None.
 """
@@ -6,9 +6,13 @@ A correlation of a constant sequence is undefined and given as None.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
+import numpy as np
+
+from llavakit.errors import UserError, quoted
 from llavakit.evaluation.packages import need
 
 
@@ -57,6 +61,46 @@ def kendall(first: Sequence[float], second: Sequence[float]) -> dict[str, float 
         "tau_a": difference / len(pairs) if pairs else None,
         "tau_b": difference / math.sqrt(ordered[0] * ordered[1]) if all(ordered) else None,
     }
+
+
+def kappa(
+    first: Sequence[Any], second: Sequence[Any], scale: Sequence[Any] | None = None, weights: str = "none"
+) -> float:
+    """Cohen's kappa of two raters, from -1 to 1; NaN where chance alone would agree fully (one class, always).
+
+    Args:
+        scale: All classes that raters could give, in their order; default: those that occur. With weights the distance
+            of two classes is that of their places on the whole scale, whether or not what lies between them occurs.
+        weights: "none" (all disagreements alike), "linear" or "quadratic" in the distance.
+
+    Raises:
+        UserError: If a rating is not on the scale, or the weights are unknown.
+    """
+    scale = sorted(set(first) | set(second)) if scale is None else list(scale)
+    place = {kind: n for n, kind in enumerate(scale)}
+    for rating in (*first, *second):
+        if rating not in place:
+            raise UserError(f"kappa: {quoted(rating)} is not on the scale {quoted(scale)}")
+    if weights not in _DISTANCES:
+        raise UserError(f"kappa: weights are {', '.join(_DISTANCES)}, not {quoted(weights)}")
+    table = np.zeros((len(scale), len(scale)))
+    for own, other in zip(first, second, strict=True):
+        table[place[own], place[other]] += 1
+    if not table.sum():
+        return math.nan
+    table /= table.sum()
+    places = np.arange(len(scale))
+    distance = _DISTANCES[weights](np.abs(places[:, None] - places[None]))
+    by_chance = float((np.outer(table.sum(1), table.sum(0)) * distance).sum())
+    return math.nan if by_chance <= _ROUNDING else 1.0 - float((table * distance).sum()) / by_chance
+
+
+_ROUNDING = 1e-12
+_DISTANCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "none": lambda steps: (steps > 0).astype(float),
+    "linear": lambda steps: steps.astype(float),
+    "quadratic": lambda steps: steps.astype(float) ** 2,
+}
 
 
 def _sign(value: float) -> int:

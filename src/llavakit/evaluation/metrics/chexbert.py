@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from llavakit.checkpoints.files import check_tensor
+from llavakit.errors import CheckpointError
 from llavakit.evaluation.metrics.reports import CONDITIONS
 
 LONGEST = 512  # ids of a report
@@ -36,15 +38,45 @@ class CheXbert(nn.Module):
         first = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
         return [head(first) for head in self.linear_heads]
 
-    def load(self, state: Mapping[str, Tensor]) -> CheXbert:
-        """The published tensors; the pooler, which no head reads, is left out.
+    @classmethod
+    def published(cls, state: Mapping[str, Tensor], where: str = "chexbert.pth") -> CheXbert:
+        """The network of published tensors, whose sizes are theirs: BERT-base, heads of 64 channels.
 
         Raises:
-            RuntimeError: If a tensor is missing, superfluous or misshaped.
+            CheckpointError: If they are not such a network's.
         """
-        bare = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        bare = {name.removeprefix("module."): state[name] for name in state}
+        words, ends = bare.get("bert.embeddings.word_embeddings.weight"), "intermediate.dense.weight"
+        layers = [name for name in bare if name.startswith("bert.encoder.layer.") and name.endswith(ends)]
+        if words is None or not layers:
+            raise CheckpointError(f"{where}: holds no BERT; CheXbert's weights are chexbert.pth")
+        config = BertConfig(
+            vocab_size=words.shape[0],
+            hidden_size=words.shape[1],
+            num_hidden_layers=len(layers),
+            num_attention_heads=max(words.shape[1] // 64, 1),
+            intermediate_size=bare[layers[0]].shape[0],
+        )
+        return cls(config).load(state, where)
+
+    def load(self, state: Mapping[str, Tensor], where: str = "chexbert.pth") -> CheXbert:
+        """The published tensors; the pooler, which no head reads, is left out.
+
+        Args:
+            where: What the tensors come from, for messages.
+
+        Raises:
+            CheckpointError: If a tensor is missing, superfluous or misshaped.
+        """
+        bare = {name.removeprefix("module."): name for name in state}
         unused = ("bert.pooler.", "bert.embeddings.position_ids")
-        self.load_state_dict({name: t for name, t in bare.items() if not name.startswith(unused)})
+        given = {name: state[own] for name, own in bare.items() if not name.startswith(unused)}
+        wanted = self.state_dict()
+        for name in sorted(set(wanted) ^ set(given)):
+            raise CheckpointError(f"{where}: {'lacks' if name in wanted else 'has an unknown tensor'} {name}")
+        for name, tensor in given.items():
+            check_tensor(where, name, tensor, wanted[name].shape)
+        self.load_state_dict(given)
         return self.eval()
 
     @torch.no_grad()

@@ -6,13 +6,14 @@ evaluation (arXiv 2403.08002).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from llavakit.errors import UserError
+from llavakit.evaluation.metrics.agreement import kappa
+from llavakit.evaluation.metrics.resampling import Sums, divide
 
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = range(4)
 CONDITIONS = (
@@ -22,36 +23,7 @@ CONDITIONS = (
 )
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 LEVELS = ("simple", "partial", "complete")
-RESAMPLES = 500
-
-
-class Interval(NamedTuple):
-    """Median of a bootstrap distribution and its 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-
-
-def bootstrap(
-    statistic: Callable[..., float], *values: np.ndarray, seed: int = 3, resamples: int = RESAMPLES
-) -> Interval:
-    """Percentile interval of a statistic, cases resampled together: `scipy.stats.bootstrap` with `RandomState(seed)`.
-
-    Args:
-        statistic: Takes the arrays, cases along the last axis, and gives a number.
-        values: [cases] or more arrays of the same cases.
-
-    Raises:
-        UserError: If there are fewer than two cases.
-    """
-    count = values[0].shape[-1]
-    if count < 2:
-        raise UserError(f"a bootstrap interval needs at least 2 cases, there is {count}")
-    drawn = np.random.RandomState(seed).randint(0, count, (resamples, count))
-    found = [statistic(*(own[..., rows] for own in values)) for rows in drawn]
-    low, median, high = np.percentile(found, [2.5, 50, 97.5])
-    return Interval(float(median), float(low), float(high))
+CLASSES = 4
 
 
 # CheXbert
@@ -120,52 +92,91 @@ def chexbert_f1(
     return classification_report(*both, names)
 
 
-def agreement_by_class(found: np.ndarray, wanted: np.ndarray, weights: Sequence[float]) -> dict[str, float]:
-    """Agreement on one condition: kappa, and F1 of every class alone.
+def f1_sums(
+    found: np.ndarray, wanted: np.ndarray, average: str, *, five: bool = False, uncertain: bool = False
+) -> Sums:
+    """F1 of CheXbert's classes as sums over reports; see `chexbert_f1`.
 
     Args:
-        found, wanted: Classes [reports].
+        found, wanted: Classes [14, reports] in the order of `CONDITIONS`.
+        average: "micro" (hits and misses of all conditions together); "macro" (mean over conditions; one that never
+            occurs and is never said counts as 0, as published); "present" (mean over the conditions that the references
+            have; not defined where they have none).
+    """
+    rows = [CONDITIONS.index(name) for name in (FIVE if five else CONDITIONS)]
+    said, true = (findings(np.asarray(classes)[rows], uncertain=uncertain) for classes in (found, wanted))
+    table = np.concatenate([said & true, said, true]).T.astype(float)  # [reports, 3 x conditions]
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        hits, said, true = np.split(sums, 3, axis=-1)
+        if average == "micro":
+            return divide(2 * hits.sum(-1), said.sum(-1) + true.sum(-1), empty=0.0)
+        each = divide(2 * hits, said + true, empty=0.0)
+        if average == "macro":
+            return each.mean(-1)
+        return divide((each * (true > 0)).sum(-1), (true > 0).sum(-1))
+
+    return Sums(table, value)
+
+
+def kappa_sums(found: np.ndarray, wanted: np.ndarray) -> Sums:
+    """Mean Cohen's kappa over the 14 conditions as sums over reports, between -1 and 1.
+
+    Conditions on which both always say the same one class have no kappa and are left out.
+    """
+    pairs = np.asarray(found) * CLASSES + np.asarray(wanted)  # [conditions, reports]
+    table = (pairs.T[:, :, None] == np.arange(CLASSES**2)).astype(float).reshape(pairs.shape[1], -1)
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        counts = sums.reshape(*sums.shape[:-1], len(CONDITIONS), CLASSES, CLASSES)
+        shares = divide(counts, counts.sum((-2, -1), keepdims=True), empty=0.0)
+        agreed = np.trace(shares, axis1=-2, axis2=-1)
+        expected = (shares.sum(-1) * shares.sum(-2)).sum(-1)
+        defined = expected < 1 - 1e-12
+        each = divide(agreed - expected, np.where(defined, 1 - expected, 0.0), empty=0.0)
+        return divide(each.sum(-1), defined.sum(-1))
+
+    return Sums(table, value, low=-1.0)
+
+
+def agreement(found: np.ndarray, wanted: np.ndarray, weights: Sequence[float]) -> list[dict[str, float]]:
+    """Agreement on every condition by class, and last the means over them, as CheXbert's authors print them.
+
+    "No Finding" has no negation and no uncertain: its F1 of both is 0. The mean of negation leaves it out, and that of
+    uncertain leaves out "Support Devices" too.
+
+    Args:
+        found, wanted: Classes [14, reports] in the order of `CONDITIONS`.
         weights: Of the F1 of negation, uncertain and positive in `weighted f1`.
     """
+    rows = zip(CONDITIONS, np.asarray(found), np.asarray(wanted), strict=True)
+    each = [_agreement(own, other, weights, two_classes=name == "No Finding") for name, own, other in rows]
 
+    def average(key: str, leave: int = 0) -> float:
+        return float(np.mean([own[key] for own in each[: len(each) - leave]]))
+
+    means = {key: average(key) for key in each[0]}
+    return [*each, means | {"negation f1": average("negation f1", 1), "uncertain f1": average("uncertain f1", 2)}]
+
+
+def _agreement(found: np.ndarray, wanted: np.ndarray, weights: Sequence[float], two_classes: bool) -> dict[str, float]:
     def f1(one: np.ndarray, other: np.ndarray) -> float:
         return float(_ratios((one & other).sum(), one.sum(), other.sum())["f1-score"])
 
-    single = {
-        "negation": f1(found == NEGATIVE, wanted == NEGATIVE),
-        "uncertain": f1(found == UNCERTAIN, wanted == UNCERTAIN),
-        "positive": f1(found == POSITIVE, wanted == POSITIVE),
-    }
+    def of(kind: int) -> float:
+        return f1(found == kind, wanted == kind)
+
+    negation, uncertain = (0.0, 0.0) if two_classes else (of(NEGATIVE), of(UNCERTAIN))
+    positive = of(POSITIVE)
     return {
         "kappas": kappa(found, wanted),
-        "weighted f1": float(np.dot(list(single.values()), weights)),
-        "blank f1": f1(found == BLANK, wanted == BLANK),
-        **{f"{name} f1": value for name, value in single.items()},
+        "weighted f1": float(np.dot([negation, uncertain, positive], weights)),
+        "blank f1": of(BLANK),
+        "negation f1": negation,
+        "uncertain f1": uncertain,
+        "positive f1": positive,
         "mention f1": f1(found != BLANK, wanted != BLANK),
     }
-
-
-def average_agreement(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the conditions, in the order of `CONDITIONS`.
-
-    As published, negation leaves out "No Finding", and uncertain "Support Devices" too.
-    """
-
-    def average(key: str, *without: str) -> float:
-        kept = [own[key] for own, name in zip(each, CONDITIONS, strict=True) if name not in without]
-        return float(np.mean(kept))
-
-    whole = {key: average(key) for key in each[0]}
-    whole["negation f1"] = average("negation f1", "No Finding")
-    return whole | {"uncertain f1": average("uncertain f1", "No Finding", "Support Devices")}
-
-
-def kappa(one: np.ndarray, other: np.ndarray) -> float:
-    """Cohen's kappa; NaN where both always say the same one class."""
-    kinds = np.union1d(one, other)
-    shares = [np.array([(x == kind).mean() for kind in kinds]) for x in (one, other)]
-    expected = float(np.dot(*shares))
-    return float("nan") if expected == 1 else float(((one == other).mean() - expected) / (1 - expected))
 
 
 # RadGraph
@@ -204,16 +215,25 @@ def radgraph_f1(
 # Retrieval
 
 
+def match_ranks(images: Tensor, texts: Tensor) -> dict[str, np.ndarray]:
+    """Rank of every match among all candidates, 0 the best, in both directions; ties count for the match.
+
+    Args:
+        images, texts: Unit vectors [pairs, width]; row i matches row i.
+    """
+    scores = (images.double() @ texts.double().T).numpy()
+    tables = {"image_to_text": scores, "text_to_image": scores.T}
+    return {way: (table > np.diag(table)[:, None]).sum(1) for way, table in tables.items()}
+
+
 def retrieval_ranks(images: Tensor, texts: Tensor, at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """R@k, mean and median rank of matched pairs in both directions; ranks count from 1.
 
     Args:
         images, texts: Unit vectors [pairs, width]; row i matches row i.
     """
-    scores = (images.double() @ texts.double().T).numpy()
     found: dict[str, float] = {}
-    for name, table in (("image_to_text", scores), ("text_to_image", scores.T)):
-        ranks = (table > np.diag(table)[:, None]).sum(1)
+    for name, ranks in match_ranks(images, texts).items():
         found[f"{name}_mean_rank"] = float(ranks.mean() + 1)
         found[f"{name}_median_rank"] = float(np.floor(np.median(ranks)) + 1)
         found |= {f"{name}_R@{k}": float((ranks < k).mean()) for k in at}

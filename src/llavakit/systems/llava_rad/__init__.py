@@ -19,5 +19,6 @@ SYSTEM = System(
     parts={
         "layouts": {"llava-rad": ".checkpoint:Published"},
         "preparations": {"mimic_cxr_findings": ".records:mimic_cxr_findings"},
+        "rubrics": {"chexprompt": ".rubrics:CHEXPROMPT"},
     },
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,16 @@ from transformers import BertConfig
 
 from llavakit.evaluation.metrics import reports
 from llavakit.evaluation.metrics.chexbert import CheXbert, report_ids, word_pieces
+from llavakit.evaluation.metrics.resampling import RESAMPLES, Sums, draw, estimate
 from llavakit.evaluation.packages import need
+from llavakit.evaluation.reports.rubric import read_rubric
+from llavakit.evaluation.score import score
 from llavakit.proof.entries import check_keys
-from llavakit.proof.golden import Case, Example, Result, examples, take
-from llavakit.registry import TEXT_METRICS
-from llavakit.systems.llava_rad import chexprompt
+from llavakit.proof.golden import Case, Example, Result, component, examples, take
 
+Raw = Mapping[str, Any]
 SEED = 3  # of the original script's resamples
 PARTS = ("precision", "recall", "fmeasure")
-
-
-def interval(found: reports.Interval) -> dict[str, float]:
-    """A bootstrap interval under the script's names."""
-    return {"median": found.median, "ci_l": found.low, "ci_h": found.high}
 
 
 def retrieval(case: Case) -> Result:
@@ -36,11 +35,29 @@ def retrieval(case: Case) -> Result:
     return Result(json=reports.retrieval_ranks(case.tensors["image_features"], case.tensors["text_features"]))
 
 
+def scored(pairs: Sequence[tuple[Raw, Raw]], names: Sequence[str], **options: Any) -> dict[str, dict[str, float]]:
+    """`llavakit score report` of pairs of (prediction, reference), fractions instead of percent."""
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place) / name for name in ("predictions.jsonl", "references.jsonl")]
+        for file, side in zip(files, zip(*pairs, strict=True), strict=True):
+            lines = [json.dumps({"id": number, "text": "", **own}) + "\n" for number, own in enumerate(side)]
+            file.write_text("".join(lines))
+        found = score("report", *files, metrics=names, seed=SEED, empty="score", **options)["metrics"]["scores"]
+    return {name: {key: value and value / 100 for key, value in own.items()} for name, own in found.items()}
+
+
+def interval(found: Mapping[str, float]) -> dict[str, float]:
+    """A bootstrap interval under the script's names."""
+    return {"median": found["median"], "ci_l": found["low"], "ci_h": found["high"]}
+
+
+@component(ordered=True)  # which texts a seeded resample holds depends on their places
 def rouge_and_bleu(case: Case) -> Iterator[Example]:
     """Every text alone, and the corpus with the script's resamples."""
     case.informational("config.rouge_score", "config.sacrebleu", "config.bootstrap")
     texts = [str(text) for text in case.inputs["predictions"]]
     wanted = [str(text) for text in case.inputs["references"]]
+    pairs = [({"text": own}, {"text": other}) for own, other in zip(texts, wanted, strict=True)]
     kinds = {"rougeL": "google_rouge_l", "rouge1": "google_rouge_1", "rouge2": "google_rouge_2"}
 
     def each(kind: str) -> list[tuple[float, float, float]]:
@@ -52,19 +69,15 @@ def rouge_and_bleu(case: Case) -> Iterator[Example]:
         return [{kind: list(values[n]) for kind, values in columns.items()} for n in range(len(texts))]
 
     def rouge(kind: str) -> dict[str, float]:
-        values = TEXT_METRICS.get(kinds[kind])(texts, [[text] for text in wanted]).each
-        np.random.seed(SEED)
-        scoring = need("rouge_score.scoring")
-        aggregator = scoring.BootstrapAggregator(confidence_interval=0.95, n_samples=reports.RESAMPLES)
-        for value in values:
-            aggregator.add_scores({kind: scoring.Score(value, value, value)})
-        found = aggregator.aggregate()[kind]
-        return {"median": found.mid.fmeasure, "ci_l": found.low.fmeasure, "ci_h": found.high.fmeasure}
+        return interval(scored(pairs, [kinds[kind]])[kinds[kind]])
 
     def bleu(order: int) -> dict[str, float]:
-        score = need("sacrebleu.metrics").BLEU(max_ngram_order=order)
-        found = score.corpus_score(texts, [wanted], n_bootstrap=reports.RESAMPLES)
-        return {"median": found.score, "ci_l": found._mean - found._ci, "ci_h": found._mean + found._ci}
+        value = scored(pairs, [f"sacrebleu_{order}"])[f"sacrebleu_{order}"]["value"] * 100
+        # sacrebleu's own interval is symmetric and may leave the range, so `score report` has its own.
+        found = (
+            need("sacrebleu.metrics").BLEU(max_ngram_order=order).corpus_score(texts, [wanted], n_bootstrap=RESAMPLES)
+        )
+        return {"median": value, "ci_l": found._mean - found._ci, "ci_h": found._mean + found._ci}
 
     yield Example("per_item", per_item, "per_item")
     for name in case.wanted.json:
@@ -84,17 +97,13 @@ def chexbert(case: Case) -> Iterator[Example]:
     def script() -> dict[str, Any]:
         names = [name for name in case.wanted.json["original_test"] if name != "avg"]  # in the script's wrong order
         weights = [float(weight) for weight in case.inputs["weighted_f1_weights"]]
-        each = [reports.agreement_by_class(*rows, weights) for rows in zip(found, wanted, strict=True)]
-        return dict(zip(names, each, strict=True)) | {"avg": reports.average_agreement(each)}
+        return dict(zip([*names, "avg"], reports.agreement(found, wanted, weights), strict=True))
 
     def resampled() -> dict[str, Any]:
-        def f1(kind: str, one: np.ndarray, other: np.ndarray) -> float:
-            return reports.chexbert_f1(one, other)[f"{kind} avg"]["f1-score"]
-
-        return {
-            kind: interval(reports.bootstrap(partial(f1, kind), found, wanted, seed=SEED))
-            for kind in ("micro", "macro")
-        }
+        sides = ([{"text": "x", "labels": own} for own in side.T.tolist()] for side in (found, wanted))
+        names = {kind: f"chexbert_f1_{kind}_14" for kind in ("micro", "macro")}
+        values = scored(list(zip(*sides, strict=True)), list(names.values()), coding="chexbert")
+        return {kind: interval(values[name]) for kind, name in names.items()}
 
     for name, options in kinds.items():
         yield Example(name, partial(reports.chexbert_f1, found, wanted, **options), name)
@@ -121,29 +130,43 @@ def radgraph(case: Case) -> Iterator[Example]:
 
     def means() -> dict[str, float]:
         columns = np.mean(per_report(), axis=0)
-        return dict(zip(("f1-radgraph", "precision-radgraph", "recall-radgraph"), map(float, columns), strict=True))
+        found = dict(zip(("f1-radgraph", "precision-radgraph", "recall-radgraph"), map(float, columns), strict=True))
+        both = [graphs(pair) for pair in case.inputs["pairs"]]
+        both += [({}, {})] * (len(case.wanted.json["per_report"]) - len(both))
+        records = [({"graph": own}, {"graph": other}) for own, other in both]
+        return found | {"f1-radgraph": scored(records, [f"radgraph_{level}"])[f"radgraph_{level}"]["value"]}
+
+    def resampled() -> dict[str, float]:
+        values = Sums.mean([float(value) for value in case.inputs["bootstrap_values"]], -np.inf, np.inf)
+        return interval(estimate(values, draw(len(values.table), seed=SEED))._asdict())
 
     yield from examples(rewards, case.inputs["pairs"], "rewards")
     yield Example("per_report", per_report, "per_report")
     yield Example("mean", means, "mean_with_two_empty_reports")
-    values = np.array([float(value) for value in case.inputs["bootstrap_values"]])
-    yield Example("bootstrap", lambda: interval(reports.bootstrap(np.mean, values, seed=SEED)), "bootstrap")
+    yield Example("bootstrap", resampled, "bootstrap")
 
 
 def chexprompt_parser(case: Case) -> Iterator[Example]:
     """Counts in a judge's replies, and the end of the message to it."""
     case.informational(*(f"config.{part}" for part in ("error_types", "error_types.*", "defaults", "defaults.*")))
 
+    rubric = read_rubric("chexprompt")
+
     def rating(reply: str) -> dict[str, Any]:
-        found = chexprompt.parse(reply)
+        found = rubric.parse(reply)
+        significant, insignificant = found or (None, None)
         return {
-            "clinically_significant": found.significant,
-            "clinically_insignificant": found.insignificant,
-            "valid": found.valid,
+            "clinically_significant": significant,
+            "clinically_insignificant": insignificant,
+            "valid": found is not None,
         }
 
+    def tail() -> str:
+        prompt = replace(rubric, examples="EXAMPLES").messages("REF", "CAND")[-1]["content"]
+        return prompt[prompt.index("##\nEXAMPLES") :]
+
     yield from examples(rating, case.inputs["completions"], "ratings")
-    yield Example("tail", lambda: chexprompt.tail("EXAMPLES", "REF", "CAND"), "user_prompt_tail")
+    yield Example("tail", tail, "user_prompt_tail")
 
 
 def chexbert_network(case: Case) -> Result:
