@@ -50,6 +50,7 @@ class Call:
         before_media: See `Responder.submit`.
         indices: Numbers of the replies that `run` is to generate: one, unless the responder takes them together.
         finish_reason, stop: How the reply ended; `stream` sets them, `run` may.
+        answer: What the last `stream` brought, whole.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Call:
         self.options, self.streamed, self.before_media = options, streamed, before_media
         self.indices: tuple[int, ...] = (0,)
         self.finish_reason, self.stop = "stop", None
+        self.answer: Answer | None = None
         self._response = Response()
         self._asked = 0
 
@@ -146,6 +148,7 @@ class Call:
                     self.finish_reason, self.stop = event.reason, event.stop
                 else:
                     yield event
+        self.answer = response.answers[0]
         self._count([response], None)
 
     def score(self, responder: Responder, context: Messages | str, replies: Sequence[str]) -> list[Score]:

@@ -21,6 +21,14 @@ def _engine() -> Any:
     return RapidOCR()
 
 
+def text_lines(image: Image.Image) -> list[tuple[list[list[float]], str, float]]:
+    """Lines of text: four corners in pixels from the top left clockwise, text, confidence; in the order of reading."""
+    pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
+    with _one_at_a_time:
+        found, _ = _engine()(pixels)
+    return [(corners, text, float(score)) for corners, text, score in found or ()]
+
+
 def read_text(image: Image.Image, *, least: float = 0.5) -> Outcome:
     """The lines of text in a picture.
 
@@ -31,19 +39,15 @@ def read_text(image: Image.Image, *, least: float = 0.5) -> Outcome:
     Returns:
         `texts`, `boxes` around them and `scores`, in the order of reading; and `size` [height, width].
     """
-    pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
-    height, width = pixels.shape[:2]
-    with _one_at_a_time:
-        found, _ = _engine()(pixels)
-    data: dict[str, Any] = {"boxes": [], "texts": [], "scores": [], "size": [height, width]}
-    for corners, text, score in found or ():
-        if float(score) < least:
+    data: dict[str, Any] = {"boxes": [], "texts": [], "scores": [], "size": [image.height, image.width]}
+    for corners, text, score in text_lines(image):
+        if score < least:
             continue
-        across, down = [float(x) / width for x, _ in corners], [float(y) / height for _, y in corners]
+        across, down = [float(x) / image.width for x, _ in corners], [float(y) / image.height for _, y in corners]
         box = min(across), min(down), max(across), max(down)
         data["boxes"].append([round(min(max(edge, 0.0), 1.0), 4) for edge in box])
         data["texts"].append(text)
-        data["scores"].append(round(float(score), 4))
+        data["scores"].append(round(score, 4))
     return Outcome(data)
 
 

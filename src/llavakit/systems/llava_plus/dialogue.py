@@ -1,0 +1,346 @@
+"""One conversation of LLaVA-Plus: what is said, what tools are called with, and what the user is shown.
+
+Per turn of the user the model answers once; if it wants one tool that there is, that is called, its result becomes a
+turn of the user's side, and the model's second answer is final. A new picture begins a new conversation. Source:
+`add_text` and `http_bot` of the published code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from llavakit.conversation.messages import Message
+from llavakit.conversation.turns import Event, PictureEvent, ReasoningDelta, TextDelta, TraceEvent
+from llavakit.systems.llava_plus import pictures
+from llavakit.systems.llava_plus.grammar import VALUE, asked_again, decode, split, the_action
+from llavakit.systems.llava_plus.names import is_tagged
+from llavakit.systems.llava_plus.results import cleaned, result_text
+
+MOST_CHARACTERS, MOST_WITH_IMAGE = 1536, 1200
+MOST_TOKENS = 1536  # of an answer, whatever is asked for
+THRESHOLDS = {"box_threshold": 0.3, "text_threshold": 0.25}
+BOXED = ("grounding_dino", "ram+grounding_dino", "blip2+grounding_dino")
+BOXED_AND_MASKED = ("grounding_dino+sam", "grounded_sam")
+
+Ask = Callable[[list[Message], Mapping[str, Any]], Iterator[Event]]
+
+
+class Tools(Protocol):
+    """What runs tools."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tool of this name."""
+
+    def __call__(self, name: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a tool finds; see `results` for the names of what it gives."""
+
+
+@dataclass
+class Said:
+    """A message of the conversation.
+
+    Attributes:
+        role: "user" or "assistant".
+        text: As the prompt has it, `<image>` included; None while it is open.
+        image: The picture that the user gave with it.
+        pictures: What the answer shows.
+        kind: "question", "answer", "call", "result" or "final".
+    """
+
+    role: str
+    text: str | None
+    kind: str
+    image: Image.Image | None = None
+    pictures: list[Image.Image] = field(default_factory=list)
+
+
+@dataclass
+class Turn:
+    """What one turn of the user led to.
+
+    Attributes:
+        opened: Whether it began a conversation.
+        actions: What the model's actions say; None if they say nothing that can be decoded.
+        name, payload, result: Of the tool, if one was called.
+        drawings: Boxes that were drawn.
+    """
+
+    opened: bool = False
+    actions: Any = None
+    name: str | None = None
+    payload: dict[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] | None = None
+    drawings: list[pictures.Drawing] = field(default_factory=list)
+
+
+class Row(NamedTuple):
+    """A row of a transcript: whose it is, text in HTML, and pictures below it."""
+
+    role: str
+    text: str
+    pictures: list[Image.Image]
+
+
+class Dialogue:
+    """A conversation.
+
+    Args:
+        tools: What may be called.
+        template: Name of the model's chat template, as far as it is known.
+        mode: How pictures are sent to the model, see `pictures.for_model`.
+        preamble: Called with a new picture: text that stands in front of the question (All Tools).
+    """
+
+    def __init__(
+        self,
+        tools: Tools,
+        *,
+        template: str = "",
+        mode: str = "Crop",
+        preamble: Callable[[Image.Image], str] | None = None,
+        system: Message | None = None,
+    ) -> None:
+        self.tools, self.template, self.mode, self.preamble, self.system = tools, template, mode, preamble, system
+        self.said: list[Said] = []
+        self.turn = Turn()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin a new conversation."""
+        self.said = []
+        self.mask: Any = None  # the first mask of the last tool that gave some, as run lengths
+        self.segmentation: Any = None
+        self.reference: Image.Image | None = None
+        self.reference_mask: Image.Image | None = None
+
+    # ------------------------------------------------------------------ the user's side
+
+    def say(
+        self,
+        ask: Ask,
+        text: str,
+        image: Image.Image | None = None,
+        *,
+        stroke: np.ndarray | None = None,
+        reference: Image.Image | None = None,
+        reference_stroke: np.ndarray | None = None,
+    ) -> Iterator[Event]:
+        """The answer to a message; nothing if it is empty.
+
+        Args:
+            ask: Events of the model's answer to messages under changes of the sampling parameters; the generator
+                returns its raw text.
+            text: The question.
+            image: A new picture; it begins a new conversation.
+            stroke: What is painted on it [height, width]; its box goes into the question.
+            reference, reference_stroke: A further picture for tools that compare, and what is painted on it.
+        """
+        self.turn = Turn()
+        if not text and image is None:
+            return
+        text = text[: MOST_CHARACTERS if image is None else MOST_WITH_IMAGE]
+        if image is not None:
+            self._forget()
+            text = pictures.with_box(text, None if stroke is None else pictures.stroke_box(stroke))
+            if self.preamble is not None:
+                text = f"{self.preamble(image)}\n\n{text}"
+        self.turn.opened = not self.said
+        if reference is not None:
+            self.reference = reference
+            self.reference_mask = None if reference_stroke is None else _picture(reference_stroke)
+        self.said.append(Said("user", text, "question", image))
+        yield from self._answer(ask)
+
+    def replay(self, earlier: Sequence[tuple[str, str, Image.Image | None]]) -> None:
+        """Take up a conversation that went on elsewhere, of (role, text, picture) of every message."""
+        for role, text, image in earlier:
+            if image is not None:
+                self._forget()
+                text = pictures.with_box(text, None)
+            self.said.append(Said(role, text, "question" if role == "user" else "answer", image))
+
+    def _answer(self, ask: Ask) -> Iterator[Event]:
+        first = yield from self._ask(ask, {}, final=False)
+        lines = split(first)
+        self.turn.actions = None if lines is None else decode(lines.actions)
+        action = the_action(self.turn.actions)
+        if action is not None:
+            action.params.pop("image", None)
+            self.turn.actions = [{"API_name": action.name, "API_params": action.params}]
+        if action is None or action.name not in self.tools:
+            self._close(first, "answer")
+            return
+        self._close(first, "call")
+        asked = self.said[-2]
+        question = (asked.text or "") if asked.image is None else (asked.text or "").replace("<image>", "")
+        if lines.thoughts.strip():
+            yield ReasoningDelta(text=lines.thoughts.strip(), stage="thoughts")
+        name, payload = self._payload(action.name, action.params)
+        yield TraceEvent(name="tool_call", data={"name": name, "arguments": action.params})
+        result = self.tools(name, payload)
+        self.turn.name, self.turn.payload, self.turn.result = name, payload, result
+        self._keep(result)
+        told = cleaned(name, result)
+        yield TraceEvent(name="tool_result", data={"name": name, "result": told})
+        self.said.append(Said("user", asked_again(result_text(name, result), question), "result"))
+        second = yield from self._ask(ask, {"top_p": 1.0}, final=True)
+        self._close(second, "final")
+        for shown in self._shown(name, action.params, result, told):
+            self.said[-1].pictures.append(shown)
+            yield PictureEvent(image=shown, caption=name)
+
+    def _ask(self, ask: Ask, changes: Mapping[str, Any], *, final: bool) -> Iterator[Event]:
+        """Pass on what is certain of an answer, then the rest of it if it is the user's; its raw text."""
+        messages = self.messages()
+        self.said.append(Said("assistant", None, "open"))
+        streaming = False
+        events = ask(messages, changes)
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as stopped:
+                raw = (stopped.value or "").strip()
+                break
+            streaming = streaming or isinstance(event, ReasoningDelta)
+            if streaming and isinstance(event, (ReasoningDelta, TextDelta)):
+                yield event
+        if not streaming:
+            lines = split(raw)
+            decoded = None if lines is None else decode(lines.actions)
+            action = the_action(decoded)
+            if lines is not None and (final or decoded == []):
+                yield from _text(lines.value.strip())
+            elif action is None or action.name not in self.tools:
+                yield from _text(raw)
+        return raw
+
+    def _close(self, text: str, kind: str) -> None:
+        self.said[-1].text, self.said[-1].kind = text, kind
+
+    # ------------------------------------------------------------------ tools
+
+    def _payload(self, name: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The tool that serves a name, and what it is sent."""
+        image = self.image
+        sent = None if image is None else pictures.for_tool(image)
+        payload: dict[str, Any] = {"image": sent, **THRESHOLDS, **params}
+        if name == "inpainting":
+            payload["mask"] = self.mask
+        if name in ("openseed", "controlnet"):
+            if name == "controlnet":
+                payload["mask"] = self.segmentation
+            payload["mode"], name = name, "controlnet"
+        if name == "seem":
+            payload["refimg"], payload["refmask"] = self.reference, self.reference_mask
+        return name, payload
+
+    def _keep(self, result: Mapping[str, Any]) -> None:
+        masks = result.get("masks_rle")
+        if isinstance(masks, Sequence) and masks:
+            self.mask = masks[0]
+        if result.get("image_seg") is not None:
+            self.segmentation = result["image_seg"]
+
+    def _shown(
+        self, name: str, params: Mapping[str, Any], result: Mapping[str, Any], told: Mapping[str, Any]
+    ) -> Iterator[Image.Image]:
+        """Pictures of an answer: what the tool made, or the user's picture with what it found."""
+        if name in (*BOXED, *BOXED_AND_MASKED, "sam") and self.image is not None and "error" not in result:
+            shown = pictures.for_model(self.image, self.mode)
+            points = name == "sam" and "points" in params
+            drawing = None if points else pictures.boxes_in_pixels(told, shown.size)
+            if drawing is not None:
+                self.turn.drawings.append(drawing)
+                shown = pictures.draw_boxes(shown, drawing)
+            if name not in BOXED:
+                shown = pictures.draw_masks(shown, result.get("masks_rle") or ())
+            if points:
+                shown = pictures.draw_points(shown, params["points"])
+            yield shown
+            return
+        for key in ("iou_sort_masks", "image_seg", "edited_image"):
+            made = result.get(key)
+            if made is not None:
+                yield from made if isinstance(made, (list, tuple)) else [made]
+                return
+
+    # ------------------------------------------------------------------ what others see
+
+    @property
+    def image(self) -> Image.Image | None:
+        """The user's picture."""
+        return next((one.image for one in self.said if one.image is not None), None)
+
+    def messages(self) -> list[Message]:
+        """The conversation for the model."""
+        found: list[Message] = [] if self.system is None else [self.system]
+        for place, one in enumerate(self.said):
+            if one.image is None:
+                found.append({"role": one.role, "content": [{"type": "text", "text": one.text or ""}]})
+                continue
+            part = {"type": "image", "image": pictures.for_model(one.image, self.mode)}
+            text = (one.text or "").replace("<image>", "").strip()
+            if place == 0 and is_tagged(self.template):
+                found.append({"role": "user", "content": [part]})
+                found.append({"role": "assistant", "content": [{"type": "text", "text": "Received."}]})
+                found.append({"role": "user", "content": [{"type": "text", "text": text}]})
+            else:
+                found.append({"role": "user", "content": [part, {"type": "text", "text": text}]})
+        return found
+
+    def transcript(self, debug: bool = False) -> list[Row]:
+        """What the user is shown, in order.
+
+        Args:
+            debug: Whether thoughts, calls and results are shown too, small and grey.
+        """
+        rows: list[Row] = []
+        said = iter(self.said)
+        for one in said:
+            if one.image is not None:
+                rows.append(Row("user", "", [pictures.for_chat(one.image)]))
+            if one.role == "user":
+                text = (one.text or "").replace("<image>", "").strip() if one.image is not None else one.text or ""
+                rows += [Row("user", text, [])] if text else []
+                continue
+            if one.kind == "call":
+                result, final = next(said), next(said)
+                steps = [one.text or "", (result.text or "").replace("\n\n", "\n")]
+                head, value = _parts(final.text or "")
+                text = RULE.join(map(_small, [*steps, head])) + f"\n{value}" if debug else value
+                rows.append(Row("assistant", text, list(map(pictures.for_chat, final.pictures))))
+                continue
+            lines = split(one.text or "")
+            ordinary = one.kind == "answer" and lines is not None and decode(lines.actions) != []
+            head, value = ("", one.text or "") if ordinary else _parts(one.text or "")
+            rows.append(Row("assistant", f"{_small(head + chr(10))}{value}" if debug and head else value, []))
+        return rows
+
+
+RULE = '<hr width="100%" size="1" color="silver" align="center">'
+
+
+def _small(text: str) -> str:
+    return f'<span style="font-size: 12px; color: gray;line-height: 1.0;">{text}</span>'
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """What leads to a value, its label included, and the value; of another text nothing and all."""
+    if split(text) is None:
+        return "", text
+    head, label, value = text.rpartition(VALUE)
+    return head + label, value.strip()
+
+
+def _text(text: str) -> Iterator[Event]:
+    if text:
+        yield TextDelta(text=text)
+
+
+def _picture(mask: np.ndarray) -> Image.Image:
+    return Image.fromarray((np.asarray(mask) != 0).astype(np.uint8) * 255)

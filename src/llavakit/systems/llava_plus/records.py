@@ -1,0 +1,175 @@
+"""LLaVA-Plus's training data: its records as those of LLaVA, records of annotations, and records of phantom scenes.
+
+    llavakit prepare llava_plus llava-plus-v1-117k-tool-merge.json train.json
+    llavakit prepare llava_plus_grounding annotations.json train.json
+
+A published record has `thoughts`, `actions` and `value` in the turns that are not the human's; they become the three
+lines that the model writes (`grammar.join`). Source: `reorganize_source_for_tool_use_batch` and
+`playground/llava-plus-data/grounding/collect_data.py` of the published code.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llavakit.data.preparation import Left, write_records
+from llavakit.data.readers import open_source
+from llavakit.errors import FieldError, RecordError, quoted
+from llavakit.systems.llava_plus.grammar import FIELDS, NOTICE, join, written
+from llavakit.systems.llava_plus.results import cleaned
+
+HUMAN, MODEL = "human", "gpt"
+MARK = "<image>"
+DETECTOR = "grounding_dino"
+THANKS = "Thanks to the output of {}. I can answer the question better."
+THOUGHTS = (
+    "The question needs the position of objects. A detector will find them.",
+    "To answer well I should look for the objects in the image with a detector first.",
+    "This asks where something is, so I will call a detector and read its boxes.",
+)
+_NAMED = re.compile(r"grounding[\s_-]*dino", re.IGNORECASE)
+
+
+def merged(turns: Sequence[Mapping[str, Any]], where: str = "conversations") -> list[dict[str, str]]:
+    """Turns of `from` and `value`; the three fields of those that are not the human's become lines.
+
+    Raises:
+        FieldError: If a turn has another form.
+    """
+    if isinstance(turns, (str, bytes)) or not isinstance(turns, Sequence):
+        raise FieldError(where, f"must be a list of turns, not {type(turns).__name__}")
+    found = []
+    for number, turn in enumerate(turns):
+        place = f"{where}.{number}"
+        speaker = turn.get("from") if isinstance(turn, Mapping) else None
+        if not isinstance(speaker, str):
+            raise FieldError(place, f"must be an object with from, not {quoted(turn)}")
+        for name in ("thoughts", "value"):
+            if name in turn and not isinstance(turn[name], str):
+                raise FieldError(f"{place}.{name}", f"must be text, not {quoted(turn[name])}")
+        if speaker.lower() == HUMAN:
+            if "value" not in turn:
+                raise FieldError(f"{place}.value", "is missing")
+            found.append({"from": speaker, "value": turn["value"]})
+            continue
+        if not any(name in turn for name in FIELDS):
+            raise FieldError(place, f"needs one of {', '.join(FIELDS)}")
+        found.append({"from": speaker, "value": join(turn)})
+    return found
+
+
+def _entries(source: Path, bad: Left) -> Iterator[tuple[int, Any]]:
+    """Entries of a data file with their lines."""
+    entries = open_source(source)
+    for number in range(len(entries)):
+        try:
+            yield entries.line(number), entries[number]
+        except RecordError as error:
+            bad(error)
+
+
+def training_records(source: Path, output: Path, bad: Left) -> dict[str, Any]:
+    """Published records as LLaVA's, with the picture's name under `image` and one marker for it."""
+
+    def records() -> Iterator[dict[str, Any]]:
+        for line, raw in _entries(source, bad):
+            try:
+                yield _training_record(raw)
+            except FieldError as error:
+                bad(RecordError(str(source), line, error.field, error.problem))
+
+    return {"records": write_records(output, records())}
+
+
+def _training_record(raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise FieldError("record", f"must be an object, not {quoted(raw)}")
+    turns = merged(raw.get("conversations"))
+    turns = [turn | {"from": HUMAN if turn["from"].lower() == HUMAN else MODEL} for turn in turns]
+    name = raw.get("image") or raw.get("file_name")
+    seen = False
+    for turn in turns:
+        if turn["from"] != HUMAN or MARK not in turn["value"]:
+            continue
+        turn["value"] = turn["value"].replace(MARK, "").strip()
+        if not seen:
+            turn["value"] = f"{MARK}\n{turn['value']}"
+        seen = True
+    if name is not None and not seen:
+        raise FieldError("conversations", f"no place for {MARK} in a record with a picture")
+    if name is None and seen:
+        raise FieldError("image", f"is missing, though {MARK} stands in the text")
+    kept = {"id": raw["unique_id"]} if "unique_id" in raw else {"id": raw["id"]} if "id" in raw else {}
+    return kept | ({"image": name} if name is not None else {}) | {"conversations": turns}
+
+
+def grounding_record(
+    item: Mapping[str, Any], thoughts: str, draws: random.Random, *, repeat_marker: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """A published record of a labelled detection, and whether the pipeline drops it, since the answer names the tool.
+
+    Args:
+        item: `question`, `grounding_dino_input` and `_output`, `answer`, and the picture's names.
+        thoughts: Of the first answer.
+        draws: Puts the marker before or after a question that has none, with equal chance.
+        repeat_marker: Whether the marker is in the result's turn too, as published: two places for one picture.
+
+    Raises:
+        FieldError: If a field is missing or of another type.
+    """
+    texts = {}
+    for name in ("question", "grounding_dino_input", "answer"):
+        texts[name] = item.get(name)
+        if not isinstance(texts[name], str):
+            raise FieldError(name, f"must be text, not {quoted(texts[name])}")
+    result = item.get("grounding_dino_output")
+    if not isinstance(result, Mapping):
+        raise FieldError("grounding_dino_output", f"must be an object, not {quoted(result)}")
+    question = texts["question"]
+    if MARK not in question:
+        question = f"{MARK}\n{question}" if draws.random() < 0.5 else f"{question}\n{MARK}"
+    asked = question if repeat_marker else question.replace(MARK, "").strip()
+    found = f"{DETECTOR} output: {cleaned(DETECTOR, result)}\n\nAnswer my first question: {asked}"
+    call = [written(DETECTOR, {"caption": texts["grounding_dino_input"]})]
+    record = {
+        "unique_id": item.get("unique_id"),
+        "image_id": item.get("image_id"),
+        "file_name": item.get("image_file_name"),
+        "data_source": item.get("data_source", "coco"),
+        "conversations": [
+            {"from": HUMAN, "value": question},
+            {"from": MODEL, "thoughts": thoughts, "actions": call, "value": NOTICE.format(DETECTOR)},
+            {"from": HUMAN, "value": found},
+            {"from": MODEL, "thoughts": THANKS.format(DETECTOR), "actions": [], "value": texts["answer"]},
+        ],
+    }
+    return record, _NAMED.search(texts["answer"]) is not None
+
+
+def grounding_records(
+    source: Path, output: Path, bad: Left, *, seed: int = 0, repeat_marker: bool = False
+) -> dict[str, Any]:
+    """Labelled detections as published records; those whose answer names the tool are dropped."""
+    draws, ideas = random.Random(seed), random.Random(seed + 1)
+    dropped = 0
+
+    def records() -> Iterator[dict[str, Any]]:
+        nonlocal dropped
+        for line, item in _entries(source, bad):
+            try:
+                if not isinstance(item, Mapping):
+                    raise FieldError("record", f"must be an object, not {quoted(item)}")
+                record, filtered = grounding_record(item, ideas.choice(THOUGHTS), draws, repeat_marker=repeat_marker)
+            except FieldError as error:
+                bad(RecordError(str(source), line, error.field, error.problem))
+                continue
+            dropped += filtered
+            if not filtered:
+                yield record
+
+    count = write_records(output, records())
+    return {"records": count, "dropped": dropped}
