@@ -75,7 +75,6 @@ class LlavaLayout(ClassicLayout):
     """`liuhaotian/llava-v1.5-*` (and the v1.6 files that the same code reads)."""
 
     system = "llava-1.5"
-    general = True  # files of forks look alike
     model_types = ("llava", "llava_llama", "llava_mistral")
     general = True
 
