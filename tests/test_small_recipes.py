@@ -75,6 +75,7 @@ def text_alone(folder):
         ("llava-mini", "scenes", "video"),
         ("llava-rad", "pictures", "image"),
         ("llava-med", "pictures", "image"),
+        ("kg-llava", "pictures", "image"),
         ("dynamic-llava", "pictures", "image"),
         ("medm-vl", "thorax", "volume"),
         ("surgical-llava", "operations", "video"),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 
 from llavakit.checkpoints.files import LazyState
 from llavakit.model.configuration import LlavakitConfig
@@ -76,6 +76,29 @@ def to_memory(config: LlavakitConfig, state: LazyState) -> LazyState:
         if name in state:
             state = state.split(name, parts)
     return state
+
+
+def encoder_to_memory(config: PreTrainedConfig, state: LazyState, prefix: str = "") -> LazyState:
+    """Tensors of one encoder under the names of the installed release, whichever of the two they had.
+
+    Args:
+        config: The encoder's configuration.
+        prefix: In front of its names; other tensors are left alone.
+    """
+    for name, parts in _pairs(config.model_type, json.dumps(config.to_dict(), sort_keys=True, default=str)).items():
+        if prefix + name in state:
+            state = state.split(prefix + name, tuple(prefix + part for part in parts))
+    return state
+
+
+def encoder_to_disk(config: PreTrainedConfig, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of one encoder under their published names; see `encoder_to_memory`."""
+    out = dict(state)
+    for name, parts in _pairs(config.model_type, json.dumps(config.to_dict(), sort_keys=True, default=str)).items():
+        if all(prefix + part in out for part in parts):
+            taken = [out.pop(prefix + part) for part in parts]
+            out[prefix + name] = taken[0] if len(taken) == 1 else torch.cat(taken)
+    return out
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> LazyState:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from llavakit.checkpoints import adapters, layouts
 from llavakit.checkpoints.adapter_base import TRAINED, find_base
@@ -275,15 +276,34 @@ def check_tied(model: LlavakitForConditionalGeneration, checkpoint: Checkpoint) 
 def _materialise_buffers(model: torch.nn.Module, device: str | torch.device) -> None:
     """Buffers that no file holds (rotary frequencies, position ids) are computed by their modules' constructors.
 
-    A module that owns such buffers is constructed again off the meta device from the configuration it keeps.
+    A module that owns such buffers is constructed again off the meta device from the configuration it keeps, or as a
+    part of the nearest model around it.
     """
-    for module in model.modules():
+    models: dict[str, torch.nn.Module] = {}
+    for path, module in model.named_modules():
         pending = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         if not pending:
             continue
-        fresh = type(module)(module.config)
+        fresh = type(module)(module.config) if hasattr(module, "config") else _built_around(model, path, models)
         for name in pending:
             module.register_buffer(name, fresh._buffers[name].to(device), persistent=False)
+
+
+def _built_around(model: torch.nn.Module, path: str, built: dict[str, torch.nn.Module]) -> torch.nn.Module:
+    """A part without a configuration, newly constructed within the nearest model around it that needs nothing else."""
+    steps = path.split(".")
+    for length in range(len(steps) - 1, -1, -1):
+        owner = ".".join(steps[:length])
+        around = model.get_submodule(owner)
+        if not isinstance(around, PreTrainedModel):
+            continue
+        if owner not in built:
+            try:
+                built[owner] = type(around)(around.config)
+            except TypeError:  # a part of a model that is a model by its class alone
+                continue
+        return built[owner].get_submodule(".".join(steps[length:]))
+    raise ValueError(f"{path}: its buffers belong to no model")
 
 
 def load_tokenizer(folder: Path, base: Path | None = None, config: LlavakitConfig | None = None) -> Any:

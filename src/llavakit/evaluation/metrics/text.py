@@ -219,18 +219,18 @@ def _coco_bleu(order: int, candidates: Sequence[str], references: References) ->
     return TextScore(corpus[order - 1], single[order - 1])
 
 
-def coco_rouge_l(candidates: Sequence[str], references: References) -> TextScore:
-    """ROUGE-L of the COCO caption evaluation, mean over texts."""
+def coco_rouge_l(candidates: Sequence[str], references: References, *, beta: float = 1.2) -> TextScore:
+    """ROUGE-L of the COCO caption evaluation, mean over texts; it splits at single blanks, as its code does."""
     each = [
-        rouge_l_of_sentence(candidate.split(), _split(texts))
+        rouge_l_of_sentence(candidate.split(" "), [text.split(" ") for text in texts], beta)
         for candidate, texts in zip(candidates, references, strict=True)
     ]
     return TextScore(mean(each) or 0.0, each)
 
 
-def coco_cider(candidates: Sequence[str], references: References) -> TextScore:
+def coco_cider(candidates: Sequence[str], references: References, *, order: int = 4, sigma: float = 6.0) -> TextScore:
     """CIDEr-D of the COCO caption evaluation, between 0 and 10."""
-    return TextScore(*cider(_split(candidates), [_split(texts) for texts in references]))
+    return TextScore(*cider(_split(candidates), [_split(texts) for texts in references], order, sigma))
 
 
 def _nltk_bleu(order: int, epsilon: float | None, candidates: Sequence[str], references: References) -> TextScore:
