@@ -83,6 +83,7 @@ def text_alone(folder):
         ("video-llava", "scenes", "video"),
         ("llava-o1", "pictures", "image"),
         ("med42-v2", "pictures", None),
+        ("report-error-checking", "pictures", "image"),
     ],
 )
 def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, item):

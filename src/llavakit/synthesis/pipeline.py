@@ -56,6 +56,7 @@ class Pipeline:
         asks: Whether a teacher is needed. A pipeline without one may use several processes.
         temperature, max_tokens: Of the teacher's replies, unless the user says otherwise.
         surveys: Whether `survey` looks at every item before the work begins.
+        files: Digests of the files that options name; runs with other ones are not resumed.
     """
 
     version = 1
@@ -63,6 +64,7 @@ class Pipeline:
     temperature = 0.7
     max_tokens = 1024
     surveys = False
+    files: Sequence[str] = ()
 
     def items(self, source: Path) -> Source:
         """What is worked on, in order; by default the entries of a .json or .jsonl file.

@@ -117,6 +117,7 @@ def synthesize(
         "pipeline": name,
         "version": pipeline.version,
         "options": options,
+        "files": list(pipeline.files),
         "source": _identity(source),
         "teacher": asking and [_name(asking.model), asking.temperature, asking.max_tokens],
     }
