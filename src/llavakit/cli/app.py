@@ -46,7 +46,7 @@ def overview(
     """
 
 
-for _group in ("asking", "training", "evaluation", "reports", "checkpoints", "retrieval", "synthesis", "systems"):
+for _group in ("asking", "training", "evaluation", "reports", "checkpoints", "retrieval", "synthesis", "robustness", "systems"):
     importlib.import_module(f"llavakit.cli.{_group}")
 
 

@@ -56,6 +56,7 @@ class Attacked:
         broken: Whether a point on the way was broken.
         broken_at: The last broken point; the clean picture where there is none.
         steps: Gradients that were taken.
+        curve: Highest loss so far [1 + steps, pictures]; a picture that left keeps its last.
     """
 
     best: Tensor
@@ -64,6 +65,7 @@ class Attacked:
     broken: Tensor
     broken_at: Tensor
     steps: Tensor
+    curve: Tensor
 
 
 class _State:
@@ -119,6 +121,7 @@ def apgd(
         broken=torch.zeros(len(clean), dtype=torch.bool, device=clean.device),
         broken_at=clean.detach().clone(),
         steps=torch.zeros(len(clean), dtype=torch.long, device=clean.device),
+        curve=torch.full((steps + 1, len(clean)), -torch.inf, dtype=clean.dtype, device=clean.device),
     )
     state = _State(points, steps, first_step * eps)
 
@@ -146,6 +149,7 @@ def apgd(
     state.best_loss = look(steps > 0)
     state.best, state.best_gradient = state.points.clone(), state.gradient.clone()
     state.checked_loss = state.best_loss.clone()
+    found.curve[:] = state.best_loss
     ends = dict(windows(steps))
     for number in range(steps):
         if leave and found.broken[state.rows].any():
@@ -167,6 +171,7 @@ def apgd(
         state.best = torch.where(per_picture(better, state.best), state.points, state.best)
         state.best_gradient = torch.where(per_picture(better, state.best), state.gradient, state.best_gradient)
         state.best_loss = torch.where(better, losses, state.best_loss)
+        found.curve[number + 1 :, state.rows] = state.best_loss
         if number in ends:
             _halve(state, number, ends[number])
         if progress is not None:

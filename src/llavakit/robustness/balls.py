@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,10 +35,23 @@ def check_eps(eps: float) -> float:
     Raises:
         UserError: If it is not in 0 < eps <= 1; a radius in grey levels is recognised.
     """
+    if isinstance(eps, str):
+        raise UserError(f"eps: must be a number or a fraction as 4/255, not {eps!r}")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps <= 1:
         hint = f"; did you mean {eps:g}/255?" if isinstance(eps, (int, float)) and 1 < eps <= 255 else ""
         raise UserError(f"eps: must be above 0 and at most 1, pixels of 0..1, not {eps!r}{hint}")
     return float(eps)
+
+
+def fraction(value: Any) -> Any:
+    """A number, also one written as a fraction: "4/255"."""
+    if not isinstance(value, str):
+        return value
+    above, slash, below = value.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError):
+        return value
 
 
 def per_picture(values: Tensor, like: Tensor) -> Tensor:

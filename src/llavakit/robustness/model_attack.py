@@ -32,6 +32,10 @@ class TextLoss:
         pool: Give one number instead, the mean over the tokens of all rows; as the published attack on a batch.
         reuse: Whether the decoder's states in front of the pictures are computed once.
 
+    Attributes:
+        worst: After a call, the largest loss of a single token of every row [rows]; below log(2) each token is the
+            likeliest by far, so greedy decoding writes the text.
+
     Raises:
         UserError: If a row has no picture, no text to lead to or away from, or is longer than the decoder allows.
     """
@@ -52,6 +56,7 @@ class TextLoss:
         _check(model, self.samples)
         self.begin = self._begin() if reuse else 0
         self._states: list[tuple[Tensor, Tensor]] | None = None
+        self.worst: Tensor | None = None
 
     @classmethod
     def of_views(
@@ -83,6 +88,9 @@ class TextLoss:
         each = F.cross_entropy(logits, targets[places], reduction="none")
         if self.pool:
             return each.mean()
+        self.worst = torch.zeros(len(numbers), dtype=each.dtype, device=each.device).scatter_reduce(
+            0, places[0], each.detach(), "amax"
+        )
         sums = torch.zeros(len(numbers), dtype=each.dtype, device=each.device).index_add(0, places[0], each)
         return sums / (targets != IGNORE).sum(-1) if self.reduction == "mean" else sums
 

@@ -170,7 +170,7 @@ class AnyRes(ImagePlanner):
 
     def render(self, image: Image.Image, plan: Plan) -> list[Image.Image]:
         left, top, right, bottom = plan.content
-        canvas = Image.new("RGB", plan.canvas[::-1], self.background)
+        canvas = pixels.canvas_for(image, plan.canvas[::-1], self.background)
         canvas.paste(image.resize((right - left, bottom - top), self.resample), (left, top))
         views = [image.resize((self.size, self.size), self.resample)]
         for view in plan.views[1:]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,6 +31,14 @@ _FILTERS = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
+
+
+def canvas_for(image: Image.Image, size: tuple[int, int], colour: int | Sequence[int] = 0) -> Any:
+    """A sheet of one colour that `image` can be pasted on: Pillow's, or the kind of a differentiable picture."""
+    own = getattr(image, "canvas", None)
+    if own is not None:
+        return own(size, colour)
+    return Image.new("RGB", size, colour if isinstance(colour, int) else tuple(colour))
 
 
 def resampling(name: str | int) -> Image.Resampling:
@@ -57,6 +66,7 @@ class Normaliser:
         if len(mean) != 3 or len(std) != 3:
             raise UserError(f"image_mean and image_std need 3 numbers each, not {len(mean)} and {len(std)}")
         grey = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)
+        self.mean, self.std, self.rescale = tuple(mean), tuple(std), rescale
         self.tables = [(grey - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
 
     def into(self, image: Image.Image, out: np.ndarray) -> None:
@@ -68,7 +78,10 @@ class Normaliser:
                 plane[...] = table[np.asarray(channel)]
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """A normalised RGB image, float32 [3, height, width]."""
+        """A normalised RGB image, float32 [3, height, width]; of a differentiable picture a tensor."""
+        own = getattr(image, "normalised", None)
+        if own is not None:
+            return own(self.mean, self.std, self.rescale)
         out = np.empty((3, image.height, image.width), np.float32)
         self.into(image, out)
         return out
@@ -90,7 +103,7 @@ def pad_to_square(image: Image.Image, colour: Sequence[int]) -> Image.Image:
     if image.width == image.height:
         return image
     side = max(image.size)
-    canvas = Image.new("RGB", (side, side), tuple(colour))
+    canvas = canvas_for(image, (side, side), colour)
     canvas.paste(image, square_offset(*image.size))
     return canvas
 
@@ -105,7 +118,9 @@ def pad_and_resize(
     """
     long = max(image.size)
     small = long * long <= _SMALL_SQUARE and (image.width < long or resample == Image.Resampling.NEAREST)
-    if image.width == image.height or small:  # a small tall image gains nothing but less memory
+    if (
+        image.width == image.height or small or not isinstance(image, Image.Image)
+    ):  # a small tall image gains nothing but less memory
         return pad_to_square(image, colour).resize((side, side), resample)
     if resample == Image.Resampling.NEAREST:
         return _nearest_on_square(image, colour, side)
@@ -161,7 +176,7 @@ def centre_crop(image: Image.Image, height: int, width: int, *, rounded: bool = 
     if left >= 0 and top >= 0:
         return image if (left, top, width, height) == (0, 0, *image.size) else _crop(image, left, top, width, height)
     # transformers first centres on a black canvas (odd pixel left and above), then crops that.
-    canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)))
+    canvas = canvas_for(image, (max(width, image.width), max(height, image.height)))
     pad_left, pad_top = math.ceil((canvas.width - image.width) / 2), math.ceil((canvas.height - image.height) / 2)
     canvas.paste(image, (pad_left, pad_top))
     return _crop(canvas, max(left + pad_left, 0), max(top + pad_top, 0), width, height)
@@ -205,6 +220,6 @@ def resize_and_crop(
     reach = 3 * max(y, 1.0) + 2  # no filter reaches further
     first, last = max(int(top * y - reach), 0), min(int((top + crop) * y + reach) + 1, image.height)
     rows = _crop(image, 0, first, image.width, last - first) if last - first < image.height else image
-    columns = Image.new("RGB", (crop, image.height))
+    columns = canvas_for(image, (crop, image.height))
     columns.paste(_crop(rows.resize((width, rows.height), resample), left, 0, crop, rows.height), (0, first))
     return _crop(columns.resize((crop, height), resample), 0, top, crop, crop)

@@ -19,7 +19,7 @@ def resize(values: np.ndarray, height: int, width: int, mode: str = "bilinear") 
     """Images resized with half-pixel centres and no antialias (`align_corners=False`), float32.
 
     Args:
-        values: [..., channels, height, width], float.
+        values: [..., channels, height, width], float; a tensor gives a tensor, with gradients.
         mode: "bilinear" or "bicubic".
 
     Raises:
@@ -27,6 +27,9 @@ def resize(values: np.ndarray, height: int, width: int, mode: str = "bilinear") 
     """
     if mode not in MODES:
         raise UserError(f"resize: mode must be one of {', '.join(MODES)}, not {mode!r}")
+    if isinstance(values, torch.Tensor):  # of a differentiable picture
+        flat = values.reshape(-1, *values.shape[-3:])
+        return F.interpolate(flat, size=(height, width), mode=mode).reshape(*values.shape[:-2], height, width)
     images = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
     if images.shape[-2:] == (height, width):
         return images.numpy().copy()

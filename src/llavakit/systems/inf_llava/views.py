@@ -67,4 +67,6 @@ class DualPerspective(ImagePlanner):
         views = [*blocks(large, self.crops), *interleaved(large, self.crops)]
         if self.crops % 2 == 0:
             views.append(resize(picture, self.size, self.size, "bicubic"))
+        if not isinstance(picture, np.ndarray):  # a tensor, of a differentiable picture
+            return views
         return [np.ascontiguousarray(view) for view in views]

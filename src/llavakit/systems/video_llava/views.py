@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from llavakit.errors import MediaError, UserError
@@ -72,18 +73,28 @@ class FloatSquare(ImagePlanner):
         top, left = self.crop(tall, wide)
         rows, down = taps(height, tall, top, top + self.size, self.mode)
         columns, across = taps(width, wide, left, left + self.size, self.mode)
-        seen = Image.fromarray(self._pixels(item, rows.ravel(), columns.ravel(), side))
+        if not isinstance(item, Image.Image):  # a differentiable picture
+            seen = item.take(*self._places(item, rows.ravel(), columns.ravel(), side), self.background)
+            across, down = torch.from_numpy(across), torch.from_numpy(down)
+        else:
+            seen = Image.fromarray(self._pixels(item, rows.ravel(), columns.ravel(), side))
         values = self.normalise(seen).reshape(3, *rows.shape, *columns.shape)
         values = sum(values[..., tap] * across[:, tap] for tap in range(columns.shape[1]))
         return [sum(values[:, :, tap] * down[:, tap, None] for tap in range(rows.shape[1]))]
+
+    def _places(
+        self, item: Image.Image, rows: np.ndarray, columns: np.ndarray, side: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of the picture, given those of the square of this side that it is padded to."""
+        left, top = pixels.square_offset(*item.size) if side else (0, 0)
+        return rows - top, columns - left
 
     def _pixels(self, item: Image.Image, rows: np.ndarray, columns: np.ndarray, side: int) -> np.ndarray:
         """The crossings of rows and columns of a picture, or of the square of this side that it is padded to."""
         picture = np.asarray(item)
         if not side:
             return picture[rows[:, None], columns]
-        left, top = pixels.square_offset(*item.size)
-        rows, columns = rows - top, columns - left
+        rows, columns = self._places(item, rows, columns, side)
         inside = [(own >= 0) & (own < length) for own, length in ((rows, item.height), (columns, item.width))]
         seen = picture[np.clip(rows, 0, item.height - 1)[:, None], np.clip(columns, 0, item.width - 1)]
         return np.where((inside[0][:, None] & inside[1])[..., None], seen, np.array(self.background, np.uint8))
@@ -135,5 +146,8 @@ class Clip(Planner):
         for frame in item:
             if id(frame) not in cut:
                 (cut[id(frame)],) = self.frame.cut(frame, inner)
+        if not all(isinstance(view, np.ndarray) for view in cut.values()):  # of differentiable pictures
+            clip = torch.stack([cut[id(frame)] for frame in item], dim=1)
+            return [clip.flip(-1) if self.mirror else clip]
         clip = np.stack([cut[id(frame)] for frame in item], axis=1)
         return [np.ascontiguousarray(clip[..., ::-1]) if self.mirror else clip]

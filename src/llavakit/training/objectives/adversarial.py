@@ -28,7 +28,7 @@ from llavakit.conversation.messages import FieldError
 from llavakit.data.records import Record, belongs_to
 from llavakit.errors import RecipeError, UserError, quoted
 from llavakit.model.configuration import build_config
-from llavakit.robustness.balls import check_eps
+from llavakit.robustness.balls import check_eps, fraction
 from llavakit.robustness.embedding import Embedder
 from llavakit.robustness.losses import class_loss, squared_distance, unit
 from llavakit.robustness.pgd import pgd, uniform_start
@@ -38,17 +38,6 @@ from llavakit.training.recipe import ObjectiveOptions, Recipe
 
 PROJECTION = "visual_projection.weight"
 LossName = Literal["l2", "ce"]
-
-
-def fraction(value: Any) -> Any:
-    """A number, also one written as a fraction: "4/255"."""
-    if isinstance(value, str) and value.count("/") == 1:
-        above, below = value.split("/")
-        try:
-            return float(above) / float(below)
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
 
 
 class AdversarialOptions(ObjectiveOptions):
