@@ -46,7 +46,10 @@ def overview(
     """
 
 
-for _group in ("asking", "training", "evaluation", "reports", "checkpoints", "retrieval", "synthesis", "robustness", "systems"):
+for _group in (
+    *("asking", "training", "evaluation", "reports", "robustness", "checkpoints"),
+    *("retrieval", "synthesis", "systems"),
+):
     importlib.import_module(f"llavakit.cli.{_group}")
 
 
