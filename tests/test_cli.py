@@ -31,6 +31,7 @@ COMMANDS = [
     "boxes",
     "phantom",
     "eval",
+    "attack",
     "convert",
     "inspect",
     "index",
