@@ -17,12 +17,14 @@ from llavakit.cli.common import (
     Model,
     Search,
     Template,
+    Tools,
     WayOptions,
     WayToAnswer,
     app,
     assignments,
     given,
     responder_choice,
+    tool_choice,
 )
 
 
@@ -64,6 +66,7 @@ def chat(
     responder_option: WayOptions = None,
     search: Search = None,
     store: Knowledge = None,
+    tools: Tools = None,
 ) -> None:
     """Ask a model about pictures, once or in a conversation.
 
@@ -84,7 +87,7 @@ def chat(
     attached = [attachment(kind, place) for kind, given in places for place in given or ()]
     attached = with_boxes(attached, boxes or ())
     settings = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    answering = responder_choice(responder, responder_option, search=search, store=store)
+    answering = responder_choice(responder, responder_option, search=search, store=store) | tool_choice(tools)
     import llavakit
 
     loaded = llavakit.load(
@@ -126,6 +129,7 @@ def serve(
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
     store: Knowledge = None,
+    tools: Tools = None,
     extra: Annotated[list[str] | None, typer.Option(help="Argument for `vllm serve`; may be repeated.")] = None,
 ) -> None:
     """Serve a model: OpenAI's API and a web app.
@@ -141,7 +145,7 @@ def serve(
     from llavakit.serving.run import serve as run_server
 
     options = given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template, name=name)
-    options |= responder_choice(responder, responder_option, store=store)
+    options |= responder_choice(responder, responder_option, store=store) | tool_choice(tools)
     run_server(
         model,
         host=host,

@@ -48,6 +48,10 @@ Knowledge = Annotated[
     str | None,
     typer.Option("--store", help="Store that passages are looked up in, of a responder that reads some."),
 ]
+Tools = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Tools that run here when the model calls them: a YAML file, or `all`."),
+]
 WayOptions = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the responder; may be repeated.")
 ]
@@ -92,6 +96,11 @@ def responder_choice(responder: str | None, options: Sequence[str] | None, **own
         if name in found:
             raise UserError(f"--{name}: --responder-option {name}= says it too; leave one of them out")
     return given(responder=responder, responder_options=found | given(**own) or None)
+
+
+def tool_choice(tools: str | None) -> dict[str, Any]:
+    """What `llavakit.load` is told of tools; `all` is every skill that can run."""
+    return given(tools=None if tools is None else "" if tools == "all" else tools)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ gets that around it; `responder="plain"` asks for the model alone.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ def load(
     max_batch: int = 16,
     responder: str | None = None,
     responder_options: Mapping[str, Any] | None = None,
+    tools: str | Path | Mapping[str, Any] | None = None,
     api: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a checkpoint: llavakit's own, the authors' layout of a known system, or transformers'.
@@ -59,6 +61,8 @@ def load(
         responder: Slug of the system in whose way to answer, or "module:factory" of a responder, or "plain" for the
             model alone. Default: that of the system that the checkpoint belongs to, if it has one.
         responder_options: Options of that responder.
+        tools: Tools that run here when the model calls them: a configuration or its file, see
+            `llavakit.tools.configuration`; "" for all that can run. Systems that learned tools use them in their way.
         api: Options of the `APIClient` of an address.
 
     Returns:
@@ -69,6 +73,7 @@ def load(
         UserError: One clear line if the folder is not a model or its tensors do not fit.
     """
     wanted = None if responder is None else wanted_system(responder)
+    factory = functools.partial(tool_factory, tools)
     if str(model).startswith(("http://", "https://")):
         local = {"base": base, "vision_tower": vision_tower, "dtype": dtype, "device": device}
         return _remote(str(model), factory(responder, wanted, responder_options), api or {}, local, max_batch)
@@ -168,6 +173,28 @@ def wanted_system(responder: str) -> System | None:
     if card.responder is None and card.codec is None:
         raise UserError(f"responder {responder!r}: this system answers by its model alone, so there is none to choose")
     return card
+
+
+def tool_factory(
+    tools: Any, responder: str | None, card: System | None, options: Mapping[str, Any] | None
+) -> Callable[[Responder], Responder]:
+    """`factory` with tools: an option of the responder if it has one, else around it.
+
+    Raises:
+        UserError: See `factory`, and if the tools are wrong.
+    """
+    if tools is None:
+        return factory(responder, card, options)
+    from llavakit.tools.agent import with_tools
+    from llavakit.tools.configuration import load_toolbox
+
+    toolbox = load_toolbox(tools or None)
+    plain = responder == PLAIN or (responder is not None and ":" in responder)
+    own = None if plain or card is None or card.responder is None else card.load("responder")
+    if own is not None and "tools" in inspect.signature(own).parameters:
+        return factory(responder, card, {**(options or {}), "tools": toolbox})
+    make = factory(responder, card, options)
+    return lambda chat: with_tools(make(chat), toolbox)
 
 
 def factory(

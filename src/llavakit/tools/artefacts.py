@@ -95,6 +95,10 @@ class Artefacts:
             raise SkillError(f"there is no {kind} {name[:80]!r} in this session; it may have expired")
         return found.value
 
+    def share(self, other: Artefacts) -> None:
+        """Keep things in the same place as another session; its picture and mask stay its own."""
+        self._kept, self._lock = other._kept, other._lock
+
     def __contains__(self, name: object) -> bool:
         with self._lock:
             return name in self._kept

@@ -85,6 +85,12 @@ class Skill:
         """Names of the arguments that are pictures (`IMAGE`) or masks (`MASK`)."""
         return [name for name, schema in self.properties.items() if schema.get("format") == kind]
 
+    @property
+    def needed(self) -> list[str]:
+        """Arguments without which it cannot run; those called `image` and `mask` are, unless they have a default."""
+        given = [name for name in (IMAGE, MASK) if name in self.properties and "default" not in self.properties[name]]
+        return list(dict.fromkeys([*self.parameters.get("required", ()), *given]))
+
     def tool(self) -> Tool:
         """The skill as a model is told of it: without the pictures and masks that are filled in for it."""
         hidden = {*self.opened(IMAGE), *self.opened(MASK)}

@@ -178,14 +178,14 @@ class Toolbox:
                 given[name] = artefacts.picture
             if given[name] is None:
                 del given[name]
-                if name == IMAGE or name in skill.parameters.get("required", ()):
+                if name in skill.needed:
                     raise SkillError(f"{skill.name}: needs a picture; none was given")
         for name in skill.opened(MASK):
             found = self._mask(media[name], f"{skill.name}: {name}", artefacts) if name in media else None
             if found is None and name == MASK:
                 found = artefacts.mask
-                if found is None:
-                    raise SkillError(f"{skill.name}: needs a mask; none was made before")
+            if found is None and name in skill.needed:
+                raise SkillError(f"{skill.name}: needs a mask; none was made before")
             if found is not None:
                 given[name] = found
         return given
@@ -316,12 +316,14 @@ def mismatch(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> str | N
     """
     try:
         import jsonschema
+        import referencing
     except ImportError:
         raise UserError("jsonschema is needed to call tools; pip install 'llavakit[tools]'") from None
     try:
-        validator = jsonschema.Draft202012Validator(schema)
+        # without a registry of its own, jsonschema fetches what a schema refers to
+        validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
         errors = sorted(validator.iter_errors(dict(arguments)), key=lambda error: list(map(str, error.absolute_path)))
-    except (jsonschema.SchemaError, jsonschema.exceptions.UnknownType, RecursionError, ValueError) as error:
+    except Exception as error:  # of a schema that somebody else wrote
         raise UserError(f"the schema of the arguments is broken: {shorten(' '.join(str(error).split()))}") from None
     if not errors:
         return None

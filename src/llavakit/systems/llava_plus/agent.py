@@ -170,7 +170,7 @@ class ToolUser(Responder):
         if options.reference_stroke is not None and reference is None:
             raise UserError("reference_stroke: there is no reference that it could belong to")
         if image is not None and isinstance(dialogue.tools, PublishedTools):
-            dialogue.tools.artefacts.picture = image
+            dialogue.tools.artefacts = Artefacts(image)
 
         def ask(told: list[Message], changes: Mapping[str, Any]) -> Iterator[Event]:
             length = min(call.sampling.max_new_tokens, MOST_TOKENS)
