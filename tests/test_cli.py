@@ -40,6 +40,7 @@ COMMANDS = [
     "parity",
     "cost",
     "reproduce",
+    "tools",
     "doctor",
     "score",
 ]
