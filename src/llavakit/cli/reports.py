@@ -50,6 +50,10 @@ def score_report(
     resamples: Annotated[int | None, typer.Option(min=1, help="Of the bootstrap. Default: 500.")] = None,
     swaps: Annotated[int | None, typer.Option(min=1, help="Of the paired test. Default: 10000.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of both. Default: 3.")] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Score no files: damage phantom reports and say which metrics notice.")
+    ] = False,
+    audit_reports: Annotated[int, typer.Option(min=1, help="Phantom reports of the audit.")] = 300,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE of the judge, as base_url or max_cost.")
     ] = None,
@@ -66,9 +70,16 @@ def score_report(
       llavakit score report --predictions a.jsonl --predictions b.jsonl --references gold.csv
       llavakit score report --predictions a.jsonl --references gold.jsonl --weights chexbert=StanfordAIMI/RRG_scorers
       llavakit score report --predictions a.jsonl --references gold.jsonl --rubric chexprompt --judge gpt-4o
+      llavakit score report --audit
     """
     from llavakit.evaluation.score import score
 
+    places = {key: str(value) for key, value in assignments(weights or ()).items()}
+    if audit:
+        if predictions or references or rubric or judge or features:
+            raise UserError("--audit: scores phantom reports; leave files, judge and features out")
+        _audit(audit_reports, seed, places, bertscore_layer, as_json)
+        return
     if not predictions or references is None:
         raise UserError("give --predictions FILE and --references FILE")
     if len(predictions) > 2:
@@ -76,7 +87,7 @@ def score_report(
     options = assignments(option or ()) | given(
         against=predictions[1] if len(predictions) > 1 else None,
         metrics=metrics,
-        weights={key: str(value) for key, value in assignments(weights or ()).items()} or None,
+        weights=places or None,
         bertscore_layer=bertscore_layer,
         features=features,
         rubric=rubric,
@@ -100,6 +111,27 @@ def score_report(
         print(f"note: {note}")
     if "judge" in found:
         print(f"judge: {found['judge']}")
+
+
+def _audit(count: int, seed: int | None, weights: dict[str, str], layer: int | None, as_json: bool) -> None:
+    from rich.table import Table
+
+    from llavakit.evaluation.reports.audit import DAMAGES, audit
+    from llavakit.evaluation.reports.metrics import Sources
+
+    found = audit(count, seed=seed or 0, sources=Sources(weights, layer))
+    if as_json:
+        print_json(found)
+        return
+    table = Table("metric", title=f"{count} phantom reports, seed {found['seed']}: right about a damaged one, %")
+    for name in (*DAMAGES, "all"):
+        table.add_column(name, justify="right")
+    table.add_row("reports that it applies to", *(str(found["applicable"][name]) for name in DAMAGES), "")
+    for name, row in found["right"].items():
+        table.add_row(name, *(_number(row[key], 1) for key in (*DAMAGES, "all")))
+    show(table)
+    for reason, names in _reasons(found["not_computed"]).items():
+        print(f"not computed: {', '.join(names)}: {reason}")
 
 
 def _reasons(missing: Mapping[str, str]) -> dict[str, list[str]]:

@@ -149,9 +149,9 @@ def _nltk_meteor(predictions: Reports, references: Reports, sources: Sources) ->
 
 
 def _bertscore(predictions: Reports, references: Reports, sources: Sources) -> dict[str, Sums]:
+    place = sources.need("bertscore")
     from llavakit.evaluation.metrics.bertscore import BertScore
 
-    place = sources.need("bertscore")
     model = sources.once("bertscore", lambda: BertScore(place, sources.bertscore_layer))
     found = model.score(predictions.texts, references.texts)
     return {f"bertscore_{name}": Sums.mean(list(values), low=-1.0) for name, values in found._asdict().items()}
@@ -189,11 +189,11 @@ def _label_names(prefix: str) -> tuple[str, ...]:
 
 
 def _load_chexbert(sources: Sources) -> Callable[[Sequence[str]], np.ndarray]:
+    place = sources.need("chexbert")
     from llavakit.checkpoints.files import read_file
     from llavakit.checkpoints.opening import local_file
     from llavakit.evaluation.metrics.chexbert import CheXbert, word_pieces
 
-    place = sources.need("chexbert")
     weights = local_file(place, "chexbert.pth")
     words = sources.weights.get("bert_vocabulary", place if Path(place).is_dir() else "google-bert/bert-base-uncased")
     tokenizer = word_pieces(local_file(words, "vocab.txt"))
