@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's chat API over a responder.
+"""The HTTP server: OpenAI's chat and responses APIs over a responder.
 
 One process, one model, one event loop. Whoever may not ask is refused from the headers (`access`), bodies are
 limited and kept off the loop (`bodies`), media are fetched and decoded before a request is queued (`service`); a full
@@ -13,7 +13,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from anyio import to_thread
@@ -22,7 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -36,6 +36,8 @@ from llavakit.serving.bodies import BodiesInFlight, BodyLimit, ChatBody
 from llavakit.serving.memory import Account
 from llavakit.serving.presence import Presence
 from llavakit.serving.protocol import APIError, ChatRequest, Completion, ErrorAnswer, error_body, new_id
+from llavakit.serving.responses_answer import ResponseBody, ResponsesAnswer, conversation_of, kept_response
+from llavakit.serving.responses_request import chat_fields
 from llavakit.serving.service import Incoming, Service, Settings
 
 log = logging.getLogger("llavakit.serving")
@@ -50,12 +52,21 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"properties": {"data": {"type": "string"}}}}},
     }
 }
-_CHAT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ResponseBody,
+        "description": "The response; with `stream` as server-sent events of the types that OpenAI's clients know",
+        "content": {"text/event-stream": {"schema": {"properties": {"data": {"type": "string"}}}}},
     }
 }
+
+
+def _body(name: str) -> dict[str, Any]:
+    """What the OpenAPI document says of a body that FastAPI does not read."""
+    schema = {"$ref": f"#/components/schemas/{name}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 _UPLOAD_ID = re.compile(r"^file-[0-9a-f]{32}$")
 
 
@@ -68,7 +79,7 @@ def create_app(responder: Responder, settings: Settings | None = None) -> FastAP
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         responder.start()
-        housekeeping = asyncio.create_task(_forget_old_uploads(service))
+        housekeeping = asyncio.create_task(_forget_old(service))
         yield
         housekeeping.cancel()
         service.closing = True
@@ -87,26 +98,28 @@ def create_app(responder: Responder, settings: Settings | None = None) -> FastAP
     )
     _handle_errors(app, service)
     _add_routes(app, service)
-    _describe_chat_request(app, service)
+    _describe_requests(app, service)
     return app
 
 
-async def _forget_old_uploads(service: Service) -> None:
+async def _forget_old(service: Service) -> None:
     while True:
         await asyncio.sleep(60)
         service.uploads.expire()
+        service.responses.expire()
 
 
-def _describe_chat_request(app: FastAPI, service: Service) -> None:
-    """The schema of chat requests in the OpenAPI document; their bodies are read by `ChatBody`, not by FastAPI."""
+def _describe_requests(app: FastAPI, service: Service) -> None:
+    """The schemas of conversations in the OpenAPI document; their bodies are read by `ChatBody`, not by FastAPI."""
     describe = app.openapi
 
     def document() -> dict[str, Any]:
         described = describe()
         schemas = described["components"]["schemas"]
-        if "ChatRequest" not in schemas:
-            schema = service.request_type.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas |= {**schema.pop("$defs"), "ChatRequest": schema}
+        for name, kind in (("ChatRequest", service.request_type), ("ResponsesRequest", service.responses_type)):
+            if name not in schemas:
+                schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas |= {**schema.pop("$defs"), name: schema}
         return described
 
     app.openapi = document  # FastAPI's way to extend the document
@@ -213,37 +226,77 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             raise APIError(404, "no such upload", "identity")
         return {"id": identity, "object": "file", "deleted": True}
 
-    chat_options = {"response_model": None, "openapi_extra": _CHAT_BODY, "responses": _ERRORS | _ANSWERS}
+    chat_options = {"response_model": None, "openapi_extra": _body("ChatRequest"), "responses": _ERRORS | _ANSWERS}
 
     @app.post("/v1/chat/completions", **(guarded | chat_options))
     async def chat_completions(request: Request) -> JSONResponse | StreamingResponse:
         """Answer a conversation."""
-        content, body = await _read_chat(request, service)
-        service.admit()
-        async with Presence(request) as presence:
-            account = Account(service.memory)
-            incoming = Incoming(body, content, request.state.owner, request.state.body.release, presence, account)
-            answer = ChatAnswer(service, incoming)
-            try:
-                await answer.start()
-                if not body.stream:
-                    return JSONResponse(await answer.whole(presence))
-            except BaseException:
+        content, body = await _read(request, service, service.request_type)
+        return await _answered(request, service, body, content, functools.partial(ChatAnswer, service))
+
+    responses_options = {
+        "response_model": None,
+        "openapi_extra": _body("ResponsesRequest"),
+        "responses": _ERRORS | _RESPONSES,
+    }
+
+    @app.post("/v1/responses", **(guarded | responses_options))
+    async def responses(request: Request) -> JSONResponse | StreamingResponse:
+        """Answer items, perhaps going on from an earlier response."""
+        content, asked = await _read(request, service, service.responses_type)
+        conversation = conversation_of(asked, content, service.responses, request.state.owner)
+        fields = chat_fields(asked, conversation)
+        try:
+            body = service.request_type.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            refused = _invalid(first, first["loc"], fields)["error"]
+            raise conversation.error(APIError(400, refused["message"], refused["param"])) from None
+        make = functools.partial(ResponsesAnswer, service, request=asked, conversation=conversation)
+        return await _answered(request, service, body, content, make)
+
+    @app.get("/v1/responses/{identity}", **guarded, response_model=ResponseBody)
+    async def response(identity: str, request: Request) -> JSONResponse:
+        """A response that is kept."""
+        return JSONResponse(kept_response(service.responses, request.state.owner, identity, "identity").body)
+
+    @app.delete("/v1/responses/{identity}", **guarded)
+    async def forget_response(identity: str, request: Request) -> dict[str, Any]:
+        """Forget a response."""
+        kept_response(service.responses, request.state.owner, identity, "identity")
+        service.responses.remove(request.state.owner, identity)
+        return {"id": identity, "object": "response", "deleted": True}
+
+
+async def _answered(
+    request: Request, service: Service, body: ChatRequest, content: ChatBody, make: Callable[[Incoming], ChatAnswer]
+) -> JSONResponse | StreamingResponse:
+    """The answer to a request that has been read."""
+    service.admit()
+    async with Presence(request) as presence:
+        account = Account(service.memory)
+        incoming = Incoming(body, content, request.state.owner, request.state.body.release, presence, account)
+        answer = make(incoming)
+        try:
+            await answer.start()
+            if not body.stream:
+                return JSONResponse(await answer.whole(presence))
+        except BaseException:
+            answer.close()
+            raise
+        finally:
+            if not body.stream:
                 answer.close()
-                raise
-            finally:
-                if not body.stream:
-                    answer.close()
-        return Events(answer)
+    return Events(answer)
 
 
-async def _read_chat(request: Request, service: Service) -> tuple[ChatBody, ChatRequest]:
-    """The body of a chat request, as it came and as it was understood."""
+async def _read(request: Request, service: Service, expected: type[BaseModel]) -> tuple[ChatBody, Any]:
+    """The body of a request that holds a conversation, as it came and as it was understood."""
     settings = service.settings
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise APIError(415, f"send Content-Type: application/json, not {quoted(kind)}")
-    content = ChatBody(settings.json_bytes, service.request_type)
+    content = ChatBody(settings.json_bytes, expected)
     try:
         async for chunk in request.stream():
             content.feed(chunk)

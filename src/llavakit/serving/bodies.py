@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.errors import Portable
 from llavakit.serving.protocol import ChatRequest, error_body
 
-_URL = re.compile(rb'"url"[ \t\r\n]{0,64}:[ \t\r\n]{0,64}"(?=data:)')
+_URL = re.compile(rb'"(?:(?:image|video|volume)_)?url"[ \t\r\n]{0,64}:[ \t\r\n]{0,64}"(?=data:)')
 _PLACE = re.compile(r"data:#(\d{1,4})", re.ASCII)
-_LONGEST_MARK = len(b'"url":"data:') + 128
+_LONGEST_MARK = len(b'"volume_url":"data:') + 128
 _MOST_MEDIA = 256  # data URLs of one request
 
 
@@ -148,17 +149,25 @@ def refusal(status: int, message: str) -> JSONResponse:
     return JSONResponse(error_body(message, kind), status, headers=headers)
 
 
-class ChatBody:
-    """The body of a chat request, separated into JSON and media while it arrives.
+class WithMedia(Protocol):
+    """A request that names media."""
 
-    In the JSON every `"url": "data:..."` becomes `"url": "data:#0"`, `"data:#1"` and so on; `media` holds them.
+    def media_parts(self) -> Iterable[tuple[str, Any]]:
+        """Media with the paths of their fields; each has a `source` with a `url`."""
+
+
+class ChatBody:
+    """The body of a request that holds a conversation, separated into JSON and media while it arrives.
+
+    In the JSON every `"url": "data:..."` becomes `"url": "data:#0"`, `"data:#1"` and so on; `media` holds them. An
+    `"image_url": "data:..."` (of a video or volume likewise) is treated in the same way.
 
     Args:
         most_json: Bytes of JSON without media; more raise `TooMuch`.
         request: What the JSON is read as.
     """
 
-    def __init__(self, most_json: int, request: type[ChatRequest] = ChatRequest) -> None:
+    def __init__(self, most_json: int, request: type[BaseModel] = ChatRequest) -> None:
         self.most_json, self._request = most_json, request
         self.json = bytearray()
         self.media: list[bytearray] = []
@@ -212,19 +221,19 @@ class ChatBody:
         if len(self.json) + len(self._pending) > self.most_json:
             raise TooMuch(413, f"a request holds at most {self.most_json} bytes of JSON beside its media")
 
-    def read(self) -> ChatRequest:
+    def read(self) -> Any:
         """The request; takes a while and is meant for a thread.
 
         Raises:
             JsonError: If the body is not JSON.
-            ValidationError: If it is no chat request.
+            ValidationError: If it is no such request.
         """
         self._keep(len(self._pending))
         self.value = parse_json(bytes(self.json))
-        request = self._request.model_validate(self.value)
+        request: WithMedia = self._request.model_validate(self.value)
         used = {self.number(part.source.url) for _, part in request.media_parts()}
         if not used.issuperset(range(len(self.media))):
-            raise JsonError("a data URL is read in image_url.url, video_url.url and volume_url.url, and nowhere else")
+            raise JsonError("a data URL is read in the url of an image, a video or a volume, and nowhere else")
         return request
 
     def number(self, url: str) -> int | None:

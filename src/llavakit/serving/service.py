@@ -41,6 +41,7 @@ from llavakit.serving.protocol import (
     TextPart,
     request_type,
 )
+from llavakit.serving.responses_request import responses_type
 from llavakit.serving.uploads import UploadPolicy, Uploads
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
@@ -65,6 +66,7 @@ class Settings:
         body_seconds: Longest time for a request to arrive.
         connections: Most connections at once; one more is answered with 503.
         uploads: What clients may send ahead of their requests.
+        responses: What is kept of `/v1/responses` for requests that go on from there.
         memory: What media may take when they are decoded.
         keep_alive: Seconds between comments on a stream that is silent.
         media: The media policy.
@@ -84,6 +86,7 @@ class Settings:
     body_seconds: float = 120.0
     connections: int = 512
     uploads: UploadPolicy = field(default_factory=UploadPolicy)
+    responses: UploadPolicy = field(default_factory=lambda: UploadPolicy(256 * 2**20, 64 * 2**20))
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     keep_alive: float = 15.0
     media: MediaPolicy = field(default_factory=MediaPolicy)
@@ -126,7 +129,9 @@ class Service:
     def __init__(self, responder: Responder, settings: Settings) -> None:
         self.responder, self.settings = responder, settings
         self.request_type = request_type(responder.options)
-        self.uploads: Uploads[bytes] = Uploads(self._upload_policy(settings))
+        self.responses_type = responses_type(responder.options)
+        self.uploads: Uploads[bytes] = Uploads(self._of_owners(settings, settings.uploads))
+        self.responses: Uploads[Any] = Uploads(self._of_owners(settings, settings.responses))
         self.characters = prompt_characters(responder.tokenizer, responder.positions)
         self.metrics = Metrics(responder)
         self.memory = MemoryBudget(settings.memory)
@@ -138,9 +143,8 @@ class Service:
         responder.restrict(self.limits)
 
     @staticmethod
-    def _upload_policy(settings: Settings) -> UploadPolicy:
+    def _of_owners(settings: Settings, policy: UploadPolicy) -> UploadPolicy:
         """Without keys all clients are one owner, who may use all there is."""
-        policy = settings.uploads
         return policy if settings.api_keys else dataclasses.replace(policy, owner_bytes=policy.total_bytes)
 
     def admit(self) -> None:
