@@ -89,7 +89,7 @@ def test_json_escapes_in_a_data_url():
 )
 def test_a_data_url_in_another_place_is_refused(elsewhere):
     body = separated(json.dumps(MODEL | {"messages": ask()} | elsewhere).encode(), [1000])
-    with pytest.raises(JsonError, match="image_url"):
+    with pytest.raises(JsonError, match="in the url of an image"):
         body.read()
 
 
