@@ -33,7 +33,7 @@ MESSAGE = "broken on purpose"
 FALLBACK = "test_small_recipes.py::test_trains_through_all_stages_and_answers"
 
 TEXT = "label|prompt|conversation|template|preprocess|dialog"
-MODEL = "end_to_end|e2e|train_step|inference|generation|expert_model"
+MODEL = "end_to_end|e2e|train_step|inference|generation|expert_model|attack_loss"
 # Entry -> words in the names of the components that reach it.
 REACHES = {
     "encode": rf"{TEXT}|pixel_values|{MODEL}",

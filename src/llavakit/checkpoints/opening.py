@@ -18,6 +18,7 @@ from llavakit.checkpoints import adapters, layouts
 from llavakit.checkpoints.adapter_base import TRAINED, find_base
 from llavakit.checkpoints.classic import ClassicLayout
 from llavakit.checkpoints.encoder_names import to_disk, to_memory
+from llavakit.checkpoints.encoders import encoder_options, read_encoder
 from llavakit.checkpoints.fields import Fields, check_known, compare_values
 from llavakit.checkpoints.files import (
     LazyState,
@@ -37,9 +38,9 @@ from llavakit.checkpoints.text import (
 )
 from llavakit.conversation.template import OWN, PLACEHOLDER, get_template
 from llavakit.errors import CheckpointError, UserError, quoted
-from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.configuration import LlavakitConfig, build_config
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.model.processing import LlavakitProcessor, architecture_of
+from llavakit.model.processing import LlavakitImageProcessorPil, LlavakitProcessor, architecture_of
 from llavakit.model.routes import MediaSpec
 
 
@@ -55,6 +56,7 @@ class Checkpoint:
         base: What an adapter folder's adapter was put on.
         generation: The object in generation_config.json, empty if there is none.
         template: The template that was asked for instead of the model's own.
+        exchanged: Whether the encoder is another one than that of the files.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Checkpoint:
     base: Checkpoint | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
+    exchanged: bool = False
 
 
 def local_folder(model: str | Path) -> Path:
@@ -171,6 +174,8 @@ def open_checkpoint(
             config, state = layout.read(folder, fields, sources)
             fields.finish(layout.inert)
             name = f"{layout.system} ({layout.form})"
+        if exchange_vision_tower and not isinstance(layout, ClassicLayout):  # those do it while they read
+            config, state = exchange_encoder(config, state, sources["exchange"])
         config.check()
         MediaSpec(config)
     generation = read_generation(folder, sources.get("base"))
@@ -178,9 +183,51 @@ def open_checkpoint(
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if template is not None:
         config.template = template
-    checkpoint = Checkpoint(folder, name, config, state, generation=generation, template=template)
+    checkpoint = Checkpoint(
+        folder, name, config, state, generation=generation, template=template, exchanged=exchange_vision_tower
+    )
     adapted = layout is not None and (folder / adapters.CONFIG).is_file()
     return _with_adapter(checkpoint, folder, layout) if adapted else checkpoint
+
+
+def exchange_encoder(config: LlavakitConfig, state: LazyState, folder: Path) -> tuple[LlavakitConfig, LazyState]:
+    """A model with another main encoder; connector and language model stay as they are.
+
+    Views as large as the old encoder's pictures get the size of the new one's.
+
+    Args:
+        folder: Of the new encoder.
+
+    Raises:
+        CheckpointError: If the folder holds no encoder, or one whose features the connector cannot read.
+    """
+    options, old = encoder_options(folder), config.vision_config
+    if options is None or old is None:
+        raise CheckpointError(f"{folder if options is None else 'config.json'}: there is no vision encoder to exchange")
+    new = build_config(options, options["model_type"])
+    width, known = getattr(new, "hidden_size", None), getattr(old, "hidden_size", None)
+    if width != known:
+        raise CheckpointError(
+            f"{folder}: the encoder's features have {width} channels, the connector was trained for {known}; "
+            "name an encoder of the same width"
+        )
+    raw, before = config.to_dict(), getattr(old, "image_size", None)
+    raw["vision_config"] = new.to_dict()
+    raw["media"] = _resized(raw["media"], before, getattr(new, "image_size", before))
+    rest = state.renamed(lambda name: None if name.startswith("model.vision_tower.") else name)
+    tower = read_encoder(folder).renamed(lambda name: f"model.vision_tower.{name}")
+    changed = LlavakitConfig.from_dict(raw)
+    return changed, rest.joined(to_disk(changed, tower))
+
+
+def _resized(value: Any, before: int | None, after: int | None) -> Any:
+    """Media options with the sizes of views that were `before` set to `after`."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: after if key in ("size", "crop") and item == before else _resized(item, before, after)
+        for key, item in value.items()
+    }
 
 
 def _encoder_sources(vision_tower: str | Path | None) -> dict[str, str | Path | None]:
@@ -329,8 +376,11 @@ def load_processor(checkpoint: Checkpoint, base: Path | None = None) -> Llavakit
     if (folder / "processor_config.json").is_file() and checkpoint.layout == "llavakit":
         load_tokenizer(folder, config=config)  # says clearly what is wrong with its files
         with naming(folder / "processor_config.json"):
-            _check_own_processor(folder / "processor_config.json", config)
+            if not checkpoint.exchanged:
+                _check_own_processor(folder / "processor_config.json", config)
             processor = LlavakitProcessor.from_pretrained(folder)
+        if checkpoint.exchanged:
+            processor.image_processor = LlavakitImageProcessorPil(architecture_of(config))
         if checkpoint.template is not None:
             processor.use_template(checkpoint.template)
         return processor

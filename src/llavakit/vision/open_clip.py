@@ -195,6 +195,45 @@ def _clip(state: LazyState, heads: int | None, head_width: int, quick_gelu: bool
     return OpenClipEncoder(config, _placed(state, rules))
 
 
+_CLIP_OUT: Renames = (
+    (r"embeddings\.class_embedding", "class_embedding"),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"embeddings\.patch_embedding\.weight", "conv1.weight"),
+    (r"pre_layrnorm\.(weight|bias)", r"ln_pre.\1"),
+    (r"post_layernorm\.(weight|bias)", r"ln_post.\1"),
+    (r"encoder\.layers\.(\d+)\.layer_norm(\d)\.(weight|bias)", r"transformer.resblocks.\1.ln_\2.\3"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(weight|bias)", r"transformer.resblocks.\1.attn.out_proj.\2"),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc1\.(weight|bias)", r"transformer.resblocks.\1.mlp.c_fc.\2"),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc2\.(weight|bias)", r"transformer.resblocks.\1.mlp.c_proj.\2"),
+    (r"(transformer\.resblocks\.\d+\.attn\.in_proj_(?:weight|bias))", r"\1"),
+)
+_CLIP_QUERY = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)")
+
+
+def clip_vit(state: LazyState) -> LazyState:
+    """A `clip_vision_model`'s tensors under open_clip's names, the way back from `read_open_clip`.
+
+    Args:
+        state: With or without `vision_model.`, and with `visual_projection.weight` where there is a joint space.
+
+    Raises:
+        CheckpointError: If a tensor has no place there.
+    """
+    state = state.renamed(lambda name: name.removeprefix("vision_model."))
+    fused: dict[str, tuple[str, ...]] = {}
+    for name in state:
+        if found := _CLIP_QUERY.fullmatch(name):
+            parts = tuple(name.replace(".q_proj.", f".{part}_proj.") for part in "qkv")
+            fused[f"transformer.resblocks.{found[1]}.attn.in_proj_{found[2]}"] = parts
+    taken = {part for parts in fused.values() for part in parts} | {"visual_projection.weight"}
+    readers = {name: (lambda parts=parts: torch.cat([state[part] for part in parts])) for name, parts in fused.items()}
+    rest = state.renamed(lambda name: None if name in taken else name)
+    found = _placed(rest.joined(LazyState(readers, {})), _CLIP_OUT)
+    if "visual_projection.weight" not in state:
+        return found
+    return found.joined({"proj": state["visual_projection.weight"].T.contiguous()})
+
+
 def _vit(state: LazyState, heads: int | None, head_width: int) -> OpenClipEncoder:
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     block, layer = r"blocks\.(\d+)\.", r"encoder.layer.\1."

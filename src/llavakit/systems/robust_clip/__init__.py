@@ -24,6 +24,9 @@ SYSTEM = System(
         "templates": {"open_flamingo": ".open_flamingo:OPEN_FLAMINGO"},
         "label_policies": {"after_last_colon": ".open_flamingo:AfterLastColon"},
         "benchmarks": {"robust_vqa": ".benchmarks:RobustVQA"},
-        "preparations": {"robust_encoder": ".weights:robust_encoder"},
+        "preparations": {
+            "robust_encoder": ".weights:robust_encoder",
+            "open_clip_encoder": ".weights:open_clip_encoder",
+        },
     },
 )

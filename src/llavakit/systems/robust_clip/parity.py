@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from llavakit.checkpoints.files import LazyState
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.data.records import Record
 from llavakit.errors import UserError
@@ -46,6 +47,7 @@ from llavakit.training.run import training_arguments
 from llavakit.training.schedules import after_step, open_clip_cosine
 from llavakit.training.trainer import StageTrainer
 from llavakit.views.pixels import CLIP_MEAN, CLIP_STD
+from llavakit.vision.open_clip import clip_vit
 
 SIZES = ("image_size", "patch_size", "width", "layers", "heads", "output_dim", "mlp_ratio")
 
@@ -320,25 +322,6 @@ def _recipe(folder: Path, sizes: Mapping[str, Any], stage: Mapping[str, Any]) ->
     )
 
 
-def _open_clip_names(encoder: nn.Module) -> dict[str, Tensor]:
-    """An encoder's tensors in open_clip's names."""
-    state = {name.removeprefix("vision_model."): t.detach() for name, t in encoder.state_dict().items()}
-    found = {"class_embedding": state.pop("embeddings.class_embedding")}
-    found["positional_embedding"] = state.pop("embeddings.position_embedding.weight")
-    found["conv1.weight"] = state.pop("embeddings.patch_embedding.weight")
-    found["proj"] = state.pop("visual_projection.weight").T
-    renames = {"pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "layer_norm": "ln_", "self_attn": "attn"}
-    renames |= {"encoder.layers": "transformer.resblocks", "fc1": "c_fc", "fc2": "c_proj"}
-    for name, tensor in state.items():
-        for own, original in renames.items():
-            name = name.replace(own, original)
-        found[name] = tensor
-    for name in [name for name in found if "q_proj" in name]:
-        parts = [found.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        found[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    return found
-
-
 def normalised(pixels: Tensor) -> Tensor:
     """Encoder inputs of pixels in 0..1."""
     mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -493,7 +476,8 @@ def training_steps(case: Case) -> Result:
         )
         trainer.add_callback(watch)
         trainer.train()
-    tensors = {f"final.{name}": tensor for name, tensor in _open_clip_names(module).items()}
+    own_state = LazyState.of({name: tensor.detach() for name, tensor in module.state_dict().items()})
+    tensors = {f"final.{name}": tensor for name, tensor in clip_vit(own_state).items()}
     with torch.no_grad():
         tensors["embedding_after"] = Embedder(module)(inputs["x_0"])
     tensors["lr"] = torch.tensor(watch.rates, dtype=torch.float64)

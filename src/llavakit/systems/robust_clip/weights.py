@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from llavakit.checkpoints.files import LazyState, atomic_folder, read_file, write_state
+from llavakit.checkpoints.files import LazyState, atomic_folder, read_file, read_folder, write_state
 from llavakit.checkpoints.transformers_layout import write_json
 from llavakit.data.preparation import Left
-from llavakit.errors import CheckpointError
-from llavakit.vision.open_clip import read_open_clip
+from llavakit.errors import CheckpointError, UserError
+from llavakit.vision.open_clip import clip_vit, read_open_clip
 
 INNER = "vision_encoder_state_dict"
 
@@ -40,6 +41,23 @@ def robust_encoder(source: Path, output: Path, bad: Left, *, quick_gelu: bool = 
         write_json(scratch / "config.json", config)
         write_state(scratch, names.items())
     return {"tensors": len(names), "parameters": sum(tensor.numel() for tensor in names.values())}
+
+
+def open_clip_encoder(source: Path, output: Path, bad: Left) -> dict[str, Any]:
+    """Write an encoder's folder as the authors publish it: one file in open_clip's names.
+
+    Args:
+        source: Folder in transformers' files, for instance what a stage with `objective: fare` left.
+        output: A new .safetensors file.
+    """
+    if output.suffix != ".safetensors":
+        raise UserError(f"{output}: name a .safetensors file; nothing else is written")
+    state = clip_vit(read_folder(source))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = output.with_name(f".{output.name}")
+    save_file({name: state[name].contiguous() for name in state}, scratch)
+    scratch.replace(output)
+    return {"tensors": len(state), "parameters": sum(state[name].numel() for name in state)}
 
 
 def raw_state(source: Path) -> LazyState:
