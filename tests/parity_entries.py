@@ -33,13 +33,13 @@ MESSAGE = "broken on purpose"
 FALLBACK = "test_small_recipes.py::test_trains_through_all_stages_and_answers"
 
 TEXT = "label|prompt|conversation|template|preprocess|dialog"
-MODEL = "end_to_end|e2e|train_step|inference|generation|expert_model|attack_loss"
+MODEL = "end_to_end|e2e|train_step|(?<!retrieve_)inference|generation|expert_model|attack_loss"
 # Entry -> words in the names of the components that reach it.
 REACHES = {
     "encode": rf"{TEXT}|pixel_values|{MODEL}",
     "samples": rf"label|dataset|sampler|{MODEL}",
     "collator": rf"training_data|collator|{MODEL}",
-    "read_config": rf"{MODEL}",
+    "read_config": rf"{MODEL}|prefix_mapper",
     "build": rf"{MODEL}",
     "engine": rf"{MODEL}",
     "score": r"metric|accuracy|pope|iou|scores|benchmark",

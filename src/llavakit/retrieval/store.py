@@ -24,6 +24,9 @@ from llavakit.retrieval.exact import best, unit
 FORMAT = 1
 IN_MEMORY = 1 << 30  # bytes of vectors up to which exact search keeps them
 BLOCK = 16_384  # rows that are read at a time
+BITS = 4  # to which a number of a vector is quantised in the index
+PROBES = 20  # partitions of the index that a query looks into
+REFINED = 8  # candidates per neighbour whose vectors are compared exactly
 FEWEST_INDEXED = 256  # entries from which on an index can be trained
 _TABLE = "entries"
 _NOTE = "store.json"
@@ -70,6 +73,8 @@ class Store:
             raise UserError(f"{self.path}: holds no table of entries; build the store again") from None
         self._lock = threading.Lock()
         self._matrix: np.ndarray | None = None
+        self._size = self._table.count_rows()
+        self._indexed = False
 
     @classmethod
     def create(
@@ -150,7 +155,7 @@ class Store:
         _write(self.path / _NOTE, note | {"encoder": self.encoder, "settings": self.settings})
 
     def __len__(self) -> int:
-        return self._table.count_rows()
+        return self._size
 
     def add(self, entries: Sequence[Entry], vectors: np.ndarray, *, record: Sequence[int] | None = None) -> None:
         """Append entries; all of them, or none.
@@ -185,7 +190,7 @@ class Store:
         ]
         self._table.add(pa.Table.from_arrays(columns, schema=_schema(self.dimension)))
         with self._lock:
-            self._matrix = None
+            self._matrix, self._size = None, start + len(entries)
 
     def last_record(self) -> int:
         """Number of the record that the last entry was made from; -1 if there is none."""
@@ -284,7 +289,9 @@ class Store:
     @property
     def has_index(self) -> bool:
         """Whether `build_index` was called."""
-        return any("vector" in index.columns for index in self._table.list_indices())
+        if not self._indexed:
+            self._indexed = any("vector" in index.columns for index in self._table.list_indices())
+        return self._indexed
 
     def build_index(self) -> None:
         """Make the index of approximate search; entries that are added later are compared one by one.
@@ -292,11 +299,12 @@ class Store:
         Raises:
             UserError: If the store has too few entries.
         """
-        from lancedb.index import HnswSq
+        from lancedb.index import IvfRq
 
         if len(self) < FEWEST_INDEXED:
             raise UserError(f"{self.path}: an index needs {FEWEST_INDEXED} entries, the store has {len(self)}")
-        self._table.create_index("vector", config=HnswSq(distance_type="dot"), replace=True)
+        self._table.create_index("vector", config=IvfRq(distance_type="dot", num_bits=BITS), replace=True)
+        self._indexed = True
 
     def _approximate(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if not self.has_index:
@@ -305,6 +313,7 @@ class Store:
         numbers = np.full((len(queries), k), NO_NEIGHBOUR, np.int64)
         for row, query in enumerate(queries):
             search = self._table.search(query, vector_column_name="vector").distance_type("dot").limit(k)
+            search = search.nprobes(PROBES).refine_factor(REFINED)
             found = search.select(["number", "_distance"]).to_arrow()
             # Lance's distance is one minus the inner product
             values, places = 1 - found.column("_distance").to_numpy(), found.column("number").to_numpy()

@@ -18,7 +18,7 @@ from llavakit.data.preparation import prepare
 from llavakit.evaluation.metrics import reports as report_metrics
 from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.proof.entries import picture, prompt_text, scored, view_processor, views_of
+from llavakit.proof.entries import array, fitting, picture, prompt_text, scored, view_processor, views_of
 from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.retrieval.entries import Entry
 from llavakit.retrieval.store import Store
@@ -62,7 +62,7 @@ def retrieve_training(case: Case) -> Iterator[Example]:
     texts, owners = case.inputs["captions"], case.inputs["caption_image_ids"]
     pictures = [str(name) for name in case.inputs["query_image_ids"]]
     captions = [Caption(text, str(owner)) for text, owner in zip(texts, owners, strict=True)]
-    vectors, queries = case.tensors["captions"].numpy(), case.tensors["images"].numpy()
+    vectors, queries = array(case.tensors["captions"]), array(case.tensors["images"])
     searched, kept = case.config.get("k_searched", 15), case.config.get("k_kept", 7)
     place = tempfile.TemporaryDirectory()
     store = store_captions(captions, vectors, Path(place.name) / "store")
@@ -88,8 +88,8 @@ def retrieve_inference(case: Case) -> Result:
 def _neighbours(queries: torch.Tensor, vectors: torch.Tensor, k: int, metric: str = "cosine") -> list[list[int]]:
     with tempfile.TemporaryDirectory() as place:
         store = Store.create(Path(place) / "store", vectors.shape[1], metric=metric)
-        store.add([Entry(str(number)) for number in range(len(vectors))], vectors.numpy())
-        return store.neighbours(queries.numpy(), k)[1].tolist()
+        store.add([Entry(str(number)) for number in range(len(vectors))], array(vectors))
+        return store.neighbours(array(queries), k)[1].tolist()
 
 
 def prompt_pipeline(case: Case) -> Result:
@@ -160,6 +160,7 @@ def medclip(case: Case) -> Iterator[Example]:
     options = {side: take(case.config[side]) for side in ("text", "vision")}
     net = MedClip(**options, projection=case.config["proj_dim"]).load(LazyState.of(case.weights()))
     ids, mask, pixels = (case.tensors.get(name) for name in ("input_ids", "attention_mask", "pixel_values"))
+    pixels = None if pixels is None else fitting(pixels, net)
 
     def alone(row: int) -> torch.Tensor:
         shown = ids[row : row + 1] if mask is None else ids[row : row + 1, mask[row].bool()]
@@ -196,7 +197,7 @@ def prefix_mapper(case: Case) -> Result:
     net.tie_weights()
     embedding, tokens, mask = (case.tensors.get(name) for name in ("embedding", "tokens", "mask"))
     with torch.no_grad():
-        features = Features(embedding, [(1, 1, 1)] * len(embedding), list(range(len(embedding))))
+        features = Features(fitting(embedding, net), [(1, 1, 1)] * len(embedding), list(range(len(embedding))))
         found = net.model.multi_modal_projector(features, [])
         prefix = torch.stack(found.split())
         embeds = torch.cat([prefix, net.get_input_embeddings()(tokens)], dim=1)
