@@ -162,10 +162,13 @@ LABEL_POLICIES.add("spans", "llavakit.conversation.labels:SpanLabels")
 LABEL_POLICIES.add("marks", "llavakit.conversation.labels:MarkLabels")
 LABEL_POLICIES.add("rounds", "llavakit.conversation.labels:RoundLabels")
 
+PREPARATIONS.add("pair_features", "llavakit.vision.pairs:pair_features")
+
 RECORD_EDITS.add("media_in_front", "llavakit.data.edits:MediaInFront")
 RECORD_EDITS.add("lead_with_media", "llavakit.data.edits:LeadWithMedia")
 RECORD_EDITS.add("remove_text", "llavakit.data.edits:RemoveText")
 
+OBJECTIVES.add("contrastive", "llavakit.training.objectives.contrastive:Contrastive")
 OBJECTIVES.add("dpo", "llavakit.training.objectives.dpo:DPO")
 OBJECTIVES.add("fare", "llavakit.training.objectives.adversarial:FARE")
 OBJECTIVES.add("tecoa", "llavakit.training.objectives.adversarial:TeCoA")
