@@ -30,6 +30,7 @@ COMMANDS = [
     "prepare",
     "boxes",
     "phantom",
+    "prefer",
     "eval",
     "attack",
     "convert",

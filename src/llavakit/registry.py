@@ -154,6 +154,7 @@ RECORD_EDITS = Registry("record edit")
 STORE_ENCODERS = Registry("encoder of a store")
 SKILLS = Registry("skill")
 PIPELINES = Registry("synthesis pipeline")
+COMPARISONS = Registry("comparison of answers")
 
 # Built-in parts, as places to import from on first use. Parts of one published system are on that system's card.
 ENCODERS.add("llavakit_multiscale", "llavakit.vision.multiscale:MultiscaleEncoder")
@@ -167,6 +168,8 @@ PREPARATIONS.add("pair_features", "llavakit.vision.pairs:pair_features")
 RECORD_EDITS.add("media_in_front", "llavakit.data.edits:MediaInFront")
 RECORD_EDITS.add("lead_with_media", "llavakit.data.edits:LeadWithMedia")
 RECORD_EDITS.add("remove_text", "llavakit.data.edits:RemoveText")
+
+COMPARISONS.add("labelled", "llavakit.evaluation.comparisons:Labelled")
 
 OBJECTIVES.add("contrastive", "llavakit.training.objectives.contrastive:Contrastive")
 OBJECTIVES.add("dpo", "llavakit.training.objectives.dpo:DPO")

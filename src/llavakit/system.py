@@ -133,6 +133,7 @@ _REGISTRIES = {
     "store_encoders": registry.STORE_ENCODERS,
     "skills": registry.SKILLS,
     "pipelines": registry.PIPELINES,
+    "comparisons": registry.COMPARISONS,
 }
 
 

@@ -163,3 +163,40 @@ def phantom(
     else:
         counts = ", ".join(f"{count} {name}" for name, count in manifest["counts"].items())
         print(f"{out}: {counts}{' (was there already)' if manifest['reused'] else ''}")
+
+
+@app.command()
+def prefer(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file: policy, judge, prompts, stage.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values by dotted path.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print how many calls it takes, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let a model learn from what a judge prefers among its own answers, in rounds.
+
+    Killed at any call, the same command goes on. Prints the folder of the last policy.
+
+    \b
+    Examples:
+      llavakit prefer recipes/preference.yaml policy=runs/demo/final judge=runs/critic prompts.0.path=asked.json
+      llavakit prefer recipes/preference.yaml judge=http://localhost:8000/v1#critic comparison=critic rounds=3
+      llavakit prefer recipes/preference.yaml --plan
+    """
+    from llavakit.training.preference_rounds import RoundsRecipe, calls_of, read_questions, run_rounds
+    from llavakit.training.recipe import load_recipe
+
+    wanted = load_recipe(recipe, overrides or (), RoundsRecipe)
+    if plan:
+        counts = calls_of(wanted, sum(1 for _ in read_questions(wanted)))
+        if as_json:
+            print_json(counts)
+        else:
+            print(", ".join(f"{what}: at most {count:,} calls" for what, count in counts.items()))
+        return
+    results = run_rounds(wanted)
+    if as_json:
+        print_json([vars(result) for result in results])
+    else:
+        print(Path(wanted.output) / "final")

@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -71,6 +71,9 @@ class Section(BaseModel):
 def _types(annotation: Any) -> set[Any]:
     inner = get_args(annotation)
     return set().union(*map(_types, inner)) if inner else {annotation}
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Source(Section):
@@ -415,12 +418,13 @@ def read_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}{f':{error.line}' if error.line else ''}: {error}") from None
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[S] = Recipe) -> S:
     """Read and validate a recipe file.
 
     Args:
         path: YAML file.
         overrides: `dotted.key=value` assignments, values in YAML; list items by number or by their `name`.
+        kind: What the file holds.
 
     Raises:
         RecipeError: One line that names file, dotted path and what would be right.
@@ -434,18 +438,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is not a text file; name a YAML file") from None
-    return parse_recipe(read_yaml(text, str(path)), overrides, where=str(path))
+    return parse_recipe(read_yaml(text, str(path)), overrides, str(path), kind)
 
 
-def parse_recipe(raw: Any, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+def parse_recipe(raw: Any, overrides: Sequence[str] = (), where: str = "recipe", kind: type[S] = Recipe) -> S:
     """A recipe from its dict form; see `load_recipe`."""
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"{where}: holds a {type(raw).__name__}, it should hold a mapping with `stages`")
+        wanted = next((name for name, field in kind.model_fields.items() if field.is_required()), "model")
+        raise RecipeError(f"{where}: holds a {type(raw).__name__}, it should hold a mapping with `{wanted}`")
     raw = copy.deepcopy(dict(raw))  # also what several aliases share
     for assignment in overrides:
         override(raw, assignment)
     try:
-        return Recipe.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_first_problem(error)}") from None
 

@@ -18,6 +18,7 @@ SYSTEM = System(
     checkpoints=("lmms-lab/llava-critic-7b", "lmms-lab/llava-critic-72b"),
     parts={
         "templates": {"qwen_1_5_preference": ".templates:QWEN_PREFERENCE"},
+        "comparisons": {"critic": ".prompts:CriticComparison"},
         "label_policies": {"turn_marks": ".templates:TurnMarks"},
         "benchmarks": {
             "critic-pointwise": ".benchmarks:CriticScore",

@@ -7,11 +7,13 @@ of `lmms-lab/llava-critic-7b`; the harness lmms-eval.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llavakit.conversation.messages import Message
+from llavakit.evaluation.comparisons import Comparison, Verdict
 from llavakit.evaluation.reviews import review_content
+from llavakit.systems.llava_critic.verdicts import critic_verdict
 
 _TASK = " explain your reasoning with specific details. Your task is provided as follows:\nQuestion: [{question}]\n"
 _GIVEN = (
@@ -104,3 +106,15 @@ def reward_prompt(question: str, responses: Sequence[str]) -> str:
     """VL-RewardBench: which of two answers is better."""
     first, second = reversed(responses) if reward_swapped(responses) else responses
     return f"{_REWARD_TASK}Question: {question}\n\nAnswer 1: {first}\n\nAnswer 2: {second}\n\n{_REWARD_CRITERIA}"
+
+
+class CriticComparison(Comparison):
+    """`critic`: the released pairwise prompt, read as LLaVA-Critic writes its verdicts."""
+
+    def messages(
+        self, media: Sequence[Mapping[str, Any]], question: str, first: str, second: str
+    ) -> list[dict[str, Any]]:
+        return judge_messages(pairwise_prompt(question, first, second), media)
+
+    def verdict(self, reply: str) -> Verdict | None:
+        return critic_verdict(reply)
