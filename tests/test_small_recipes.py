@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 import llavakit
+from llavakit.data.preparation import prepare
 from llavakit.errors import UserError
 from llavakit.evaluation.run import evaluate
 from llavakit.phantom.tokenizer import tiny_tokenizer
@@ -50,6 +51,13 @@ def in_stages(folder):
     return "staged.json"
 
 
+def with_tools(folder):
+    """Questions whose answers call the detector and go by what it finds."""
+    prepare("llava_plus_scenes", folder, folder / "called.json", read=False)
+    prepare("llava_plus", folder / "called.json", folder / "tools.json")
+    return ["tools.json"] * 2
+
+
 def text_alone(folder):
     """Questions without their pictures, and preferences for the right answer."""
     turns, pairs = [], []
@@ -82,6 +90,7 @@ def text_alone(folder):
         ("llava-critic", "scenes", "image"),
         ("video-llava", "scenes", "video"),
         ("llava-o1", "pictures", "image"),
+        ("llava-plus", "pictures", "image"),
         ("med42-v2", "pictures", None),
         ("report-error-checking", "pictures", "image"),
     ],
@@ -93,6 +102,8 @@ def test_trains_through_all_stages_and_answers(worlds, tmp_path, slug, world, it
     names = ["captions.json"] + ["train.json"] * len(recipe.data)
     if slug == "llava-o1":
         names = [in_stages(folder)]
+    if slug == "llava-plus":
+        names = with_tools(folder)
     if slug == "med42-v2":
         names = ["text.jsonl" if "preference" not in source.name else "pairs.jsonl" for source in recipe.data]
         text_alone(folder)

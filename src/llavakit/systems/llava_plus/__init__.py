@@ -20,6 +20,7 @@ SYSTEM = System(
         "preparations": {
             "llava_plus": ".records:training_records",
             "llava_plus_grounding": ".records:grounding_records",
+            "llava_plus_scenes": ".records:scene_records",
         },
         "skills": {
             "llava_plus_detector": ".workers:detector_skill",

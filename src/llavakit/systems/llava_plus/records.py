@@ -1,7 +1,8 @@
 """LLaVA-Plus's training data: its records as those of LLaVA, records of annotations, and records of phantom scenes.
 
     llavakit prepare llava_plus llava-plus-v1-117k-tool-merge.json train.json
-    llavakit prepare llava_plus_grounding annotations.json train.json
+    llavakit prepare llava_plus_grounding annotations.json published.json
+    llavakit prepare llava_plus_scenes data/scene published.json mode=fly
 
 A published record has `thoughts`, `actions` and `value` in the turns that are not the human's; they become the three
 lines that the model writes (`grammar.join`). Source: `reorganize_source_for_tool_use_batch` and
@@ -16,11 +17,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from llavakit.data.preparation import Left, write_records
 from llavakit.data.readers import open_source
-from llavakit.errors import FieldError, RecordError, quoted
-from llavakit.systems.llava_plus.grammar import FIELDS, NOTICE, join, written
-from llavakit.systems.llava_plus.results import cleaned
+from llavakit.errors import FieldError, MediaError, RecordError, UserError, quoted
+from llavakit.media.image import load_image
+from llavakit.phantom import words
+from llavakit.phantom.base import check_choice
+from llavakit.systems.llava_plus.agent import published
+from llavakit.systems.llava_plus.grammar import FIELDS, NOTICE, asked_again, join, written
+from llavakit.systems.llava_plus.results import cleaned, result_text, rounded
+from llavakit.tools.artefacts import Artefacts
+from llavakit.tools.configuration import build_skill
+from llavakit.tools.toolbox import Toolbox, renamed
 
 HUMAN, MODEL = "human", "gpt"
 MARK = "<image>"
@@ -173,3 +183,142 @@ def grounding_records(
 
     count = write_records(output, records())
     return {"records": count, "dropped": dropped}
+
+
+# Phantom scenes with the real skills
+
+PLAIN_THOUGHTS = "The questions can be answered by the information in the context, without need any external tools."
+NEED = "To answer this I need {}, so I will use a tool."
+_GROUND = re.compile(rf"^{re.escape(words.GROUND)} (.+)\.$")
+_RELATION = re.compile(r"^Is the (.+) (?:left of|right of|above|below) the (.+)\?$")
+_COUNT = "How many objects are there?"
+_SIGN = "What does the sign say?"
+MODES = ("fly", "all")
+
+
+def scene_records(
+    source: Path,
+    output: Path,
+    bad: Left,
+    *,
+    mode: str = "fly",
+    read: bool = True,
+    detector: str = "detect_shapes",
+    reader: str = "ocr",
+) -> dict[str, Any]:
+    """Published records of scenes of `llavakit phantom scene`, with what the real skills find in them.
+
+    Args:
+        source: The folder, or one of its record files (`heldout.json`).
+        mode: "fly": a call in every turn that needs one; "all": what both tools find stands in front of the first
+            question, and no turn calls one.
+        read: Whether signs are read, about a second a picture; if not, questions about them are left out.
+        detector, reader: What the two skills are called.
+
+    Raises:
+        UserError: If the mode is unknown or the skills cannot run here.
+    """
+    check_choice("mode", mode, MODES)
+    source = source / "train.json" if source.is_dir() else source
+    box = Toolbox([renamed(build_skill("detect_shapes"), detector), renamed(build_skill("ocr"), reader)])
+    maker = _Scenes(box, detector, reader if read else None, mode)
+    for name in (detector, *([reader] if read else [])):
+        if why := box.state(box.skills[name]):
+            raise UserError(f"{name}: {why}")
+
+    def records() -> Iterator[dict[str, Any]]:
+        for line, raw in _entries(source, bad):
+            try:
+                record = maker.record(raw, source.parent)
+            except (FieldError, MediaError) as error:
+                field = error.field if isinstance(error, FieldError) else "image"
+                bad(RecordError(str(source), line, field, str(error)))
+                continue
+            if record is not None:
+                yield record
+
+    count = write_records(output, records())
+    return {"records": count, "calls": maker.calls, "questions left out": maker.dropped}
+
+
+class _Scenes:
+    """Makes records of scenes.
+
+    Attributes:
+        calls, dropped: Calls in the records, and questions that the skills could not help with.
+    """
+
+    def __init__(self, toolbox: Toolbox, detector: str, reader: str | None, mode: str) -> None:
+        self.toolbox, self.detector, self.reader, self.mode = toolbox, detector, reader, mode
+        self.calls = self.dropped = 0
+
+    def record(self, raw: Any, folder: Path) -> dict[str, Any] | None:
+        """A published record; None if no question of the scene is left."""
+        turns = raw.get("conversations") if isinstance(raw, Mapping) else None
+        if not isinstance(turns, list) or not isinstance(raw.get("image"), str):
+            raise FieldError("conversations", "must be a scene's turns, beside its image")
+        image = load_image(folder / raw["image"])
+        made: list[dict[str, Any]] = []
+        for asked, answered in zip(turns[::2], turns[1::2], strict=False):
+            question = str(asked["value"]).replace(MARK, "").strip().partition("\n")[0]
+            own = self._turns(question, str(answered["value"]), image, first=not made)
+            self.dropped += not own
+            made += own
+        if not made:
+            return None
+        made[0]["value"] = f"{MARK}\n{made[0]['value']}"
+        return {"unique_id": raw.get("id"), "image": raw["image"], "data_source": "phantom", "conversations": made}
+
+    def _turns(self, question: str, answer: str, image: Image.Image, first: bool) -> list[dict[str, Any]]:
+        name, params = self._call(question)
+        if name == "":
+            return []
+        result = None if name is None else self._run(name, params, image)
+        value = self._value(question, answer, result)
+        if value is None:
+            return []
+        asked = {"from": HUMAN, "value": question}
+        plain = {"from": MODEL, "thoughts": PLAIN_THOUGHTS, "actions": [], "value": value}
+        if self.mode == "all":
+            if first:
+                tools = [(self.detector, {}), *([(self.reader, {})] if self.reader else [])]
+                told = [result_text(own, self._run(own, given, image)) for own, given in tools]
+                asked["value"] = "\n".join(told) + f"\n\n{question}"
+            return [asked, plain]
+        if name is None:
+            return [asked, plain]
+        self.calls += 1
+        thoughts = NEED.format("the positions of objects" if name == self.detector else "the text in the image")
+        return [
+            asked,
+            {"from": MODEL, "thoughts": thoughts, "actions": [written(name, params)], "value": NOTICE.format(name)},
+            {"from": HUMAN, "value": asked_again(result_text(name, result), question)},
+            plain | {"thoughts": THANKS.format(name)},
+        ]
+
+    def _call(self, question: str) -> tuple[str | None, dict[str, Any]]:
+        """The tool that a question needs, with its arguments; None for no tool, "" for one that is not used."""
+        if found := _GROUND.match(question):
+            return self.detector, {"caption": found[1].lower()}
+        if found := _RELATION.match(question):
+            return self.detector, {"caption": f"{found[1]} . {found[2]}"}
+        if question == _COUNT:
+            return self.detector, {"caption": "object"}
+        if question == _SIGN:
+            return self.reader or "", {}
+        return None, {}
+
+    def _run(self, name: str, params: Mapping[str, Any], image: Image.Image) -> dict[str, Any]:
+        return published(self.toolbox.call(name, params, Artefacts(image)))
+
+    def _value(self, question: str, answer: str, result: Mapping[str, Any] | None) -> str | None:
+        """The answer as the tool bears it out; None where it does not."""
+        if result is None or _RELATION.match(question):
+            return answer
+        if question == _SIGN:
+            word = answer.rstrip(".").split()[-1]
+            return answer if word in [text.strip() for text in result.get("texts", ())] else None
+        if found := _GROUND.match(question):
+            boxes = rounded(result.get("boxes", []))
+            return f"The {found[1].lower()} is at {boxes[0]}." if len(boxes) == 1 else None
+        return answer
