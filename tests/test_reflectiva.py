@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from llavakit.checkpoints.convert import convert
+from llavakit.checkpoints.opening import open_checkpoint
 from llavakit.conversation.turns import TextDelta
 from llavakit.data.preparation import prepare
 from llavakit.errors import RecordError, UserError
@@ -23,11 +26,16 @@ from llavakit.model.processing import LlavakitProcessor
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.retrieval.entries import Entry, Hit
 from llavakit.retrieval.retriever import Retriever
+from llavakit.system import get_system
 from llavakit.systems.reflectiva import metrics
+from llavakit.systems.reflectiva.checkpoint import ReflectivaLayout
 from llavakit.systems.reflectiva.objective import Choices, losses
 from llavakit.systems.reflectiva.prompts import answer, judgement
 from llavakit.systems.reflectiva.responder import Reflection
 from llavakit.systems.reflectiva.tokens import NO_RELEVANT, NO_RETRIEVAL, RELEVANT, RETRIEVAL
+from llavakit.training.build import build_meta
+from llavakit.training.recipe import load_recipe
+from llavakit.views.plan import MediaSize
 
 GOLDEN = Path(__file__).parent / "golden" / "reflectiva"
 TOKENIZER = GOLDEN / "tiny_llava_llama31" / "tokenizer.json"
@@ -457,3 +465,87 @@ def test_training_lists(dialogues, tmp_path):
     (dialogues / "train_multiturn_infoseek.json").unlink()
     with pytest.raises(UserError, match=r"train_multiturn_infoseek\.json: is missing"):
         made()
+
+
+# Files
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The tiny case as a published folder, the tokenizer beside the weights."""
+    case = GOLDEN / "tiny_llava_llama31"
+    config = json.loads((case / "case.json").read_text())["config"]
+    folder, encoder = tmp_path / "ReflectiVA", tmp_path / "clip-tower"
+    folder.mkdir()
+    encoder.mkdir()
+    vision = {"model_type": "clip_vision_model", **config.pop("vision")}
+    (encoder / "config.json").write_text(json.dumps(vision))
+    raw = {key: value for key, value in config.items() if key not in ("special_ids", "weight_loss_special")}
+    raw |= {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "template_paragraph": "template_3"}
+    raw |= {"mm_vision_tower": str(encoder), "image_aspect_ratio": "pad", "mm_use_im_start_end": False}
+    raw |= {"mm_use_im_patch_token": False, "tokenizer_model_max_length": 4096, "unfreeze_mm_vision_tower": True}
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file(load_file(case / "weights.safetensors"), folder / "model.safetensors")
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_published_files_are_opened_and_written_back(published, tmp_path):
+    import llavakit
+
+    checkpoint = open_checkpoint(published)
+    config = checkpoint.config
+    assert (config.system, config.template, config.extras) == (
+        "reflectiva",
+        "reflectiva",
+        {"template_paragraph": "template_3"},
+    )
+    assert config.text_config.to_dict()["rope_parameters"]["rope_type"] == "llama3"
+    convert(published, tmp_path / "native", to="llavakit")
+    convert(tmp_path / "native", tmp_path / "again", to="original")
+    source, written = load_file(published / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert set(written) == set(source)
+    assert all(torch.equal(written[name], source[name]) for name in source)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["template_paragraph"] == "template_3"
+    replies = []
+    for folder in (published, tmp_path / "native", tmp_path / "again"):
+        model = llavakit.load(folder)
+        assert isinstance(model, Reflection)
+        assert model.frame.before.startswith("This may contain useful")
+        replies.append(model.chat(QUESTION, retrieve="never", max_new_tokens=5))
+    assert len(set(replies)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"template_paragraph": "template_8"}, "template_paragraph is 'template_8'"),
+        ({"image_aspect_ratio": "square"}, "image_aspect_ratio is 'square'"),
+        ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type is 'spatial'"),
+        ({"reflective_heads": 3}, "reflective_heads"),
+    ],
+)
+def test_files_that_are_something_else_are_refused(published, fields, said):
+    raw = json.loads((published / "config.json").read_text()) | fields
+    (published / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=said):
+        open_checkpoint(published)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "in_article.yaml"])
+def test_published_shapes_and_recipes(name):
+    net = build_meta(load_recipe(get_system("reflectiva").recipe.parent / name))
+    counts = {part: sum(p.numel() for p in own.parameters()) for part, own in net.model.named_children()}
+    counts["language_model"] += net.lm_head.weight.numel()
+    assert counts["language_model"] == 8_030_261_248
+    assert counts["vision_tower"] == 303_507_456
+    assert counts["multi_modal_projector"] == 20_979_712
+    assert sum(counts.values()) == 8_354_748_416
+    shapes = {key: tuple(t.shape) for key, t in ReflectivaLayout().write_state(net.config, net.state_dict())}
+    assert shapes["model.embed_tokens.weight"] == shapes["lm_head.weight"] == (128256, 4096)
+    assert shapes["model.layers.31.self_attn.k_proj.weight"] == (1024, 4096)
+    assert shapes["model.mm_projector.2.weight"] == (4096, 4096)
+    assert "model.vision_tower.vision_tower.vision_model.encoder.layers.23.mlp.fc2.bias" in shapes
+    assert net.model.media.count("image", MediaSize(1, 480, 640)) == 576
+    raw = ReflectivaLayout().write_config(net.config)
+    assert (raw["mm_vision_tower"], raw["template_paragraph"]) == ("openai/clip-vit-large-patch14-336", "template_1")

@@ -21,6 +21,7 @@ from llavakit.training.scaling import scale
 
 WORDS = ("<SUMMARY>", "</SUMMARY>", "<CAPTION>", "</CAPTION>", "<REASONING>", "</REASONING>", "<CONCLUSION>")
 MARKS = ("<image>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+REFLECTIVE = ("[No Retrieval]", "[Retrieval]", "[No Relevant]", "[Relevant]", "<paragraph>", "</paragraph>")
 STEPS = {"max_steps": 2, "batch_size": 2, "workers": 0, "shard": False, "log_steps": 1, "max_length": 2048}
 WORLDS = {
     "pictures": ("scene", {"size": 48}),
@@ -36,7 +37,7 @@ def worlds(tmp_path_factory):
     for name, (world, options) in WORLDS.items():
         write_world(world, folder / name, n=12, seed=0, **options)
         texts = json.loads((folder / name / "texts.json").read_text())
-        tiny_tokenizer(texts, specials=MARKS).save_pretrained(folder / name / "tokenizer")
+        tiny_tokenizer(texts, specials=(*MARKS, *REFLECTIVE)).save_pretrained(folder / name / "tokenizer")
     return folder
 
 
@@ -89,6 +90,7 @@ def text_alone(folder):
         ("surgical-llava", "operations", "video"),
         ("llava-critic", "scenes", "image"),
         ("video-llava", "scenes", "video"),
+        ("reflectiva", "pictures", "image"),
         ("llava-o1", "pictures", "image"),
         ("llava-plus", "pictures", "image"),
         ("med42-v2", "pictures", None),
