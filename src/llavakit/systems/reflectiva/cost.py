@@ -77,7 +77,7 @@ def cost() -> CostReport:
     report.add("one prefix, passages and answer behind it", shared, "FLOPs", group=group)
     report.add("of the original's", 100 * shared / original, "%", group=group)
     report.notes.append(
-        "The original also decodes up to 127 tokens for every judgement, of which it reads the first; they are not counted."
+        "The original also decodes up to 127 tokens for every judgement and reads the first; they are not counted."
     )
     report.notes.append("The answer is counted as one prompt with one passage.")
     return report
