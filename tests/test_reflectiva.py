@@ -462,9 +462,60 @@ def test_training_lists(dialogues, tmp_path):
     (dialogues / "train_multiturn_mix.json").write_text('[{"conversations": "x"}]')
     with pytest.raises(RecordError, match=r"train_multiturn_mix.json:1: conversations: must be a list"):
         made()
-    (dialogues / "train_multiturn_infoseek.json").unlink()
-    with pytest.raises(UserError, match=r"train_multiturn_infoseek\.json: is missing"):
+    for name in ("mix", "infoseek"):
+        (dialogues / f"train_multiturn_{name}.json").unlink()
+    assert made()[0] == [True]
+    (dialogues / "train_multiturn_encyclopedic.json").unlink()
+    with pytest.raises(UserError, match="holds no dialogue in train_multiturn_NAME"):
         made()
+
+
+@pytest.fixture
+def questions(tmp_path, lines):
+    PICTURE.save(tmp_path / "a.png")
+    pages = [{"id": f"page{n}", "passages": [f"Page {n} has {what}." for what in "abc"]} for n in range(3)]
+    rows = [
+        {"question_id": n, "image": "a.png", "text": "What?", "answer": "a|b", "page": f"page{n}", "evidence": n}
+        for n in range(3)
+    ]
+    return lines("q.jsonl", rows), lines("pages.jsonl", pages)
+
+
+def test_dialogues_from_evidence(questions, tmp_path, lines):
+    source, pages = questions
+    output = tmp_path / "first" / "train_multiturn_encyclopedic.json"
+    counts = prepare("reflective_pairs", source, output, pages=str(pages))
+    assert {name: counts[name] for name in ("records", "relevant")} == {"records": 6, "relevant": 3}
+    for n, record in enumerate(json.loads(output.read_text())):
+        third, last = (record["conversations"][turn]["value"] for turn in (2, 3))
+        evidence = f"<paragraph>Page {n // 2} has {'abc'[n // 2]}.</paragraph>"
+        assert (third == evidence) == (last == f"{RELEVANT}a") == (n % 2 == 0)
+        assert third.startswith(f"<paragraph>Page {n // 2} ")
+    prepare("reflective_list", output.parent, tmp_path / "train.json")
+    assert len(json.loads((tmp_path / "train.json").read_text())) == 6
+    wrong = lines("w.jsonl", [{"question_id": 1, "page": "page0", "evidence": 3}])
+    with pytest.raises(RecordError, match=r"w.jsonl:1: evidence: must be numbers of passages from 0 to 2"):
+        prepare("reflective_pairs", wrong, output, pages=str(pages))
+    lost = lines("l.jsonl", [{"question_id": 1, "page": "page9", "evidence": 0}])
+    counts = prepare("reflective_pairs", lost, output, pages=str(pages), on_bad_record="skip")
+    assert "pages.jsonl has no page 'page9'" in counts["left_out"][0]
+
+
+def test_dialogues_that_the_first_model_labels(questions, tmp_path, published):
+    source, pages = questions
+    output = tmp_path / "train_multiturn_infoseek.json"
+    options = {"pages": str(pages), "judge": str(published)}
+    counts = prepare("reflective_labels", source, output, **options)
+    records, kept = output.read_text(), output.with_suffix(".verdicts.jsonl")
+    assert len(kept.read_text().splitlines()) == counts["questions"] == 3
+    assert counts["records"] == len(json.loads(records)) > 0
+    for record in json.loads(records):
+        number = record["id"].split("-")[0]
+        own = f"Page {number} " in record["conversations"][2]["value"]
+        assert own or record["conversations"][3]["value"] == NO_RELEVANT
+    kept.write_text("".join(f"{line}\n" for line in kept.read_text().splitlines()[:2]) + '{"torn')
+    prepare("reflective_labels", source, output, **options)
+    assert output.read_text() == records
 
 
 # Files
@@ -549,3 +600,17 @@ def test_published_shapes_and_recipes(name):
     assert net.model.media.count("image", MediaSize(1, 480, 640)) == 576
     raw = ReflectivaLayout().write_config(net.config)
     assert (raw["mm_vision_tower"], raw["template_paragraph"]) == ("openai/clip-vit-large-patch14-336", "template_1")
+
+
+def test_costs():
+    from llavakit.systems.reflectiva.cost import cost
+
+    values = {row.name: row.value for row in cost().rows}
+    assert values["together"] == 8_354_748_416
+    assert values["640 positions, all logits"] == 9_820_711_157_760
+    assert values["1024 positions, the last logits"] == 14_844_457_648_128
+    assert values["1 position"] == 15_009_841_152
+    assert values["vision tower, the 23 layers that are read"] == 366_033_858_560
+    assert values["projector on 576 tokens"] == 24_159_191_040
+    assert values["keys and values of a position, 16 bit"] == 131_072
+    assert values["of the original's"] == pytest.approx(32.62, abs=0.01)

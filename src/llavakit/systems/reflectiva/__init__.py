@@ -24,7 +24,11 @@ SYSTEM = System(
             "encyclopedic-vqa": ".benchmarks:EncyclopedicVQA",
             "infoseek": ".benchmarks:InfoSeek",
         },
-        "preparations": {"reflective_list": ".dialogues:reflective_list"},
+        "preparations": {
+            "reflective_list": ".dialogues:reflective_list",
+            "reflective_pairs": ".labelling:reflective_pairs",
+            "reflective_labels": ".labelling:reflective_labels",
+        },
         "layouts": {"reflectiva": ".checkpoint:ReflectivaLayout"},
     },
     responder=".responder:Reflection",

@@ -3,8 +3,8 @@
     llavakit prepare reflective_list data/ReflectiVA-Data train.json -o seed=42
 
 The source is a folder with `train_multiturn_infoseek.json`, `train_multiturn_encyclopedic.json` and
-`train_multiturn_mix.json`. Dialogues of the first two ask for a passage and say whether it helps; those of the third
-are visual instructions that need none.
+`train_multiturn_mix.json`, or some of them. Dialogues of the first two ask for a passage and say whether it helps;
+those of the third are visual instructions that need none.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def reflective_list(
     found: dict[str, list[dict[str, Any]]] = {}
     for name in FILES:
         file = source / f"train_multiturn_{name}.json"
-        if not file.is_file():
-            raise UserError(f"{file}: is missing; the folder holds one such file for each of {', '.join(FILES)}")
         found[name] = []
+        if not file.is_file():
+            continue
         for record in read_records(file, bad):
             try:
                 made = framed(record, frame if name != "mix" else Frame(""))
@@ -111,6 +111,8 @@ def reflective_list(
             key = IDS[name]
             number = {"id": made[key]} if key in made else {}
             found[name].append({**made, **number, "asks_for_passage": name != "mix"})
+    if not any(found.values()):
+        raise UserError(f"{source}: holds no dialogue in train_multiturn_NAME.json, NAME one of {', '.join(FILES)}")
     shuffle = random.Random(seed).shuffle
     asking, direct = found["infoseek"] + found["encyclopedic"], found["mix"] * repeats
     records = ordered(asking, direct, resampler=resampler, shuffle=shuffle)
