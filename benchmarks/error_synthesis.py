@@ -53,16 +53,16 @@ def report(number: int) -> dict[str, str]:
     }
 
 
-def measured(source: Path, output: Path, processes: int) -> tuple[float, float]:
-    """Seconds of the command, and MiB of its largest process."""
+def measured(source: Path, output: Path, processes: int) -> tuple[float, float, float]:
+    """Seconds of the command, MiB of its largest process, and CPU seconds of all of them."""
     command = [sys.executable, "-m", "llavakit", "synthesize", "report_errors", str(source), str(output)]
     began = time.perf_counter()
     process = subprocess.Popen([*command, "repeated=keep", "--processes", str(processes)], stdout=subprocess.DEVNULL)
-    most = [0]
+    most, ended = [0], threading.Event()
 
     def watch() -> None:
         me = psutil.Process(process.pid)
-        while process.poll() is None:
+        while not ended.is_set():
             try:
                 for one in (me, *me.children(recursive=True)):
                     most[0] = max(most[0], one.memory_info().rss - one.memory_info().shared)
@@ -72,11 +72,13 @@ def measured(source: Path, output: Path, processes: int) -> tuple[float, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    if process.wait():
-        raise SystemExit("the command failed")
+    _, status, usage = os.wait4(process.pid, 0)  # its usage holds that of the processes it waited for
     seconds = time.perf_counter() - began
+    ended.set()
     watcher.join()
-    return seconds, most[0] / 2**20
+    if status:
+        raise SystemExit("the command failed")
+    return seconds, most[0] / 2**20, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -96,18 +98,20 @@ def main() -> None:
                     output = folder / f"{count}-{processes}-{number}.jsonl"
                     found = measured(source, output, processes)
                     old = best.get((count, processes), found)
-                    best[count, processes] = min(old[0], found[0]), max(old[1], found[1])
+                    best[count, processes] = min(old[0], found[0]), max(old[1], found[1]), min(old[2], found[2])
                     if count == options.reports:
                         digests.add(hashlib.sha256(output.read_bytes()).hexdigest())
                     for file in folder.glob(f"{output.stem}*"):
                         file.unlink()
-        for (count, processes), (seconds, memory) in best.items():
+        for (count, processes), (seconds, memory, used) in best.items():
             print(
                 f"{count:>7} reports, {processes} process{'es'[: 2 * (processes > 1)]}: {seconds:6.1f} s, "
-                f"{count / seconds:6.0f} reports/s, {memory:4.0f} MiB"
+                f"{used:6.1f} s of CPU, {count / seconds:6.0f} reports/s, {memory:4.0f} MiB"
             )
         speed = best[options.reports, 1][0] / best[options.reports, 2][0]
         print(f"two processes are {speed:.2f} times as fast as one: {speed / 2:.2f} of linear")
+        shared = best[options.reports, 1][2] / best[options.reports, 2][2]
+        print(f"they use {1 / shared:.2f} times its CPU time: at most {shared:.2f} of linear on free cores")
         print(f"outputs are {'the same bytes' if len(digests) == 1 else 'DIFFERENT'}; {os.cpu_count()} cores")
 
 

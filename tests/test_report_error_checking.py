@@ -460,12 +460,12 @@ def test_a_run_is_always_beside_blank_and_swapped_pictures(questions, tmp_path):
     assert not any("<image>" in text for text in reader.seen)
     assert found["simple"]["own"]["accuracy"] == 100
     assert found["simple"]["blank"]["accuracy"] == 50
-    assert found["simple"]["blank"]["fn"] == 4
+    assert found["simple_counts"]["blank"] == {"tp": 0, "tn": 4, "fp": 0, "fn": 4, "unparsed": 0}
     assert found["simple"]["swapped"]["accuracy"] < 100
     assert found["mcnemar"]["blank"] == {"only_first": 4, "only_second": 0, "p": 0.125}
     assert found["complex"]["own"]["accuracy"] == 50
     assert found["complex_confusion"]["insert"]["substitute"] == 2
-    assert found["simple_precision_at_prevalence"]["own"] == {"1 %": 100.0, "5 %": 100.0, "50 %": 100.0}
+    assert found["simple_precision_where_mistakes_are"]["own"] == {"1 %": 100.0, "5 %": 100.0, "50 %": 100.0}
     kept = [line for line in lines(tmp_path / "p.jsonl") if line["pictures"] == "own"]
     write(tmp_path / "short.jsonl", kept)
     with pytest.raises(RecordError, match=r"has no prediction in .*blank and swapped pictures are asked about too"):

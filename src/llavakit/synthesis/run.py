@@ -221,7 +221,8 @@ def _progress(job: Job, ledger: Ledger, runner: Any) -> Iterator[Callable[[], No
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         total = len(job.items)
         task = bar.add_task(type(job.pipeline).__name__, total=total)
 

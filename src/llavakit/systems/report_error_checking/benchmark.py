@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,8 +182,9 @@ class ReportErrors(Benchmark):
         found: dict[str, Any] = {"count": len(drafts), "members": len(files)}
         if len(files) > 1:
             found |= {"rule": rule, "tie": tie}
-        found |= _simple([draft for draft in drafts if draft.level == "simple"], decided)
-        found |= _complex([draft for draft in drafts if draft.level == "complex"], decided)
+        for level, tables in (("simple", _simple), ("complex", _complex)):
+            some = [draft for draft in drafts if draft.level == level]
+            found |= tables(some, decided) if some or not drafts else {}
         right = {key: said == truth for (key, said), truth in zip(decided.items(), _truths(drafts), strict=True)}
         tests = _controls(drafts, right)
         own = [right[draft.name] for draft in drafts]
@@ -280,47 +281,61 @@ def _right(file: str, drafts: Sequence[Draft], rule: str, tie: str, missing: str
     return [_decide([found[draft.name]], draft.level, rule, tie) == draft.answer for draft in drafts]
 
 
-def _simple(drafts: Sequence[Draft], decided: Mapping[str, str | None]) -> dict[str, Any]:
-    if not drafts:
-        return {}
-    table, precisions = {}, {}
+def _by_run(
+    drafts: Sequence[Draft], decided: Mapping[str, str | None], metrics: Callable[..., dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Metrics with own, blank and swapped pictures; the latter two only where drafts have any."""
+    found = {}
     for run in (OWN, *CONTROLS):
         asked = [draft for draft in drafts if run in draft.runs]
-        if not asked:
-            continue
-        said = [decided[run_id(draft.name, run)] for draft in asked]
-        found = answers.simple_metrics([draft.answer for draft in asked], said)
-        table[run] = _percents(found)
-        precisions[run] = {
-            f"{100 * share:g} %": percent(answers.precision_at(share, found["recall"], found["specificity"]))
+        if asked or run == OWN:
+            said = [decided[run_id(draft.name, run)] for draft in asked]
+            found[run] = metrics([draft.answer for draft in asked], said)
+    return found
+
+
+def _columns(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """A table of shares in percent, the first with its interval, by run."""
+    return {
+        run: {
+            names[0]: percent(own[names[0]]),
+            "low": percent(own["wilson95"][0]),
+            "high": percent(own["wilson95"][1]),
+            **{name: percent(own[name]) for name in names[1:]},
+        }
+        for run, own in found.items()
+    }
+
+
+def _simple(drafts: Sequence[Draft], decided: Mapping[str, str | None]) -> dict[str, Any]:
+    """Tables of the SIMPLE level."""
+    found = _by_run(drafts, decided, answers.simple_metrics)
+    precisions = {
+        run: {
+            f"{100 * share:g} %": percent(answers.precision_at(share, own["recall"], own["specificity"]))
             for share in answers.PREVALENCES
         }
-    return {"simple": table, "simple_precision_at_prevalence": precisions}
+        for run, own in found.items()
+    }
+    return {
+        "simple": _columns(found, ("accuracy", "recall", "specificity", "precision", "f1")),
+        "simple_counts": {
+            run: {name: own[name] for name in ("tp", "tn", "fp", "fn", "unparsed")} for run, own in found.items()
+        },
+        "simple_precision_where_mistakes_are": precisions,
+    }
 
 
 def _complex(drafts: Sequence[Draft], decided: Mapping[str, str | None]) -> dict[str, Any]:
-    if not drafts:
-        return {}
-    table, result = {}, {}
-    for run in (OWN, *CONTROLS):
-        asked = [draft for draft in drafts if run in draft.runs]
-        if not asked:
-            continue
-        said = [decided[run_id(draft.name, run)] for draft in asked]
-        found = answers.complex_metrics([draft.answer for draft in asked], said)
-        per_class, confusion = found.pop("per_class_f1"), found.pop("confusion")
-        table[run] = _percents(found) | {f"f1_{name}": percent(value) for name, value in per_class.items()}
-        if run == OWN:
-            result["complex_confusion"] = confusion
-    return {"complex": table, **result}
-
-
-def _percents(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Shares in percent, and the interval as two columns."""
-    low, high = found["wilson95"]
-    cells = {name: percent(value) if isinstance(value, float) else value for name, value in found.items()}
-    del cells["wilson95"]
-    return cells | {"low": percent(low), "high": percent(high)}
+    """Tables of the COMPLEX level."""
+    found = _by_run(drafts, decided, answers.complex_metrics)
+    return {
+        "complex": _columns(found, ("accuracy", "macro_f1")),
+        "complex_f1": {
+            run: {name: percent(value) for name, value in own["per_class_f1"].items()} for run, own in found.items()
+        },
+        "complex_confusion": found[OWN]["confusion"],
+    }
 
 
 def _controls(drafts: Sequence[Draft], right: Mapping[str, bool]) -> dict[str, Any]:

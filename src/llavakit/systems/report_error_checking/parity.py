@@ -117,11 +117,11 @@ def votes_and_metrics(case: Case) -> Iterator[Example | Result]:
         yield Example(f"votes.{name}", lambda votes=votes: votes()[0], f"votes.{name}")
 
     def alone() -> dict[str, Any]:
-        return _fractions(_ensemble(gold, models[:1])[1]["simple"])
+        return _fractions(_ensemble(gold, models[:1])[1])
 
     yield Example("metrics.model0", alone, "metrics.model0")
     ensemble = functools.cache(lambda: _ensemble(gold, models, tie=tie)[1])
-    yield Example("metrics.majority", lambda: _fractions(ensemble()["simple"]), "metrics.majority")
+    yield Example("metrics.majority", lambda: _fractions(ensemble()), "metrics.majority")
 
     def tested() -> dict[str, Any]:
         test = ensemble()["mcnemar"]["against"]  # the ensemble comes first there
@@ -139,23 +139,18 @@ def votes_and_metrics(case: Case) -> Iterator[Example | Result]:
     def types() -> dict[str, Any]:
         said = [text or "" for text in take(inputs["complex_pred"])]
         _, metrics = _ensemble(take(inputs["complex_gold"]), [said])
-        cells = metrics["complex"]["own"]
-        return {
-            "per_class_f1": {name: cells[f"f1_{name}"] / 100 for name in answers.TYPES},
-            "macro_f1": cells["macro_f1"] / 100,
-            "accuracy": cells["accuracy"] / 100,
-        }
+        shares = {name: value / 100 for name, value in metrics["complex"]["own"].items()}
+        by_type = {name: value / 100 for name, value in metrics["complex_f1"]["own"].items()}
+        return {"per_class_f1": by_type, "macro_f1": shares["macro_f1"], "accuracy": shares["accuracy"]}
 
     yield Example("complex", types, "complex")
 
 
-def _fractions(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Cells of the draft's own picture as the case writes them."""
-    cells = dict(table["own"])
-    interval = [cells.pop("low") / 100, cells.pop("high") / 100]
-    return {name: value / 100 if isinstance(value, float) else value for name, value in cells.items()} | {
-        "wilson95": interval
-    }
+def _fractions(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts and shares of the drafts' own pictures as the case writes them."""
+    cells = {name: value / 100 for name, value in metrics["simple"]["own"].items()}
+    interval = [cells.pop("low"), cells.pop("high")]
+    return metrics["simple_counts"]["own"] | cells | {"wilson95": interval}
 
 
 def _ensemble(

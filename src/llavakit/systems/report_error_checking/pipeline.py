@@ -95,10 +95,12 @@ class ReportErrors(Pipeline):
     def check(self, item: Any) -> None:
         """Refuse a report without ids, text or picture."""
         super().check(item)
-        for name in ("report_id", "subject_id"):
+        for name in ("report_id", "subject_id", "study_id"):
             value = item.get(name)
-            if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-                raise FieldError(name, "is missing; give a name" if value in (None, "") else "must be a text or number")
+            if value in (None, "") and name != "study_id":
+                raise FieldError(name, "is missing; give a name")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
+                raise FieldError(name, "must be a text or number")
         for name in ("findings", "text", "split"):
             if item.get(name) is not None and not isinstance(item[name], str):
                 raise FieldError(name, "must be a text")
