@@ -294,3 +294,140 @@ def test_counts_of_a_judge_are_read_or_asked_for_again(significant, wanted):
     assert rubric.parse(significant) is None
     assert rubric.counts(f"{first}{significant}\n{second} [(C, 2)]") is None  # not every type was counted
     assert rubric.counts(rubric.examples.split("Errors:\n")[1].split("##")[0])[0]["false_positive_finding"] == 1
+
+
+def ask(chat, image, indication: str, **options) -> str:
+    text = f"Provide a description of the findings in the radiology image given the following indication: {indication}"
+    part = {"type": "image", "image": image}
+    return chat.chat([{"role": "user", "content": [part, {"type": "text", "text": text}]}], **options)
+
+
+def test_chat_reads_a_dicom_as_its_picture(published, tmp_path):
+    """MONOCHROME1 is shown inverted: the file of inverted values is the same picture."""
+    from test_media_dicom import radiograph
+
+    import llavakit
+
+    folder, base, *_ = published
+    chat = llavakit.load(folder, base=base, device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 4096, (40, 71)).astype(np.uint16)
+    replies = []
+    for name, values, kind in (("a", pixels, "MONOCHROME2"), ("b", 4095 - pixels, "MONOCHROME1")):
+        (tmp_path / f"{name}.dcm").write_bytes(radiograph(values, PhotometricInterpretation=kind, BitsStored=12))
+        replies.append(ask(chat, str(tmp_path / f"{name}.dcm"), "Cough.", max_new_tokens=6))
+    grey = np.round(pixels / 4095 * 255).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    replies.append(ask(chat, str(tmp_path / "a.png"), "Cough.", max_new_tokens=6))
+    assert replies[0] == replies[1]
+    assert replies[0]
+
+
+def test_any_batch_gives_each_request_what_it_gets_alone(published):
+    """The original batches queries of equal length only; here lengths, pictures and ends differ in one batch."""
+    from llavakit.generation.engine import Engine
+    from llavakit.generation.request import Request, SamplingParams
+
+    folder, base, *_ = published
+    checkpoint = open_checkpoint(folder, base=base)
+    net, processor = build(checkpoint).eval(), load_processor(checkpoint, base)
+    rng = np.random.default_rng(1)
+    requests = []
+    for n, words in enumerate(("Cough.", "Fever and cough for two weeks, rule out pneumonia.", "", "Fall.", "Line.")):
+        picture = Image.fromarray(rng.integers(0, 255, (28 + n, 40, 3), dtype=np.uint8))
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": f"Findings given: {words}"}]
+        sample = processor.encode([{"role": "user", "content": content}], add_generation_prompt=True)
+        fields = {name: torch.as_tensor(sample[name]) for name in ("input_ids", "visual_sizes", "visual_modalities")}
+        fields["pixel_values"] = sample["pixel_values"]
+        requests.append(Request(**fields, sampling=SamplingParams(max_new_tokens=8 - n)))
+    alone = [Engine(net, max_batch=1).generate([request])[0].token_ids for request in requests]
+    for size in (2, 8):
+        together = Engine(net, max_batch=size).generate(requests)
+        assert [reply.token_ids for reply in together] == alone
+    assert len({len(request.input_ids) for request in requests}) > 1
+
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  ___ year old woman with cough
+   and fever.
+
+ COMPARISON:  ___.
+
+ FINDINGS:
+
+ Compared to the prior chest radiograph, the lungs are clear.  There is no
+ pleural effusion.  Findings were discussed with Dr. ___ by telephone at 3:15 pm.
+ Heart size is unchanged from the previous study.
+
+ IMPRESSION:
+
+ No acute process.
+"""
+
+
+def test_rules_cut_the_findings_out_and_clean_them(tmp_path):
+    from llavakit.synthesis.run import synthesize
+    from llavakit.systems.llava_rad import sections
+
+    assert list(sections.headings(REPORT)) == [
+        "FINAL REPORT",
+        "EXAMINATION",
+        "INDICATION",
+        "COMPARISON",
+        "FINDINGS",
+        "IMPRESSION",
+    ]
+    assert sections.reason(REPORT) == "___ year old woman with cough and fever."
+    assert sections.cleaned(sections.findings_section(REPORT)) == (
+        "The lungs are clear. There is no pleural effusion. Heart size is unchanged."
+    )
+    assert sections.findings_section(REPORT.replace("FINDINGS", "FINDINGS AND IMPRESSION")) is None
+    assert sections.findings_section("IMPRESSION: Findings: none of note.") is None
+    assert sections.findings_section("findings:\r\nClear.\r\nImpression: fine") == "Clear."
+    assert sections.cleaned("In comparison with the study of ___, there is little change.") == ""
+    assert sections.cleaned("No change in the interval. A nodule.") == "No change. A nodule."
+    records = [{"id": n, "report": text, "image": "a.png", "view": "PA"} for n, text in enumerate((REPORT, "Clear."))]
+    source = write_annotations(tmp_path / "raw.json", records)
+    synthesize("findings_by_rules", source, tmp_path / "out.json")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [(r["id"], r["generate_method"], r["view"]) for r in written] == [(0, "rule-based", "PA")]
+    refused = (tmp_path / "out.refused.jsonl").read_text()
+    assert "has no findings section of its own" in refused
+    counts = prepare("mimic_cxr_findings", tmp_path / "out.json", tmp_path / "train.json")
+    assert counts["written"] == 1
+    asked = json.loads((tmp_path / "train.json").read_text())[0]["conversations"][0]["value"]
+    assert asked.endswith("given the following indication: ___ year old woman with cough and fever.")
+
+
+def test_a_teacher_is_asked_where_rules_fail_and_may_add_nothing(tmp_path):
+    from fake_api import FakeAPI, completion
+
+    from llavakit.synthesis.run import synthesize
+
+    texts = [REPORT, "Clear lungs, no effusion. Impression: fine.", "A nodule of 3 mm. Follow up.", "Nothing to see."]
+    source = write_annotations(tmp_path / "raw.json", [{"id": n, "report": text} for n, text in enumerate(texts)])
+    replies = {
+        "Clear lungs": '{"findings": "Clear lungs, no effusion.", "reason": null}',
+        "A nodule": '{"findings": "Large pneumothorax with mediastinal shift."}',
+        "Nothing to see": 'Sure: {"findings": null, "reason": null}',
+    }
+    asked = []
+
+    def answer(body):
+        prompt = body["messages"][-1]["content"]
+        asked.append(prompt)
+        return completion(next(reply for words, reply in replies.items() if words in prompt))
+
+    with FakeAPI(answer) as api:
+        synthesize("findings_by_teacher", source, tmp_path / "out.json", teacher="m", base_url=api.url)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [(record["id"], record["generate_method"]) for record in written] == [(0, "rule-based"), (1, "teacher")]
+    assert written[1]["conversations"][1]["value"] == "Clear lungs, no effusion."
+    assert not any("PA AND LAT" in prompt for prompt in asked)
+    assert sum("A nodule" in prompt for prompt in asked) == 2  # its words are not the report's, so it is asked again
+    refused = [json.loads(line) for line in (tmp_path / "out.refused.jsonl").read_text().splitlines()]
+    assert [line["reason"][:30] for line in refused] == [
+        "the teacher's replies are not ",
+        "the teacher finds no findings ",
+    ]

@@ -19,6 +19,10 @@ SYSTEM = System(
     parts={
         "layouts": {"llava-rad": ".checkpoint:Published"},
         "preparations": {"mimic_cxr_findings": ".records:mimic_cxr_findings"},
+        "pipelines": {
+            "findings_by_rules": ".sections:FindingsByRules",
+            "findings_by_teacher": ".sections:FindingsByTeacher",
+        },
         "rubrics": {"chexprompt": ".rubrics:CHEXPROMPT"},
     },
 )

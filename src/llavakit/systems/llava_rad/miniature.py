@@ -81,9 +81,9 @@ def radiographs(count: int, generator: torch.Generator) -> Studies:
         spot = torch.rand(count, 2, generator=generator) * torch.tensor([6.0, 3.0]) + torch.tensor([6.0, -1.5])
         nodule = lung * _ellipse(y, x, shift + spot + torch.tensor([0.0, column]), axes(1.6, 1.6))
         picture = picture - 0.4 * lung
-        picture = picture + 0.3 * base * there[:, 1 + side, None, None]
-        picture = picture + 0.2 * nodule * there[:, 3 + side, None, None]
-    wide = torch.where(there[:, 0], 5.0, 3.2)
+        picture = picture + 0.2 * base * there[:, 1 + side, None, None]
+        picture = picture + 0.14 * nodule * there[:, 3 + side, None, None]
+    wide = torch.where(there[:, 0], 4.4, 3.4)
     heart = _ellipse(y, x, at(14.0, 12.5), torch.stack([torch.full((count,), 4.5), wide], dim=1))
     picture = torch.maximum(picture, 0.75 * heart)
     picture = picture + 0.07 * torch.randn(picture.shape, generator=generator)
@@ -250,7 +250,7 @@ def one_arm(arm: str, seed: int, encoder_steps: int, steps: int, pairs: int, hel
         scores = writer(seen[rows], ids[rows, :-1])
         return F.cross_entropy(scores.flatten(0, 1), ids[rows, 1:].flatten(), ignore_index=IDS["<pad>"])
 
-    _optimise(list(writer.parameters()), loss, steps, 3e-3)
+    _optimise(list(writer.parameters()), loss, steps, 1e-3)
     written = writer.eval().write(unseen)
     said = torch.tensor([[f"there is {name} ." in text for name in FINDINGS] for text in written])
     hits = int((said & fresh.labels).sum())
