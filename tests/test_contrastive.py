@@ -188,3 +188,20 @@ def test_records_need_a_text(world, tmp_path):
     (world / "bare.json").write_text(json.dumps([{"image": "0.png"}] * 4))
     with pytest.raises(RecordError, match="text: is missing"):
         run(world, tmp_path, file="bare.json")
+
+
+def test_the_recipe_of_llava_rads_encoder_trains_made_small(world, tmp_path):
+    from llavakit.system import get_system
+    from llavakit.training.recipe import load_recipe
+
+    raw = load_recipe(get_system("llava-rad").recipe.with_name("encoder.yaml")).model_dump()
+    published = raw["stages"][0]["objective"]
+    assert (published["type"], published["width"], published["length"]) == ("contrastive", 512, 256)
+    raw["parts"]["vision_config"] |= {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    raw["parts"]["vision_config"] |= {"image_size": 24, "patch_size": 8}
+    raw["parts"]["media"]["image"]["views"]["size"] = 24
+    raw["stages"][0] |= {"batch_size": 4, "max_steps": 2, "bf16": False, "dtype": "float32", "workers": 0}
+    raw["stages"][0]["objective"] |= {"text": None, "text_config": TEXT, "tokenizer": str(world / "tokenizer")}
+    raw["data"] = [{"name": "pairs", "path": str(world / "pairs.json"), "images": str(world / "images")}]
+    result = train(parse_recipe(raw | {"output": str(tmp_path)}), console=Console(quiet=True))
+    assert Pair.load(result.final).vision_tower.config.model_type == "dinov2"

@@ -64,7 +64,7 @@ def _ellipse(y: Tensor, x: Tensor, centre: Tensor, axes: Tensor) -> Tensor:
 def radiographs(count: int, generator: torch.Generator) -> Studies:
     """Fresh radiographs with reports."""
     there = torch.rand(count, len(FINDINGS), generator=generator) < 0.3
-    shift = torch.randint(-1, 2, (count, 2), generator=generator).float()
+    shift = torch.randint(-2, 3, (count, 2), generator=generator).float()
     rows = torch.arange(SIDE).float()
     y, x = rows[None, :, None], rows[None, None, :]
 
@@ -81,9 +81,9 @@ def radiographs(count: int, generator: torch.Generator) -> Studies:
         spot = torch.rand(count, 2, generator=generator) * torch.tensor([6.0, 3.0]) + torch.tensor([6.0, -1.5])
         nodule = lung * _ellipse(y, x, shift + spot + torch.tensor([0.0, column]), axes(1.6, 1.6))
         picture = picture - 0.4 * lung
-        picture = picture + 0.2 * base * there[:, 1 + side, None, None]
-        picture = picture + 0.14 * nodule * there[:, 3 + side, None, None]
-    wide = torch.where(there[:, 0], 4.4, 3.4)
+        picture = picture + 0.1 * base * there[:, 1 + side, None, None]
+        picture = picture + 0.1 * nodule * there[:, 3 + side, None, None]
+    wide = torch.where(there[:, 0], 4.2, 3.6)
     heart = _ellipse(y, x, at(14.0, 12.5), torch.stack([torch.full((count,), 4.5), wide], dim=1))
     picture = torch.maximum(picture, 0.75 * heart)
     picture = picture + 0.07 * torch.randn(picture.shape, generator=generator)
