@@ -230,3 +230,42 @@ def test_chat_and_evaluation_take_them(folders: dict[str, Path], tmp_path: Path,
     questions.write_text(json.dumps(row) + "\n")
     evaluate(model, "exact_match", questions, tmp_path / "p.jsonl", max_new_tokens=4)
     assert json.loads((tmp_path / "p.jsonl").read_text())["text"] == said
+
+
+@pytest.mark.parametrize(("kind", "encoded"), [("mllama", 1), ("gemma3", 3)])  # windows cannot be cut
+def test_forks_and_further_questions_encode_a_picture_once(models, kind, encoded, tmp_path) -> None:
+    model = models[kind]
+    bare = TransformersResponder(model.model, model.processor, prefix_bytes=0)
+    kept = TransformersResponder(model.model, model.processor)
+    sampling = SamplingParams(max_new_tokens=5, eos_token_ids=(), n=3, temperature=1.0, seed=3)
+    image = asked(model)[0]["content"][0]
+
+    def answers(responder):
+        used = []
+        root = responder.begin(asked(model))
+        (branches,) = responder.expand([root], sampling, used.append)
+        (branches,) = responder.expand([branches[1]], sampling, used.append)
+        texts = [branch.ids for branch in branches]
+        for question in ("And what is that?", "And what is this?"):
+            turn = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+            response = responder.submit(turn, max_new_tokens=4, eos_token_ids=())
+            texts.append(tuple(response.result().token_ids))
+            used.append(response.usage)
+        texts.append(
+            tuple(responder.submit([{"role": "user", "content": "Hello."}], max_new_tokens=3).result().token_ids)
+        )
+        return texts, used
+
+    found, used = answers(kept)
+    wanted, whole = answers(bare)
+    assert found == wanted
+    assert sum(one.encoded for one in used) == encoded
+    assert sum(one.encoded for one in whole) == 4
+    again = [one for one in used if one.prompt_tokens]
+    assert [one.cached_tokens > 0 for one in again] == [False, True, *[encoded == 1] * 2]
+    other = tmp_path / "other.png"
+    Image.new("RGB", (12, 12), "blue").save(other)
+    turn = [{"role": "user", "content": [{"type": "image", "image": str(other)}, {"type": "text", "text": "What?"}]}]
+    first = kept.submit(turn, max_new_tokens=4, eos_token_ids=())
+    assert first.result().token_ids == bare.submit(turn, max_new_tokens=4, eos_token_ids=()).result().token_ids
+    assert first.usage.encoded == 1

@@ -99,7 +99,7 @@ def test_a_judge_that_is_right_gives_the_best_of_every_stage():
         return int(second > first)
 
     sampling = SamplingParams(n=4, temperature=0.6)
-    reply = by_stage(expand, ROOT, sampling, compare, lambda n: int(draws.randint(n)))
+    *_, reply = by_stage(expand, ROOT, sampling, compare, lambda n: int(draws.randint(n)))
     assert reply.text == "".join(f"<{name}> {name} 3 {end_of(name)}" for name in NAMES)
     assert asked == [(name, 4) for name in NAMES]
     assert compared == [name for name in NAMES for _ in range(3)]
@@ -109,7 +109,7 @@ def test_a_judge_that_is_right_gives_the_best_of_every_stage():
 @pytest.mark.parametrize(("cutoff", "rounds"), [(float("inf"), 5), (float("-inf"), 1)])
 def test_retracing_goes_back_until_reasonings_are_good_enough(cutoff, rounds):
     expand, asked = scripted(lambda stage, n: [f"{stage} {number}" for number in range(n)])
-    reply = swires(expand, ROOT, SAMPLING, lambda prompt, texts: [0.0] * len(texts), "q", Retracing(cutoff=cutoff))
+    *_, reply = swires(expand, ROOT, SAMPLING, lambda prompt, texts: [0.0] * len(texts), "q", Retracing(cutoff=cutoff))
     stages = [stage for stage, _ in asked]
     assert [stages.count(name) for name in NAMES] == [1, rounds, 4 * rounds, 3]
     assert reply.text.endswith("</CONCLUSION>")

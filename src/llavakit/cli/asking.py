@@ -65,6 +65,9 @@ def chat(
     responder: WayToAnswer = None,
     responder_option: WayOptions = None,
     search: Search = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Note steps on the way, and tokens, on standard error.")
+    ] = False,
     store: Knowledge = None,
     tools: Tools = None,
 ) -> None:
@@ -76,7 +79,7 @@ def chat(
     Examples:
       llavakit chat runs/demo/final --image scan.png --prompt "Is there an effusion?"
       llavakit chat llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg
-      llavakit chat MODEL --image a.jpg --responder llava-o1 --search stage
+      llavakit chat MODEL --image a.jpg --responder llava-o1 --search stage --trace
       llavakit chat aimagelab/ReflectiVA --image bridge.jpg --store pages
       llavakit chat MODEL --video clip.mp4 --processor sampling.type=rate --processor sampling.fps=2
       echo "What is in the picture?" | llavakit chat MODEL --image a.jpg
@@ -97,7 +100,7 @@ def chat(
     )
     if processor:
         loaded.configure(assignments(processor))
-    session = Session(loaded, settings, system)
+    session = Session(loaded, settings, system, trace=trace)
     session.attached = attached
     if prompt is not None:
         session.say(prompt)

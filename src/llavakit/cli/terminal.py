@@ -6,14 +6,16 @@ model's business.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavakit.conversation.turns import CallEvent, Event, PictureEvent, ReasoningDelta, TextDelta
+from llavakit.conversation.turns import CallEvent, Event, PictureEvent, ReasoningDelta, TextDelta, TraceEvent
 from llavakit.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class Session:
         write: Takes pieces of text as they come.
         note: Takes pieces of reasoning as they come; by default they go to standard error, so that a pipe gets the
             answer alone.
+        trace: Whether to note what a responder did on the way, and what an answer took, as lines of JSON.
     """
 
     def __init__(
@@ -97,7 +100,9 @@ class Session:
         system: str | None = None,
         write: Callable[[str], Any] | None = None,
         note: Callable[[str], Any] | None = None,
+        trace: bool = False,
     ) -> None:
+        self.trace = trace
         self.model, self.options, self.system = model, dict(options or {}), system
         self.write, self.note = write or _write, note or _note
         self._stage: str | None = None  # whose text was written last
@@ -137,12 +142,21 @@ class Session:
         finally:
             response.cancel()
         self.write("\n")
+        if self.trace:
+            self._note_trace("usage", asdict(response.usage))
         answer = response.answers[0]
         self.messages += [turn, answer.message()]
         return answer.content
 
+    def _note_trace(self, name: str, data: Any) -> None:
+        self.note(f"{'' if self._stage is None else chr(10)}[{name}] {json.dumps(data, ensure_ascii=False)}\n")
+        self._stage = None
+
     def _show(self, event: Event) -> None:
         match event:
+            case TraceEvent(name=name, data=data) if self.trace:
+                self._note_trace(name, data)
+                return
             case ReasoningDelta(text=text, stage=stage):
                 stage = stage or "reasoning"
                 self.note(text if stage == self._stage else f"\n[{stage}] {text.lstrip()}")

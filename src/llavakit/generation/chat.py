@@ -24,9 +24,9 @@ from llavakit.errors import UserError
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import PromptTooLong, Request, RequestHandle, SamplingParams, StreamChunk
 from llavakit.generation.responder import Call, Messages, Responder
-from llavakit.generation.response import Answer, FinishEvent, Listener, Response, Usage, chunk_events
+from llavakit.generation.response import Answer, FinishEvent, Listener, Response, chunk_events
 from llavakit.generation.scoring import Score, check_replies, one_begin, shared_length, text_ids
-from llavakit.generation.search import Branch, expand_branches
+from llavakit.generation.search import Branch, Count, expand_branches
 from llavakit.generation.stopping import before_stop, generate_options, stop_token_ids
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
@@ -173,20 +173,28 @@ class Chat(Responder):
 
     # ------------------------------------------------------------------ prefixes and likelihoods
 
-    def begin(self, messages: Messages, prefix: str = "") -> Branch:
+    def begin(
+        self,
+        messages: Messages,
+        prefix: str = "",
+        before_media: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> Branch:
         """The root of a search: the prompt with its media, read once.
 
         Args:
             prefix: Beginning of the reply, which every branch continues.
+            before_media: See `Responder.submit`.
         """
         messages = self.codec.prepare(messages)
         if prefix:
             messages = [*messages, {"role": "assistant", "content": prefix}]
-        return Branch(self.request(messages, continue_final_message=bool(prefix)))
+        return Branch(self.request(messages, continue_final_message=bool(prefix), before_media=before_media))
 
-    def expand(self, branches: Sequence[Branch], sampling: SamplingParams) -> list[list[Branch]]:
+    def expand(
+        self, branches: Sequence[Branch], sampling: SamplingParams, count: Count | None = None
+    ) -> list[list[Branch]]:
         """Continue every branch `sampling.n` times, all of them together; see `llavakit.generation.search`."""
-        return expand_branches(self.engine, branches, sampling)
+        return expand_branches(self.engine, branches, sampling, count)
 
     def continue_from(
         self, messages: Messages, prefix: str, sampling: SamplingParams | None = None, **fields: Any
@@ -352,7 +360,7 @@ class EngineResponse(Response):
         if answer.finish_reason is not None:  # it failed
             return
         self._tokens += len(chunk.token_ids)
-        self.usage = Usage(handle.prompt_tokens, self._tokens, handle.reused_tokens)
+        self.usage = replace(handle.usage, completion_tokens=self._tokens)
         for event in chunk_events(chunk, self._parsers[chunk.index]):
             if not isinstance(event, FinishEvent):
                 self.deliver(event)

@@ -381,12 +381,14 @@ class Engine:
 
     def _prefill(self, handle: RequestHandle) -> tuple[list[_Row], Tensor]:
         """Compute a prompt once and place one row per reply; logits of its last position [1, vocabulary]."""
+        before = self.prompts.encoded
         prompt = self.prompts.read(handle.request)
         params = handle.request.sampling
         budget = min(params.max_new_tokens, self.max_length - prompt.length)
         eos = self.eos_token_ids if params.eos_token_ids is None else frozenset(params.eos_token_ids)
         rows = [_Row(handle, index, prompt, budget, eos) for index in range(params.n)]
         states, logits = self._run_prompt(handle, prompt)
+        handle.encoded = self.prompts.encoded - before
         if not bool(torch.isfinite(logits.max())):
             raise FloatingPointError("the model gave logits that are not finite for this prompt")
         for row in rows:

@@ -13,28 +13,31 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from llavakit.conversation.codecs import Codec, get_codec
 from llavakit.conversation.encode import escape_special_tokens
 from llavakit.conversation.messages import normalise
 from llavakit.conversation.turns import CallEvent, Event
 from llavakit.errors import CheckpointError, UserError
+from llavakit.generation.cache import ByteBounded
 from llavakit.generation.request import PromptTooLong, Reply, SamplingParams, StreamChunk
 from llavakit.generation.responder import Call, Messages, Responder
 from llavakit.generation.response import Answer, FinishEvent, Response, Usage, chunk_events
 from llavakit.generation.sampling import RowRng, TokenSampler, choice_seed
 from llavakit.generation.scoring import Score, check_replies, shared_length, text_ids
-from llavakit.generation.search import Branch
+from llavakit.generation.search import Branch, Count
 from llavakit.generation.stopping import StopStrings, check_stops, stop_token_ids
 from llavakit.generation.streaming import TextStream
 from llavakit.media.image import load_image
 from llavakit.media.source import Limits
 
 WEIGHTLESS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+_MOST_PREFIXES = 4
 _ENCODED = re.compile(r"^(pixel_values|mm_encoder_outputs|input_features)")  # inputs that only the prompt has
 
 
@@ -109,6 +112,7 @@ class TransformersResponder(Responder):
         name: What to call it in messages.
         max_batch: Most replies of one request.
         codec: How the model writes reasoning and tool calls.
+        prefix_bytes: Memory for states of prompts, from which prompts that begin in the same way go on.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class TransformersResponder(Responder):
         name: str = "model",
         max_batch: int = 16,
         codec: str | Codec | None = None,
+        prefix_bytes: int = 1 << 30,
     ) -> None:
         super().__init__(name=name, capacity=max_batch)
         self.model, self.processor, self.codec = model.eval(), processor, get_codec(codec)
@@ -132,7 +137,16 @@ class TransformersResponder(Responder):
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         self.eos_token_ids = tuple(sorted({i for i in [*ends, self.tokenizer.eos_token_id] if i is not None}))
         placeholders = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
+        self._prefixes = _Prefixes(prefix_bytes if self._forks_anywhere else 0)
         self._placeholders = re.compile("|".join(re.escape(str(one)) for one in placeholders if one) or r"(?!)")
+
+    @property
+    def _forks_anywhere(self) -> bool:
+        """Whether states depend on nothing but what lies in front of them: not so where the model itself remembers
+        positions of its last prompt.
+        """
+        inner = getattr(self.model, "model", self.model)
+        return not (self._stateful or hasattr(inner, "rope_deltas") or hasattr(self.model, "rope_deltas"))
 
     @property
     def tokenizer(self) -> Any:
@@ -170,8 +184,7 @@ class TransformersResponder(Responder):
         inputs = self._inputs(prepared, opening, call.before_media)
         parsers = [parser() for _ in range(params.n)]
         called = [False] * params.n
-        call.count(Usage(prompt_tokens=inputs["input_ids"].shape[1]))
-        for chunk in self._chunks(inputs, params, call.check):
+        for chunk in self._chunks(inputs, params, call.check, call.count):
             call.count(Usage(completion_tokens=len(chunk.token_ids)))
             for event in chunk_events(chunk, parsers[chunk.index]):
                 if isinstance(event, FinishEvent) and event.reason == "stop" and called[chunk.index]:
@@ -179,16 +192,29 @@ class TransformersResponder(Responder):
                 called[chunk.index] |= isinstance(event, CallEvent)
                 yield event
 
-    def begin(self, messages: Messages, prefix: str = "") -> Branch:
+    def begin(
+        self,
+        messages: Messages,
+        prefix: str = "",
+        before_media: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> Branch:
         """The root of a search, see `llavakit.generation.search`.
 
         Args:
             prefix: Beginning of the reply, which every branch continues.
+            before_media: See `Responder.submit`.
         """
-        return Branch(self._inputs(self.codec.prepare(messages), prefix))
+        return Branch(self._inputs(self.codec.prepare(messages), prefix, before_media))
 
-    def expand(self, branches: Sequence[Branch], sampling: SamplingParams) -> list[list[Branch]]:
-        """Continue every branch `sampling.n` times; a branch that is finished comes back alone."""
+    def expand(
+        self, branches: Sequence[Branch], sampling: SamplingParams, count: Count | None = None
+    ) -> list[list[Branch]]:
+        """Continue every branch `sampling.n` times; a branch that is finished comes back alone.
+
+        Args:
+            count: Called with what was used.
+        """
+        note = count or _uncounted
         grown = []
         for number, branch in enumerate(branches):
             if branch.finished:
@@ -196,7 +222,9 @@ class TransformersResponder(Responder):
                 continue
             seed = None if sampling.seed is None else choice_seed(sampling.seed, number * sampling.n)
             replies = [Reply(index) for index in range(sampling.n)]
-            for chunk in self._chunks(_longer(branch.request, branch.ids), replace(sampling, seed=seed)):
+            longer = _longer(branch.request, branch.ids)
+            for chunk in self._chunks(longer, replace(sampling, seed=seed), count=note):
+                note(Usage(completion_tokens=len(chunk.token_ids)))
                 reply = replies[chunk.index]
                 reply.token_ids += chunk.token_ids
                 reply.text += chunk.text
@@ -251,7 +279,7 @@ class TransformersResponder(Responder):
         if self._stateful:  # their states do not take several ids at once
             whole = [self.model(**_longer(inputs, ids)).logits[0] for ids in replies]
             return [logits[-len(ids) - 1 : -1] for logits, ids in zip(whole, replies, strict=True)]
-        states, first = self._prefill(inputs)
+        states, first, _ = self._prompt_states(inputs)
         found = []
         for ids in replies:
             fed = torch.tensor([list(ids[:-1])], device=self.model.device, dtype=torch.long)
@@ -347,13 +375,45 @@ class TransformersResponder(Responder):
         # `generate` prepares what its decoding loops get (positions, cache), for every class as it needs it
         return self.model.generate(**inputs, custom_generate=prefill, do_sample=False, max_new_tokens=1, use_cache=True)
 
+    def _prompt_states(self, inputs: Mapping[str, Tensor]) -> tuple[_States, Tensor, Usage]:
+        """States behind a prompt, the logits of its last position, and what was computed for them.
+
+        States of a few prompts are kept. One that begins like a kept one, with the same media in the part that is
+        shared, goes on from there; so forks and further questions about a picture do not encode it again.
+        """
+        length, media = inputs["input_ids"].shape[1], self._media_in(inputs)
+        shared, states = self._prefixes.find(inputs, media.ends)
+        if states is None:
+            states, logits = self._prefill(inputs)
+        else:
+            logits = states.step(inputs["input_ids"][:, shared:])[:, -1]
+        self._prefixes.put(inputs, states)
+        return states, logits, Usage(length, cached_tokens=shared, encoded=0 if shared else media.count)
+
+    def _media_in(self, inputs: Mapping[str, Tensor]) -> _Media:
+        if not any(_ENCODED.match(name) for name in inputs):
+            return _Media(0, 0)
+        names = [getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
+        ids = [self.tokenizer.convert_tokens_to_ids(str(name)) for name in names if name]
+        ids += [getattr(self.model.config, f"image_token_{end}", None) for end in ("id", "index")]
+        marked = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor([i for i in ids if i is not None]))
+        if not marked.any():  # where they are is not known, so no part of this prompt is shared
+            return _Media(1, inputs["input_ids"].shape[1])
+        begins = int((marked[1:] & ~marked[:-1]).sum()) + int(marked[0])
+        return _Media(begins, int(marked.nonzero()[-1]) + 1)
+
     def _chunks(
-        self, inputs: Mapping[str, Tensor], params: SamplingParams, check: Callable[[], None] = lambda: None
+        self,
+        inputs: Mapping[str, Tensor],
+        params: SamplingParams,
+        check: Callable[[], None] = lambda: None,
+        count: Count | None = None,
     ) -> Iterator[StreamChunk]:
         """Pieces of all replies, token by token.
 
         Args:
             check: Called before every step; raises to stop.
+            count: Called with what the prompt took.
         """
         check_stops(params, self.tokenizer)
         eos = frozenset(self.eos_token_ids if params.eos_token_ids is None else params.eos_token_ids)
@@ -369,10 +429,13 @@ class TransformersResponder(Responder):
                 if self._stateful and params.n > 1:  # such states cannot be repeated
                     ids, further = self.model._expand_inputs_for_generation(expand_size=params.n, **inputs)
                     states, logits = self._prefill({"input_ids": ids, **further})
+                    used = Usage(length, encoded=self._media_in(inputs).count)
                 else:
-                    states, logits = self._prefill(inputs)
-                    states = states.forked(params.n) if params.n > 1 else states
+                    states, logits, used = self._prompt_states(inputs)
+                    states = states if self._stateful else states.forked(params.n)  # what is kept stays as it is
                     logits = logits.expand(params.n, -1)
+            if count is not None:
+                count(used)
             if params.repetition_penalty != 1:
                 for row in rows:
                     row.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -443,10 +506,34 @@ class _States:
         kept = {name: value for name, value in kwargs.items() if not _ENCODED.match(name)}
         return cls(model, ids, kept, outputs), outputs.logits[:, -1]
 
+    @property
+    def bytes(self) -> int:
+        """Size of keys and values."""
+        layers = getattr(self._outputs.past_key_values, "layers", ())
+        tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def beginning(self, length: int) -> _States | None:
+        """A copy that has read the first positions only; None if these states cannot be cut."""
+        whole, found = self._ids.shape[1], self.forked(1)
+        if length == whole:
+            return found
+        crossing = getattr(self._model.config.get_text_config(), "cross_attention_layers", None) or ()
+        for number, layer in enumerate(found._outputs.past_key_values.layers):
+            if type(layer) is not DynamicLayer:
+                return None
+            if number not in crossing:  # those hold what the text sees of the media
+                if layer.keys.shape[-2] != whole:
+                    return None
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        found._ids = found._ids[:, :length]
+        found._kwargs = _cut(found._kwargs, length, whole)
+        return found
+
     def forked(self, rows: int) -> _States:
         """A copy, every row repeated."""
         outputs, kwargs, ids = copy.copy(self._outputs), dict(self._kwargs), self._ids
-        cache = copy.deepcopy(outputs.past_key_values)
+        cache = _copied(outputs.past_key_values)
         kwargs.pop("past_key_values", None)
         if rows > 1:
             cache.batch_repeat_interleave(rows)
@@ -468,9 +555,82 @@ class _States:
         return self._outputs.logits[:, -new:]
 
 
-def _cut(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+def _copied(cache: Any) -> Any:
+    """A cache that can be filled without the other one changing; dynamic layers make new tensors when they grow."""
+    if not all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", (None,))):
+        return copy.deepcopy(cache)
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found
+
+
+class _Media(NamedTuple):
+    """How many media a prompt holds, and the position behind the last one."""
+
+    count: int
+    ends: int
+
+
+class _Prefixes:
+    """States of the newest prompts, found by what prompts begin with.
+
+    Args:
+        limit: Most bytes of keys and values.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._held = ByteBounded(limit, _MOST_PREFIXES)
+        self._inputs: dict[int, Mapping[str, Tensor]] = {}
+        self._next = 0
+
+    def find(self, inputs: Mapping[str, Tensor], least: int) -> tuple[int, _States | None]:
+        """Length of the longest beginning that a kept prompt shares, and its states; at least one position is left.
+
+        Args:
+            least: Positions that must be shared for media to be the same: up to the last one.
+        """
+        best, found = 0, None
+        for number in list(self._held):
+            shared = min(_shared(self._inputs[number], inputs), inputs["input_ids"].shape[1] - 1)
+            if shared > max(best, least - 1):
+                states = self._held.get(number).beginning(shared)
+                if states is not None:
+                    best, found = shared, states
+        return best, found
+
+    def put(self, inputs: Mapping[str, Tensor], states: _States) -> None:
+        """Keep states of a prompt; they must not be changed."""
+        if not self._held.limit:
+            return
+        self._held.put(self._next, states, states.bytes)
+        self._inputs[self._next] = inputs
+        self._next += 1
+        self._inputs = {number: self._inputs[number] for number in self._held}
+
+
+def _shared(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> int:
+    """Length of the common beginning of two prompts; 0 if they have other media or settings."""
+    lengths = [inputs["input_ids"].shape[1] for inputs in (one, other)]
+    if set(one) != set(other):
+        return 0
+    shared = min(lengths)
+    for name in one:
+        first, second = one[name], other[name]
+        if _by_position(first, lengths[0]) and _by_position(second, lengths[1]):
+            same = (first[0, :shared] == second[0, :shared]).reshape(shared, -1).all(-1)
+            shared = int(same.long().cumprod(0).sum())
+        elif first.shape != second.shape or not torch.equal(first, second):
+            return 0
+    return shared
+
+
+def _uncounted(usage: Usage) -> None:
+    """Nobody wants to know."""
+
+
+def _cut(inputs: Mapping[str, Any], length: int, whole: int | None = None) -> dict[str, Any]:
     """Inputs of the first positions."""
-    whole = inputs["input_ids"].shape[1]
+    whole = inputs["input_ids"].shape[1] if whole is None else whole
     return {name: value[:, :length] if _by_position(value, whole) else value for name, value in inputs.items()}
 
 
@@ -493,8 +653,8 @@ def _longer(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tenso
     return found
 
 
-def _by_position(value: Tensor, length: int) -> bool:
-    return value.dim() >= 2 and value.shape[:2] == (1, length)
+def _by_position(value: Any, length: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (1, length)
 
 
 __all__ = ["TransformersResponder", "classes_of", "load_foreign"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,37 @@ class Reply:
     stop: str | None = None
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a response, hidden calls included.
+
+    Attributes:
+        prompt_tokens: Positions of all prompts.
+        completion_tokens: Generated tokens.
+        cached_tokens: Prompt positions whose states were reused.
+        details: Generated tokens by purpose ("judged"), where hidden calls name one.
+        encoded: Media that went through an encoder; others were remembered. Known of models that run here.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    details: Mapping[str, int] = field(default_factory=dict)
+    encoded: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        details = dict(self.details)
+        for name, count in other.details.items():
+            details[name] = details.get(name, 0) + count
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            details,
+            self.encoded + other.encoded,
+        )
+
+
 class PromptTooLong(UserError):
     """A prompt that has more positions than the model takes."""
 
@@ -184,6 +215,7 @@ class RequestHandle:
         self.cancelled = False
         self.prompt_tokens = 0
         self.reused_tokens = 0
+        self.encoded = 0
         self.listener: Any = None
         self.stream = True
         self._engine = engine
@@ -194,6 +226,12 @@ class RequestHandle:
     def done(self) -> bool:
         """Whether every reply is finished."""
         return self._open == 0
+
+    @property
+    def usage(self) -> Usage:
+        """What it took so far."""
+        generated = sum(len(reply.token_ids) for reply in self.replies)
+        return Usage(self.prompt_tokens, generated, self.reused_tokens, encoded=self.encoded)
 
     def cancel(self) -> None:
         """Stop; the row is free before the engine's next step. May be called from any thread."""

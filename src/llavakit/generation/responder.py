@@ -103,26 +103,34 @@ class Call:
         self._response.count(usage)
 
     def ask(
-        self, responder: Responder, messages: Messages | None = None, *, purpose: str | None = None, **fields: Any
+        self,
+        responder: Responder,
+        messages: Messages | None = None,
+        *,
+        purpose: str | None = None,
+        usage: Callable[[Usage], None] | None = None,
+        **fields: Any,
     ) -> Any:
         """A hidden answer of another responder (with n above 1: a list of them).
 
         Args:
             messages: None asks the conversation itself.
             purpose: Name under which its tokens are counted in `Usage.details`.
+            usage: Called with what it used.
             fields: Changes to this call's sampling parameters, `tools`, or the other's options. Calls that follow each
                 other draw from different streams unless they name a `seed`.
 
         Raises:
             Cancelled: If the request was cancelled.
         """
-        return self.ask_all([(responder, messages, fields)], purpose=purpose)[0]
+        return self.ask_all([(responder, messages, fields)], purpose=purpose, usage=usage)[0]
 
     def ask_all(
         self,
         requests: Sequence[tuple[Responder, Messages | None, Mapping[str, Any]]],
         *,
         purpose: str | None = None,
+        usage: Callable[[Usage], None] | None = None,
     ) -> list[Any]:
         """Several hidden answers at the same time, in order; see `ask`."""
         responses: list[Response] = []
@@ -131,6 +139,8 @@ class Call:
                 responses.append(self._submit(responder, messages, changes, stream=False))
                 stack.enter_context(self._response.holding(responses[-1]))
             results = [response.result() for response in responses]
+        for response in responses if usage is not None else ():
+            usage(response.usage)
         self._count(responses, purpose)
         return results
 

@@ -9,44 +9,16 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llavakit.conversation.codecs import Parser
 from llavakit.conversation.turns import Event, Turn
 from llavakit.errors import UserError
-from llavakit.generation.request import Reply, RequestFailed, StreamChunk, TokenLogprob
+from llavakit.generation.request import Reply, RequestFailed, StreamChunk, TokenLogprob, Usage
 
 Listener = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a response, hidden calls included.
-
-    Attributes:
-        prompt_tokens: Positions of all prompts.
-        completion_tokens: Generated tokens.
-        cached_tokens: Prompt positions whose states were reused.
-        details: Generated tokens by purpose ("judged"), where hidden calls name one.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    details: Mapping[str, int] = field(default_factory=dict)
-
-    def __add__(self, other: Usage) -> Usage:
-        details = dict(self.details)
-        for name, count in other.details.items():
-            details[name] = details.get(name, 0) + count
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.cached_tokens + other.cached_tokens,
-            details,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +46,7 @@ class FinishEvent(Event):
 
     reason: str = "stop"
     stop: str | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ here knows what a stage is or how a judge decides: `choose` may ask any responde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Reply, Request, SamplingParams
+from llavakit.generation.response import Usage
 from llavakit.generation.sampling import call_seed, choice_seed
 
 
@@ -40,15 +41,26 @@ class Branch:
         """Whether the newest expansion ended by itself rather than at a marker or at its length."""
         return self.last is not None and self.last.finish_reason == "stop" and self.last.stop is None
 
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing to go on from: it is finished, or was cut at its length."""
+        return self.finished or (self.last is not None and self.last.finish_reason == "length")
+
 
 Expand = Callable[[Sequence[Branch], SamplingParams], list[list[Branch]]]  # `Chat.expand`
+Count = Callable[[Usage], None]
 
 
-def expand_branches(engine: Engine, branches: Sequence[Branch], sampling: SamplingParams) -> list[list[Branch]]:
+def expand_branches(
+    engine: Engine, branches: Sequence[Branch], sampling: SamplingParams, count: Count | None = None
+) -> list[list[Branch]]:
     """Continue every branch `sampling.n` times, all of them together; the stop strings are the markers.
 
     Where the branch's own request says that a reply ends (the chat template's stop strings), the branch is finished.
     Every continuation draws from a stream of its own.
+
+    Args:
+        count: Called with what the continuations of a branch took.
 
     Returns:
         Per branch its continuations; a branch that is finished comes back alone.
@@ -65,6 +77,8 @@ def expand_branches(engine: Engine, branches: Sequence[Branch], sampling: Sampli
             continue
         result = handles[number].result()
         replies = result if isinstance(result, list) else [result]
+        if count is not None:
+            count(handles[number].usage)
         grown.append([_joined(branch, reply, sampling.stop) for reply in replies])
     return grown
 
@@ -103,6 +117,32 @@ def best_of_n(
     return candidates[max(range(len(candidates)), key=scores.__getitem__)]
 
 
+def search_steps(
+    expand: Expand,
+    root: Branch,
+    sampling: SamplingParams,
+    until: Callable[[Branch], str | Sequence[str] | None],
+    choose: Callable[[Sequence[Branch]], Branch],
+) -> Iterator[Branch]:
+    """Step by step: sample `sampling.n` candidates up to a marker, keep one, go on from it; gives what is kept of each.
+
+    A step has what is left of `sampling.max_new_tokens`, which are those of the whole reply.
+
+    Args:
+        until: The stop strings of the next step, None to end.
+        choose: The candidate to go on with.
+    """
+    branch, step = root, 0
+    while not branch.ended and (stop := until(branch)) is not None:
+        left = sampling.max_new_tokens - (len(branch.ids) - len(root.ids))
+        if left <= 0:
+            return
+        seed = None if sampling.seed is None else call_seed(sampling.seed, step)
+        (candidates,) = expand([branch], replace(sampling, stop=stop, seed=seed, max_new_tokens=left))
+        branch, step = choose(candidates), step + 1
+        yield branch
+
+
 def search(
     expand: Expand,
     root: Branch,
@@ -110,18 +150,9 @@ def search(
     until: Callable[[Branch], str | Sequence[str] | None],
     choose: Callable[[Sequence[Branch]], Branch],
 ) -> Branch:
-    """Step by step: sample `sampling.n` candidates up to a marker, keep one, go on from it.
-
-    Args:
-        until: The stop strings of the next step, None to end.
-        choose: The candidate to go on with.
-    """
-    branch, step = root, 0
-    while not branch.finished and (stop := until(branch)) is not None:
-        seed = None if sampling.seed is None else call_seed(sampling.seed, step)
-        (candidates,) = expand([branch], replace(sampling, stop=stop, seed=seed))
-        branch, step = choose(candidates), step + 1
-    return branch
+    """The last branch of `search_steps`."""
+    *_, last = root, *search_steps(expand, root, sampling, until, choose)
+    return last
 
 
 def stage_beam_search(

@@ -11,7 +11,7 @@ probabilities, for which the product's own searches run. Spec section 11.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -302,8 +302,14 @@ def chance_of(search: str, count: int, reliable: tuple[float, float], seed: int,
     """Share of right replies of a search whose stages are independent."""
     odds = Odds(np.random.default_rng(seed), reliable, CHANCES, linked=False)
     sampling = replace(PLAIN, n=count)
-    replies = [SEARCHES[search](odds.expand, ROOT, sampling, odds.compare, odds.draw).text for _ in range(trials)]
-    return float(np.mean([odds.right(ALL, text) for text in replies]))
+    texts = [last(SEARCHES[search](odds.expand, ROOT, sampling, odds.compare, odds.draw)) for _ in range(trials)]
+    return float(np.mean([odds.right(ALL, text) for text in texts]))
+
+
+def last(branches: Iterable[Branch]) -> str:
+    """Text of the whole reply of a search."""
+    *_, reply = branches
+    return reply.text
 
 
 def retraced(seed: int, trials: int) -> dict[str, float]:
@@ -314,10 +320,10 @@ def retraced(seed: int, trials: int) -> dict[str, float]:
         odds = Odds(np.random.default_rng(seed), (1.0, 1.0), LINKED, linked=True)
         if name == "stage":
             sampling = replace(PLAIN, n=5)
-            texts = [by_stage(odds.expand, ROOT, sampling, odds.by_reward, odds.draw).text for _ in range(trials)]
+            texts = [last(by_stage(odds.expand, ROOT, sampling, odds.by_reward, odds.draw)) for _ in range(trials)]
         else:
             settings = Retracing(rounds=3, cutoff=0.5)
-            texts = [swires(odds.expand, ROOT, PLAIN, odds.reward, "", settings).text for _ in range(trials)]
+            texts = [last(swires(odds.expand, ROOT, PLAIN, odds.reward, "", settings)) for _ in range(trials)]
         found[name] = float(np.mean([odds.right(ALL, text) for text in texts]))
         found[f"{name} calls"] = odds.calls / trials
     return found
@@ -397,7 +403,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
                 f"{mean('sentence judge accuracy'):.2f}; judged by the model's own likelihood, whole replies and",
                 f"stages {both('likelihood accuracy')}. Words and comparisons a question: {counts}.",
                 f"Without a model, whole replies and stages: judge 0.8, two candidates {both('2 at 0.8')}, eight",
-                f"{both('8 at 0.8')}; judge 0.6, four {both('4 at 0.6')}; stages judged at 0.7, whole replies at 0.8, four",
+                f"{both('8 at 0.8')}; judge 0.6, four {both('4 at 0.6')}; stages judged at 0.7, replies at 0.8, four",
                 f"{both('4 at 0.7, whole 0.8')}. Calls with linked stages: {mean('linked stage calls'):.0f} stage by",
                 f"stage, {mean('linked swires calls'):.0f} retracing. The staged arm gets more supervision than the",
                 "answer alone, and as much as stages as tasks of their own.",

@@ -150,7 +150,7 @@ def searched(implementation: str, item: Mapping[str, Any]) -> dict[str, Any]:
     candidates = item["beam_size"] if implementation == "simple_inference" else PUBLISHED_CANDIDATES[name]
     sampling = SamplingParams(**{**vars_of(SAMPLING), "n": candidates})
     judge = Judge(script.ask, item["prompt"], INDENTS[implementation])
-    reply = SEARCHES[name](script.expand, Branch(Request(input_ids=[0])), sampling, judge, script.draw)
+    *_, reply = SEARCHES[name](script.expand, Branch(Request(input_ids=[0])), sampling, judge, script.draw)
     counts = Counter(call["call"] for call in script.trace)
     used = {(own.temperature, own.top_p, own.max_new_tokens) for own in script.settings}
     return {
@@ -202,7 +202,7 @@ def retracing(case: Case) -> list[Example]:
         item = take(item)
         script = RewardScript(item, by_prefix=False)
         root = Branch(Request(input_ids=[0]))
-        reply = swires(script.expand, root, SAMPLING, script.reward, item["prompt"], settings)
+        *_, reply = swires(script.expand, root, SAMPLING, script.reward, item["prompt"], settings)
         rewards = [call for call in script.trace if call["call"] == "reward"]
         return {
             "answer": reply.text,

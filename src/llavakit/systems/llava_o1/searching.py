@@ -2,12 +2,13 @@
 (SWIRES).
 
 They are written on `llavakit.generation.search`: candidates fork from a shared prefix, so picture and prompt are
-computed once. Sources: paper 2411.10440 (first and final version); spec section 6.
+computed once. Every search gives what is certain of the reply as soon as it is: branches of which each continues the
+one before. Sources: paper 2411.10440 (first and final version); spec section 6.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from llavakit.generation.request import SamplingParams
 from llavakit.generation.sampling import call_seed
-from llavakit.generation.search import Branch, Expand, search, stage_beam_search
+from llavakit.generation.search import Branch, Expand, search_steps
 from llavakit.systems.llava_o1.judging import ALL, SENTENCE
 from llavakit.systems.llava_o1.stages import NAMES, end_of, sections
 
@@ -42,34 +43,38 @@ def _judged(compare: Compare, kind: str, draw: Draw, candidates: Sequence[Branch
     return knock_out(candidates, lambda a, b: compare(kind, a.text, b.text), draw)
 
 
-def best_of_n(expand: Expand, root: Branch, sampling: SamplingParams, compare: Compare, draw: Draw) -> Branch:
+def best_of_n(expand: Expand, root: Branch, sampling: SamplingParams, compare: Compare, draw: Draw) -> Iterator[Branch]:
     """`sampling.n` whole replies, the best kept."""
     (candidates,) = expand([root], replace(sampling, stop=(DONE,)))
-    return _judged(compare, ALL, draw, candidates)
+    yield _judged(compare, ALL, draw, candidates)
 
 
-def by_sentence(expand: Expand, root: Branch, sampling: SamplingParams, compare: Compare, draw: Draw) -> Branch:
+def by_sentence(
+    expand: Expand, root: Branch, sampling: SamplingParams, compare: Compare, draw: Draw
+) -> Iterator[Branch]:
     """The best of `sampling.n` next sentences, until the reply is done."""
 
     def until(branch: Branch) -> tuple[str, ...] | None:
         return None if DONE in branch.text else (*SENTENCE_ENDS, DONE)
 
-    return search(expand, root, sampling, until, lambda candidates: _judged(compare, SENTENCE, draw, candidates))
+    return search_steps(expand, root, sampling, until, lambda found: _judged(compare, SENTENCE, draw, found))
 
 
-def by_stage(expand: Expand, root: Branch, sampling: SamplingParams, compare: Compare, draw: Draw) -> Branch:
+def by_stage(expand: Expand, root: Branch, sampling: SamplingParams, compare: Compare, draw: Draw) -> Iterator[Branch]:
     """The best of `sampling.n` next stages, four times."""
-    ends = {end_of(name): name for name in NAMES}
+    left = list(NAMES)
 
-    def choose(marker: str, candidates: Sequence[Branch]) -> Branch:
-        return _judged(compare, ends[marker], draw, candidates)
+    def until(branch: Branch) -> tuple[str, ...] | None:
+        return (end_of(left[0]),) if left else None
 
-    return stage_beam_search(
-        expand, root, sampling, [(end,) for end in ends], lambda stop, found: choose(stop[0], found)
-    )
+    return search_steps(expand, root, sampling, until, lambda found: _judged(compare, left.pop(0), draw, found))
 
 
-SEARCHES: dict[str, Callable[..., Branch]] = {"best_of_n": best_of_n, "sentence": by_sentence, "stage": by_stage}
+SEARCHES: dict[str, Callable[..., Iterator[Branch]]] = {
+    "best_of_n": best_of_n,
+    "sentence": by_sentence,
+    "stage": by_stage,
+}
 
 # Retracing
 
@@ -114,21 +119,25 @@ def swires(
     reward: Reward,
     question: str,
     settings: Retracing | None = None,
-) -> Branch:
+) -> Iterator[Branch]:
     """Stage by stage with rewards; poor reasonings send the search back to new captions."""
     settings, steps = settings or Retracing(), 0
 
     def grow(branch: Branch, name: str, count: int) -> list[Branch]:
         nonlocal steps
+        left = sampling.max_new_tokens - (len(branch.ids) - len(root.ids))
+        if branch.ended or left <= 0:
+            return [branch]
         seed = None if sampling.seed is None else call_seed(sampling.seed, steps)
         steps += 1
-        return expand([branch], replace(sampling, n=count, stop=(end_of(name),), seed=seed))[0]
+        return expand([branch], replace(sampling, n=count, stop=(end_of(name),), seed=seed, max_new_tokens=left))[0]
 
     def text_of(name: str, branch: Branch, before: Branch) -> str:
         found = sections(branch.text)[name]
         return branch.text[len(before.text) :] if found is None else found
 
     (summary,) = grow(root, "SUMMARY", 1)
+    yield summary
     pool: list[tuple[Branch, float]] = []
     for _ in range(settings.rounds):
         captions = grow(summary, "CAPTION", settings.captions)
@@ -143,4 +152,4 @@ def swires(
             break
     order = descending([score for _, score in pool])[: settings.conclusions]
     replies = [grow(pool[place][0], "CONCLUSION", 1)[0] for place in order]
-    return replies[descending(reward(question, [reply.text for reply in replies]))[0]]
+    yield replies[descending(reward(question, [reply.text for reply in replies]))[0]]
