@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_server import small_chat
+from tiny_server import Running, data_url, small_chat
+from tiny_staged import staged_model
 
-from llavakit.conversation.turns import TraceEvent
+import llavakit
+from llavakit.conversation.turns import ReasoningDelta, TextDelta, TraceEvent
 from llavakit.errors import UserError
 from llavakit.generation.request import Request, SamplingParams
+from llavakit.generation.responder import Responder
 from llavakit.generation.search import Branch
 from llavakit.proof.golden import find_cases, run_case
+from llavakit.serving.service import Settings
 from llavakit.system import get_system
 from llavakit.systems.llava_o1 import teaching
 from llavakit.systems.llava_o1.judging import Judge, shown_text
@@ -115,26 +121,204 @@ def test_retracing_goes_back_until_reasonings_are_good_enough(cutoff, rounds):
     assert reply.text.endswith("</CONCLUSION>")
 
 
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """A model that writes stages, and a question about a picture."""
+    folder, image = staged_model(tmp_path_factory.mktemp("staged"))
+    parts = [{"type": "image", "image": str(image)}, {"type": "text", "text": ASKED}]
+    return llavakit.load(folder, responder="plain", device="cpu"), [{"role": "user", "content": parts}]
+
+
+ASKED = "Provide a one-sentence caption for the provided image."
+WARM = SamplingParams(seed=1, max_new_tokens=150, temperature=0.5)
+
+
 @pytest.mark.parametrize("search", ["stage", "sentence", "best-of-n"])
-def test_a_model_that_runs_here_searches(search):
-    chat = small_chat()
+def test_a_model_that_runs_here_searches(staged, search):
+    chat, question = staged
     searcher = StagedSearch(chat, search=search, candidates=3)
-    answers = [searcher.submit(QUESTION, SamplingParams(seed=1, max_new_tokens=6)).result() for _ in range(2)]
+    chat.engine.forget()
+    answers = [searcher.submit(question, WARM).result() for _ in range(2)]
     assert answers[0].content == answers[1].content
-    trace = dict(answers[0].traces)["search"]
-    assert trace["candidates"] == 3
-    assert trace["generated"] % 3 == 0
-    assert trace["generated"] > 0
-    other = searcher.submit(QUESTION, SamplingParams(seed=1, max_new_tokens=6), search="none").result()
-    assert other.content == chat.submit(QUESTION, SamplingParams(seed=1, max_new_tokens=6)).result().content
+    assert answers[0].reasoning.startswith("look")
+    first, again = (answer.traces[-1] for answer in answers)
+    assert first[0] == "search"
+    assert first[1]["candidates"] == 3
+    assert first[1]["generated"] % 3 == 0
+    assert (first[1]["encoded"], again[1]["encoded"]) == (1, 0)  # one encoding per picture, judge's questions included
+    other = searcher.submit(question, WARM, search="none").result()
+    assert other.content == chat.submit(question, WARM).result().content
+
+
+def test_a_stage_is_one_prompt_and_a_picture_is_encoded_once(staged):
+    chat, question = staged
+    chat.engine.forget()
+    response = StagedSearch(chat).submit(question, WARM, search="stage", candidates=4)
+    answer = response.result()
+    steps = [data for name, data in answer.traces if name == "step"]
+    total = dict(answer.traces)["search"]
+    assert [step["generated"] for step in steps] == [4] * 4
+    assert [step["encoded"] for step in steps] == [1, 0, 0, 0]
+    assert total["prompts"] == 4 + total["judged"]
+    kept = "".join(
+        step["texts"][step["kept"]][len(before) :]
+        for step, before in zip(steps, ["", *(s["texts"][s["kept"]] for s in steps)], strict=False)
+    )
+    assert answer.text == kept
+    length = len(chat.request(question).ids())
+    new = total["prompt_tokens"] - total["reused_tokens"]
+    questions = total["judged"] * 400  # what a judge is asked, at most
+    assert new <= length + 4 * 2 + questions
+    assert response.usage.encoded == total["encoded"] == 1
+    assert response.usage.details.keys() == {"generated", "judged"}
+    assert response.usage.completion_tokens == sum(response.usage.details.values())
+
+
+def test_what_was_sent_is_not_taken_back_and_switches_once(staged):
+    chat, question = staged
+    searcher = StagedSearch(chat, search="stage", candidates=2)
+    events = [e for e in searcher.respond(question, WARM) if isinstance(e, (TextDelta, ReasoningDelta))]
+    kinds = [type(event) for event in events]
+    assert kinds == sorted(kinds, key=lambda kind: kind is TextDelta)
+    answer = searcher.submit(question, WARM).result()
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == answer.content
+    assert "".join(e.text for e in events if isinstance(e, ReasoningDelta)) == answer.reasoning
+    assert answer.content
+
+
+def test_a_clients_stop_string_ends_the_conclusion_alone(staged):
+    chat, question = staged
+    for search in ("none", "stage"):
+        searcher = StagedSearch(chat, search=search)
+        whole = searcher.submit(question, WARM).result()
+        cut = searcher.submit(question, WARM, stop=whole.content[3:5]).result()
+        assert (cut.reasoning, cut.content) == (whole.reasoning, whole.content[:3])
+        assert (cut.finish_reason, cut.stop) == ("stop", whole.content[3:5])
+        spared = searcher.submit(question, WARM, stop="look").result()
+        assert (spared.reasoning, spared.content) == (whole.reasoning, whole.content)
+
+
+def test_a_stage_that_never_closes_ends_the_reply(staged):
+    chat, question = staged
+    short = replace(WARM, max_new_tokens=8)
+    answer = StagedSearch(chat, search="stage", candidates=2).submit(question, short).result()
+    assert answer.finish_reason == "length"
+    assert len(answer.token_ids) == 8
+    assert not answer.content
+    untrained = StagedSearch(small_chat(), search="stage", candidates=2)
+    plain = untrained.submit(QUESTION, SamplingParams(seed=1, max_new_tokens=6)).result()
+    assert plain.finish_reason == "length"
+
+
+class Says(Responder):
+    """Always the same."""
+
+    def __init__(self, text):
+        super().__init__(name="says")
+        self.text, self.asked = text, []
+
+    def run(self, call):
+        self.asked.append(call.messages)
+        yield TextDelta(text=self.text)
+
+
+def test_others_judge(staged):
+    chat, question = staged
+    judge = Says("Since it is red, I choose response 1.")
+    searcher = StagedSearch(chat, judge=judge, search="stage", candidates=3)
+    trace = dict(searcher.submit(question, WARM).result().traces)["search"]
+    assert trace["judged"] == len(judge.asked) > 0
+    assert trace["unclear"] == 0
+    media = [[part["type"] for part in messages[0]["content"]] for messages in judge.asked]
+    assert ["image", "text"] in media
+    assert ["text"] in media  # the check of a reasoning
+    vague = StagedSearch(chat, judge=Says("Hm."), search="best-of-n").submit(question, WARM).result()
+    assert dict(vague.traces)["search"]["unclear"] == 1
+    calls = []
+
+    def longest(prompt, texts, media):
+        calls.append((prompt, len(texts), [part["type"] for part in media]))
+        return [float(len(text)) for text in texts]
+
+    for options in ({"search": "best-of-n", "judge": "reward"}, {"search": "swires", "rounds": 1}):
+        trace = dict(StagedSearch(chat, reward=longest).submit(question, WARM, **options).result().traces)["search"]
+        assert trace["judged"] == 0
+        assert trace["rated"] > 0
+    assert calls[0] == (ASKED, 2, ["image"])
+    assert calls[1][0].startswith(f"{ASKED}\nPlease provide a detailed description")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompt, texts: [1.0], "reward: gave 1 numbers for 2 texts"),
+        (lambda prompt, texts: ["a", "b"], "reward: must give a number for each text"),
+        (lambda prompt, texts: [float("nan")] * 2, "all must be finite"),
+    ],
+)
+def test_rewards_that_are_none(staged, reward, message):
+    chat, question = staged
+    with pytest.raises(UserError, match=message):
+        StagedSearch(chat, reward=reward, judge="reward", search="best-of-n").submit(question, WARM).result()
 
 
 def test_what_cannot_search_says_so():
     searcher = StagedSearch(small_chat(), search="swires")
-    with pytest.raises(Exception, match="swires needs a reward"):
+    with pytest.raises(UserError, match="swires needs a reward"):
         searcher.submit(QUESTION, SamplingParams(seed=1, max_new_tokens=4)).result()
-    with pytest.raises(Exception, match="cannot continue a reply"):
+    with pytest.raises(UserError, match="a judge that is a reward needs a reward"):
+        searcher.submit(QUESTION, search="stage", judge="reward").result()
+    with pytest.raises(UserError, match="cannot continue a reply"):
         StagedSearch(StagedSearch(small_chat()), search="stage").submit(QUESTION).result()
+    for options, message in (
+        ({"search": "stages"}, "search"),
+        ({"search": {"method": "stage", "canditates": 2}}, "search.object.canditates"),
+        ({"candidates": 0}, "candidates: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            searcher.submit(QUESTION, **options)
+
+
+def test_the_api_takes_a_search_in_either_form(staged):
+    chat, question = staged
+    running = Running(StagedSearch(chat), Settings(names=("tiny",)))
+    try:
+        client = running.client()
+        url = data_url(Path(question[0]["content"][0]["image"]).read_bytes())
+        parts = [{"type": "image_url", "image_url": {"url": url}}, question[0]["content"][1]]
+        ask = {"model": "tiny", "messages": [{"role": "user", "content": parts}], "seed": 1, "max_tokens": 150}
+        for body in ({"search": "stage", "candidates": 2}, {"search": {"method": "stage", "candidates": 2}}):
+            options = ask | {"temperature": 0.5, "extra_body": body | {"trace": True}}
+            found = client.chat.completions.create(**options)
+            message = found.choices[0].message.model_dump()
+            assert message["reasoning_content"].startswith("look")
+            assert [step["name"] for step in message["trace"]] == ["step"] * 4 + ["search"]
+            assert set(found.usage.completion_tokens_details.model_dump(exclude_none=True)) == {"generated", "judged"}
+            order = [
+                name
+                for chunk in client.chat.completions.create(**options, stream=True)
+                for name, value in chunk.choices[0].delta.model_dump(exclude_none=True).items()
+                if value and name in ("content", "reasoning_content")
+            ]
+            assert order == sorted(order, reverse=True)
+        with pytest.raises(Exception, match="candidates"):
+            client.chat.completions.create(**ask, extra_body={"search": {"method": "stage", "candidates": "two"}})
+    finally:
+        running.stop()
+
+
+def test_chat_shows_the_search(staged, capfd):
+    from llavakit.cli.app import run
+
+    chat, question = staged
+    image = question[0]["content"][0]["image"]
+    options = ["--image", image, "--prompt", ASKED, "--search", "stage", "--trace", "--device", "cpu"]
+    assert run(["chat", chat.name, *options, "--responder-option", "candidates=2"]) == 0
+    out, err = capfd.readouterr()
+    assert out.strip()
+    traced = [json.loads(line.partition("] ")[2]) for line in err.splitlines() if line.startswith("[search]")]
+    assert traced[0]["encoded"] == 1
+    assert "[usage]" in err
 
 
 # Recipe

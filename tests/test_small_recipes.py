@@ -6,6 +6,7 @@ import json
 
 import pytest
 from rich.console import Console
+from tiny_staged import in_stages
 
 import llavakit
 from llavakit.data.preparation import prepare
@@ -19,7 +20,6 @@ from llavakit.training.recipe import load_recipe, parse_recipe
 from llavakit.training.run import train
 from llavakit.training.scaling import scale
 
-WORDS = ("<SUMMARY>", "</SUMMARY>", "<CAPTION>", "</CAPTION>", "<REASONING>", "</REASONING>", "<CONCLUSION>")
 MARKS = ("<image>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 REFLECTIVE = ("[No Retrieval]", "[Retrieval]", "[No Relevant]", "[Relevant]", "<paragraph>", "</paragraph>")
 STEPS = {"max_steps": 2, "batch_size": 2, "workers": 0, "shard": False, "log_steps": 1, "max_length": 2048}
@@ -39,17 +39,6 @@ def worlds(tmp_path_factory):
         texts = json.loads((folder / name / "texts.json").read_text())
         tiny_tokenizer(texts, specials=(*MARKS, *REFLECTIVE)).save_pretrained(folder / name / "tokenizer")
     return folder
-
-
-def in_stages(folder):
-    """Captions as conclusions of replies in stages."""
-    records = json.loads((folder / "captions.json").read_text())
-    for record in records:
-        answer = record["conversations"][1]
-        stages = "".join(f"{begin} look {end}\n\n" for begin, end in zip(WORDS[:6:2], WORDS[1:6:2], strict=True))
-        answer["value"] = f"{stages}<CONCLUSION> {answer['value']} </CONCLUSION>"
-    (folder / "staged.json").write_text(json.dumps(records))
-    return "staged.json"
 
 
 def with_tools(folder):

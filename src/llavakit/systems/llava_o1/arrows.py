@@ -82,8 +82,11 @@ class Board:
         return dict(zip(NAMES, found, strict=True))
 
     def right(self, stage: str, said: str) -> bool:
-        """Whether a stage says what is there."""
-        return said.split() == self.stages()[stage]
+        """Whether a stage says what is there; a reasoning, whether it comes to the right colour."""
+        words = said.split()
+        if stage == "REASONING":
+            return [word for word in words if word in COLOURS][-1:] == [self.answer]
+        return words == self.stages()[stage]
 
     def begun_right(self, text: str) -> bool:
         """Whether a beginning of a reply in stages says what is there."""

@@ -24,7 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.generation.search import Branch
 from llavakit.proof.miniature import Comparison, Verdict, run_seeds
-from llavakit.systems.llava_o1.arrows import CELL, END, NUMBERS, PAD, PLACES, SIDE, TASKS, WORDS, Board, reply
+from llavakit.systems.llava_o1.arrows import CELL, END, NUMBERS, PAD, PLACES, SIDE, STEPS, TASKS, WORDS, Board, reply
 from llavakit.systems.llava_o1.judging import ALL
 from llavakit.systems.llava_o1.searching import DESCRIBE, SEARCHES, Retracing, by_stage, knock_out, swires
 from llavakit.systems.llava_o1.stages import NAMES, end_of, sections
@@ -33,7 +33,7 @@ WIDTH, LAYERS, BATCH, RATE = 64, 3, 16, 3e-3
 CELLS, LONGEST = SIDE * SIDE, 90
 ARMS = ("staged", "direct", "no caption", "no tags", "answer first", "tasks")
 LEARNED = {"tasks": ("direct", "CAPTION", "REASONING")}
-TESTED, CANDIDATES, RELIABLE = 200, 4, 0.8
+TESTED, SEARCHED, CANDIDATES, RELIABLE, TEMPERATURE = 200, 150, 4, 0.8, 1.5  # at 1 hardly any sample is wrong
 CHANCES = {"SUMMARY": 0.9, "CAPTION": 0.8, "REASONING": 0.75, "CONCLUSION": 0.95}  # of stages without a model
 
 
@@ -121,7 +121,7 @@ def continued(
     Args:
         cells: Of every row [rows, 9, pixels].
         prefixes: Words behind the cells.
-        generator: Samples at temperature 1; None takes the likeliest words.
+        generator: Samples; None takes the likeliest words.
     """
     ids = [[NUMBERS[word] for word in own.split()] for own in prefixes]
     longest = max(map(len, ids))
@@ -133,35 +133,35 @@ def continued(
     mask, cache, place = (place >= 0).long(), DynamicCache(), place.clamp(min=0)
     ends = torch.tensor([NUMBERS[word] for word in (*stops, END)])
     left, written, sums = torch.ones(len(ids), dtype=torch.bool), [], torch.zeros(len(ids))
-    for _ in range(LONGEST - longest):
+    for _ in range(LONGEST - min(map(len, ids))):
         hidden = model(embeds, place, attention_mask=mask, past_key_values=cache)[:, -1]
-        logps = model.head(hidden).log_softmax(-1)
+        logps = (model.head(hidden) / TEMPERATURE).log_softmax(-1)
         if generator is None:
             chosen = logps.argmax(-1)
         else:
             chosen = torch.multinomial(logps.exp(), 1, generator=generator)[:, 0]
         written.append(torch.where(left, chosen, NUMBERS[PAD]))
         sums += torch.where(left, logps.gather(1, chosen[:, None])[:, 0], 0.0)
-        left &= ~torch.isin(chosen, ends)
+        left &= ~torch.isin(chosen, ends) & (place[:, -1] < CELLS + LONGEST - 2)
         if not left.any():
             break
-        embeds, place = model.decoder.embed_tokens(chosen)[:, None], place[:, -1:] + 1
+        embeds, place = model.decoder.embed_tokens(chosen)[:, None], (place[:, -1:] + 1).clamp(max=CELLS + LONGEST - 1)
         mask = F.pad(mask, (0, 1), value=1)
     found = torch.stack(written, 1).tolist() if written else [[]] * len(ids)
     words = [[WORDS[number] for number in row if number != NUMBERS[PAD]] for row in found]
     return [(" ".join(own), float(total) / max(len(own), 1)) for own, total in zip(words, sums, strict=True)]
 
 
-def tests(seed: int) -> tuple[list[Board], Tensor]:
+def tests(seed: int, count: int) -> tuple[list[Board], Tensor]:
     """Boards that no arm was trained on, and their cells."""
     random = np.random.default_rng(10_000 + seed)
-    boards = [Board.draw(random) for _ in range(TESTED)]
+    boards = [Board.draw(random) for _ in range(count)]
     return boards, cells_of(boards, random)
 
 
 def accuracy(model: Reader, seed: int) -> float:
     """Share of right answers, the likeliest words taken."""
-    boards, cells = tests(seed)
+    boards, cells = tests(seed, TESTED)
     said = continued(model, cells, [" ".join(question(board)) for board in boards], ())
     return float(np.mean([board.answered(text) for board, (text, _) in zip(boards, said, strict=True)]))
 
@@ -195,7 +195,7 @@ def judged(rule: str, first: Candidate, second: Candidate, random: np.random.Gen
 
 def searched(model: Reader, seed: int, search: str, rule: str = "judge", count: int = CANDIDATES) -> dict[str, float]:
     """Accuracy, words written and comparisons made per question."""
-    boards, cells = tests(seed)
+    boards, cells = tests(seed, SEARCHED)
     generator, random = torch.Generator().manual_seed(20_000 + seed), np.random.default_rng(30_000 + seed)
     kept, words, games = [""] * len(boards), 0, 0
 
@@ -218,13 +218,16 @@ def searched(model: Reader, seed: int, search: str, rule: str = "judge", count: 
     everywhere = range(len(boards))
     if search == "best_of_n":
         step((), Board.answered, everywhere)
+
+    def unfinished(*ends: str) -> list[int]:
+        return [n for n, text in enumerate(kept) if not text.endswith((END, *ends)) and len(text.split()) < LONGEST - 8]
+
     for name in NAMES if search == "stage" else ():
-        step((end_of(name),), lambda board, text, name=name: board.right(name, sections(text)[name] or ""), everywhere)
-    for _ in range(LONGEST if search == "sentence" else 0):
-        unfinished = [place for place in everywhere if not kept[place].endswith((end_of(NAMES[-1]), END))]
-        if not unfinished or max(len(kept[place].split()) for place in unfinished) > LONGEST - 10:
-            break
-        step((".", end_of(NAMES[-1])), Board.begun_right, unfinished)
+        open_ = unfinished()
+        step((end_of(name),), lambda board, text, name=name: board.right(name, sections(text)[name] or ""), open_)
+    for _ in range(2 * STEPS + 6 if search == "sentence" else 0):
+        if open_ := unfinished(end_of(NAMES[-1])):
+            step((".", end_of(NAMES[-1])), Board.begun_right, open_)
     right = float(np.mean([board.answered(text) for board, text in zip(boards, kept, strict=True)]))
     return {"accuracy": right, "words": words / len(boards), "comparisons": games / len(boards)}
 
@@ -335,7 +338,7 @@ def retraced(seed: int, trials: int) -> dict[str, float]:
 RELIABILITIES = {"0.8": (0.8, 0.8), "0.6": (0.6, 0.6), "0.7, whole 0.8": (0.7, 0.8)}
 
 
-def one_seed(seed: int, steps: int = 600, trials: int = 1500) -> dict[str, float]:
+def one_seed(seed: int, steps: int = 500, trials: int = 1000) -> dict[str, float]:
     """All arms and all searches."""
     found = {}
     for arm in ARMS:
@@ -346,7 +349,7 @@ def one_seed(seed: int, steps: int = 600, trials: int = 1500) -> dict[str, float
     single = searched(staged, seed, "best_of_n", count=1)
     found |= {f"one sample {key}": value for key, value in single.items()}
     for search in SEARCHES:
-        for rule in ("judge", "likelihood"):
+        for rule in ("judge", *(("likelihood",) if search != "sentence" else ())):
             found |= {f"{search} {rule} {key}": value for key, value in searched(staged, seed, search, rule).items()}
     for label, reliable in RELIABILITIES.items():
         for count in (2, 4, 8):
@@ -399,7 +402,7 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
         notes=" ".join(
             (
                 f"Chance is 0.25. Other arms: no caption {mean('no caption'):.2f}, no tags {mean('no tags'):.2f}.",
-                f"One sample {mean('one sample accuracy'):.2f}, sentence by sentence",
+                f"One sample at temperature {TEMPERATURE} {mean('one sample accuracy'):.2f}, sentence by sentence",
                 f"{mean('sentence judge accuracy'):.2f}; judged by the model's own likelihood, whole replies and",
                 f"stages {both('likelihood accuracy')}. Words and comparisons a question: {counts}.",
                 f"Without a model, whole replies and stages: judge 0.8, two candidates {both('2 at 0.8')}, eight",
