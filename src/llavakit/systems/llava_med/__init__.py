@@ -34,6 +34,7 @@ SYSTEM = System(
             "llava_med_simple": ".templates:SIMPLE",
             "llava_med_simple_legacy": ".templates:SIMPLE_LEGACY",
             "llava_med_multimodal": ".templates:MULTIMODAL_SIMPLE",
+            "llava_med_vicuna_v1_1": ".templates:VICUNA_V1_1",
             "llava_med_v1": ".templates:RESEARCH_V1",
             "llava_med_bair_v1": ".templates:BAIR_V1",
             "llava_med_1_5_vicuna_v1": ".templates:STRIPPED_USER",

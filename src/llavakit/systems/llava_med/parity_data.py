@@ -93,7 +93,7 @@ def medical_vqa(case: Case) -> Iterator[Example]:
             text, data = prediction["text"], question.data
             found.append(
                 {
-                    "id": data["question_id"],
+                    "id": prediction["question_id"],  # ids that repeat are numbered in `questions`
                     "type": data["answer_type"],
                     "gt_normalised": vqa.normalised(data["answer"]),
                     "pred_normalised": vqa.normalised(text),
@@ -109,7 +109,7 @@ def medical_vqa(case: Case) -> Iterator[Example]:
             options = {"protocol": protocol, "candidates": str(place["candidates"])}
             found = score("vqa_rad", place["predictions"], place["gold"], **options)["metrics"]
         names = SCRIPT_NAMES if protocol == "batch" else {k: v for k, v in SCRIPT_NAMES.items() if k != "recall_closed"}
-        return {name: found[own] for name, own in names.items()}
+        return {name: found[own] or 0.0 for name, own in names.items()}  # 0 where there is no question of the kind
 
     yield from examples(vqa.normalised, case.inputs["strings"], "normalize_word")
     yield from examples(scores, take(case.inputs["pairs"]), "pairs")

@@ -7,19 +7,20 @@ from functools import partial
 from typing import Any
 
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
-from llavakit.conversation.messages import split_literals
+from llavakit.conversation.messages import is_media, split_literals
 from llavakit.conversation.template import Template, get_template
 from llavakit.data.collate import Collator
 from llavakit.errors import UserError
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.proof.entries import TINY, prompt_text, text_processor, training_sample, turns_to_messages
-from llavakit.proof.golden import Case, Example, take
+from llavakit.proof.entries import BLANK, TINY, prompt_text, text_processor, training_sample, turns_to_messages
+from llavakit.proof.golden import Case, Example, Result, take
 from llavakit.splice.scatter import IGNORE
 from llavakit.systems.llava_med import templates
+from llavakit.views.plan import MediaSize
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 DESCRIBED = ("version", "offset")  # of a `Conversation`; they do not change its text
-VERSIONS = {"v0": "llava_med_simple", "v1": "vicuna_v1_1"}
+VERSIONS = {"v0": "llava_med_simple", "v1": "llava_med_vicuna_v1_1"}
 FROM = {"human": "user", "gpt": "assistant"}
 
 
@@ -50,7 +51,7 @@ def prompt(template: Template, turns: Sequence[Sequence[Any]]) -> str:
 # Labels
 
 
-def label_masking(case: Case) -> Iterator[Example]:
+def label_masking(case: Case) -> Iterator[Example | Result]:
     """Ids and labels of training samples, with visual tokens and their marks in place."""
     config = case.config
     added = {name: int(number) for name, number in config["added_token_ids"].items()}
@@ -64,6 +65,8 @@ def label_masking(case: Case) -> Iterator[Example]:
         compute = partial(labels, processor, added["<im_patch>"], limit, "rounds" if version == "v1" else None)
         for name, turns in case.inputs.items():
             yield Example(f"{version}.{name}", partial(compute, take(turns)), f"{version}.{name}")
+    if refused := {version: {} for version in config["versions"] if case.wanted.json[version] == {}}:
+        yield Result(json=refused)  # the original takes none of the conversations
 
 
 def tokenizer_of(case: Case, added: Mapping[str, int]) -> Any:
@@ -109,7 +112,9 @@ def labels(
 ) -> dict[str, Any]:
     """One conversation as the stage's collator gives it, visual tokens under their published id."""
     messages = [message_of(turn, get_template(processor.template).training is not None) for turn in turns]
-    sample = training_sample(processor, messages, placement="keep", labels=policy)
+    media = sum(is_media(part) for message in messages for part in message["content"])
+    grown = media * (processor.spec.count("image", MediaSize(1, *BLANK.size)) - 1)
+    sample = training_sample(processor, messages, placement="keep", labels=policy, max_length=limit - grown)
     row = Collator(processor.tokenizer.pad_token_id, limit)([sample])
     ids = [patch if token == IMAGE_PLACEHOLDER else token for token in row["input_ids"][0].tolist()]
     return {

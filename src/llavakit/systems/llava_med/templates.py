@@ -160,6 +160,7 @@ _PLACED = {"placement": "back", "training_placement": "keep"}
 SIMPLE = replace(hashes("llava_med_simple", CURIOUS_HUMAN, EXAMPLE), **_PLACED)
 SIMPLE_LEGACY = replace(hashes("llava_med_simple_legacy", LEGACY, LEGACY_EXAMPLE), **_PLACED)
 MULTIMODAL_SIMPLE = replace(hashes("llava_med_multimodal", MULTIMODAL, EXAMPLE), **_PLACED)
+VICUNA_V1_1 = replace(two_separators("llava_med_vicuna_v1_1", CURIOUS_USER), **_PLACED)
 RESEARCH_V1 = replace(two_separators("llava_med_v1", RESEARCH), **_PLACED)
 BAIR_V1 = replace(two_separators("llava_med_bair_v1", "BEGINNING OF CONVERSATION:", ("USER", "GPT")), **_PLACED)
 
