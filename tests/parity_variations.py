@@ -207,6 +207,10 @@ def rows_of(given: Given) -> int:
         media = (ids < 0).sum(1)
         if len(inputs) > 1 and not bool((media == 1).all()) and _by_media(inputs):
             raise DoesNotApply("a row has no media item of its own")
+    patch = given.meta["config"].get("im_patch_token")  # images in place, as their tokens
+    batches = [tensor for name, tensor in inputs.items() if name.endswith("/input_ids")]
+    if patch is not None and not all(bool((own == patch).any(1).all()) for own in batches):
+        raise DoesNotApply("a row has no media item of its own")
     if any(tensor.dtype == torch.uint8 and tensor.dim() == 3 for tensor in inputs.values()):
         raise DoesNotApply("a picture's first dimension is its height")
     if not by_rows(outputs, rows):
