@@ -27,7 +27,7 @@ from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
 from llavakit.connectors.general import MLP, Pooling
 from llavakit.conversation.turns import TextDelta
-from llavakit.data.preparation import prepare
+from llavakit.data.preparation import Left, prepare
 from llavakit.errors import CheckpointError, RecipeError, RecordError, UserError
 from llavakit.evaluation.judges import Judge
 from llavakit.evaluation.score import benchmark, score
@@ -37,7 +37,7 @@ from llavakit.proof.entries import turns_to_messages
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.registry import PLANNERS, TEMPLATES
 from llavakit.system import get_system
-from llavakit.systems.llava_med import chat_eval, instruct, templates, vqa
+from llavakit.systems.llava_med import chat_eval, dialogues, instruct, templates, vqa
 from llavakit.systems.llava_med.captions import BRIEF, DETAILED
 from llavakit.systems.llava_med.checkpoint import GREY, FirstLayout, MistralLayout
 from llavakit.systems.llava_med.cost import cost
@@ -674,3 +674,69 @@ def test_domains_take_turns():
     figures = [{"pair_id": str(n), "domain": {name: True}} for n, name in enumerate(["mri"] * 3 + ["gross", "x"])]
     assert [figure["pair_id"] for figure in instruct.by_domain(figures)] == ["0", "3", "1", "2", "4"]
     assert len(instruct.by_domain(figures, 2)) == 2
+
+
+def figure(number: int, **fields) -> dict:
+    own = {
+        "pair_id": f"p{number}",
+        "fig_label": "Figure 1",
+        "fig_caption": f"Caption {number}.",
+        "domain": {"mri": True},
+    }
+    return own | fields
+
+
+REPLIES = {
+    "Caption 0.": "User: What? Assistant: A mass. User: Where? Assistant: According to the caption, in the Liver.",
+    "Caption 1.": "I cannot.",
+    "Caption 2.": "User: What? Assistant: Sorry.",
+    "Caption 3.": "User: Who? Assistant: Sorry. User: What? Assistant: A lung.",
+}
+
+
+def test_a_teacher_writes_dialogues_and_the_same_call_goes_on(tmp_path, monkeypatch):
+    source = write(tmp_path / "figures.json", [figure(n) for n in range(4)])
+    shots = write(tmp_path / "shots.json", [figure(9, conversations=[{"from": "human", "value": "Q"}])])
+    teacher = Scripted(lambda text: REPLIES[text.splitlines()[1].partition(": ")[2]])
+    monkeypatch.setattr(dialogues, "Judge", lambda model, base_url, **options: Judge(teacher, cache=options["cache"]))
+    counts = prepare("figure_dialogues", source, tmp_path / "out.json", teacher="t", examples=str(shots), rounds=2)
+    assert counts["records"] == 2
+    assert (counts["unreadable"], counts["without_dialogue"], counts["dropped_answers"]) == (1, 1, 2)
+    assert len(teacher.shown) == 5  # the reply that cannot be read was asked for twice
+    first, last = json.loads((tmp_path / "out.json").read_text())
+    assert [turn["value"] for turn in first["conversations"][1::2]] == ["A mass.", "In the liver."]
+    assert "<image>" in last["conversations"][0]["value"]
+    assert "What?" in last["conversations"][0]["value"]
+    assert first["provenance"] == {
+        "fig_label": "Figure 1",
+        "fig_caption": "Caption 0.",
+        "dropped_answers": 0,
+        "teacher": "scripted",
+        "rules": 1,
+        "mentions": True,
+    }
+    before = (tmp_path / "out.json").read_bytes()
+    prepare("figure_dialogues", source, tmp_path / "out.json", teacher="t", examples=str(shots), rounds=2)
+    assert len(teacher.shown) == 5
+    assert (tmp_path / "out.json").read_bytes() == before
+    with pytest.raises(UserError, match="rounds: must be 1 to 4, not 5"):
+        prepare("figure_dialogues", source, tmp_path / "out.json", teacher="t", rounds=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fig_caption": " "}, "figures.json:2: fig_caption: is empty"),
+        ({"pair_id": "p0"}, "figures.json:2: pair_id: 'p0' was used before"),
+        ({"pair_id": 3}, "figures.json:2: pair_id: must be a text, not 3"),
+        ({"domain": ["mri"]}, "figures.json:2: domain: must be an object of flags"),
+        ({"in_text_mention": [1]}, "figures.json:2: in_text_mention.0: must be a sentence"),
+    ],
+)
+def test_broken_figures_are_named_before_anybody_is_asked(tmp_path, fields, message):
+    source = write(tmp_path / "figures.json", [figure(0), figure(1, **fields)])
+    with pytest.raises(RecordError) as caught:
+        prepare("figure_dialogues", source, tmp_path / "out.json", teacher="http://localhost:9/v1#m")
+    assert message in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+    assert len(list(dialogues.figures(source, Left("skip")))) == 1

@@ -29,6 +29,7 @@ SYSTEM = System(
         "preparations": {
             "medical_vqa": ".vqa_files:medical_vqa",
             "figure_captions": ".captions:figure_captions",
+            "figure_dialogues": ".dialogues:figure_dialogues",
         },
         "templates": {
             "llava_med_simple": ".templates:SIMPLE",
