@@ -35,7 +35,7 @@ from llavakit.generation.responder import Responder
 from llavakit.media.image import load_image
 from llavakit.proof.entries import turns_to_messages
 from llavakit.proof.golden import find_cases, run_case
-from llavakit.registry import PLANNERS, TEMPLATES
+from llavakit.registry import CODECS, PLANNERS, TEMPLATES
 from llavakit.system import get_system
 from llavakit.systems.llava_med import chat_eval, dialogues, instruct, templates, vqa
 from llavakit.systems.llava_med.captions import BRIEF, DETAILED
@@ -95,6 +95,27 @@ def test_a_style_that_does_not_exist_is_refused():
     spoken = facts | {"sep_style": "SINGLE", "preset_messages": [["C", "x"]]}
     with pytest.raises(UserError, match="the speaker is 'C', not 'A'"):
         templates.conversation_template("x", spoken)
+
+
+@pytest.mark.parametrize(
+    ("reply", "wanted"),
+    [
+        (" Assistant: A lung.", "A lung."),
+        ("Assistant:", ""),
+        ("Assistants help.", "Assistants help."),
+        ("Human: x", "x"),
+        ("A lung. Assistant: b", "A lung. Assistant: b"),
+        ("Ass", "Ass"),
+        ("", ""),
+    ],
+)
+def test_the_name_of_the_speaker_is_no_part_of_a_reply(reply, wanted):
+    codec = CODECS.get("llava_med_role")()
+    assert codec.parse(reply).content == wanted
+    parser, found = codec.parser(), ""
+    for letter in reply:
+        found += "".join(event.text for event in parser.feed(letter))
+    assert found + "".join(event.text for event in parser.finish()) == wanted
 
 
 # v1.0: differences to a base model
@@ -175,7 +196,8 @@ def test_differences_open_beside_their_base(first):
         open_checkpoint(delta, base=base)  # the published name means CLIP's large encoder
     checkpoint = open_checkpoint(delta, base=base, vision_tower=tower)
     config = checkpoint.config
-    assert (config.system, config.template, config.connector["depth"]) == ("llava-med", "llava_med_simple", 1)
+    assert (config.system, config.template) == ("llava-med", "llava_med_simple_unopened")
+    assert (config.codec, config.connector["depth"]) == ("llava_med_role", 1)
     assert (config.bos_token_id, config.eos_token_id, config.text_config.eos_token_id) == (1, 2, 2)
     net = build(checkpoint)
     for name, tensor in target.items():
@@ -191,6 +213,7 @@ def test_differences_open_beside_their_base(first):
     assert ids[start + 1 : end] == [processor.image_token_id] * 16
     text = processor.tokenizer.decode(ids[:start])
     assert text.endswith("###Human: What is it?\n")  # the picture follows the question
+    assert processor.tokenizer.decode(ids[end + 1 :]).strip() == "###"  # the model writes who speaks
 
 
 def test_differences_are_converted_and_written_back_whole(first, tmp_path):

@@ -19,6 +19,7 @@ SYSTEM = System(
     checkpoints=("microsoft/llava-med-v1.5-mistral-7b", "microsoft/llava-med-7b-delta"),
     parts={
         "layouts": {"llava-med-v1.5": ".checkpoint:MistralLayout", "llava-med-v1.0": ".checkpoint:FirstLayout"},
+        "codecs": {"llava_med_role": ".replies:RoleCodec"},
         "planners": {"drawn_pad": ".views:DrawnPad"},
         "benchmarks": {
             "vqa_rad": ".vqa:VQARad",
@@ -33,6 +34,7 @@ SYSTEM = System(
         },
         "templates": {
             "llava_med_simple": ".templates:SIMPLE",
+            "llava_med_simple_unopened": ".templates:EVALUATION",
             "llava_med_simple_legacy": ".templates:SIMPLE_LEGACY",
             "llava_med_multimodal": ".templates:MULTIMODAL_SIMPLE",
             "llava_med_vicuna_v1_1": ".templates:VICUNA_V1_1",

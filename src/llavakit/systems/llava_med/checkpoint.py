@@ -63,7 +63,8 @@ class FirstLayout(ClassicLayout):
         ratio = raw.one_of("image_aspect_ratio", "square", "pad") or "square"
         raw.one_of("mm_patch_merge_type", "flat")
         views = {"type": ratio, "size": encoder["image_size"]}
-        return {"media": {"image": {"views": views}}, "template": "llava_med_simple", **TOKEN_IDS}
+        own = {"template": "llava_med_simple_unopened", "codec": "llava_med_role"}
+        return {"media": {"image": {"views": views}}, **own, **TOKEN_IDS}
 
     def expresses(self, config: LlavakitConfig) -> bool:
         wrapped = config.media.get("image", {}).get("arrange", {}).get("type") == "wrapped"

@@ -59,6 +59,7 @@ def hashes(name: str, system: str, example: Sequence[str] = (), roles: Sequence[
             "opening": sep,
             "ends": [sep, sep],
             "strips": False,
+            "opens": True,
         },
         training=SIGNALS,
     )
@@ -93,6 +94,7 @@ def two_separators(
             "opening": first,
             "ends": [first, f"{second} " if strips else second],
             "strips": strips,
+            "opens": True,
             **values,
         },
         rounds=replace(VICUNA_V1.rounds, end=second, answer=f" {roles[1]}: "),
@@ -101,13 +103,8 @@ def two_separators(
 
 def marked(name: str, system: str, roles: Sequence[str], sep: str) -> Template:
     """Style MPT: the role strings hold their own marks, and a separator ends the system text and every turn."""
-    return Template(
-        name,
-        TURNS,
-        system,
-        stop=(sep,),
-        values={"preset": [], "heads": list(roles), "space": "", "opening": sep, "ends": [sep, sep], "strips": False},
-    )
+    values = {"preset": [], "heads": list(roles), "space": "", "opening": sep, "ends": [sep, sep]}
+    return Template(name, TURNS, system, stop=(sep,), values={**values, "strips": False, "opens": True})
 
 
 def bracketed(name: str, system: str, begin: str, *, tagged: bool = True) -> Template:
@@ -158,6 +155,8 @@ def conversation_template(name: str, facts: Mapping[str, Any]) -> Template:
 _PLACED = {"placement": "back", "training_placement": "keep"}
 
 SIMPLE = replace(hashes("llava_med_simple", CURIOUS_HUMAN, EXAMPLE), **_PLACED)
+# The released models' evaluation ends a prompt behind the separator: the model itself writes "Assistant:".
+EVALUATION = replace(SIMPLE, name="llava_med_simple_unopened", values={**SIMPLE.values, "opens": False})
 SIMPLE_LEGACY = replace(hashes("llava_med_simple_legacy", LEGACY, LEGACY_EXAMPLE), **_PLACED)
 MULTIMODAL_SIMPLE = replace(hashes("llava_med_multimodal", MULTIMODAL, EXAMPLE), **_PLACED)
 VICUNA_V1_1 = replace(two_separators("llava_med_vicuna_v1_1", CURIOUS_USER), **_PLACED)
