@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_api import FakeAPI
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import (
@@ -27,7 +28,7 @@ from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
 from llavakit.connectors.general import MLP, Pooling
 from llavakit.conversation.turns import TextDelta
-from llavakit.data.preparation import Left, prepare
+from llavakit.data.preparation import prepare
 from llavakit.errors import CheckpointError, RecipeError, RecordError, UserError
 from llavakit.evaluation.judges import Judge
 from llavakit.evaluation.score import benchmark, score
@@ -36,6 +37,7 @@ from llavakit.media.image import load_image
 from llavakit.proof.entries import turns_to_messages
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.registry import CODECS, PLANNERS, TEMPLATES
+from llavakit.synthesis.run import synthesize
 from llavakit.system import get_system
 from llavakit.systems.llava_med import chat_eval, dialogues, instruct, templates, vqa
 from llavakit.systems.llava_med.captions import BRIEF, DETAILED
@@ -694,9 +696,12 @@ def test_figures_that_cannot_be_shown_are_one_line(change, message):
 
 
 def test_domains_take_turns():
-    figures = [{"pair_id": str(n), "domain": {name: True}} for n, name in enumerate(["mri"] * 3 + ["gross", "x"])]
-    assert [figure["pair_id"] for figure in instruct.by_domain(figures)] == ["0", "3", "1", "2", "4"]
-    assert len(instruct.by_domain(figures, 2)) == 2
+    flags = [{name: True} for name in ["mri"] * 3 + ["gross", "x"]] + [{"mri": True, "chest_xray": True}]
+    domains = [instruct.domain_of({"domain": own}) for own in flags]
+    assert domains == ["mri", "mri", "mri", "gross", None, "chest_xray"]
+    assert instruct.in_turn(domains) == [5, 0, 3, 1, 2, 4]
+    assert instruct.in_turn(domains, 2) == [5, 0]
+    assert instruct.domain_of({"domain": None}) is instruct.domain_of(3) is None
 
 
 def figure(number: int, **fields) -> dict:
@@ -717,40 +722,49 @@ REPLIES = {
 }
 
 
-def test_a_teacher_writes_dialogues_and_the_same_call_goes_on(tmp_path, monkeypatch):
+def lines(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_teacher_writes_dialogues_and_the_same_call_goes_on(tmp_path):
     source = write(tmp_path / "figures.json", [figure(n) for n in range(4)])
     shots = write(tmp_path / "shots.json", [figure(9, conversations=[{"from": "human", "value": "Q"}])])
-    teacher = Scripted(lambda text: REPLIES[text.splitlines()[1].partition(": ")[2]])
-    monkeypatch.setattr(dialogues, "Judge", lambda model, base_url, **options: Judge(teacher, cache=options["cache"]))
-    counts = prepare("figure_dialogues", source, tmp_path / "out.json", teacher="t", examples=str(shots), rounds=2)
-    assert counts["records"] == 2
-    assert (counts["unreadable"], counts["without_dialogue"], counts["dropped_answers"]) == (1, 1, 2)
-    assert len(teacher.shown) == 5  # the reply that cannot be read was asked for twice
-    first, last = json.loads((tmp_path / "out.json").read_text())
+    options = {"examples": str(shots), "rounds": 2}
+    out = tmp_path / "out.jsonl"
+    with FakeAPI(lambda body: REPLIES[body["messages"][-1]["content"].splitlines()[1].partition(": ")[2]]) as server:
+        teacher = f"{server.url}#m"
+        found = synthesize("figure_dialogues", source, out, teacher=teacher, options=options)
+        assert (found["records"], found["refused"], found["asked"]) == (2, 2, 5)  # one reply could not be read
+        assert all(body["temperature"] == 0 for *_, body in server.bodies)
+        assert "User: Q" in json.dumps(server.bodies[0][-1])
+        assert synthesize("figure_dialogues", source, out, teacher=teacher, options=options) == found
+        assert len(server.bodies) == 5
+    first, last = lines(out)
     assert [turn["value"] for turn in first["conversations"][1::2]] == ["A mass.", "In the liver."]
     assert "<image>" in last["conversations"][0]["value"]
     assert "What?" in last["conversations"][0]["value"]
-    assert first["provenance"] == {
+    assert last["provenance"] == {
         "fig_label": "Figure 1",
-        "fig_caption": "Caption 0.",
-        "dropped_answers": 0,
-        "teacher": "scripted",
-        "rules": 1,
+        "fig_caption": "Caption 3.",
         "mentions": True,
+        "dropped_answers": 1,
+        "rules": 1,
     }
-    before = (tmp_path / "out.json").read_bytes()
-    prepare("figure_dialogues", source, tmp_path / "out.json", teacher="t", examples=str(shots), rounds=2)
-    assert len(teacher.shown) == 5
-    assert (tmp_path / "out.json").read_bytes() == before
-    with pytest.raises(UserError, match="rounds: must be 1 to 4, not 5"):
-        prepare("figure_dialogues", source, tmp_path / "out.json", teacher="t", rounds=5)
+    assert [(entry["id"], entry["reason"]) for entry in lines(tmp_path / "out.refused.jsonl")] == [
+        ("p1", "the reply holds no question and answer"),
+        ("p2", "all 1 answers speak of the text"),
+    ]
+    few = tmp_path / "few.jsonl"
+    with FakeAPI(lambda body: REPLIES["Caption 0."]) as server:
+        source = write(tmp_path / "two.json", [figure(0), figure(1), figure(2, domain={"chest_xray": True})])
+        synthesize("figure_dialogues", source, few, teacher=f"{server.url}#m", options={"most": 2})
+    assert [record["id"] for record in lines(few)] == ["p2", "p0"]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"fig_caption": " "}, "figures.json:2: fig_caption: is empty"),
-        ({"pair_id": "p0"}, "figures.json:2: pair_id: 'p0' was used before"),
         ({"pair_id": 3}, "figures.json:2: pair_id: must be a text, not 3"),
         ({"domain": ["mri"]}, "figures.json:2: domain: must be an object of flags"),
         ({"in_text_mention": [1]}, "figures.json:2: in_text_mention.0: must be a sentence"),
@@ -758,8 +772,24 @@ def test_a_teacher_writes_dialogues_and_the_same_call_goes_on(tmp_path, monkeypa
 )
 def test_broken_figures_are_named_before_anybody_is_asked(tmp_path, fields, message):
     source = write(tmp_path / "figures.json", [figure(0), figure(1, **fields)])
-    with pytest.raises(RecordError) as caught:
-        prepare("figure_dialogues", source, tmp_path / "out.json", teacher="http://localhost:9/v1#m")
+    with FakeAPI(lambda body: "never") as server, pytest.raises(UserError) as caught:
+        synthesize("figure_dialogues", source, tmp_path / "out.jsonl", teacher=f"{server.url}#m")
     assert message in str(caught.value)
-    assert not list(tmp_path.glob("out*"))
-    assert len(list(dialogues.figures(source, Left("skip")))) == 1
+    assert not server.bodies
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 5}, "rounds must be 1 to 4, not 5"),
+        ({"most": 0}, "most must be a number of figures, not 0"),
+        ({"mentions": "False"}, "mentions must be true or false, not 'False'"),
+        ({"turns": 2}, "has no option 'turns'"),
+    ],
+)
+def test_options_of_dialogues_are_checked(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        synthesize("figure_dialogues", tmp_path / "none.json", tmp_path / "o.jsonl", teacher="t", options=options)
+    broken = write(tmp_path / "shots.json", [figure(1)])
+    with pytest.raises(RecordError, match=r"shots\.json:1: conversations: is missing"):
+        dialogues.FigureDialogues(examples=str(broken))

@@ -30,8 +30,8 @@ SYSTEM = System(
         "preparations": {
             "medical_vqa": ".vqa_files:medical_vqa",
             "figure_captions": ".captions:figure_captions",
-            "figure_dialogues": ".dialogues:figure_dialogues",
         },
+        "pipelines": {"figure_dialogues": ".dialogues:FigureDialogues"},
         "templates": {
             "llava_med_simple": ".templates:SIMPLE",
             "llava_med_simple_unopened": ".templates:EVALUATION",

@@ -104,17 +104,23 @@ def request(
     return [*messages, {"role": "user", "content": context_of(record, mentions=mentions)}]
 
 
-def by_domain(records: Sequence[Record], most: int | None = None) -> list[Record]:
-    """Records in turn from each of the five domains, until there are `most`; each once, other records last.
+def domain_of(record: Any) -> str | None:
+    """The first of the five domains whose flag is true; None if there is none."""
+    flags = record.get("domain") if isinstance(record, Mapping) else None
+    return next((name for name in DOMAINS if flags.get(name)), None) if isinstance(flags, Mapping) else None
 
-    A figure with several domains counts for the first of them.
+
+def in_turn(domains: Sequence[str | None], most: int | None = None) -> list[int]:
+    """Numbers of records, one of each domain after the other, until there are `most`.
+
+    Args:
+        domains: Domain of every record; those of none come last.
     """
-    waiting: dict[str | None, deque[Record]] = {name: deque() for name in (*DOMAINS, None)}
-    for record in records:
-        flags = record.get("domain") or {}
-        waiting[next((name for name in DOMAINS if flags.get(name)), None)].append(record)
+    waiting: dict[str | None, deque[int]] = {name: deque() for name in (*DOMAINS, None)}
+    for number, domain in enumerate(domains):
+        waiting[domain].append(number)
     others = waiting.pop(None)
-    chosen: list[Record] = []
+    chosen: list[int] = []
     while any(waiting.values()):
         chosen += [queue.popleft() for queue in waiting.values() if queue]
     return [*chosen, *others][:most]

@@ -347,6 +347,6 @@ def run(seeds: Sequence[int] = (0, 1, 2, 3), progress: Callable[[str], None] | N
         ),
         seeds=tuple(seeds),
         seconds=measured.seconds,
-        notes=f"{MANY} questions, or {FEW}. That captions come first is an open question: {first:.2f} after captions and "
+        notes=f"{MANY} questions, or {FEW}. Whether captions should come first is open: {first:.2f} after captions and "
         f"questions, {alone:.2f} after as many steps on questions alone, {longer:.2f} after as many updates in all.",
     )
