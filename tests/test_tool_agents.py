@@ -240,7 +240,7 @@ def test_hundreds_of_dialogues_with_faulty_tools_stay_apart():
             return lines(call("double", number=int(own)))
         return lines([], text_of(messages[-1]).partition("\n")[0])
 
-    responder = ToolUser(Scripted(say), tools=Toolbox([skill], limits=Limits(seconds=0.5, hanging=3)))
+    responder = ToolUser(Scripted(say), tools=Toolbox([skill], limits=Limits(seconds=3.0, hanging=3)))
     before = threading.active_count()
     responses = [responder.submit([question(str(number))]) for number in range(total)]
     for number, response in enumerate(responses):

@@ -162,8 +162,10 @@ class ToolUser(Responder):
         messages = normalise(call.messages)
         if messages[-1]["role"] != "user":
             raise UserError("messages: the last one must be the user's")
-        dialogue = self._dialogue(call, messages, agent)
         image = self._image(messages[-1], call)
+        if image is None and not text_of(messages[-1]):
+            return  # as published: nothing is asked
+        dialogue = self._dialogue(call, messages, agent)
         if options.stroke is not None and image is None:
             raise UserError("stroke: belongs to a new picture; the message has none")
         reference = None if options.reference is None else self._reference(options.reference)
@@ -176,7 +178,9 @@ class ToolUser(Responder):
             length = min(call.sampling.max_new_tokens, MOST_TOKENS)
             yield from call.stream(self.main, told, max_new_tokens=length, tools=(), **changes)
             answer = call.answer
-            return answer.text or ThreeLines().render(answer)
+            if answer.text or not (answer.calls or answer.reasoning):
+                return answer.text or answer.content
+            return ThreeLines().render(answer)  # of a model elsewhere, whose server has read the lines
 
         content = ""
         for event in dialogue.say(
@@ -208,9 +212,12 @@ class ToolUser(Responder):
         """The conversation so far: remembered, or made of the messages."""
         earlier = messages[:-1]
         with self._lock:
-            known = self._kept.pop(_key(earlier), None) if earlier else None
+            known = self._kept.get(_key(earlier)) if earlier else None
         if known is not None:
-            return known
+            branch = known.branch()
+            if isinstance(branch.tools, PublishedTools):  # a new picture there is none here
+                branch.tools = PublishedTools(branch.tools.toolbox, branch.tools.artefacts)
+            return branch
         tools: Any = self.tools
         preamble = None
         if isinstance(tools, Toolbox):

@@ -7,6 +7,8 @@ turn of the user's side, and the model's second answer is final. A new picture b
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -155,6 +157,13 @@ class Dialogue:
             self.reference_mask = None if reference_stroke is None else _picture(reference_stroke)
         self.said.append(Said("user", text, "question", image))
         yield from self._answer(ask)
+
+    def branch(self) -> Dialogue:
+        """The same conversation, to go on in another way."""
+        other = copy.copy(self)
+        other.said = [dataclasses.replace(one, pictures=list(one.pictures)) for one in self.said]
+        other.turn = Turn()
+        return other
 
     def replay(self, earlier: Sequence[tuple[str, str, Image.Image | None]]) -> None:
         """Take up a conversation that went on elsewhere, of (role, text, picture) of every message."""

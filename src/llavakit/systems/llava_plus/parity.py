@@ -40,6 +40,7 @@ from llavakit.views.plan import MediaSize
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CLIP = {"model_type": "clip_vision_model"}
+TINY_KEYS = ("image_aspect_ratio", "mm_vision_select_layer", "mm_vision_select_feature")
 TRAINED = {"conv_vicuna_v0": "llava_v0", "conv_vicuna_v1": "vicuna_v1", "llava_llama_2": "llava_llama_2"}
 
 
@@ -275,7 +276,7 @@ def tiny_model(case: Case) -> Iterator[Example]:
     vision = CLIP | dict(config["vision"])
     raw = {"model_type": "llava", "_name_or_path": "llava_plus", **config["text"]}
     raw |= {"mm_projector_type": config.get("projector", "linear")}
-    raw |= {name: config[name] for name in ("image_aspect_ratio", "mm_vision_select_layer") if name in config}
+    raw |= {name: config[name] for name in TINY_KEYS if name in config}
 
     def own_pixels(own: LlavakitConfig) -> None:
         own.media["image"]["views"] |= views_options(config["image_processor"])

@@ -17,7 +17,7 @@ from llavakit.conversation.turns import Event
 from llavakit.generation.responder import Call, Responder
 from llavakit.generation.response import RawDelta
 from llavakit.media.image import load_image
-from llavakit.proof.entries import prompt_text
+from llavakit.proof.entries import byte_tokenizer, prompt_text, text_processor
 from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.systems.llava_plus.agent import ToolUser
 from llavakit.systems.llava_plus.dialogue import Dialogue
@@ -59,6 +59,7 @@ class ScriptedModel(Responder):
     def __init__(self, stage: Stage) -> None:
         super().__init__(name=stage.worker)
         self.stage = stage
+        self.processor = text_processor(byte_tokenizer(), stage.template)
 
     def run(self, call: Call) -> Iterator[Event]:
         messages = normalise(call.messages)
@@ -179,7 +180,7 @@ def _turn(dialogue: Dialogue | None, stage: Stage, template: str, ignored: bool,
         "display_debug": rows(True),
         "state_mask_rle": None if dialogue is None else dialogue.mask,
         "state_has_image_seg": dialogue is not None and dialogue.segmentation is not None,
-        "drawn_boxes_px": [list(drawing) for drawing in turn.drawings] if turn is not None and render else [],
+        "drawn_boxes_px": [list(drawing) for drawing in turn.drawings] if turn is not None else [],
     }
 
 

@@ -28,8 +28,8 @@ def shown_size(size: Size) -> Size:
     """Width and height in which a picture is shown in the chat: at most 400 on the short and 800 on the long side."""
     width, height = size
     ratio = max(size) / min(size)
-    short = int(min(LONG / ratio, SHORT, min(size)))
-    long = int(short * ratio)
+    short = max(int(min(LONG / ratio, SHORT, min(size))), 1)
+    long = max(int(short * ratio), 1)
     return (long, short) if width > height else (short, long)
 
 
@@ -59,8 +59,8 @@ def for_tool(image: Image.Image) -> Image.Image:
         return image
     width, height = image.size
     if width > height:
-        return image.resize((LONG, int(height * LONG / width)))
-    return image.resize((int(width * LONG / height), LONG))
+        return image.resize((LONG, max(int(height * LONG / width), 1)))
+    return image.resize((max(int(width * LONG / height), 1), LONG))
 
 
 def for_chat(image: Image.Image) -> Image.Image:
