@@ -117,7 +117,7 @@ def owlv2(model: str | None = None, device: str = "cpu") -> Skill:
         phrases = [phrase.strip() for phrase in caption.split(".") if phrase.strip()]
         if not phrases:
             raise SkillError("owlv2: caption names nothing")
-        inputs = processor(text=[phrases], images=image, return_tensors="pt")
+        inputs = processor(text=[phrases], images=image, return_tensors="pt", truncation=True)
         with torch.inference_mode():
             outputs = net(**inputs.to(device))
         found = processor.post_process_grounded_object_detection(
