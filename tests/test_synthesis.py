@@ -138,9 +138,13 @@ def test_the_ceiling_stops_and_a_higher_one_goes_on(tmp_path):
         assert not out.exists()
         first = len(server.bodies)
         assert 10 < first < 50  # 5 tokens a reply are counted, 10 are reckoned with
+        with pytest.raises(APIRefused, match=r"of max_cost 0\.2 is spent"):  # a second time it is spent already
+            synthesize("rounds", source, out, teacher=teacher, max_tokens=10, api={**prices, "max_cost": 0.2})
+        assert len(server.bodies) - first <= 1
         found = synthesize("rounds", source, out, teacher=teacher, max_tokens=10, api={**prices, "max_cost": 9})
         assert len(server.bodies) == 60
     assert found["records"] == 60
+    assert found["cost"] == pytest.approx(60 * (10 * 1e-6 + 5 * 1e-3))
     assert [entry["id"] for entry in lines(out)] == [f"i{n}-{r}" for n in range(30) for r in range(2)]
 
 
@@ -199,8 +203,8 @@ def _interrupted(source, out):
 
     append, calls = Ledger.append, []
 
-    def stop(self, done):
-        append(self, done)
+    def stop(self, done, cost):
+        append(self, done, cost)
         calls.append(done)
         if len(calls) == 2:
             raise KeyboardInterrupt

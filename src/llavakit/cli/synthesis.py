@@ -39,7 +39,10 @@ def synthesize(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds for one call; default 120.")] = None,
     price_in: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens of prompts.")] = None,
     price_out: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens of replies.")] = None,
-    max_cost: Annotated[float | None, typer.Option(min=0, help="No call that could cost more in all is made.")] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(min=0, help="Ceiling of the run, resumed ones included; no call that could cross it is made."),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Of replies; default: the pipeline's.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply; default: the pipeline's.")] = None,
     runner: Annotated[RunnerName, typer.Option(help="ray: Ray Data, here or on a cluster.")] = RunnerName.local,

@@ -37,6 +37,7 @@ class Ledger:
 
     Attributes:
         finished: What the run did, if the output is there already; else None.
+        cost: What the run has cost so far, earlier calls of the command included.
 
     Raises:
         UserError: If the output, or what is beside it, belongs to another run, or a run is writing it now.
@@ -50,6 +51,7 @@ class Ledger:
         self.begins, self.ends = np.zeros(total, np.int64), np.zeros(total, np.int64)
         self.counts = np.zeros(total, np.int32)
         self.finished: dict[str, Any] | None = None
+        self.cost = 0.0
         self._synced = time.monotonic()
         output.parent.mkdir(parents=True, exist_ok=True)
         journal = self.beside("journal.jsonl")
@@ -96,6 +98,11 @@ class Ledger:
                 for line in lines:
                     entry = _object(line) if line.endswith(b"\n") else {}
                     number, end = entry.get("item"), entry.get("end")
+                    if isinstance(entry.get("cost"), float):
+                        self.cost = entry["cost"]
+                        if number is None:
+                            good += len(line)
+                            continue
                     if not isinstance(number, int) or not isinstance(end, int) or not position <= end <= size:
                         break  # cut short by a kill, or its records are
                     self._note(number, entry.get("outcome"), position, end, entry.get("records", 0))
@@ -118,8 +125,14 @@ class Ledger:
         """Numbers of the items that have no outcome yet, or whose calls failed; in order."""
         return np.flatnonzero((self.states == 0) | (self.states == OUTCOMES.index("failed")))
 
-    def append(self, done: Sequence[Done]) -> None:
-        """Note what became of some items."""
+    def paid(self, cost: float) -> None:
+        """Note what the run has cost so far."""
+        if cost > self.cost:
+            self.cost = cost
+            _write(self._journal, _line({"cost": float(cost)}))
+
+    def append(self, done: Sequence[Done], cost: float = 0.0) -> None:
+        """Note what became of some items, and what the run has cost so far."""
         position, notes = self._position, []
         for one in done:
             end = position + len(one.lines)
@@ -132,6 +145,7 @@ class Ledger:
         _write(self._records, b"".join(one.lines for one in done))
         _write(self._journal, b"".join(notes))
         self._position = position
+        self.paid(cost)
         if time.monotonic() - self._synced > _SYNC:
             self.sync()
 
@@ -182,7 +196,7 @@ class Ledger:
             lines.readline()
             for line in lines:
                 entry = _object(line)
-                if left_out[entry["item"]]:
+                if "item" in entry and left_out[entry["item"]]:
                     last[entry["item"]] = {name: entry[name] for name in ("line", "id", "outcome", "reason")}
         with _replacing(self.beside("refused.jsonl")) as file:
             for number in sorted(last):

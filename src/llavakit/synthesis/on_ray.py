@@ -68,7 +68,8 @@ class OnRay:
             api = dict(asking.api)
             if api.get("max_cost") is not None:
                 api["max_cost"] /= actors
-            self.asking = replace(asking, cache=None, api=api, concurrency=-(-asking.concurrency // actors))
+            share = -(-asking.concurrency // actors)
+            self.asking = replace(asking, cache=None, api=api, concurrency=share, spent=asking.spent / actors)
         if self._started:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
         context = ray.data.DataContext.get_current()

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,12 +127,14 @@ def synthesize(
     with contextlib.closing(ledger):
         if ledger.finished is not None:
             return ledger.finished
+        if asking is not None:
+            asking = replace(asking, spent=ledger.cost)
         chosen = _runner(runner, asking, processes)
         job = Job(pipeline, items)
         with contextlib.closing(chosen):
             if ledger.todo().size:
                 _run(chosen, job, ledger, stops=on_bad_record == "stop")
-            return ledger.finish({} if asking is None else chosen.report())
+            return ledger.finish(chosen.report() | ({"cost": round(ledger.cost, 6)} if ledger.cost else {}))
 
 
 def _name(model: str) -> str:
@@ -186,18 +189,23 @@ def _run(runner: Any, job: Job, ledger: Ledger, stops: bool) -> None:
             for number in ledger.todo():
                 _stop_at(worker.check(int(number)))
         succeeded, reasons = False, []
-        with _progress(job, ledger, runner) as advance:
+        with _progress(job, ledger) as advance:
             for done in runner.work(job, ledger.todo()):
                 for one in done if stops else ():
                     _stop_at(one)
-                ledger.append(done)
+                ledger.append(done, _cost(runner))
                 advance()
                 reasons += [one.reason for one in done if one.outcome == "failed" and not succeeded]
                 succeeded = succeeded or any(one.outcome in ("made", "refused") for one in done)
                 if len(reasons) >= HOPELESS and not succeeded:
                     raise APIRefused(f"{reasons[-1]} (so did the {len(reasons)} first items)")
     finally:
+        ledger.paid(_cost(runner))
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cost(runner: Any) -> float:
+    return runner.report().get("cost", 0.0)
 
 
 def _without_bad(found: Iterable[Any], stops: bool) -> Iterator[Any]:
@@ -216,7 +224,7 @@ def _stop_at(done: Done | None) -> None:
 
 
 @contextlib.contextmanager
-def _progress(job: Job, ledger: Ledger, runner: Any) -> Iterator[Callable[[], None]]:
+def _progress(job: Job, ledger: Ledger) -> Iterator[Callable[[], None]]:
     """A bar on standard error: items, what became of them, and what was paid."""
     from rich.console import Console
     from rich.progress import Progress
@@ -227,10 +235,11 @@ def _progress(job: Job, ledger: Ledger, runner: Any) -> Iterator[Callable[[], No
         task = bar.add_task(type(job.pipeline).__name__, total=total)
 
         def advance() -> None:
+            if bar.disable:
+                return
             counts = ledger.summary()
             said = ", ".join(f"{counts[name]:,} {name}" for name in ("records", "refused", "failed") if counts[name])
-            cost = runner.report().get("cost")
-            said += "" if cost is None else f", cost {cost:.2f}"
+            said += f", cost {ledger.cost:.2f}" if ledger.cost else ""
             bar.update(task, completed=total - len(ledger.todo()), description=said or "at work")
 
         yield advance

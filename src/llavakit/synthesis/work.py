@@ -16,7 +16,11 @@ from llavakit.synthesis.pipeline import Pipeline, Refused
 
 @dataclass(frozen=True)
 class Asking:
-    """Who the teacher is, and how it is asked; see `llavakit.evaluation.judges.Judge`."""
+    """Who the teacher is, and how it is asked; see `llavakit.evaluation.judges.Judge`.
+
+    Attributes:
+        spent: What counts to the ceiling (`max_cost` of `api`) already.
+    """
 
     model: str
     base_url: str | None = None
@@ -25,12 +29,14 @@ class Asking:
     concurrency: int = 8
     cache: Path | None = None
     api: Mapping[str, Any] = field(default_factory=dict)
+    spent: float = 0.0
 
     def teacher(self) -> Any:
         """The teacher, ready to be asked."""
         from llavakit.evaluation.judges import Judge
+        from llavakit.generation.remote import RemoteResponder
 
-        return Judge(
+        judge = Judge(
             self.model,
             self.base_url,
             temperature=self.temperature,
@@ -39,6 +45,9 @@ class Asking:
             cache=self.cache,
             **self.api,
         )
+        if isinstance(judge.responder, RemoteResponder):
+            judge.responder.client.spent.cost = self.spent
+        return judge
 
 
 @dataclass(frozen=True)
