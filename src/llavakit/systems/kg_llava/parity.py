@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BertConfig, GPT2Config, SwinConfig
 
 from llavakit.checkpoints.files import LazyState
 from llavakit.connectors.base import Features
@@ -18,7 +19,7 @@ from llavakit.data.preparation import prepare
 from llavakit.evaluation.metrics import reports as report_metrics
 from llavakit.evaluation.metrics import text as text_metrics
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.proof.entries import array, fitting, picture, prompt_text, scored, view_processor, views_of
+from llavakit.proof.entries import array, check_keys, fitting, picture, prompt_text, scored, view_processor, views_of
 from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.retrieval.entries import Entry
 from llavakit.retrieval.store import Store
@@ -29,7 +30,6 @@ from llavakit.systems.kg_llava.medclip import MedClip
 from llavakit.systems.kg_llava.triplets import Caption
 
 TEMPLATES = {"vicuna_v1": "v1"}
-MOST = 10**6  # distance to which a picture's neighbours are looked at where a case names none
 
 
 def conversation(case: Case) -> Result:
@@ -109,7 +109,7 @@ def prompt_pipeline(case: Case) -> Result:
     made = _records([record], {"0": near}, triplets=config.get("k", 7), seed=config.get("seed", 42))[0]
     asked = made["conversations"][:1]
     messages = from_llava({"image": "-", "conversations": asked})
-    prompt = prompt_text(TEMPLATES[config["conv_mode"]], messages, add_generation_prompt=True)
+    prompt = prompt_text(TEMPLATES.get(config["conv_mode"], config["conv_mode"]), messages, add_generation_prompt=True)
     return Result(json={"indices": indices, "human_turn": asked[0]["value"], "prompt": prompt})
 
 
@@ -157,7 +157,10 @@ def medclip_preprocess(case: Case) -> Iterator[Example]:
 def medclip(case: Case) -> Iterator[Example]:
     """Vectors of texts with and without a mask, and of pictures."""
     case.informational("config.published")
-    options = {side: take(case.config[side]) for side in ("text", "vision")}
+    kinds = {"text": BertConfig, "vision": SwinConfig}
+    options = {
+        side: check_keys(take(case.config[side]), kind().to_dict(), f"config.{side}") for side, kind in kinds.items()
+    }
     net = MedClip(**options, projection=case.config["proj_dim"]).load(LazyState.of(case.weights()))
     ids, mask, pixels = (case.tensors.get(name) for name in ("input_ids", "attention_mask", "pixel_values"))
     pixels = None if pixels is None else fitting(pixels, net)
@@ -170,6 +173,7 @@ def medclip(case: Case) -> Iterator[Example]:
         "text_no_mask": lambda: net.encode_text(ids),
         "text_masked": lambda: net.encode_text(ids, mask),
         "image": lambda: net.encode_image(pixels),
+        "logits_per_text": lambda: net.similarity(net.encode_image(pixels), net.encode_text(ids)).T,
         "logits_per_image": lambda: net.similarity(net.encode_image(pixels), net.encode_text(ids)),
     }
     for name in case.wanted.tensors:
@@ -181,7 +185,8 @@ def medclip(case: Case) -> Iterator[Example]:
 def prefix_mapper(case: Case) -> Result:
     """The prefix of a picture's vector, and logits and loss of GPT-2 behind it."""
     config, weights = case.config, case.weights()
-    gpt2 = {"n_positions": weights["gpt.transformer.wpe.weight"].shape[0]} | take(config["gpt2"])
+    gpt2 = {"n_positions": weights["gpt.transformer.wpe.weight"].shape[0]}
+    gpt2 |= check_keys(take(config["gpt2"]), GPT2Config().to_dict(), "config.gpt2")
     options = ("prefix_length", "clip_length", "num_layers", "heads", "mlp_ratio", "qkv_bias", "act")
     mapper = {name: config[name] for name in options if name in config}
     raw = {"gpt2": gpt2, "mapper": mapper, "dim_clip": config["dim_clip"], "vision": TINY_SWIN}

@@ -96,7 +96,7 @@ def kg_conversations(
     for number in range(len(entries)):
         try:
             record = entries[number]
-            check(record, str(source), entries.line(number))
+            check(record, str(source), entries.line(number), kept)
         except RecordError as error:
             bad(error)
             continue
@@ -123,8 +123,8 @@ def kg_conversations(
     return {"records": len(entries), "written": written, "without_triplets": without}
 
 
-def check(record: Any, file: str, line: int) -> None:
-    """The fields of a MIMIC-NLE record.
+def check(record: Any, file: str, line: int, splits: Sequence[str] = SPLITS) -> None:
+    """The fields of a MIMIC-NLE record; of one that is not kept, its id and split.
 
     Raises:
         RecordError: Naming the first that is not as it should be.
@@ -138,10 +138,14 @@ def check(record: Any, file: str, line: int) -> None:
         raise refuse("record", "an object")
     if isinstance(record.get("img_id"), bool) or not isinstance(record.get("img_id"), (str, int, float)):
         raise refuse("img_id", "the picture's id")
-    for field in ("split", "nle", "img_path"):
+    if not isinstance(record.get("split"), str):
+        raise refuse("split", "text")
+    if record["split"] not in splits:
+        return
+    for field in ("nle", "img_path"):
         if not isinstance(record.get(field), str):
             raise refuse(field, "text")
     labels = record.get("img_labels")
     triples = isinstance(labels, list) and all(isinstance(one, list) and len(one) == 3 for one in labels)
-    if not triples or len(labels) != len(DIAGNOSES):
-        raise refuse("img_labels", f"{len(DIAGNOSES)} triples of negative, uncertain and positive")
+    if not triples or len(labels) > len(DIAGNOSES):
+        raise refuse("img_labels", f"up to {len(DIAGNOSES)} triples of negative, uncertain and positive")

@@ -20,8 +20,11 @@ _WORDS = re.compile(r"\w+|[^\w\s]+")  # NLTK's wordpunct
 Entities = Mapping[str, Mapping[str, Any]]
 
 
-def check(graph: Mapping[str, Any]) -> Entities:
+def check(graph: Mapping[str, Any], *, known: bool = True) -> Entities:
     """The entities of an annotation.
+
+    Args:
+        known: Refuse relations other than `RELATIONS`; the original passes over them.
 
     Raises:
         UserError: Naming the first that is not in order, or whose relation is unknown or leads nowhere.
@@ -37,10 +40,10 @@ def check(graph: Mapping[str, Any]) -> Entities:
         for relation in entity["relations"]:
             if not isinstance(relation, Sequence) or len(relation) != 2:
                 raise UserError(f"entity {number}: relation {quoted(relation)}; must be [kind, entity]")
-            if relation[0] not in RELATIONS:
-                known = ", ".join(RELATIONS)
-                raise UserError(f"entity {number}: relation {quoted(relation[0])} is unknown; known: {known}")
-            if relation[1] not in entities:
+            if known and relation[0] not in RELATIONS:
+                listed = ", ".join(RELATIONS)
+                raise UserError(f"entity {number}: relation {quoted(relation[0])} is unknown; known: {listed}")
+            if relation[0] in RELATIONS and relation[1] not in entities:
                 raise UserError(f"entity {number}: relation to {quoted(relation[1])}, which is no entity")
     return entities
 
@@ -105,7 +108,7 @@ def observations(graph: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         UserError: If an entity is not in order.
     """
-    entities = check(graph)
+    entities = check(graph, known=False)
     of_observations, of_anatomy = _modifiers(entities, OBSERVATION), _modifiers(entities, ANATOMY)
     found = []
     for number, entity in entities.items():
