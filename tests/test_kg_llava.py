@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tiny_training import write_tokenizer
+from transformers import CONFIG_MAPPING, AutoModel
 
+import llavakit
 from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, open_checkpoint
 from llavakit.conversation.turns import TextDelta, TraceEvent
 from llavakit.data.preparation import prepare
 from llavakit.errors import CheckpointError, RecordError, UserError
 from llavakit.generation.responder import Responder
+from llavakit.phantom.tokenizer import tiny_tokenizer
+from llavakit.phantom.write import write_world
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.retrieval.encoder import StoreEncoder, load_encoder
 from llavakit.retrieval.retriever import StoreRetriever
@@ -31,7 +36,9 @@ from llavakit.systems.kg_llava.prompts import pathologies, with_triplets
 from llavakit.systems.kg_llava.responder import WithTriplets
 from llavakit.systems.kg_llava.triplets import Caption, Triplet, parse, read_captions
 from llavakit.training.build import build_meta
-from llavakit.training.recipe import load_recipe
+from llavakit.training.recipe import load_recipe, parse_recipe
+from llavakit.training.run import train
+from llavakit.training.scaling import scale
 
 GOLDEN = Path(__file__).parent / "golden" / "kg-llava"
 SIDE = 16
@@ -478,3 +485,37 @@ def test_the_responder_puts_triplets_in_front_of_the_question(tmp_path):
         WithTriplets(Echo(), store=StoreRetriever(empty, Grey())).chat(
             [{"role": "user", "content": [picture, question]}]
         )
+
+
+def test_the_captioners_recipe_made_small_trains_and_answers(tmp_path):
+    world = tmp_path / "world"
+    write_world("scene", world, n=8, seed=0, size=32)
+    texts = json.loads((world / "texts.json").read_text())
+    tiny_tokenizer(texts, specials=["<image>"]).save_pretrained(world / "tokenizer")
+    steps = {"max_steps": 2, "batch_size": 2, "workers": 0, "log_steps": 1}
+    recipe = load_recipe(get_system("kg-llava").recipe.parent / "captioner.yaml")
+    raw = scale(recipe, vocab=1300, image_size=SIDE, stages=steps).model_dump()
+    raw["parts"]["vision_config"] = {"model_type": "medclip_vision", "swin": TINY_VISION, "projection_dim": 8}
+    raw["parts"]["media"]["image"]["views"]["size"] = SIDE
+    raw["parts"]["tokenizer"] = str(world / "tokenizer")
+    raw["data"] = [{"name": "explanations", "path": str(world / "train.json"), "images": str(world)}]
+    result = train(parse_recipe(raw | {"output": str(tmp_path / "run")}), console=Console(quiet=True))
+    chat = llavakit.load(result.final)
+    question = [{"type": "image", "image": Image.new("RGB", (40, 20))}, {"type": "text", "text": "What is there?"}]
+    assert isinstance(chat.chat([{"role": "user", "content": question}], max_new_tokens=2), str)
+    found = convert(result.final, tmp_path / "published", to="original")
+    assert found is not None
+    assert open_checkpoint(tmp_path / "published").layout == "kg-llava (original)"
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip_vision_model"])
+def test_any_vit_fits_into_the_tower(tmp_path, kind):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 4}
+    config = CONFIG_MAPPING[kind](**sizes, **({} if kind == "dinov2" else {"intermediate_size": 32}))
+    AutoModel.from_config(config).save_pretrained(tmp_path / "tower")
+    raw = scale(load_recipe(get_system("kg-llava").recipe), vocab=1300, image_size=SIDE).model_dump()
+    raw["parts"] |= {"vision_config": None, "init": {"vision_tower": str(tmp_path / "tower")}}
+    raw["parts"]["media"]["image"]["views"] |= {"size": SIDE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    net = build_meta(parse_recipe(raw))
+    assert net.config.vision_config.model_type == kind
+    assert net.model.multi_modal_projector.vision_width == 16

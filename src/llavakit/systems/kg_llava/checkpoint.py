@@ -109,6 +109,7 @@ class ClipCaption(Layout):
         return LlavakitConfig(
             text_config={"model_type": "gpt2", **(raw.get("gpt2") or {})},
             vision_config={"model_type": "medclip_vision", "swin": dict(vision), "projection_dim": width},
+            vision_feature_layer=-1,
             connector={"type": "prefix_mapper", **(raw.get("mapper") or {})},
             media={"image": {"views": {"type": "grey_square", "size": size}, "arrange": {"type": "flat"}}},
             template=raw.get("template") or "plain",
