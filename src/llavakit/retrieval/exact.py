@@ -44,7 +44,7 @@ def best(queries: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]], k: int) 
             part = queries[begin : begin + step]
             scores = part @ rows.T
             slack = reach * np.maximum(np.linalg.norm(part, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-            row, column = np.nonzero(scores >= _floor(scores, k) - slack)
+            row, column = _candidates(scores, k, slack)
             # exact enough to tell rounding from a difference, and the same for equal rows wherever they stand
             precise = _products(part, rows, row, column)
             ends = np.searchsorted(row, np.arange(len(part) + 1))
@@ -59,18 +59,27 @@ def best(queries: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]], k: int) 
     return scores, indices
 
 
-def _floor(scores: np.ndarray, k: int) -> np.ndarray:
-    """A value per query that at least `k` scores reach, and few more, [queries, 1]; every score where there are few."""
+def _candidates(scores: np.ndarray, k: int, slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and entries that may be among the `k` best, in order: all scores that come near the `k`-th, and few more.
+
+    The maxima of groups of entries say in one pass how high that score is at least, and in which groups to look.
+    """
     queries, rows = scores.shape
-    whole = rows // _GROUP * _GROUP
-    groups = scores[:, :whole].reshape(queries, _GROUP, -1).max(axis=1)
-    if whole < rows:
-        groups = np.concatenate([groups, scores[:, whole:].max(axis=1, keepdims=True)], axis=1)
-    if k <= groups.shape[1]:
-        return np.partition(groups, -k, axis=1)[:, -k, None]
-    if k < rows:
-        return np.partition(scores, -k, axis=1)[:, -k, None]
-    return np.full((queries, 1), -np.inf, np.float32)
+    width = rows // _GROUP  # of the table whose columns are groups
+    if k > width:
+        floor = np.partition(scores, -k, axis=1)[:, -k, None] if k < rows else np.full((queries, 1), -np.inf)
+        return np.nonzero(scores >= floor - slack)
+    whole = width * _GROUP
+    groups = scores[:, :whole].reshape(queries, _GROUP, width).max(axis=1)
+    floor = np.partition(groups, -k, axis=1)[:, -k, None] - slack
+    row, group = np.nonzero(groups >= floor)
+    columns = group[:, None] + width * np.arange(_GROUP)
+    near = scores[row[:, None], columns] >= floor[row]
+    behind, column = np.nonzero(scores[:, whole:] >= floor)
+    row = np.concatenate([np.repeat(row, _GROUP)[near.ravel()], behind])
+    column = np.concatenate([columns[near], column + whole])
+    order = np.lexsort((column, row))
+    return row[order], column[order]
 
 
 def _products(queries: np.ndarray, rows: np.ndarray, which: np.ndarray, place: np.ndarray) -> np.ndarray:
