@@ -113,21 +113,51 @@ def test_entries_that_are_not_kept_make_room_for_further_ones(store):
     assert StoreRetriever(store, Letters()).retrieve(["a"], 2, keep=lambda entry: False) == [[]]
 
 
-def test_approximate_search_finds_most_of_the_neighbours(tmp_path):
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_approximate_search_finds_most_of_the_neighbours(tmp_path, monkeypatch, in_memory):
+    from llavakit.retrieval import store as module
+
+    if not in_memory:
+        monkeypatch.setattr(module, "IN_MEMORY", 0)
     rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(2000, 16)).astype("f4")
-    store = Store.create(tmp_path / "store", 16)
+    centres = rng.normal(size=(40, 32))
+    vectors = (centres[rng.integers(0, 40, 2000)] + 0.5 * rng.normal(size=(2000, 32))).astype("f4")
+    store = Store.create(tmp_path / "store", 32)
     store.add(entries(*"x" * 2000), vectors)
     assert not store.has_index
     with pytest.raises(UserError, match="has no index"):
         store.neighbours(vectors[:1], 1, approximate=True)
     store.build_index()
     assert Store.open(store.path).has_index
-    exact, found = store.neighbours(vectors[:50], 10), store.neighbours(vectors[:50], 10, approximate=True)
-    shared = [len(set(a) & set(b)) for a, b in zip(exact[1].tolist(), found[1].tolist(), strict=True)]
-    assert sum(shared) >= 475
-    assert (found[1][:, 0] == np.arange(50)).all()
-    np.testing.assert_allclose(found[0][:, 0], 1, atol=0.02)
+    for asked in (vectors[:50], vectors[7:8]):
+        exact, found = store.neighbours(asked, 10), store.neighbours(asked, 10, approximate=True)
+        shared = [len(set(a) & set(b)) for a, b in zip(exact[1].tolist(), found[1].tolist(), strict=True)]
+        assert sum(shared) >= 9.5 * len(asked)
+        assert (found[1][:, 0] == exact[1][:, 0]).all()
+        np.testing.assert_allclose(found[0][:, 0], 1, atol=1e-5)
+    store.add(entries("late"), -vectors[:1])
+    assert store.neighbours(-vectors[:1], 1, approximate=True)[1].tolist() == [[2000]]
+    assert Store.open(store.path).neighbours(-vectors[:1], 1, approximate=True)[1].tolist() == [[2000]]
+
+
+def test_an_index_of_another_store_is_refused(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(400, 8)).astype("f4")
+    stores = []
+    for name, count in (("a", 400), ("b", 300)):
+        stores.append(Store.create(tmp_path / name, 8))
+        stores[-1].add(entries(*"x" * count), vectors[:count])
+    tiny = Store.create(tmp_path / "tiny", 8)
+    tiny.add(entries("x"), vectors[:1])
+    with pytest.raises(UserError, match="an index needs 256 entries, the store has 1"):
+        tiny.build_index()
+    stores[0].build_index()
+    file = stores[0].path / "partitions.safetensors"
+    (stores[1].path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="belongs to another store"):
+        Store.open(stores[1].path).neighbours(vectors[:1], 1, approximate=True)
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        Store.open(stores[0].path).neighbours(vectors[:1], 1, approximate=True)
 
 
 def test_bad_stores_and_queries_are_one_line(store, tmp_path):

@@ -18,12 +18,14 @@ import numpy as np
 
 from llavakit.data.strict_json import read_json
 from llavakit.errors import UserError, quoted
+from llavakit.retrieval import partitions
 from llavakit.retrieval.entries import NO_NEIGHBOUR, Entry, Hit
 from llavakit.retrieval.exact import best, unit
 
 FORMAT = 1
 IN_MEMORY = 1 << 30  # bytes of vectors up to which exact search keeps them
 BLOCK = 16_384  # rows that are read at a time
+SAMPLE_RATE = 32  # vectors per partition that the index is trained on
 BITS = 4  # to which a number of a vector is quantised in the index
 PROBES = 20  # partitions of the index that a query looks into
 REFINED = 8  # candidates per neighbour whose vectors are compared exactly
@@ -73,6 +75,7 @@ class Store:
             raise UserError(f"{self.path}: holds no table of entries; build the store again") from None
         self._lock = threading.Lock()
         self._matrix: np.ndarray | None = None
+        self._partitions: partitions.Partitions | None = None
         self._size = self._table.count_rows()
         self._indexed = False
 
@@ -190,7 +193,7 @@ class Store:
         ]
         self._table.add(pa.Table.from_arrays(columns, schema=_schema(self.dimension)))
         with self._lock:
-            self._matrix, self._size = None, start + len(entries)
+            self._matrix, self._partitions, self._size = None, None, start + len(entries)
 
     def last_record(self) -> int:
         """Number of the record that the last entry was made from; -1 if there is none."""
@@ -290,34 +293,59 @@ class Store:
     def has_index(self) -> bool:
         """Whether `build_index` was called."""
         if not self._indexed:
-            self._indexed = any("vector" in index.columns for index in self._table.list_indices())
+            indices = self._table.list_indices()
+            own = any("vector" in index.columns for index in indices)
+            self._indexed = own or (self.path / partitions.FILE).is_file()
         return self._indexed
 
     def build_index(self) -> None:
         """Make the index of approximate search; entries that are added later are compared one by one.
 
+        Up to a GiB of vectors are put into partitions that searches hold in memory; larger tables get LanceDB's own
+        index (RaBitQ), whose candidates are compared exactly.
+
         Raises:
             UserError: If the store has too few entries.
         """
-        from lancedb.index import IvfRq
-
         if len(self) < FEWEST_INDEXED:
             raise UserError(f"{self.path}: an index needs {FEWEST_INDEXED} entries, the store has {len(self)}")
-        self._table.create_index("vector", config=IvfRq(distance_type="dot", num_bits=BITS), replace=True)
-        self._indexed = True
+        if self._fits:
+            file = self.path / partitions.FILE
+            partitions.build(self.blocks, len(self), file, spherical=self.metric == "cosine")
+        else:
+            from lancedb.index import IvfRq
+
+            config = IvfRq(distance_type="dot", num_bits=BITS, sample_rate=SAMPLE_RATE)
+            self._table.create_index("vector", config=config, replace=True)
+        self._indexed, self._partitions = True, None
+
+    @property
+    def _fits(self) -> bool:
+        """Whether all vectors may be held in memory."""
+        return len(self) * self.dimension * 4 <= IN_MEMORY
 
     def _approximate(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if not self.has_index:
             raise UserError(f"{self.path}: has no index; build one, or search without `approximate`")
+        file = self.path / partitions.FILE
+        if self._fits and file.is_file():
+            with self._lock:
+                if self._partitions is None:
+                    self._partitions = partitions.Partitions(file, self.blocks(), len(self), self.dimension)
+                held = self._partitions
+            return held.search(queries, k)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         numbers = np.full((len(queries), k), NO_NEIGHBOUR, np.int64)
-        for row, query in enumerate(queries):
-            search = self._table.search(query, vector_column_name="vector").distance_type("dot").limit(k)
-            search = search.nprobes(PROBES).refine_factor(REFINED)
-            found = search.select(["number", "_distance"]).to_arrow()
-            # Lance's distance is one minus the inner product
-            values, places = 1 - found.column("_distance").to_numpy(), found.column("number").to_numpy()
-            scores[row, : len(values)], numbers[row, : len(places)] = values, places
+        search = self._table.search(list(queries), vector_column_name="vector").distance_type("dot").limit(k)
+        search = search.nprobes(PROBES).refine_factor(REFINED).select(["number", "_distance"])
+        found = search.to_arrow()
+        asked = found.column("query_index").to_numpy() if len(queries) > 1 else np.zeros(len(found), np.int64)
+        # Lance's distance is one minus the inner product
+        values, places = 1 - found.column("_distance").to_numpy(), found.column("number").to_numpy()
+        for row in range(len(queries)):
+            own = np.flatnonzero(asked == row)
+            own = own[np.argsort(-values[own], kind="stable")]
+            scores[row, : len(own)], numbers[row, : len(own)] = values[own], places[own]
         return scores, numbers
 
     def _hits(self, scores: np.ndarray, numbers: np.ndarray, keep: Callable[[Entry], bool] | None) -> list[Hit]:
@@ -341,7 +369,7 @@ class Store:
     def _keep_in_memory(self) -> None:
         with self._lock:
             size = len(self)
-            if self._matrix is not None or size * self.dimension * 4 > IN_MEMORY:
+            if self._matrix is not None or not self._fits:
                 return
             matrix = np.empty((size, self.dimension), np.float32)
             for start, rows in self.blocks():
