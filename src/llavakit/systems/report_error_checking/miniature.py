@@ -28,7 +28,7 @@ FINDINGS, SIZES, CELLS, MOST = 3, 2, 4, 3  # sentences of a report: 1 to MOST
 STOP, SIZE, FINDING, SIDE, HEIGHT, SIMPLE, COMPLEX, VOCABULARY = 1, 2, 4, 7, 9, 11, 12, 13
 ANSWERS = ("N", "Y", "insert", "remove", "substitute")
 OPERATIONS = ANSWERS[2:]
-LENGTH = CELLS + 5 * MOST + 1
+LENGTH = CELLS + 5 * MOST + 2
 MEMBERS, BATCH, RATE, WIDTH = 3, 32, 2e-3, 64
 
 
@@ -113,18 +113,19 @@ class Checker(nn.Module):
         self.head = nn.Linear(WIDTH, len(ANSWERS))
         self.register_buffer("causal", nn.Transformer.generate_square_subsequent_mask(LENGTH))
 
-    def forward(self, pictures: Tensor, reports: Tensor, questions: Tensor) -> Tensor:
-        """Logits of the answers [drafts, 5]."""
-        tokens = self.words(torch.cat([reports, questions[:, None]], dim=1))
+    def forward(self, pictures: Tensor, reports: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of both questions: mistake or not [drafts, 2], type [drafts, 3]."""
+        questions = torch.tensor([SIMPLE, COMPLEX]).expand(len(reports), 2)
+        tokens = self.words(torch.cat([reports, questions], dim=1))
         inputs = torch.cat([self.pixels(pictures), tokens], dim=1) + self.places
-        return self.head(self.decoder(inputs, self.causal, is_causal=True)[:, -1])
+        found = self.head(self.decoder(inputs, self.causal, is_causal=True)[:, -2:])
+        return found[:, 0, :2], found[:, 1, 2:]
 
     @torch.no_grad()
-    def answers(self, pictures: Tensor, reports: Tensor, level: int) -> list[str]:
-        """The likeliest answer of a level (`SIMPLE`, `COMPLEX`) to every draft."""
-        logits = self(pictures, reports, torch.full((len(reports),), level))
-        some = logits[:, :2] if level == SIMPLE else logits[:, 2:]
-        return [(ANSWERS[:2] if level == SIMPLE else OPERATIONS)[n] for n in some.argmax(-1).tolist()]
+    def answers(self, pictures: Tensor, reports: Tensor) -> tuple[list[str], list[str]]:
+        """The likeliest answers to both questions about every draft."""
+        simple, types = (logits.argmax(-1).tolist() for logits in self(pictures, reports))
+        return [ANSWERS[n] for n in simple], [OPERATIONS[n] for n in types]
 
 
 def tuned(seed: int, data: int, steps: int, blank: bool = False) -> Checker:
@@ -142,14 +143,11 @@ def tuned(seed: int, data: int, steps: int, blank: bool = False) -> Checker:
         optimiser.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
         some = drafts(BATCH, random)
         pictures = torch.zeros_like(some.pictures) if blank else some.pictures
+        simple, types = model(pictures, some.reports)
         damaged = some.complex >= 0
-        logits = model(
-            torch.cat([pictures, pictures[damaged]]),
-            torch.cat([some.reports, some.reports[damaged]]),
-            torch.tensor([SIMPLE] * BATCH + [COMPLEX] * int(damaged.sum())),
-        )
+        loss = F.cross_entropy(simple, some.simple) + F.cross_entropy(types[damaged], some.complex[damaged] - 2)
         optimiser.zero_grad()
-        F.cross_entropy(logits, torch.cat([some.simple, some.complex[damaged]])).backward()
+        loss.backward()
         optimiser.step()
     return model
 
@@ -166,19 +164,23 @@ def one_seed(seed: int, steps: int = 1200, items: int = 1500) -> dict[str, float
         return simple_metrics(gold, said)["accuracy"]
 
     members = [tuned(10 * seed + n, seed, steps) for n in range(MEMBERS)]
-    said = [member.answers(test.pictures, test.reports, SIMPLE) for member in members]
-    types = [member.answers(test.pictures[damaged], test.reports[damaged], COMPLEX) for member in members]
     alone = tuned(10 * seed, seed, steps, blank=True)
+    said, types = zip(*(member.answers(test.pictures, test.reports) for member in members), strict=True)
+    text, text_types = alone.answers(blank, test.reports)
+
+    def typed(found: Sequence[str | None]) -> float:
+        return complex_metrics(kinds, [own for own, wrong in zip(found, damaged, strict=True) if wrong])["accuracy"]
+
     found = {
         "own": simple(said[0]),
-        "blank": simple(members[0].answers(blank, test.reports, SIMPLE)),
-        "swapped": simple(members[0].answers(swapped, test.reports, SIMPLE)),
-        "text": simple(alone.answers(blank, test.reports, SIMPLE)),
+        "blank": simple(members[0].answers(blank, test.reports)[0]),
+        "swapped": simple(members[0].answers(swapped, test.reports)[0]),
+        "text": simple(text),
         "members": float(np.mean([simple(own) for own in said])),
         "ensemble": simple([vote(votes) for votes in zip(*said, strict=True)]),
-        "types": complex_metrics(kinds, types[0])["accuracy"],
-        "types ensemble": complex_metrics(kinds, [type_vote(own) for own in zip(*types, strict=True)])["accuracy"],
-        "types text": complex_metrics(kinds, alone.answers(blank[damaged], test.reports[damaged], COMPLEX))["accuracy"],
+        "types": typed(types[0]),
+        "types ensemble": typed([type_vote(own) for own in zip(*types, strict=True)]),
+        "types text": typed(text_types),
     }
     for name in ("N", *OPERATIONS):
         which = [
