@@ -8,7 +8,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -524,3 +526,27 @@ def test_the_recipe_builds_at_full_size():
     recipe = load_recipe(get_system("report-error-checking").recipe)
     model = build_meta(recipe).model
     assert sum(parameter.numel() for parameter in model.multi_modal_projector.parameters()) == 20_979_712
+
+
+def test_texts_of_the_miniature_tell_nothing():
+    from llavakit.systems.report_error_checking import miniature
+
+    found = miniature.drafts(3000, np.random.default_rng(0))
+    reports = found.reports.reshape(-1, miniature.MOST, 5)
+    counts = (reports[..., 4] > 0).sum(-1)
+    kinds = found.complex.clamp(min=0)
+    for kind in (0, 2, 3, 4):
+        shares = np.bincount(counts[kinds == kind], minlength=4)[1:] / int((kinds == kind).sum())
+        assert abs(shares - 1 / 3).max() < 0.06  # as many sentences in all classes
+    cells = (reports[..., 2] - miniature.SIDE) + 2 * (reports[..., 3] - miniature.HEIGHT)
+    assert all(len(set(row[:n].tolist())) == n for row, n in zip(cells, counts, strict=True))
+    filled = (found.pictures.max(-1).values > 0.6).sum(1)
+    assert torch.equal(filled, counts - (kinds == 2).int() + (kinds == 3).int())
+
+
+def test_the_miniature_measures_every_arm():
+    from llavakit.systems.report_error_checking.miniature import one_seed
+
+    found = one_seed(0, steps=2, items=40)
+    assert {"own", "blank", "swapped", "text", "members", "ensemble", "right substitute"} <= set(found)
+    assert all(0 <= value <= 1 for value in found.values())
