@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -155,7 +154,9 @@ def build(count: int, scratch: Path) -> None:
     build_store(open_pages(source), path, Drawn(), index=True)
     seconds = time.perf_counter() - begin
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # of this program alone; getrusage would count what the parent held when it was forked
+    status = Path("/proc/self/status").read_text()
+    peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024
     print(json.dumps({"peak": peak, "bytes": size, "seconds": seconds}))
 
 

@@ -41,8 +41,9 @@ class WithTriplets(Responder):
         if isinstance(triplets, bool) or not isinstance(triplets, int) or triplets < 1:
             raise UserError(f"triplets {quoted(triplets)}: must be a positive number")
         given = isinstance(store, Retriever)
-        self.triplets = triplets
-        self.retriever = store if given else None if store is None else open_retriever(store, encoder=encoder)
+        self.triplets, self.retriever = triplets, None
+        if store is not None:
+            self.retriever = _check_filled(store if given else open_retriever(store, encoder=encoder))
         self.settings: dict[str, Any] = {"store": None if given else store, "triplets": triplets}
 
     def run(self, call: Call) -> Iterator[Event]:
@@ -54,14 +55,29 @@ class WithTriplets(Responder):
             yield from call.stream(self.main)
             return
         if call.before_media is not None:
-            call.before_media(messages[last])
-        hits = self.retriever.retrieve([load_image(pictures[0]["image"])], self.triplets)[0]
-        texts = [hit.entry.text for hit in hits]
+            call.before_media(pictures[0])
+        processor = getattr(self.main, "processor", None)
+        picture = load_image(pictures[0]["image"]) if processor is None else processor.read_media(pictures[0])[0]
+        hits = self.retriever.retrieve([picture], self.triplets)[0]
+        texts = [self._harmless(hit.entry.text) for hit in hits]
         yield TraceEvent(name="triplets", data={"triplets": texts, "scores": [round(hit.score, 4) for hit in hits]})
         asked = with_triplets(texts, question_of(text_of(messages[last]).strip()), self.triplets)
         media = [part for part in messages[last]["content"] if is_media(part)]
         messages[last] = {**messages[last], "content": [*media, {"type": "text", "text": asked}]}
         yield from call.stream(self.main, messages)
+
+    def _harmless(self, text: str) -> str:
+        """A caption in which nothing acts as a special token: a store is data."""
+        (turn,) = self.main.escape([{"role": "user", "content": text}])
+        return text_of(normalise([turn])[0])
+
+
+def _check_filled(retriever: Retriever) -> Retriever:
+    """A store without entries is said at once, and not at the first question."""
+    store = getattr(retriever, "store", None)
+    if store is not None and not len(store):
+        raise UserError(f"{store.path}: the store is empty; `llavakit prepare kg_datastore` fills one")
+    return retriever
 
 
 def question_of(text: str) -> str:
