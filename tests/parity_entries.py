@@ -105,6 +105,8 @@ def bites(system: str) -> Iterator[tuple[str, bool, str]]:
         if entry == "read_config" and not layouts_of(system):
             continue  # its files are read by another system's layout
         reaching = [folder for folder, name in components.items() if re.search(words, name)]
+        if not reaching and get_system(system).recipe is None:
+            continue  # it trains nothing and brings no model
         if not reaching:
             holds, remark = fallback_fails(entry, system)
             yield f"broken {entry} (no golden component reaches it; small recipe)", holds, remark

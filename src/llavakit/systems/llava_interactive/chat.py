@@ -1,0 +1,77 @@
+"""Talking about the picture that is being edited: a message carries it if it has changed since the last message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from llavakit.conversation.messages import Message, media_of
+from llavakit.generation.request import SamplingParams
+from llavakit.generation.responder import Responder
+from llavakit.tools.pictures import shown_size
+
+LONGEST, LONGEST_WITH_PICTURE = 1536, 1200  # characters of a message; what is more is left out
+SAMPLING = SamplingParams(temperature=0.2, top_p=0.7, max_new_tokens=512)
+MARK = "<image>"
+
+
+class PictureChat:
+    """A conversation about the working image.
+
+    Args:
+        responder: Who answers.
+        forgets: Whether a conversation that has a picture begins anew with the next one, as published; otherwise it
+            goes on and the model sees all versions that were talked about.
+        sampling: Of every answer.
+
+    Attributes:
+        messages: The conversation.
+        waiting: The picture that the next message carries.
+    """
+
+    def __init__(self, responder: Responder, *, forgets: bool = True, sampling: SamplingParams = SAMPLING) -> None:
+        self.responder, self.forgets, self.sampling = responder, forgets, sampling
+        self.messages: list[Message] = []
+        self.waiting: Image.Image | None = None
+
+    def changed(self, image: Image.Image | None) -> None:
+        """The working image is another one."""
+        self.waiting = image
+
+    def ask(self, text: str) -> list[Message] | None:
+        """The conversation with a further question, which the model is now to answer; None if there is nothing to ask.
+
+        Args:
+            text: The question; where it says `<image>`, the picture stands there, otherwise in front.
+        """
+        picture, self.waiting = self.waiting, None
+        if not text and picture is None:
+            return None
+        text = text[:LONGEST]
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if picture is not None:
+            text = text[:LONGEST_WITH_PICTURE]
+            before, mark, after = text.partition(MARK)
+            part = {"type": "image", "image": picture.resize(shown_size(picture.size))}
+            content = [part, {"type": "text", "text": f"\n{text}"}]
+            if mark:
+                content = [{"type": "text", "text": before}, part, {"type": "text", "text": after}]
+                content = [one for one in content if one["type"] != "text" or one["text"]]
+            if self.forgets and media_of(self.messages):
+                self.messages = []
+        self.messages.append({"role": "user", "content": content})
+        return self.messages
+
+    def say(self, text: str) -> str | None:
+        """The answer to a question; None if nothing was asked. A question that fails is taken back."""
+        messages = self.ask(text)
+        if messages is None:
+            return None
+        try:
+            answer = self.responder.submit(messages, self.sampling, stream=False).result().content
+        except BaseException:
+            self.messages.pop()
+            raise
+        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return answer

@@ -1,0 +1,435 @@
+"""A session of editing: every event makes a version that never changes, so that all can be undone and replayed.
+
+    session = Session(backends, chat=PictureChat(llavakit.load("runs/demo/final")))
+    session.apply({"op": "upload", "image": picture})
+    session.apply({"op": "segment", "stroke": [[0.4, 0.5], [0.6, 0.5]]})
+    session.apply({"op": "move", "object": 1, "dx": 120, "dy": -40})
+    session.apply({"op": "generate"})
+    session.save("session")
+
+Without a text an object that was moved is pasted where it was dragged, with its own pixels; with one, a generator draws
+what the text says in its box, as published. An object that was dragged out of the frame is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from llavakit.checkpoints.files import atomic_folder
+from llavakit.data.strict_json import JsonError, parse_json
+from llavakit.errors import UserError, quoted
+from llavakit.systems.llava_interactive.chat import PictureChat
+from llavakit.systems.llava_interactive.drawing import CREATE, INPAINT, WorkingImage
+from llavakit.systems.llava_interactive.geometry import CANVAS, Box
+from llavakit.systems.llava_interactive.layout import LayoutRequest, layout_request
+from llavakit.systems.llava_interactive.objects import AWAY, Objects, Segmented
+from llavakit.tools.rle import decode_mask, encode_mask
+
+FORMAT = 1
+DILATION = 0.02  # of the shorter side, on every side of the mask; the published page's 50 pixels leave a wide halo
+_KEYS = {
+    "upload": {"image"},
+    "segment": {"stroke", "box", "points", "point_labels", "mask", "text", "dilation"},
+    "move": {"object", "dx", "dy"},
+    "dilate": {"dilation"},
+    "generate": {"text", "seed"},
+    "remove": {"object"},
+    "insert": {"boxes", "phrases", "prompt", "seed"},
+    "create": {"prompt", "boxes", "phrases", "seed"},
+    "chat": {"text"},
+    "undo": set(),
+    "redo": set(),
+}
+
+
+class NotSegmented(UserError):
+    """Objects are to be changed before there are any."""
+
+
+class SeveralObjects(UserError):
+    """Several objects are to be replaced at once."""
+
+
+class NothingNamed(UserError):
+    """An object is to be replaced, and no text says by what."""
+
+
+class Segmenter(Protocol):
+    """Finds what a person marked or named."""
+
+    def segment(self, image: np.ndarray, **marks: Any) -> Segmented:
+        """Objects numbered from 1; `marks` are those of a `segment` event."""
+
+
+class Filler(Protocol):
+    """Fills a hole from what surrounds it."""
+
+    def fill(self, image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+        """RGB of the same size; pixels outside the hole are unchanged."""
+
+
+class Generator(Protocol):
+    """Draws things at given places."""
+
+    def replace(self, image: np.ndarray, boxes: Sequence[Box], text: str, seed: int | None) -> np.ndarray:
+        """RGB picture with what a text says in boxes (pixels)."""
+
+    def layout(self, request: LayoutRequest, seed: int | None) -> np.ndarray:
+        """RGB [512, 512, 3] of a layout."""
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Who does the work; what is None is not offered.
+
+    Attributes:
+        names: What they are called, for versions and pages.
+    """
+
+    segmenter: Segmenter | None = None
+    filler: Filler | None = None
+    generator: Generator | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def need(self, kind: str, event: str) -> Any:
+        """The backend of a kind.
+
+        Raises:
+            UserError: If there is none.
+        """
+        found = getattr(self, kind)
+        if found is None:
+            raise UserError(f"{event}: needs a {kind}, and none is configured")
+        return found
+
+
+@dataclass(frozen=True)
+class Version:
+    """A picture of the session.
+
+    Attributes:
+        number: From 0, in the order in which they were made.
+        parent: The version that it was made of.
+        op: The event that made it.
+        image: RGB, read-only.
+        artefacts: What the event found or was told, JSON-able.
+    """
+
+    number: int
+    parent: int | None
+    op: str
+    image: np.ndarray
+    artefacts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of size and pixels."""
+        return hashlib.sha256(f"{self.image.shape}".encode() + self.image.tobytes()).hexdigest()
+
+
+class Session:
+    """A working image, its versions, and the events that made them.
+
+    Args:
+        backends: Who does the work.
+        chat: The conversation about the working image; None for a session without one.
+        pastes: Whether an object that was moved is pasted with its own pixels where no text says what is to stand
+            there; the published page asks for a text.
+        most_pixels: Largest picture.
+        most_events: Longest session.
+    """
+
+    def __init__(
+        self,
+        backends: Backends,
+        chat: PictureChat | None = None,
+        *,
+        pastes: bool = True,
+        most_pixels: int = 16 * 2**20,
+        most_events: int = 10_000,
+    ) -> None:
+        self.backends, self.chat, self.pastes = backends, chat, pastes
+        self.most_pixels, self.most_events = most_pixels, most_events
+        self.working = WorkingImage()
+        self.objects: Objects | None = None
+        self.versions: list[Version] = []
+        self.events: list[dict[str, Any]] = []
+        self.current: int | None = None
+        self._undone: list[int] = []
+
+    @property
+    def image(self) -> np.ndarray | None:
+        """The working image."""
+        return None if self.current is None else self.versions[self.current].image
+
+    def apply(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out an event; one that fails changes nothing but objects that were dragged.
+
+        Returns:
+            What came of it: `version` (its number), `objects` with box and label, `answer`.
+
+        Raises:
+            UserError: If it is malformed, or cannot be carried out now.
+        """
+        op = event.get("op")
+        if op not in _KEYS:
+            raise UserError(f"op: must be one of {', '.join(_KEYS)}, not {quoted(op)}")
+        unknown = set(event) - _KEYS[op] - {"op", "t"}
+        if unknown:
+            raise UserError(
+                f"{op}: has no {sorted(unknown)[0]!r}; it takes {', '.join(sorted(_KEYS[op])) or 'nothing'}"
+            )
+        if len(self.events) >= self.most_events:
+            raise UserError(f"the session has {self.most_events} events already; begin a new one")
+        given = {name: value for name, value in event.items() if name not in ("op", "t")}
+        found = getattr(self, f"_{op}")(**given)
+        self.events.append({"op": op, **given})
+        return found
+
+    # events
+
+    def _upload(self, image: Any = None) -> dict[str, Any]:
+        pixels = _pixels(image)
+        if pixels.shape[0] * pixels.shape[1] > self.most_pixels:
+            raise UserError(f"image: has more than {self.most_pixels:,} pixels")
+        return self._new("upload", pixels, {})
+
+    def _segment(self, dilation: int | None = None, **marks: Any) -> dict[str, Any]:
+        image = self._picture("segment")
+        if not any(value is not None for value in marks.values()):
+            raise UserError("segment: mark the object with stroke, box, points or mask, or name it with text")
+        segmenter, filler = (self.backends.need(kind, "segment") for kind in ("segmenter", "filler"))
+        if marks.get("mask") is not None:
+            marks["mask"] = _mask(marks["mask"], image)
+        objects = Objects(image, segmenter.segment(image, **marks))
+        self._cut(objects, filler, _dilation(image) if dilation is None else dilation)
+        self.objects = objects
+        return {"objects": self._described()}
+
+    def _move(self, object: int = 1, dx: int = 0, dy: int = 0) -> dict[str, Any]:
+        self._selected("move").move(object, (dx, dy))
+        return {"objects": self._described()}
+
+    def _dilate(self, dilation: int = 0) -> dict[str, Any]:
+        self._cut(self._selected("dilate"), self.backends.need("filler", "dilate"), dilation)
+        return {"objects": self._described()}
+
+    def _generate(self, text: str = "", seed: int | None = None) -> dict[str, Any]:
+        objects = self._selected("generate")
+        boxes = objects.placed()
+        artefacts = {"objects": self._described(), "mask": encode_mask(~objects.kept)}
+        if not boxes:
+            return self._new("remove", objects.filled, artefacts, keeps=True)
+        if not text and self.pastes:
+            return self._new("move", objects.pasted(), artefacts, keeps=True)
+        generator = self.backends.need("generator", "generate")
+        if len(boxes) > 1:
+            raise SeveralObjects(
+                "generate: one object at a time can be replaced; drag the others out, or leave text out"
+            )
+        if not text:
+            raise NothingNamed("generate: say what is to stand in the object's place")
+        picture = generator.replace(objects.filled, boxes, text, seed)
+        return self._new("replace", picture, artefacts | {"text": text, "seed": seed}, keeps=True)
+
+    def _remove(self, object: int = 1) -> dict[str, Any]:
+        self._selected("remove").move(object, AWAY)
+        return self._generate()
+
+    def _insert(
+        self, boxes: Sequence[Sequence[float]] = (), phrases: Sequence[str] = (), prompt: str = "", seed: Any = None
+    ) -> dict[str, Any]:
+        image = self._picture("insert")
+        generator = self.backends.need("generator", "insert")
+        text = ";".join(phrases)
+        whole = np.asarray(Image.fromarray(image).resize((CANVAS, CANVAS)))
+        request = layout_request(INPAINT, _canvas_boxes(boxes), text, prompt, image=whole)
+        square = generator.layout(request, seed)
+        made = _put_back(image, square, boxes)
+        return self._new("insert", made, {"boxes": boxes, "phrases": list(phrases), "prompt": prompt, "seed": seed})
+
+    def _create(
+        self, prompt: str = "", boxes: Sequence[Sequence[float]] = (), phrases: Sequence[str] = (), seed: Any = None
+    ) -> dict[str, Any]:
+        request = layout_request(CREATE, _canvas_boxes(boxes), ";".join(phrases), prompt)
+        made = self.backends.need("generator", "create").layout(request, seed)
+        return self._new("create", made, {"boxes": boxes, "phrases": list(phrases), "prompt": prompt, "seed": seed})
+
+    def _chat(self, text: str = "") -> dict[str, Any]:
+        if self.chat is None:
+            raise UserError("chat: this session has no model to talk to")
+        return {"answer": self.chat.say(text)}
+
+    def _undo(self) -> dict[str, Any]:
+        parent = None if self.current is None else self.versions[self.current].parent
+        if parent is None:
+            raise UserError("undo: there is no earlier picture")
+        self._undone.append(self.current)
+        return self._show(parent)
+
+    def _redo(self) -> dict[str, Any]:
+        if not self._undone:
+            raise UserError("redo: nothing was undone")
+        return self._show(self._undone.pop())
+
+    # what events share
+
+    def _new(self, op: str, image: np.ndarray, artefacts: Mapping[str, Any], keeps: bool = False) -> dict[str, Any]:
+        """Make a version the working image; `keeps` for what is made of the objects, which may be made again."""
+        image = np.ascontiguousarray(image, np.uint8)
+        image.setflags(write=False)
+        self.versions.append(Version(len(self.versions), self.current, op, image, dict(artefacts)))
+        self._undone.clear()
+        return self._show(len(self.versions) - 1, keeps)
+
+    def _show(self, number: int, keeps: bool = False) -> dict[str, Any]:
+        self.current, self.objects = number, self.objects if keeps else None
+        self.working.image = self.versions[number].image
+        if self.chat is not None:
+            self.chat.changed(Image.fromarray(self.versions[number].image))
+        return {"version": number}
+
+    def _picture(self, op: str) -> np.ndarray:
+        if self.image is None:
+            raise UserError(f"{op}: there is no picture yet; upload one")
+        return self.image
+
+    def _selected(self, op: str) -> Objects:
+        if self.objects is None:
+            raise NotSegmented(f"{op}: no object is selected; segment the picture first")
+        return self.objects
+
+    def _cut(self, objects: Objects, filler: Filler, dilation: int) -> None:
+        objects.cut(dilation)
+        objects.filled = filler.fill(objects.whole[..., :3], ~objects.kept)
+
+    def _described(self) -> list[dict[str, Any]]:
+        return [{"id": one.id, "label": one.label, "box": one.box and list(one.box)} for one in self.objects.changed]
+
+    # logs
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the events as `session.json`, with their pictures as PNG; returns the folder.
+
+        Raises:
+            UserError: If the folder exists.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            raise UserError(f"{folder}: exists; name another folder")
+        with atomic_folder(folder) as scratch:
+            events = []
+            for event in self.events:
+                written = dict(event)
+                if "image" in event:
+                    pixels = _pixels(event["image"])
+                    name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}.png"
+                    Image.fromarray(pixels).save(scratch / name)
+                    written["image"] = name
+                events.append(written)
+            log = {"format": FORMAT, "backends": dict(self.backends.names), "events": events}
+            log["versions"] = [{"op": one.op, "parent": one.parent, "sha256": one.digest} for one in self.versions]
+            (scratch / "session.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        return folder
+
+
+def read_log(folder: str | Path) -> dict[str, Any]:
+    """A saved session.
+
+    Raises:
+        UserError: If it is none, or of another format.
+    """
+    file = Path(folder) / "session.json"
+    try:
+        log = parse_json(file.read_bytes())
+    except OSError:
+        raise UserError(f"{folder}: holds no session.json; name a folder that a session was saved in") from None
+    except JsonError as error:
+        raise UserError(f"{file}: {error}") from None
+    if not isinstance(log, dict) or not isinstance(log.get("events"), list):
+        raise UserError(f"{file}: is no event log")
+    if log.get("format") != FORMAT:
+        raise UserError(f"{file}: has format {quoted(log.get('format'))}, this version reads {FORMAT}")
+    return log
+
+
+def replay(
+    folder: str | Path, session: Session, progress: Callable[[int, Mapping[str, Any]], None] | None = None
+) -> list[int]:
+    """Carry out the events of a saved session; numbers of versions whose pictures differ from the saved ones.
+
+    Raises:
+        UserError: If an event fails; it is named by its number.
+    """
+    folder = Path(folder)
+    log = read_log(folder)
+    for number, event in enumerate(log["events"]):
+        given = dict(event) if isinstance(event, Mapping) else {}
+        if isinstance(given.get("image"), str):
+            name = given["image"]
+            if Path(name).name != name:
+                raise UserError(f"{folder}: event {number}: image: must be a file beside the log, not {quoted(name)}")
+            given["image"] = _opened(folder / name)
+        try:
+            session.apply(given)
+        except UserError as error:
+            raise UserError(f"{folder}: event {number}: {error}") from None
+        if progress is not None:
+            progress(number, event)
+    saved = [one.get("sha256") for one in log.get("versions", [])]
+    return [one.number for one in session.versions if one.number >= len(saved) or one.digest != saved[one.number]]
+
+
+def _opened(file: Path) -> np.ndarray:
+    from llavakit.media.image import load_image
+
+    return _pixels(load_image(str(file)))
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """RGB uint8 [height, width, 3]."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
+        raise UserError("image: must be a picture, or uint8 [height, width, 3]")
+    return pixels
+
+
+def _mask(value: Any, image: np.ndarray) -> np.ndarray:
+    mask = decode_mask(value) if isinstance(value, Mapping) else np.asarray(value) != 0
+    if mask.shape != image.shape[:2]:
+        said = f"{mask.shape[-1]} x {mask.shape[0]} pixels" if mask.ndim == 2 else "no matrix"
+        raise UserError(f"mask: has {said}, the picture {image.shape[1]} x {image.shape[0]}")
+    return mask
+
+
+def _dilation(image: np.ndarray) -> int:
+    return 2 * max(1, round(DILATION * min(image.shape[:2]))) + 1
+
+
+def _canvas_boxes(boxes: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Boxes in fractions of the picture as pixels of the generator's square."""
+    for number, box in enumerate(boxes):
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise UserError(f"boxes.{number}: must be [x0, y0, x1, y1] in fractions of the picture, not {list(box)}")
+    return [[value * CANVAS for value in box] for box in boxes]
+
+
+def _put_back(image: np.ndarray, square: np.ndarray, boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    """The picture with what was generated in its boxes; all else is unchanged."""
+    height, width = image.shape[:2]
+    made = np.asarray(Image.fromarray(square).resize((width, height)))
+    changed = image.copy()
+    for x0, y0, x1, y1 in boxes:
+        rows, columns = slice(int(y0 * height), round(y1 * height)), slice(int(x0 * width), round(x1 * width))
+        changed[rows, columns] = made[rows, columns]
+    return changed
