@@ -42,6 +42,7 @@ COMMANDS = [
     "cost",
     "reproduce",
     "tools",
+    "replay",
     "doctor",
     "score",
 ]

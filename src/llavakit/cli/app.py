@@ -48,7 +48,7 @@ def overview(
 
 for _group in (
     *("asking", "training", "evaluation", "reports", "robustness", "checkpoints"),
-    *("retrieval", "synthesis", "systems", "tools"),
+    *("retrieval", "synthesis", "systems", "tools", "editing"),
 ):
     importlib.import_module(f"llavakit.cli.{_group}")
 

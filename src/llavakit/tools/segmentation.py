@@ -15,6 +15,8 @@ from PIL import Image
 from llavakit.tools.skill import BOX, POINT, Outcome, Skill, SkillError, absent, mask, number, parameters, picture
 
 ROUNDS = 5  # of GrabCut
+LIKE = 12, 40  # smallest and largest distance in CIELAB (8 bit) that counts as the same colour
+MARGIN = 0.25  # by which the neighbourhood of what has the mark's colours is larger
 
 
 def segment(
@@ -54,8 +56,10 @@ def segment(
     on, beside = _marks((height, wide), stroke, points, point_labels, scribble, width)
     if not on.any() and box is None:
         raise SkillError("segment: mark something with stroke, box, points or scribble")
-    labels = np.full((height, wide), cv2.GC_PR_BGD if box is None else cv2.GC_BGD, np.uint8)
-    if box is not None:
+    if box is None:
+        labels = _around(pixels, on)
+    else:
+        labels = np.full((height, wide), cv2.GC_BGD, np.uint8)
         left, top, right, bottom = _pixels(box, wide, height)
         labels[top:bottom, left:right] = cv2.GC_PR_FGD
         if (labels == cv2.GC_PR_FGD).all():  # GrabCut needs some background
@@ -67,6 +71,29 @@ def segment(
     if on.any():
         inside = _touching(inside, on)
     return _outcome(inside)
+
+
+def _around(pixels: np.ndarray, on: np.ndarray) -> np.ndarray:
+    """GrabCut's first labels for marks alone.
+
+    A mark says little of the thing's extent. What touches it and has its colours is taken for the thing to begin with,
+    and what lies well outside of that for background; GrabCut decides between.
+    """
+    import cv2
+
+    colours = cv2.cvtColor(cv2.GaussianBlur(pixels, (3, 3), 0), cv2.COLOR_RGB2LAB).astype(np.float32)
+    marked = colours[on]
+    centres = np.unique(np.quantile(marked, (0.2, 0.5, 0.8), axis=0), axis=0)
+    far = np.min([np.linalg.norm(colours - centre, axis=-1) for centre in centres], axis=0)
+    limit, _ = cv2.threshold(np.clip(far, 0, 255).astype(np.uint8), 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    like = _touching((far <= min(max(limit, LIKE[0]), LIKE[1])) | on, on)
+    rows, columns = np.flatnonzero(like.any(1)), np.flatnonzero(like.any(0))
+    labels = np.full(on.shape, cv2.GC_BGD, np.uint8)
+    margin = 3 + round(MARGIN * max(len(rows), len(columns)))
+    top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
+    labels[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1] = cv2.GC_PR_BGD
+    labels[like] = cv2.GC_PR_FGD
+    return labels
 
 
 def _cut(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:

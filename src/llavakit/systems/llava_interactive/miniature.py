@@ -17,15 +17,15 @@ from PIL import Image, ImageFilter
 
 from llavakit.conversation.messages import is_media, normalise
 from llavakit.conversation.turns import Event, TextDelta
+from llavakit.editing.backends import SkillSegmenter, backends_of
+from llavakit.editing.chat import PictureChat
+from llavakit.editing.objects import Segmented
+from llavakit.editing.session import Backends, Session
 from llavakit.errors import UserError
 from llavakit.generation.responder import Call, Responder
 from llavakit.media.image import load_image
 from llavakit.phantom.canvas import COLOURS, stencil
 from llavakit.proof.miniature import Comparison, Verdict, run_seeds
-from llavakit.systems.llava_interactive.backends import SkillSegmenter, backends_of
-from llavakit.systems.llava_interactive.chat import PictureChat
-from llavakit.systems.llava_interactive.objects import Segmented
-from llavakit.systems.llava_interactive.session import Backends, Session
 from llavakit.tools.shapes import detect_shapes
 
 SIDE, CELL, CELLS = 128, 40, 3
@@ -191,9 +191,9 @@ def run(seeds: Sequence[int] = (0, 1, 2, 3), progress: Callable[[str], None] | N
         ),
         seeds=tuple(seeds),
         seconds=found.seconds,
-        notes="Classical skills (GrabCut, OpenCV's inpainting, shapes by colour); half of the scenes have a twin of the "
-        f"target. Overlap with the target: stroke {mean('stroke overlap'):.2f}, words {mean('words overlap'):.2f}, "
-        f"box {mean('box overlap'):.2f}. PSNR behind the target: {mean('stroke psnr'):.1f} dB with the default dilation, "
-        f"{mean('no dilation psnr'):.1f} without, {mean('box psnr'):.1f} with a box. Success with a box: "
+        notes="Classical skills (GrabCut, OpenCV's inpainting, shapes by colour); half of the scenes have a twin of "
+        f"the target. Overlap with the target: stroke {mean('stroke overlap'):.2f}, words {mean('words overlap'):.2f}, "
+        f"box {mean('box overlap'):.2f}. PSNR behind the target: {mean('stroke psnr'):.1f} dB with the default "
+        f"dilation, {mean('no dilation psnr'):.1f} without, {mean('box psnr'):.1f} with a box. Success with a box: "
         f"{mean('box success'):.2f}. The second part tests the handing over, not a model.",
     )

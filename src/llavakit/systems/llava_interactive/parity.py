@@ -13,14 +13,9 @@ from torch import Tensor
 from llavakit.conversation.messages import is_media, normalise
 from llavakit.conversation.template import get_template
 from llavakit.conversation.turns import Event, TextDelta
-from llavakit.errors import UserError
-from llavakit.generation.responder import Call, Responder
-from llavakit.media.image import load_image
-from llavakit.proof.entries import prompt_text
-from llavakit.proof.golden import Case, Result
-from llavakit.systems.llava_interactive.chat import PictureChat
-from llavakit.systems.llava_interactive.drawing import COMPOSE, CREATE, INPAINT, TABS, Canvas, WorkingImage
-from llavakit.systems.llava_interactive.geometry import (
+from llavakit.editing.chat import PictureChat
+from llavakit.editing.drawing import COMPOSE, CREATE, INPAINT, TABS, Canvas, WorkingImage
+from llavakit.editing.geometry import (
     CANVAS,
     LATENT,
     Box,
@@ -31,9 +26,14 @@ from llavakit.systems.llava_interactive.geometry import (
     kept_latents,
     mirrored,
 )
-from llavakit.systems.llava_interactive.layout import Mismatch, NothingToAdd, NothingToMake, layout_request
-from llavakit.systems.llava_interactive.objects import NoSuchObject, Objects, Segmented
-from llavakit.systems.llava_interactive.session import Backends, NothingNamed, NotSegmented, Session, SeveralObjects
+from llavakit.editing.layout import Mismatch, NothingToAdd, NothingToMake, layout_request
+from llavakit.editing.objects import NoSuchObject, Objects, Segmented
+from llavakit.editing.session import Backends, NothingNamed, NotSegmented, Session, SeveralObjects
+from llavakit.errors import UserError
+from llavakit.generation.responder import Call, Responder
+from llavakit.media.image import load_image
+from llavakit.proof.entries import prompt_text
+from llavakit.proof.golden import Case, Result
 
 TASKS = {"Compose": COMPOSE, "Grounded Inpainting": INPAINT, "Grounded Generation": CREATE}
 TASK_OF = {tab: task for task, tab in TASKS.items()}

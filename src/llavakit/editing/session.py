@@ -25,12 +25,12 @@ from PIL import Image
 
 from llavakit.checkpoints.files import atomic_folder
 from llavakit.data.strict_json import JsonError, parse_json
+from llavakit.editing.chat import PictureChat
+from llavakit.editing.drawing import CREATE, INPAINT, WorkingImage
+from llavakit.editing.geometry import CANVAS, Box
+from llavakit.editing.layout import LayoutRequest, layout_request
+from llavakit.editing.objects import AWAY, Objects, Segmented
 from llavakit.errors import UserError, quoted
-from llavakit.systems.llava_interactive.chat import PictureChat
-from llavakit.systems.llava_interactive.drawing import CREATE, INPAINT, WorkingImage
-from llavakit.systems.llava_interactive.geometry import CANVAS, Box
-from llavakit.systems.llava_interactive.layout import LayoutRequest, layout_request
-from llavakit.systems.llava_interactive.objects import AWAY, Objects, Segmented
 from llavakit.tools.rle import decode_mask, encode_mask
 
 FORMAT = 1
@@ -162,6 +162,7 @@ class Session:
         self.objects: Objects | None = None
         self.versions: list[Version] = []
         self.events: list[dict[str, Any]] = []
+        self.answers: list[tuple[str, str]] = []
         self.current: int | None = None
         self._undone: list[int] = []
 
@@ -266,7 +267,10 @@ class Session:
     def _chat(self, text: str = "") -> dict[str, Any]:
         if self.chat is None:
             raise UserError("chat: this session has no model to talk to")
-        return {"answer": self.chat.say(text)}
+        answer = self.chat.say(text)
+        if answer is not None:
+            self.answers.append((text, answer))
+        return {"answer": answer}
 
     def _undo(self) -> dict[str, Any]:
         parent = None if self.current is None else self.versions[self.current].parent

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llavakit.editing.geometry import CANVAS, Box, centre, centre_square, extent, with_centre
 from llavakit.errors import UserError
-from llavakit.systems.llava_interactive.geometry import CANVAS, Box, centre, centre_square, extent, with_centre
 
 INPAINT, CREATE, COMPOSE = "inpaint", "create", "compose"  # the three tabs
 SHARE = 0.9  # of the shorter side that can be painted on

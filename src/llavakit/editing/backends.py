@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from llavakit.editing.geometry import CANVAS, Box, extent
+from llavakit.editing.layout import LayoutRequest
+from llavakit.editing.objects import Segmented
+from llavakit.editing.session import Backends
 from llavakit.errors import UserError
 from llavakit.phantom.canvas import COLOURS, SHAPES, stencil
-from llavakit.systems.llava_interactive.geometry import CANVAS, Box, extent
-from llavakit.systems.llava_interactive.layout import LayoutRequest
-from llavakit.systems.llava_interactive.objects import Segmented
-from llavakit.systems.llava_interactive.session import Backends
 from llavakit.tools.configuration import build_skill
 from llavakit.tools.skill import Skill
 from llavakit.tools.toolbox import Toolbox

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from llavakit.editing.geometry import Box, extent
 from llavakit.errors import UserError
-from llavakit.systems.llava_interactive.geometry import Box, extent
 
 AWAY = (10_000, 10_000)  # a drag out of the frame
 FIRST = 1  # the object that is selected as soon as there are objects

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llavakit.editing.drawing import CREATE, INPAINT, SHARE
+from llavakit.editing.geometry import CANVAS, LATENT, centre_square, kept_latents, with_centre
 from llavakit.errors import UserError
-from llavakit.systems.llava_interactive.drawing import CREATE, INPAINT, SHARE
-from llavakit.systems.llava_interactive.geometry import CANVAS, LATENT, centre_square, kept_latents, with_centre
 
 AUTO = "auto"
 TAU, GUIDANCE, SAMPLES = 0.3, 7.5, 1
