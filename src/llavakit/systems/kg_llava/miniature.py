@@ -1,11 +1,11 @@
 """KG-LLaVA's claim, small: relations in the prompt help where they carry what the weights cannot hold.
 
 A 16 x 16 picture shows two of six signs in two of its four cells. A table links every sign to one of six diseases; two
-links never change, four are drawn anew for every sample. The prompt holds seven triplets, as retrieval would give
-them: those of both visible signs, one of them twice, and the four others, in random order, each with a wrong disease in
-one of ten; then a disease. The answer is the sign that is linked to it, and where it is. A triplet is one token. Arms:
-with triplets, without, with triplets of another sample's table at test time, and trained with diseases shuffled among
-the triplets. Spec section 11.
+links never change, four are drawn anew for every sample, and both visible signs have links of the same kind. The prompt
+holds seven triplets, as retrieval would give them: those of both visible signs, one of them twice, and the four others,
+in random order, each with a wrong disease in one of ten; then a disease. The answer is the sign that is linked to it,
+and where it is. A triplet is one token. Arms: with triplets, without, with triplets of another sample's table at test
+time, and trained with diseases shuffled among the triplets. Spec section 11.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ def draw(count: int, generator: torch.Generator, *, shuffled: bool = False, fore
         redrawn = orders(SIGNS - FIXED) + FIXED
         return torch.cat([torch.arange(FIXED).expand(count, -1), redrawn], dim=1)
 
-    table = tables()
-    shown, cells = orders(SIGNS), orders(CELLS)[:, :2]
+    table, cells = tables(), orders(CELLS)[:, :2]
+    # both visible signs are of one kind, so that nothing but the link tells them apart
+    of_fixed = torch.rand(count, 1, generator=generator) < FIXED / SIGNS
+    other_kind = (torch.arange(SIGNS) < FIXED) != of_fixed
+    shown = (torch.rand(count, SIGNS, generator=generator) + other_kind).argsort(1)
     visible = shown[:, :2]
     pictures = torch.zeros(count, CELLS, CELL, CELL)
     pictures.scatter_(1, cells[..., None, None].expand(-1, -1, CELL, CELL), _pictures_of_signs()[visible])
