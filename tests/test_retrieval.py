@@ -182,6 +182,10 @@ def test_bad_stores_and_queries_are_one_line(store, tmp_path):
         with pytest.raises(UserError, match=message):
             call()
     assert len(store) == 4
+    for file in (store.path / "entries.lance" / "data").iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="its table cannot be read"):
+        Store.open(store.path).neighbours(vector, 1)
     note = store.path / "store.json"
     for wrong, message in (({"format": 9}, "format 9"), ({"format": 1}, "dimension: missing")):
         note.write_text(json.dumps(wrong))

@@ -114,6 +114,8 @@ def _look(store: Path, query: str, k: int, approximate: bool, as_json: bool, opt
     from llavakit.retrieval.retriever import open_retriever
 
     retriever = open_retriever(store, approximate=approximate, **options)
+    if "embed" in retriever.store.settings and not retriever.store.settings.get("complete"):
+        print(f"{store}: is not complete; the command that builds it goes on", file=sys.stderr)
     wanted = load_image(query) if Path(query).is_file() else query
     hits = retriever.retrieve([wanted], k)[0]
     if as_json:

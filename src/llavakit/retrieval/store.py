@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -69,14 +70,13 @@ class Store:
         self.metric: Metric = note["metric"]
         self.encoder: dict[str, str] = note["encoder"]
         self.settings: dict[str, Any] = note["settings"]
-        try:
-            self._table = _lancedb().connect(str(self.path)).open_table(_TABLE)
-        except (ValueError, OSError, RuntimeError):
-            raise UserError(f"{self.path}: holds no table of entries; build the store again") from None
+        lancedb = _lancedb()
+        with self._reading():
+            self._table = lancedb.connect(str(self.path)).open_table(_TABLE)
+            self._size = self._table.count_rows()
         self._lock = threading.Lock()
         self._matrix: np.ndarray | None = None
         self._partitions: partitions.Partitions | None = None
-        self._size = self._table.count_rows()
         self._indexed = False
 
     @classmethod
@@ -137,6 +137,17 @@ class Store:
                 f"{self.path}: was made with the encoder {made}, not with {given}{same}; "
                 "query it with its own encoder, or build the store again"
             )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What LanceDB says of files that are missing or damaged becomes one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.path}: its table cannot be read ({reason}); build the store again") from None
 
     def _read_note(self) -> dict[str, Any]:
         path = self.path / _NOTE
@@ -217,7 +228,8 @@ class Store:
             return []
         if wanted[0] < 0 or wanted[-1] >= len(self):
             raise IndexError(f"entries {wanted[0]} to {wanted[-1]} of {len(self)}")
-        rows = self._table.take_offsets(wanted).select(_COLUMNS).to_arrow().to_pylist()
+        with self._reading():
+            rows = self._table.take_offsets(wanted).select(_COLUMNS).to_arrow().to_pylist()
         found = {row["number"]: _entry(row) for row in rows}
         return [found[int(index)] for index in indices]
 
@@ -227,8 +239,13 @@ class Store:
             yield 0, self._matrix
             return
         start = 0
-        reader = self._table.search().select(["number", "vector"]).to_batches(batch_size=BLOCK)
-        for batch in reader:
+        with self._reading():
+            reader = self._table.search().select(["number", "vector"]).to_batches(batch_size=BLOCK)
+        while True:
+            with self._reading():
+                batch = next(reader, None)
+            if batch is None:
+                return
             if not batch.num_rows:
                 continue
             numbers = batch.column("number").to_numpy()
@@ -338,7 +355,8 @@ class Store:
         numbers = np.full((len(queries), k), NO_NEIGHBOUR, np.int64)
         search = self._table.search(list(queries), vector_column_name="vector").distance_type("dot").limit(k)
         search = search.nprobes(PROBES).refine_factor(REFINED).select(["number", "_distance"])
-        found = search.to_arrow()
+        with self._reading():
+            found = search.to_arrow()
         asked = found.column("query_index").to_numpy() if len(queries) > 1 else np.zeros(len(found), np.int64)
         # Lance's distance is one minus the inner product
         values, places = 1 - found.column("_distance").to_numpy(), found.column("number").to_numpy()

@@ -8,7 +8,9 @@ llavakit prepare kg_datastore datastore/kg_nle_index knowledge.store        # a 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,24 +149,42 @@ def kg_datastore(
         mask: Leave padding out of a caption's vector. False as published: then a vector depends on the longest of the
             256 captions around it, which is needed to go on with an index of the original code.
     """
-    if source.is_dir() or source.with_name(source.name + _CAPTIONS).is_file():
-        vectors, texts = read_original(source)
-        described = load_encoder(encoder).describe() if encoder is not None else None
-        store = Store.create(output, int(vectors.shape[1]), metric="dot", encoder=described)
-        store.add([Entry(str(number), (text,)) for number, text in enumerate(texts)], vectors)
-        store.finish()
-        return {"captions": len(store)}
-    if encoder is None:
+    original = source.is_dir() or source.with_name(source.name + _CAPTIONS).is_file()
+    if encoder is None and not original:
         raise UserError("encoder: missing; name the folder of MedCLIP or of another encoder")
+    made = None if encoder is None else load_encoder(encoder, **({} if mask else {"mask": False}))
+    described = None if made is None else made.describe()
+    if original:
+        vectors, texts = read_original(source)
+        with _whole(output) as place:
+            store = Store.create(place, int(vectors.shape[1]), metric="dot", encoder=described)
+            store.add([Entry(str(number), (text,)) for number, text in enumerate(texts)], vectors)
+            store.finish()
+        return {"captions": len(texts)}
     captions = read_captions(source, split=split, join=join, unique=unique, least_patients=least_patients)
-    made = load_encoder(encoder, **({} if mask else {"mask": False}))
-    store = Store.create(output, made.dimension, encoder=made.describe())
-    for begin in range(0, len(captions), BATCH):
-        some = captions[begin : begin + BATCH]
-        store.add([entry(caption) for caption in some], made.texts([caption.text for caption in some]))
-    store.finish()
-    pictures = len({caption.image for caption in captions})
-    return {"captions": len(store), "pictures": pictures}
+    with _whole(output) as place:
+        store = Store.create(place, made.dimension, encoder=described, settings={"source": str(source)})
+        for begin in range(0, len(captions), BATCH):
+            some = captions[begin : begin + BATCH]
+            store.add([entry(caption) for caption in some], made.texts([caption.text for caption in some]))
+        store.finish()
+    return {"captions": len(captions), "pictures": len({caption.image for caption in captions})}
+
+
+@contextmanager
+def _whole(output: Path) -> Iterator[Path]:
+    """A folder that takes the place of `output` when all is written, or is removed."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists already; name a new folder for the store, or remove it")
+    place = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        yield place
+        if output.exists():
+            output.rmdir()
+        place.rename(output)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def kg_triplets(
