@@ -235,6 +235,30 @@ def test_differences_are_converted_and_written_back_whole(first, tmp_path):
     assert {"model.mm_projector.weight", "model.mm_projector.bias", "lm_head.weight"} <= written
 
 
+def test_differences_are_written_and_give_the_model_back(first, tmp_path):
+    base, delta, _, tower = first
+    convert(delta, tmp_path / "own", to="llavakit", base=base, vision_tower=tower)
+    convert(tmp_path / "own", tmp_path / "again", to="original", difference_to=base)
+    written, below = load_file(tmp_path / "again" / "model.safetensors"), load_file(base / "model.safetensors")
+    whole = open_checkpoint(tmp_path / "own").state
+    grown, small = written["model.embed_tokens.weight"], below["model.embed_tokens.weight"]
+    own = whole["model.language_model.embed_tokens.weight"]
+    assert torch.equal(grown[: len(small)], own[: len(small)] - small)
+    assert torch.equal(grown[len(small) :], own[len(small) :])
+    with pytest.raises(CheckpointError, match="holds weight differences"):
+        open_checkpoint(tmp_path / "again")
+    restored = open_checkpoint(tmp_path / "again", base=base).state
+    for name in whole:
+        torch.testing.assert_close(restored[name].float(), whole[name].float(), atol=2e-3, rtol=0)
+    with pytest.raises(UserError, match="weight differences are a form of --to original, not of --to hf"):
+        convert(tmp_path / "own", tmp_path / "hf", to="hf", difference_to=base)
+    more = load_file(base / "model.safetensors") | {"model.extra": torch.zeros(1)}
+    save_file(more, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has 'model\.extra', which the model does not have"):
+        convert(tmp_path / "own", tmp_path / "no", to="original", difference_to=base)
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

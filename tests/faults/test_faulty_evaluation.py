@@ -81,6 +81,21 @@ GOLD: dict[str, Any] = {
     "mg_pope": [OPEN | {"label": "yes", "category": "random"}],
     "verdict_agreement": [{"question_id": 1, "verdict": "first"}, {"question_id": 2, "verdict": "tie"}],
     "vl-rewardbench": [COMPARED],
+    "vqa_rad": [
+        {"qid": 1, "image_name": "a.png", "question": "Q?", "answer": "dog", "answer_type": "OPEN", "phrase_type": "x"}
+    ],
+    "slake": [
+        {"qid": 1, "img_name": "a.png", "question": "Q?", "answer": "no", "answer_type": "CLOSED", "q_lang": "en"}
+    ],
+    "path_vqa": [
+        {
+            "id": 1,
+            "image": "a.png",
+            "answer_type": "OPEN",
+            "conversatons": [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "dog"}],
+        }
+    ],
+    "llava_med_chat": [OPEN | {"type": "conversation", "domain": {"mri": True}}],
     "five_aspects": [VIDEO_CHATGPT, VIDEO_CHATGPT],
     "five_aspects, two questions": [{"video_name": "a", "Q1": "Q?", "Q2": "W?", "A": "dog"}],
 }
@@ -125,6 +140,7 @@ PREDICTIONS: dict[str, list[dict[str, Any]]] = {
     "critic-pointwise": [{"question_id": 1, "review": "Score: 80"}],
     "llava-wilder": [{"question_id": 1, "review": "8 9\nBoth are right."}],
     "wildvision": [{"question_id": 1, "review": "My final verdict is: [[B>A]]"}],
+    "llava_med_chat": [{"question_id": 1, "gpt_eval": "8 9\nBoth are right."}],
     "video-captions": [{"question_id": 1, "review": "{'pred': 'yes', 'score': 4}"}],
     "five_aspects": [ANSWER | {"question_id": "a_0"}, ANSWER | {"question_id": "a_1"}],
     "five_aspects, two questions": [ANSWER | {"question_id": "a_0:1"}, ANSWER | {"question_id": "a_0:2"}],

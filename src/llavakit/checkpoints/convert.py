@@ -6,18 +6,21 @@ compared before it is published.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llavakit.checkpoints import layouts
+from llavakit.checkpoints.classic import grows
 from llavakit.checkpoints.encoder_names import to_disk
 from llavakit.checkpoints.export import rehearse
 from llavakit.checkpoints.files import (
     LazyState,
     atomic_folder,
+    read_folder,
     read_json,
     write_state,
 )
@@ -88,6 +91,7 @@ def convert(
     vision_tower: str | Path | None = None,
     template: str | None = None,
     exchange_vision_tower: bool = False,
+    difference_to: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint in another layout.
 
@@ -100,6 +104,8 @@ def convert(
         to: "llavakit", "hf" (transformers' class, which vLLM reads too) or "original".
         template: Name of the template, instead of the source's own.
         exchange_vision_tower: Write the encoder `vision_tower` in place of the source's own.
+        difference_to: Folder or hub id of the language model that this one was trained from: written are differences
+            to its weights, which give the model back to the precision of its type (layout "original" only).
 
     Returns:
         What was done: layouts, number of tensors, whether there was a tokenizer, and notes on what the new layout has
@@ -110,6 +116,8 @@ def convert(
     """
     if to not in FORMS:
         raise UserError(f"--to {to}: unknown layout; known: {', '.join(FORMS)}")
+    if difference_to is not None and to != "original":
+        raise UserError(f"--difference-to: weight differences are a form of --to original, not of --to {to}")
     dst = Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is not empty; name a new folder")
@@ -128,7 +136,8 @@ def convert(
     if to == "llavakit":
         save(checkpoint.state, checkpoint.config, processor, dst, checkpoint.generation)
     else:
-        notes = _write(layouts.layout_for(checkpoint.config, to), checkpoint, processor, dst)
+        below = None if difference_to is None else local_folder(difference_to)
+        notes = _write(layouts.layout_for(checkpoint.config, to), checkpoint, processor, dst, below)
     return {
         "from": checkpoint.layout,
         "to": to,
@@ -140,9 +149,16 @@ def convert(
 
 
 def _write(
-    layout: layouts.Layout, checkpoint: Checkpoint, processor: LlavakitProcessor | None, target: Path
+    layout: layouts.Layout,
+    checkpoint: Checkpoint,
+    processor: LlavakitProcessor | None,
+    target: Path,
+    below: Path | None = None,
 ) -> list[str]:
     """Write a checkpoint in a published layout, and read it back before it is published.
+
+    Args:
+        below: Folder of the language model to whose weights differences are written.
 
     Returns:
         Remarks: what this layout has no place for.
@@ -156,16 +172,37 @@ def _write(
     with atomic_folder(target) as scratch:
         write_json(scratch / "config.json", layout.write_config(config))
         layout.write_parts(config, scratch)
-        write_state(scratch, layout.write_state(config, noted))
+        tensors = layout.write_state(config, noted)
+        write_state(scratch, tensors if below is None else _differences(tensors, below))
         if processor is not None:
             layout.write_processor(processor, config, scratch)
         _write_generation(scratch, with_ends(checkpoint.generation, processor))
-        again = open_checkpoint(scratch)
+        again = open_checkpoint(scratch, base=below)
         notes = compare_configs(
             config, again.config, grown=isinstance(layout, TransformersLayout), known=layout.known_changes
         )
-        compare_tensors(noted, again.state, {"lm_head.weight"} if config.tie_word_embeddings else set())
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        compare_tensors(noted, again.state, tied, rounded=None if below is None else checkpoint.state)
         return notes + ([] if processor is None else _lost(processor, load_processor(again)))
+
+
+def _differences(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under published names, less what the model in a folder has under the same name.
+
+    Raises:
+        CheckpointError: If that model has a tensor which is not among them, or of another shape.
+    """
+    base = read_folder(folder)
+    left = set(base)
+    for name, tensor in tensors:
+        if name in left:
+            left.remove(name)
+            tensor = LazyState.of({name: tensor}).subtracted(LazyState.of({name: base[name]}), grows)[name]
+        yield name, tensor
+    if left:
+        raise CheckpointError(
+            f"{folder}: has {min(left)!r}, which the model does not have; is it what it was trained from?"
+        )
 
 
 def _built(config: LlavakitConfig, state: LazyState) -> LlavakitForConditionalGeneration:

@@ -32,6 +32,10 @@ def convert(
         bool,
         typer.Option("--exchange-vision-tower", help="Put --vision-tower in place of the encoder in SRC."),
     ] = False,
+    difference_to: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Write differences to the weights of this language model (--to original)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another layout.
@@ -44,7 +48,7 @@ def convert(
     """
     from llavakit.checkpoints.convert import convert as run_conversion
 
-    sources = given(base=base, vision_tower=vision_tower, template=template)
+    sources = given(base=base, vision_tower=vision_tower, template=template, difference_to=difference_to)
     done = run_conversion(src, dst, to=to.value, exchange_vision_tower=exchange_vision_tower, **sources)
     if as_json:
         print_json(done)
