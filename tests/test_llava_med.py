@@ -39,7 +39,7 @@ from llavakit.proof.golden import find_cases, run_case
 from llavakit.registry import CODECS, PLANNERS, TEMPLATES
 from llavakit.synthesis.run import synthesize
 from llavakit.system import get_system
-from llavakit.systems.llava_med import chat_eval, dialogues, instruct, templates, vqa
+from llavakit.systems.llava_med import chat_eval, dialogues, instruct, miniature, templates, vqa
 from llavakit.systems.llava_med.captions import BRIEF, DETAILED
 from llavakit.systems.llava_med.checkpoint import GREY, FirstLayout, MistralLayout
 from llavakit.systems.llava_med.cost import cost
@@ -817,3 +817,30 @@ def test_options_of_dialogues_are_checked(tmp_path, options, message):
     broken = write(tmp_path / "shots.json", [figure(1)])
     with pytest.raises(RecordError, match=r"shots\.json:1: conversations: is missing"):
         dialogues.FigureDialogues(examples=str(broken))
+
+
+# The miniature
+
+
+def test_the_miniature_learns_what_its_texts_say():
+    own = miniature.texts([("which side", "left"), ("describe", "plain tissue without lesion")])
+    words = {number: word for word, number in miniature.IDS.items()}
+    for row, wanted in enumerate(("left <end>", "plain tissue without lesion <end>")):
+        learned = own.labels[row] != -100
+        assert " ".join(words[int(number)] for number in own.ids[row][learned]) == wanted
+        assert torch.equal(own.labels[row][learned], own.ids[row][learned])
+    generator = torch.Generator().manual_seed(0)
+    for make in (miniature.general, miniature.medical):
+        for picture in (make(generator) for _ in range(20)):
+            assert all(word in miniature.IDS for word in picture.caption.split())
+            assert all(answer in miniature.ASKED[question.split()[1]] for question, answer in picture.questions)
+
+
+def test_the_miniature_runs_every_arm():
+    budget = {"encoder_steps": 2, "base_steps": 3, "align_steps": 2, "steps": 2, "held_out": 20, "drawn": 40}
+    found = miniature.one_seed(0, **budget)
+    assert found == miniature.one_seed(0, **budget)
+    assert all(0 <= value <= 1 for value in found.values())
+    verdict = miniature.run((0,), **budget)
+    assert [comparison.threshold for comparison in verdict.comparisons] == [0.2, 0.2, 0.0]
+    assert verdict.verdict == "inconclusive"  # one seed says nothing

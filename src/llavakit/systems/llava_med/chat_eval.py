@@ -1,6 +1,6 @@
 """LLaVA-Med's chat evaluation: a judge compares answers with those of a text-only GPT-4 that read the captions.
 
-    llavakit eval MODEL --task llava_med_chat --questions questions.jsonl --images images -o predictions.jsonl
+    llavakit eval MODEL --task llava_med_chat --questions questions.jsonl --images images --output predictions.jsonl
 
 A question has `question_id`, `image`, `text`, `type`, `domain` (flags), `fig_label`, `fig_caption`, the sentences that
 mention the figure (`fig_context` or `in_text_mention`), and `gpt4_answer`, the reference. The relative score of a group

@@ -282,8 +282,13 @@ def one_seed(
     align_steps: int = 400,
     steps: int = 250,
     held_out: int = 300,
+    drawn: int = 1500,
 ) -> dict[str, float]:
-    """All arms under one seed."""
+    """All arms under one seed.
+
+    Args:
+        drawn: Pictures of each domain that have captions.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     encode = encoder_of(generator, encoder_steps)
@@ -292,8 +297,8 @@ def one_seed(
         made = [make(generator) for _ in range(count)]
         return made, encode(made)
 
-    shapes, known = pictures(general, 1500)
-    figures, unknown = pictures(medical, 1500)
+    shapes, known = pictures(general, drawn)
+    figures, unknown = pictures(medical, drawn)
     sentences = Data(None, texts([("describe", figure.caption) for figure in figures]))
     base_data = [Data(known, captioned(shapes)), Data(known, asked(shapes, generator)), sentences]
     base = tune(Model(), base_data, base_steps, 3e-3, seed)

@@ -1,6 +1,6 @@
 """VQA-RAD, SLAKE and PathVQA, scored as the paper's tables are.
 
-    llavakit eval MODEL --task vqa_rad --questions test.json --images images -o predictions.jsonl
+    llavakit eval MODEL --task vqa_rad --questions test.json --images images --output predictions.jsonl
 
 Open questions: the share of the answer's words that the prediction has (recall), mean over questions. Closed ones: hit
 if the normalised answer is a substring of the normalised prediction, so "no" is found in "abnormal". Published figures
