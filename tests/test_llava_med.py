@@ -29,6 +29,7 @@ from llavakit.checkpoints.opening import build, load_processor, open_checkpoint
 from llavakit.connectors.general import MLP, Pooling
 from llavakit.conversation.turns import TextDelta
 from llavakit.data.preparation import prepare
+from llavakit.data.records import read_record
 from llavakit.errors import CheckpointError, RecipeError, RecordError, UserError
 from llavakit.evaluation.judges import Judge
 from llavakit.evaluation.score import benchmark, score
@@ -216,6 +217,8 @@ def test_differences_open_beside_their_base(first):
     text = processor.tokenizer.decode(ids[:start])
     assert text.endswith("###Human: What is it?\n")  # the picture follows the question
     assert processor.tokenizer.decode(ids[end + 1 :]).strip() == "###"  # the model writes who speaks
+    chat = llavakit.load(delta, base=base, vision_tower=tower, dtype="float32")
+    assert isinstance(chat.chat(asked, max_new_tokens=3), str)
 
 
 def test_differences_are_converted_and_written_back_whole(first, tmp_path):
@@ -598,6 +601,15 @@ def test_properties_of_the_metrics():
         assert vqa.says(f"{text} and more", text)
     assert vqa.overlap("mass mass", "mass")["precision"] == 1.0
     assert not vqa.nearest_is("", "x", ["", "y"])
+
+
+def test_released_records_are_read_with_their_spelling_and_numbers():
+    turns = [{"from": "human", "value": "How many?\n<image>"}, {"from": "gpt", "value": 3}]
+    record = read_record({"id": "s1", "image": "a.png", "conversatons": turns}, check_files=False)
+    assert [message["role"] for message in record.messages] == ["user", "assistant"]
+    assert record.messages[1]["content"] == [{"type": "text", "text": "3"}]
+    with pytest.raises(RecordError, match=r"conversations\.1\.value: must be a string, not bool"):
+        read_record({"image": "a.png", "conversatons": [turns[0], turns[1] | {"value": True}]}, check_files=False)
 
 
 # The judged chat
