@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_api import Failure, FakeAPI
+from PIL import Image
 from tiny_server import Running, data_url, small_chat
 from tiny_staged import staged_model
 
 import llavakit
 from llavakit.conversation.turns import ReasoningDelta, TextDelta, TraceEvent
-from llavakit.errors import UserError
+from llavakit.data.preparation import prepare
+from llavakit.errors import RecordError, UserError
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.generation.responder import Responder
 from llavakit.generation.search import Branch
@@ -355,6 +358,75 @@ def test_refused_questions_are_left_out_and_noted():
     assert [record["id"] for record in made] == [0]
     assert made[0]["conversations"][1]["value"] == REPLY
     assert refused == [2, 1]
+
+
+def write_source(folder, count=4):
+    Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+    rows = [
+        {
+            "id": n,
+            "image": "a.png" if n else "none.png",
+            "conversations": [{"from": "human", "value": f"<image>\nquestion {n}"}, {"from": "gpt", "value": "yes"}],
+        }
+        for n in range(count)
+    ]
+    (folder / "q.json").write_text(json.dumps(rows))
+    return folder / "q.json", folder / "staged.jsonl"
+
+
+def test_a_teacher_behind_an_api_writes_records_and_an_interrupted_run_goes_on(tmp_path):
+    source, output = write_source(tmp_path)
+    down = [True]
+
+    def reply(body):
+        text = json.dumps(body["messages"])
+        if "Evaluate whether" in text:
+            return "Invalid, I think." if "two" in text else "valid"
+        if "question 3" in text and down:
+            return Failure(400, "no")
+        return REPLY.replace(" B ", " two ") if "question 2" in text else REPLY
+
+    with FakeAPI(reply) as api:
+        options = {"teacher": f"{api.url}#m", "temperature": 0.5}
+        found = prepare("staged_answers", source, output, **options)
+        assert {name: found[name] for name in ("records", "refused", "without_image", "failed_calls")} == {
+            "records": 1,
+            "refused": 1,
+            "without_image": 1,
+            "failed_calls": 1,
+        }
+        asked = [body for _, _, body in api.bodies]
+        assert any(part["type"] == "image_url" for body in asked for part in body["messages"][0]["content"])
+        checks = [body for body in asked if "Evaluate whether" in json.dumps(body)]
+        assert {body.get("max_tokens") or body.get("max_completion_tokens") for body in checks} == {300}
+        assert sum("question 2" in json.dumps(body) for body in asked) == 2  # tried again, then refused
+        down.clear()
+        before = len(api.bodies)
+        found = prepare("staged_answers", source, output, **options)
+        assert (found["records"], found["refused"], found["failed_calls"]) == (2, 1, 0)
+        assert len(api.bodies) == before + 1  # the verifier was asked the very same before
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [1, 3]
+    assert rows[0]["conversations"][1]["value"] == REPLY
+    assert json.loads((tmp_path / "staged.refused.json").read_text()) == [2]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"id": None}, "id: is missing"),
+        ({"image": ["a", "b"]}, "image: must be the name of one picture"),
+        ({"hints": "h"}, "hints: must be a list of texts"),
+        ({"conversations": [{"from": "gpt", "value": "a"}] * 2}, "conversations.0: must be a text from 'human'"),
+    ],
+)
+def test_records_that_a_teacher_cannot_be_asked_about(tmp_path, change, said):
+    source, output = write_source(tmp_path)
+    rows = json.loads(source.read_text())
+    rows[2] |= change
+    source.write_text(json.dumps(rows))
+    with pytest.raises(RecordError, match=f"q.json:3: {said}"):
+        prepare("staged_answers", source, output, teacher="http://127.0.0.1:9/v1#m")
 
 
 def test_events_of_a_search_keep_channels_apart():

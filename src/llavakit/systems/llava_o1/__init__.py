@@ -16,6 +16,7 @@ SYSTEM = System(
     parts={
         "codecs": {"llava_o1": ".stages:stages_codec"},
         "label_policies": {"header_break": ".labels:HeaderBreak"},
+        "preparations": {"staged_answers": ".records:staged_answers"},
     },
     codec="llava_o1",
     responder=".responder:StagedSearch",
