@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, draws = new_model(4, 192), random.Random(0)
+    model, draws = new_model(8, 256), random.Random(0)
     engine = Engine(model)
     print("| prompt | four passes, s | ranked, s | ratio | largest difference |\n|---|---|---|---|---|")
     for name, length, picture in (("text of 300 tokens", 300, False), ("picture and 100 tokens", 100, True)):

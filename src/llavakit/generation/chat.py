@@ -240,10 +240,12 @@ class Chat(Responder):
                 f"score: context and reply have {length} positions, this model takes {self.engine.max_length}"
             )
         scores = []
-        for (ids, skipped), logprobs, reply in zip(
-            wanted, self.engine.score(request, [ids for ids, _ in wanted]), replies, strict=True
-        ):
-            scores.append(Score(tuple(ids[skipped:]), tuple(logprobs[skipped:].tolist()), len(reply)))
+        found = self.engine.reply_logits(request, [ids for ids, _ in wanted])
+        for (ids, skipped), logits, reply in zip(wanted, found, replies, strict=True):
+            logits, own = logits[skipped:].float(), torch.tensor(ids[skipped:], device=logits.device)
+            logprobs = logits.log_softmax(-1).gather(-1, own[:, None])[:, 0]
+            likeliest = bool((logits.argmax(-1) == own).all())
+            scores.append(Score(tuple(ids[skipped:]), tuple(logprobs.tolist()), len(reply), likeliest))
         return scores
 
     def _text_parts(self, context: str, replies: Sequence[str]) -> tuple[Request, list[tuple[list[int], int]]]:

@@ -271,7 +271,10 @@ class TransformersResponder(Responder):
         for (ids, length), values, reply in zip(found, logits, replies, strict=True):
             rest = torch.tensor(ids[shared:], device=values.device)
             logprobs = values.float().log_softmax(-1).gather(-1, rest.unsqueeze(-1)).squeeze(-1)
-            scores.append(Score(tuple(ids[length:]), tuple(logprobs[length - shared :].tolist()), len(reply)))
+            likeliest = bool((values.argmax(-1) == rest)[length - shared :].all())
+            scores.append(
+                Score(tuple(ids[length:]), tuple(logprobs[length - shared :].tolist()), len(reply), likeliest)
+            )
         return scores
 
     def _continuations(self, inputs: Mapping[str, Tensor], replies: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -22,11 +22,13 @@ class Score:
         token_ids: The ids that were scored.
         logprobs: Log probability of each.
         characters: Length of the reply as it was given.
+        likeliest: Whether each id is the likeliest one in its place; None if that was not looked at.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     characters: int
+    likeliest: bool | None = None
 
     @property
     def sum(self) -> float:
