@@ -31,7 +31,7 @@ from llavakit.synthesis.ledger import Ledger
 from llavakit.synthesis.work import Asking, Done, Job, Worker
 
 RUNNERS = ("local", "ray")
-CHUNK = 64  # items that are sent to a process together
+CHUNK = 128  # items that are sent to a process together
 AHEAD = 4  # chunks, or items of a thread, that may be under way for each process or thread
 HOPELESS = 8  # calls that must fail before any has succeeded for the rest not to be asked
 
