@@ -9,10 +9,8 @@ SYSTEM = System(
     paper="2312.13103",
     summary="Say whether a drafted radiology report has a mistake; training data with known mistakes.",
     claims=(
-        Claim(
-            "Instruction tuning on damaged reports teaches a model to find mistakes; an ensemble finds more.",
-            "abstract",
-        ),
+        Claim("Instruction tuning on damaged reports teaches a model to find mistakes.", "abstract"),
+        Claim("An ensemble is right about most of the reports that a clinician got wrong.", "abstract"),
     ),
     parts={
         "pipelines": {"report_errors": ".pipeline:ReportErrors"},
