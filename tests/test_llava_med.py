@@ -562,7 +562,8 @@ def test_broken_questions_are_named_or_left_out(tmp_path, record, message):
     assert "\n" not in str(caught.value)
     counts = prepare("medical_vqa", source, tmp_path / "out.json", on_bad_record="skip")
     assert counts["written"] == 3
-    assert any(message.strip(": ")[:20] in line for line in counts["left_out"])
+    assert len(counts["left_out"]) == 1
+    assert message.strip(": ")[:20] in counts["left_out"][0]
 
 
 def test_questions_become_training_records(tmp_path):
@@ -570,6 +571,9 @@ def test_questions_become_training_records(tmp_path):
     assert prepare("medical_vqa", source, tmp_path / "train.json", split="train")["written"] == 1
     record = json.loads((tmp_path / "train.json").read_text())[0]
     assert record["conversations"][0] == {"from": "human", "value": "<image>\nWhere?"}
+    blind = write(tmp_path / "blind.json", [{key: value for key, value in CONVERTED[0].items() if key != "image"}])
+    with pytest.raises(RecordError, match=r"blind\.json:1: image: is missing"):
+        prepare("medical_vqa", blind, tmp_path / "o.json")
     with pytest.raises(UserError, match="has no phrase_type"):
         prepare("medical_vqa", write(tmp_path / "s.json", SLAKE), tmp_path / "o.json", split="test")
 

@@ -168,27 +168,27 @@ def medical_vqa(
         split: "train" or "test" of VQA-RAD's one file.
         language: Of SLAKE: "en", "zh" or "all".
     """
-    try:
-        questions = read_questions(source, split, language)
-    except RecordError as error:
-        bad(error)
-        questions = _readable(source, split, language, bad)
-    written = write_records(output, map(training_record, questions))
-    return {"records": len(questions), "written": written}
+    choose(split, "split", SPLITS)
+    questions = numbered(_readable(source, split, language, bad))
+    if not questions:
+        raise UserError(f"{source}: holds no question of split {split} and language {language}")
+    pictured = []
+    for question in questions:
+        if question.data["image"]:
+            pictured.append(training_record(question))
+        else:
+            bad(question.error("image", "is missing; a training record needs the name of its picture"))
+    return {"records": len(questions), "written": write_records(output, pictured)}
 
 
-def _readable(source: Path, split: str, language: str, bad: Left) -> list[Record]:
-    """What `read_questions` gives, without the records that it refuses."""
-
-    def read() -> Iterator[Record]:
-        for record in read_pickled(source) if source.suffix == ".pkl" else read_records(source, bad):
-            try:
-                if _wanted(record, split, language):
-                    yield replace(record, data=question_of(record))
-            except RecordError as error:
-                bad(error)
-
-    return numbered(read())
+def _readable(source: Path, split: str, language: str, bad: Left) -> Iterator[Record]:
+    """What `read_questions` reads, without the records that it would refuse."""
+    for record in read_pickled(source) if source.suffix == ".pkl" else read_records(source, bad):
+        try:
+            if _wanted(record, split, language):
+                yield replace(record, data=question_of(record))
+        except RecordError as error:
+            bad(error)
 
 
 def training_record(question: Record) -> dict[str, Any]:
