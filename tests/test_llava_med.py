@@ -715,6 +715,10 @@ def test_cleaning_leaves_no_trace_of_the_caption():
     assert instruct.with_image(kept)["conversations"][0]["value"] == "<image>\nr"
     assert instruct.formatted({"pair_id": "p"}, "no turns") is None
     assert instruct.cleaned(instruct.formatted({"pair_id": "p"}, "User: q Assistant: Sorry.")) is None
+    record, _ = dialogues.dialogue_of(
+        {"pair_id": "p"}, "User: <image> q Assistant: Sorry. User: r <image> Assistant: a"
+    )
+    assert sum(turn["value"].count("<image>") for turn in record["conversations"]) == 1
     known = instruct.phrases()
     assert "according to the provided context, " in known.lead_ins
     assert len(known.lead_ins) == len(set(known.lead_ins))

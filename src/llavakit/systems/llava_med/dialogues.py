@@ -18,7 +18,7 @@ import numpy as np
 from llavakit.data.readers import Source, open_source
 from llavakit.errors import FieldError, RecordError, UserError, quoted
 from llavakit.synthesis.pipeline import Pipeline, Refused, Teacher
-from llavakit.systems.llava_med.instruct import cleaned, domain_of, formatted, in_turn, request, with_image
+from llavakit.systems.llava_med.instruct import IMAGE, cleaned, domain_of, formatted, in_turn, request, with_image
 
 ROUNDS = 4
 Figure = Mapping[str, Any]
@@ -102,7 +102,7 @@ def dialogue_of(figure: Figure, reply: str) -> tuple[dict[str, Any] | None, int]
     stands before or behind the first question depends on the figure's id alone.
     """
     behind = bool(hashlib.sha256(figure["pair_id"].encode()).digest()[0] & 1)
-    made = formatted(figure, reply, image_behind=behind)
+    made = formatted(figure, reply.replace(IMAGE, ""), image_behind=behind)  # a teacher asks for no picture
     if made is None:
         return None, 0
     turns = made["conversations"]

@@ -145,17 +145,20 @@ def formatted(record: Record, reply: str, *, image_behind: bool = False) -> dict
     if not turns:
         return None
     name = _text(record, "pair_id")
-    made = {"id": name, "image": f"{name}.jpg", "domain": record.get("domain"), "conversations": turns}
-    return with_image(made, image_behind=image_behind)
+    turns[0]["value"] = _placed(turns[0]["value"], image_behind)
+    return {"id": name, "image": f"{name}.jpg", "domain": record.get("domain"), "conversations": turns}
 
 
 def with_image(record: Record, *, image_behind: bool = False) -> dict[str, Any]:
     """The record with its picture at the first question, if no question has it."""
     turns = [dict(turn) for turn in record["conversations"]]
     if not any(IMAGE in turn["value"] for turn in turns if turn["from"] == "human"):
-        question = turns[0]["value"]
-        turns[0]["value"] = f"{question}\n{IMAGE}" if image_behind else f"{IMAGE}\n{question}"
+        turns[0]["value"] = _placed(turns[0]["value"], image_behind)
     return {**record, "conversations": turns}
+
+
+def _placed(question: str, behind: bool) -> str:
+    return f"{question}\n{IMAGE}" if behind else f"{IMAGE}\n{question}"
 
 
 @dataclass(frozen=True)
