@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from llavakit.system import get_system
 from llavakit.systems.llava_plus.checkpoint import LlavaPlusLayout
 from llavakit.systems.llava_plus.cost import cost
 from llavakit.systems.llava_plus.grammar import ThreeLines, decode, split
+from llavakit.tools import Artefacts
 from llavakit.training.build import build_meta
 from llavakit.training.recipe import load_recipe
 
@@ -257,3 +259,27 @@ def test_mistakes_in_preparing_scenes_are_named(scenes, tmp_path):
     (tmp_path / "bad.json").write_text('[{"conversations": []}]')
     with pytest.raises(RecordError, match="beside its image"):
         prepare("llava_plus_scenes", tmp_path / "bad.json", tmp_path / "x.json")
+
+
+# The miniature
+
+
+def test_the_miniature_writes_real_calls_and_runs_them():
+    pytest.importorskip("cv2")
+    from llavakit.systems.llava_plus import miniature
+
+    sight = miniature.sights(0, 1)[0]
+    asked = miniature.question(sight, "where", np.random.default_rng(0))
+    (_, written), (told, answer) = miniature.dialogue(sight, asked, "fly")
+    text = miniature.said(written)
+    assert decode(split(text).actions) == [{"API_name": "detect_shapes", "API_params": {"caption": asked.subject}}]
+    found = miniature.tools_for(sight).call("detect_shapes", {"caption": asked.subject}, Artefacts(sight.image))
+    assert miniature.found_by(found.data) == {asked.subject: told[-1]}
+    assert split(miniature.said(answer)).value.split() == [told[-1]]
+
+
+def test_a_short_run_of_the_miniature_gives_a_verdict():
+    pytest.importorskip("cv2")
+    verdict = get_system("llava-plus").load("miniature")(seeds=(0, 1), steps=6, scenes=12, questions=8)
+    assert [len(c.gains) for c in verdict.comparisons] == [2, 2, 2]
+    assert "needless" in verdict.notes

@@ -294,3 +294,26 @@ def test_the_server_runs_tools_and_streams_what_they_do():
         assert done.choices[0].message.content == "Seen."
     finally:
         running.stop()
+
+
+def test_what_is_remembered_is_bounded_and_expires(monkeypatch):
+    from llavakit.systems.llava_plus import agent
+
+    monkeypatch.setattr(agent, "KEPT", 3)
+    monkeypatch.setattr(agent, "KEPT_BYTES", 3 * 96 * 96 * 3 - 1)
+    responder = ToolUser(Scripted(lambda messages: lines([])), tools={"skills": {"detect_shapes": {}}})
+    asked = [[question(str(number), scene())] for number in range(4)]
+    ended = [[*own, {"role": "assistant", "content": responder.submit(own).result().content}] for own in asked]
+    assert [responder.dialogue_of(own) is not None for own in ended] == [False, False, True, True]
+    monkeypatch.setattr(agent, "KEPT_SECONDS", -1.0)
+    assert responder.dialogue_of(ended[-1]) is None
+    again = responder.submit([*ended[-1], question("more")]).result()  # taken up from the messages
+    assert again.content == "v"
+
+
+def test_boxes_of_any_detector_are_drawn():
+    model = Scripted([lines(call("detect_shapes")), lines([], "There.")])
+    found = ToolUser(model, tools={"skills": {"detect_shapes": {}}}).submit([question("?", scene())]).result()
+    ((drawn, caption),) = found.pictures
+    assert (drawn.size, caption) == ((96, 96), "detect_shapes")
+    assert np.asarray(drawn).tolist() != np.asarray(scene()).tolist()

@@ -103,6 +103,12 @@ class Artefacts:
         with self._lock:
             return name in self._kept
 
+    @property
+    def held_bytes(self) -> int:
+        """What all of them take."""
+        with self._lock:
+            return sum(one.size for one in self._kept.values())
+
     def __len__(self) -> int:
         with self._lock:
             return len(self._kept)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,9 +50,11 @@ SERVED = {
     "retrieval": ("retrieve",),
     "semantic-sam": ("semantic_sam",),
 }
+UNASKED = ("ram+grounding_dino", "blip2+grounding_dino")  # pairs that need no words
 PAIRS = ("ram+grounding_dino", "blip2+grounding_dino", "grounding_dino+sam")
 REFERENCE_BYTES = 32 * 2**20
-KEPT = 256  # conversations that are remembered
+KEPT, KEPT_BYTES, KEPT_SECONDS = 256, 512 * 2**20, 3600.0  # conversations that are remembered, and for how long
+ARTEFACTS = {"most": 32, "most_bytes": 64 * 2**20, "seconds": KEPT_SECONDS}  # of one conversation
 UNDERSTANDING = ("detect_shapes", "grounding_dino", "owlv2", "blip2", "ram", "ocr", "easyocr", "retrieve", "retrieval")
 
 
@@ -149,7 +152,7 @@ class ToolUser(Responder):
             tools = load_toolbox(None if tools in ("", True) else tools)
         self.tools: Toolbox | Tools | None = tools
         self.agent = agent
-        self._kept: OrderedDict[str, Dialogue] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Dialogue, int, float]] = OrderedDict()  # with bytes and time
         self._lock = threading.Lock()
 
     def run(self, call: Call) -> Iterator[Event]:
@@ -172,7 +175,7 @@ class ToolUser(Responder):
         if options.reference_stroke is not None and reference is None:
             raise UserError("reference_stroke: there is no reference that it could belong to")
         if image is not None and isinstance(dialogue.tools, PublishedTools):
-            dialogue.tools.artefacts = Artefacts(image)
+            dialogue.tools.artefacts = Artefacts(image, **ARTEFACTS)
 
         def ask(told: list[Message], changes: Mapping[str, Any]) -> Iterator[Event]:
             length = min(call.sampling.max_new_tokens, MOST_TOKENS)
@@ -200,19 +203,28 @@ class ToolUser(Responder):
     def dialogue_of(self, messages: Messages) -> Dialogue | None:
         """What is remembered of a conversation that ends with an answer of this responder."""
         with self._lock:
-            return self._kept.get(_key(normalise(messages)))
+            return self._recall(_key(normalise(messages)))
+
+    def _recall(self, key: str) -> Dialogue | None:
+        """A conversation that has not expired; under the lock."""
+        past = time.monotonic() - KEPT_SECONDS
+        while self._kept and next(iter(self._kept.values()))[2] < past:
+            self._kept.popitem(last=False)
+        return self._kept[key][0] if key in self._kept else None
 
     def _remember(self, messages: list[Message], dialogue: Dialogue) -> None:
+        key, size = _key(messages), dialogue.held_bytes
         with self._lock:
-            self._kept[_key(messages)] = dialogue
-            while len(self._kept) > KEPT:
+            self._kept.pop(key, None)
+            self._kept[key] = dialogue, size, time.monotonic()
+            while len(self._kept) > KEPT or sum(own for _, own, _ in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
 
     def _dialogue(self, call: Call, messages: list[Message], agent: str) -> Dialogue:
         """The conversation so far: remembered, or made of the messages."""
         earlier = messages[:-1]
         with self._lock:
-            known = self._kept.get(_key(earlier)) if earlier else None
+            known = self._recall(_key(earlier)) if earlier else None
         if known is not None:
             branch = known.branch()
             if isinstance(branch.tools, PublishedTools):  # a new picture there is none here
@@ -221,7 +233,7 @@ class ToolUser(Responder):
         tools: Any = self.tools
         preamble = None
         if isinstance(tools, Toolbox):
-            tools = PublishedTools(tools, Artefacts())
+            tools = PublishedTools(tools, Artefacts(**ARTEFACTS))
             preamble = functools.partial(all_results, tools) if agent == "all" else None
             tools = NoTools() if agent == "all" else tools
         template = str(getattr(getattr(self.main, "processor", None), "template", "") or "")
@@ -263,6 +275,7 @@ def all_results(tools: PublishedTools, image: Image.Image) -> str:
         required = [name for name in skill.parameters.get("required", ()) if name != IMAGE]
         if skill.name in UNDERSTANDING and not required:
             lines.append(result_text(skill.name, published(tools.toolbox.call(skill.name, {"image": image}))))
+    lines += [result_text(pair, tools(pair, {"image": image})) for pair in UNASKED if pair in tools]
     return "\n".join(lines)
 
 

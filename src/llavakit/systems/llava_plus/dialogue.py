@@ -27,6 +27,7 @@ MOST_CHARACTERS, MOST_WITH_IMAGE = 1536, 1200
 MOST_TOKENS = 1536  # of an answer, whatever is asked for
 THRESHOLDS = {"box_threshold": 0.3, "text_threshold": 0.25}
 BOXED = ("grounding_dino", "ram+grounding_dino", "blip2+grounding_dino")
+MADE = ("iou_sort_masks", "image_seg", "edited_image")  # pictures of a result, the one that is shown first
 BOXED_AND_MASKED = ("grounding_dino+sam", "grounded_sam")
 
 Ask = Callable[[list[Message], Mapping[str, Any]], Iterator[Event]]
@@ -259,7 +260,10 @@ class Dialogue:
         self, name: str, params: Mapping[str, Any], result: Mapping[str, Any], told: Mapping[str, Any]
     ) -> Iterator[Image.Image]:
         """Pictures of an answer: what the tool made, or the user's picture with what it found."""
-        if name in (*BOXED, *BOXED_AND_MASKED, "sam") and self.image is not None and "error" not in result:
+        published = name in (*BOXED, *BOXED_AND_MASKED, "sam")
+        made = any(result.get(key) is not None for key in MADE)
+        found = not made and (published or "phrases" in told or bool(result.get("masks_rle")))
+        if found and self.image is not None and "error" not in result:
             shown = pictures.for_model(self.image, self.mode)
             points = name == "sam" and "points" in params
             drawing = None if points else pictures.boxes_in_pixels(told, shown.size)
@@ -272,13 +276,21 @@ class Dialogue:
                 shown = pictures.draw_points(shown, params["points"])
             yield shown
             return
-        for key in ("iou_sort_masks", "image_seg", "edited_image"):
-            made = result.get(key)
-            if made is not None:
-                yield from made if isinstance(made, (list, tuple)) else [made]
+        for key in MADE:
+            one = result.get(key)
+            if one is not None:
+                yield from one if isinstance(one, (list, tuple)) else [one]
                 return
 
     # ------------------------------------------------------------------ what others see
+
+    @property
+    def held_bytes(self) -> int:
+        """What its pictures take."""
+        held = [picture for one in self.said for picture in (one.image, *one.pictures) if picture is not None]
+        held += [one for one in (self.segmentation, self.reference) if isinstance(one, Image.Image)]
+        made = getattr(getattr(self.tools, "artefacts", None), "held_bytes", 0)
+        return made + sum(picture.width * picture.height * len(picture.getbands()) for picture in held)
 
     @property
     def image(self) -> Image.Image | None:
@@ -303,7 +315,7 @@ class Dialogue:
         return found
 
     def transcript(self, debug: bool = False) -> list[Row]:
-        """What the user is shown, in order.
+        """What the user is shown, in order, as the published page has it; texts of models and tools are not escaped.
 
         Args:
             debug: Whether thoughts, calls and results are shown too, small and grey.
