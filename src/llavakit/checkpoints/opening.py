@@ -78,6 +78,10 @@ def local_folder(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.exists():
+        raise CheckpointError(
+            f"{path}: is a GGUF file; llavakit convert {path.name} FOLDER --to hf makes a model of it"
+        )
     if path.exists():
         raise CheckpointError(f"{path}: is a file; a model is a folder that holds config.json and weights")
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):

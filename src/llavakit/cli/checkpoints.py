@@ -22,7 +22,7 @@ class Form(StrEnum):
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder or hub id, in any known layout.")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder, hub id or GGUF file.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
     to: Annotated[Form, typer.Option(help="hf is what transformers and vLLM read; original is the paper's own.")],
     base: Base = None,
@@ -45,6 +45,7 @@ def convert(
       llavakit convert liuhaotian/llava-v1.5-7b mine --to llavakit --vision-tower openai/clip-vit-large-patch14-336
       llavakit convert lora-folder mine --to llavakit --base lmsys/vicuna-7b-v1.5
       llavakit convert runs/demo/final exported --to hf
+      llavakit convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2 --to hf
     """
     from llavakit.checkpoints.convert import convert as run_conversion
 
