@@ -54,9 +54,9 @@ class ClipCaption(Layout):
     system = "kg-llava"
     form = "original"
     inert: ClassVar[Mapping[str, str]] = {
-        "model_type": "chose the layout",
+        "model_type": "chose the layout that reads the file",
         "architectures": "names the original's class",
-        "transformers_version": "says who wrote the file",
+        "transformers_version": "says which release wrote the file",
     }
 
     def matches(self, raw: Mapping[str, Any], folder: Path) -> bool:
