@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_api import FakeAPI
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import (
     TEXT,
@@ -32,6 +33,7 @@ from llavakit.data.preparation import prepare
 from llavakit.data.records import read_record
 from llavakit.errors import CheckpointError, RecipeError, RecordError, UserError
 from llavakit.evaluation.judges import Judge
+from llavakit.evaluation.run import evaluate
 from llavakit.evaluation.score import benchmark, score
 from llavakit.generation.responder import Responder
 from llavakit.media.image import load_image
@@ -363,6 +365,19 @@ def test_conversions_keep_the_model_and_say_what_transformers_does_not_have(mist
     assert open_checkpoint(tmp_path / "again").config.system == "llava-med"
     made = convert(folder, tmp_path / "hf", to="hf")
     assert any("pictures of one channel" in note for note in made["notes"])
+
+
+def test_a_model_is_asked_and_scored_on_a_published_file(mistral, tmp_path):
+    folder, _ = mistral
+    Image.new("L", (20, 12), 90).save(tmp_path / "s1.jpg")
+    gold = write(tmp_path / "test.json", CONVERTED)
+    chat, quiet = llavakit.load(folder), Console(quiet=True)
+    files = gold, tmp_path / "predictions.jsonl"
+    found = evaluate(chat, "vqa_rad", *files, max_new_tokens=3, console=quiet)
+    assert (found["asked"], found["metrics"]["open_count"], found["metrics"]["closed_count"]) == (2, 1, 1)
+    assert evaluate(chat, "vqa_rad", *files, max_new_tokens=3, console=quiet)["asked"] == 0
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == ["s1", "s1#2"]
 
 
 def test_tiled_mistral_files_are_another_systems(mistral):
