@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tiny_server import small_chat
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import llavakit
+from llavakit.checkpoints.convert import convert
 from llavakit.conversation.template import get_template
 from llavakit.data.packing import Piece, chunks
 from llavakit.errors import RecordError, UserError
@@ -21,6 +24,7 @@ from llavakit.evaluation.score import score
 from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
+from llavakit.systems.med42_v2.templates import CARD_SYSTEM
 from llavakit.training.build import build_meta
 from llavakit.training.recipe import load_recipe, parse_recipe
 from llavakit.training.run import train
@@ -208,3 +212,106 @@ def test_the_miniature_runs_and_is_judged_by_its_measurements():
     assert [one.metric for one in verdict.comparisons] == ["clinical facts ranked right", "probability of refusing"]
     assert verdict.comparisons[1].higher_is_better is False
     assert "against the tuned model" in verdict.notes
+
+
+# Published files
+
+
+def published_config(**sizes):
+    """What the published config.json holds."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.38.2",
+        "use_cache": True,
+        "vocab_size": 128256,
+    } | sizes
+
+
+def published_tensors(config):
+    """Names and shapes of the published tensors."""
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    width = hidden // heads * config["num_key_value_heads"]
+    found = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (config["vocab_size"], hidden))
+    found["model.norm.weight"] = (hidden,)
+    for number in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{number}."
+        found |= {f"{layer}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qo"}
+        found |= {f"{layer}self_attn.{name}_proj.weight": (width, hidden) for name in "kv"}
+        found |= {f"{layer}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        found[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
+        found |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    return found
+
+
+def test_published_files_are_read_and_written_back(data, tmp_path):
+    config = published_config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    ids = {name: tokenizer.convert_tokens_to_ids(MARKS[n]) for name, n in (("bos_token_id", 0), ("eos_token_id", 3))}
+    config |= ids | {"vocab_size": len(tokenizer)}
+    folder = tmp_path / "published"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    state = {name: torch.randn(shape) * 0.2 for name, shape in published_tensors(config).items()}
+    names = sorted(state)
+    parts = {f"model-0000{n + 1}-of-00004.safetensors": {k: state[k] for k in names[n::4]} for n in range(4)}
+    for name, own in parts.items():
+        save_file(own, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, own in parts.items() for key in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **ids}))
+    chat = llavakit.load(folder, template="med42_v2", device="cpu")
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    row = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(chat.model(input_ids=row).logits, model(row).logits.float(), atol=1e-5)
+    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in chat.eos_token_ids
+    text = chat.tokenizer.decode(chat.request([{"role": "user", "content": "what helps anna ?"}]).input_ids)
+    assert text.count("<|begin_of_text|>") == 1
+    assert "You are a second version of Med42" in CARD_SYSTEM
+    assert text.count("<|start_header_id|>") == 3
+    convert(folder, tmp_path / "ours", to="llavakit", template="med42_v2")
+    convert(tmp_path / "ours", tmp_path / "back", to="hf")
+    written = {}
+    for file in (tmp_path / "back").glob("*.safetensors"):
+        written |= load_file(file)
+    assert {name: tuple(own.shape) for name, own in written.items()} == published_tensors(config)
+    assert all(torch.equal(written[name].float(), own) for name, own in state.items())
+    for name in names[:1]:  # one tensor is gone
+        broken = dict(index["weight_map"])
+        file = broken.pop(name)
+        save_file({k: v for k, v in parts[file].items() if k != name}, folder / file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lm_head"):
+        llavakit.load(folder, template="med42_v2", device="cpu")
+
+
+def test_published_shapes_are_those_of_the_model():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in published_config().items() if k != "torch_dtype"}))
+    found = {name: tuple(own.shape) for name, own in model.state_dict().items()}
+    assert found == published_tensors(published_config())
+    assert sum(math.prod(shape) for shape in found.values()) == 8_030_261_248
+    ours = build_meta(load_recipe(get_system("med42-v2").recipe))
+    renamed = {name.replace("model.language_model.", "model."): tuple(p.shape) for name, p in ours.state_dict().items()}
+    assert renamed == found
