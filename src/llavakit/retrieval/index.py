@@ -133,7 +133,7 @@ def build_store(
     done.store, done.entries = store, len(store)
     if index or (index is None and done.entries >= INDEXED):
         store.build_index()
-    store.finish()
+    # pieces of thousands of entries stay as they are: putting them together would take memory for all of them
     store.note(complete=True)
     done.left_out = [str(error) for error in left.bad.errors()]
     return done

@@ -20,7 +20,7 @@ from llavakit.retrieval.exact import unit
 
 FILE = "partitions.safetensors"
 SAMPLE, ROUNDS = 128, 15  # vectors per centre, and steps of k-means
-LARGEST_SAMPLE = 40_000
+LARGEST_SAMPLE = 25_000
 SHARE = 16  # one in so many partitions is looked into, and never fewer than FEWEST
 FEWEST = 8
 _ROWS = 4096  # that are compared with all centres at a time
@@ -39,11 +39,13 @@ def build(blocks: Blocks, count: int, path: Path, *, spherical: bool = True) -> 
     centres = max(1, round(count**0.5))
     draws = np.random.default_rng(0)
     wanted = np.sort(draws.choice(count, min(count, LARGEST_SAMPLE, SAMPLE * centres), replace=False))
-    parts = []
+    sample = None
     for start, rows in blocks():
-        inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, start + len(rows))]
-        parts.append(rows[inside - start])
-    table = _centres(np.concatenate(parts), centres, draws, spherical)
+        first, last = np.searchsorted(wanted, (start, start + len(rows)))
+        sample = np.empty((len(wanted), rows.shape[1]), np.float32) if sample is None else sample
+        sample[first:last] = rows[wanted[first:last] - start]
+    table = _centres(sample, centres, draws, spherical)
+    del sample
     labels = np.empty(count, np.int32)
     for start, rows in blocks():
         labels[start : start + len(rows)] = _nearest(rows, table)
@@ -55,19 +57,24 @@ def build(blocks: Blocks, count: int, path: Path, *, spherical: bool = True) -> 
 
 
 def _centres(sample: np.ndarray, count: int, draws: np.random.Generator, spherical: bool) -> np.ndarray:
-    """k-means on a sample; a centre without vectors moves to one that lies far from its own."""
+    """k-means on a sample, some rows at a time; a centre that lost its vectors moves to a vector far from its own."""
     table = sample[draws.choice(len(sample), count, replace=False)].copy()
     for _ in range(ROUNDS):
-        labels = _nearest(sample, table)
-        sizes = np.bincount(labels, minlength=count)
-        order = np.argsort(labels, kind="stable")
-        full = np.flatnonzero(sizes)
-        begins = np.searchsorted(labels[order], full)
-        table[full] = np.add.reduceat(sample[order], begins) / sizes[full, None]
+        sums, sizes = np.zeros((count, sample.shape[1])), np.zeros(count, np.int64)
+        farthest = (-np.inf, 0)
+        for begin in range(0, len(sample), _ROWS):
+            rows = sample[begin : begin + _ROWS]
+            labels = _nearest(rows, table)
+            order = np.argsort(labels, kind="stable")
+            full, begins, own = np.unique(labels[order], return_index=True, return_counts=True)
+            sums[full] += np.add.reduceat(rows[order], begins)
+            sizes[full] += own
+            far = np.einsum("nd,nd->n", rows, rows) - 2 * np.einsum("nd,nd->n", rows, table[labels])
+            farthest = max(farthest, (float(far.max()), begin + int(far.argmax())))
+        table[sizes > 0] = sums[sizes > 0] / sizes[sizes > 0, None]
         empty = np.flatnonzero(sizes == 0)
-        if len(empty):
-            far = np.einsum("nd,nd->n", sample - table[labels], sample - table[labels])
-            table[empty] = sample[np.argpartition(far, -len(empty))[-len(empty) :]]
+        if len(empty):  # one a round goes to the vector that lies farthest from its centre
+            table[empty[0]] = sample[farthest[1]]
         table = unit(table) if spherical else table
     return table
 

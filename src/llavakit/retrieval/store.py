@@ -25,7 +25,7 @@ from llavakit.retrieval.exact import best, unit
 
 FORMAT = 1
 IN_MEMORY = 1 << 30  # bytes of vectors up to which exact search keeps them
-BLOCK = 16_384  # rows that are read at a time
+BLOCK, READ = 8192, 2048  # rows that are compared and that are read at a time
 SAMPLE_RATE = 32  # vectors per partition that the index is trained on
 BITS = 4  # to which a number of a vector is quantised in the index
 PROBES = 20  # partitions of the index that a query looks into
@@ -214,7 +214,7 @@ class Store:
         return self._table.take_offsets([count - 1]).select(["record"]).to_arrow().column("record")[0].as_py()
 
     def finish(self) -> None:
-        """Put the appended pieces together into few files, and remove what earlier versions left."""
+        """Put small appended pieces together into few files, and remove what earlier versions left."""
         self._table.optimize(cleanup_older_than=timedelta(milliseconds=1))
 
     def entries(self, indices: Sequence[int]) -> list[Entry]:
@@ -238,21 +238,19 @@ class Store:
         if self._matrix is not None:
             yield 0, self._matrix
             return
-        start = 0
-        with self._reading():
-            reader = self._table.search().select(["number", "vector"]).to_batches(batch_size=BLOCK)
-        while True:
-            with self._reading():
-                batch = next(reader, None)
-            if batch is None:
-                return
-            if not batch.num_rows:
-                continue
-            numbers = batch.column("number").to_numpy()
-            if numbers[0] != start or numbers[-1] != start + len(numbers) - 1:
-                raise UserError(f"{self.path}: entries are missing or out of order; build the store again")
-            yield start, batch.column("vector").flatten().to_numpy().reshape(-1, self.dimension)
-            start += len(numbers)
+        for start in range(0, len(self), BLOCK):
+            rows = np.empty((min(BLOCK, len(self) - start), self.dimension), np.float32)
+            for begin in range(0, len(rows), READ):
+                # one scan of everything would read far ahead, and hold much of the table
+                with self._reading():
+                    search = self._table.search().select(["number", "vector"]).offset(start + begin)
+                    part = search.limit(min(READ, len(rows) - begin)).to_arrow()
+                wanted = np.arange(start + begin, start + min(begin + READ, len(rows)))
+                if not np.array_equal(part.column("number").to_numpy(), wanted):
+                    raise UserError(f"{self.path}: entries are missing or out of order; build the store again")
+                own = part.column("vector").combine_chunks().flatten().to_numpy().reshape(-1, self.dimension)
+                rows[begin : begin + len(wanted)] = own
+            yield start, rows
 
     def neighbours(self, queries: np.ndarray, k: int, *, approximate: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The nearest entries of every query.
