@@ -1,6 +1,6 @@
 """ReflectiVA beside its original's way: one question with 40 passages, each of about 300 tokens.
 
-    python benchmarks/reflectiva.py [--passages 40] [--repeat 3] [--layers 8] [--hidden 512]
+    python benchmarks/reflectiva.py [--passages 40] [--repeat 2] [--layers 4] [--hidden 512]
 
 The original gives the model every passage in a prompt of its own, picture and all: one prompt that asks whether
 passages are needed, one for every judgement, one for the answer. llavakit computes what the prompts share once and
@@ -133,7 +133,7 @@ def original(chat: Chat, question: list[Any], texts: list[str]) -> tuple[list[bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("passages", 40), ("tokens", 300), ("repeat", 3), ("layers", 8), ("hidden", 512)):
+    for name, default in (("passages", 40), ("tokens", 300), ("repeat", 2), ("layers", 4), ("hidden", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -164,6 +164,7 @@ def main() -> None:
         times["llavakit"].append(time.process_time() - start)
         if found.content != said:
             raise SystemExit(f"answers differ: {said!r} and {found.content!r}")
+        print(f"original {times['original'][-1]:.2f} s, llavakit {times['llavakit'][-1]:.2f} s", flush=True)
         judged = [own["kept"] for own in dict(found.traces)["retrieval"]["passages"]]
         if judged != kept:
             raise SystemExit(f"decisions differ: {kept} and {judged}")

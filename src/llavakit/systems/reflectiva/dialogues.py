@@ -1,6 +1,6 @@
 """Training lists: three files of dialogues as one file in the order in which the original trains on them.
 
-    llavakit prepare reflective_list data/ReflectiVA-Data train.json -o seed=42
+    llavakit prepare reflective_list data/ReflectiVA-Data train.json seed=42
 
 The source is a folder with `train_multiturn_infoseek.json`, `train_multiturn_encyclopedic.json` and
 `train_multiturn_mix.json`, or some of them. Dialogues of the first two ask for a passage and say whether it helps;

@@ -46,10 +46,11 @@ class Knowledge:
     Args:
         retriever: Finds the pages.
         shortest: Characters of a passage, blanks at its ends aside; shorter ones are left out.
+        searched: Most pages of a query.
     """
 
-    def __init__(self, retriever: Retriever, *, shortest: int = SHORTEST) -> None:
-        self.retriever, self.shortest = retriever, shortest
+    def __init__(self, retriever: Retriever, *, shortest: int = SHORTEST, searched: int = SEARCHED) -> None:
+        self.retriever, self.shortest, self.searched = retriever, shortest, searched
 
     def pages(self, query: Any, count: int) -> list[Hit]:
         """The best pages for a picture, a text or features [1, dimension]; fewer if there are no more.
@@ -58,7 +59,7 @@ class Knowledge:
         """
         if isinstance(query, Tensor):
             query = unit_rows(query.reshape(1, -1))[0]
-        return self.retriever.retrieve([query], min(count, SEARCHED))[0] if count else []
+        return self.retriever.retrieve([query], min(count, self.searched))[0] if count else []
 
     def passages(self, pages: Sequence[Hit]) -> list[Passage]:
         """The passages of pages in order."""

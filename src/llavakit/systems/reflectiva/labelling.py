@@ -1,8 +1,8 @@
 """Dialogues for both models: the first learns from annotated evidence, and labels passages for the final one.
 
-    llavakit prepare reflective_pairs evqa_train.jsonl data/first/train_multiturn_encyclopedic.json -o pages=pages.jsonl
+    llavakit prepare reflective_pairs evqa_train.jsonl data/first/train_multiturn_encyclopedic.json pages=pages.jsonl
     llavakit prepare reflective_labels infoseek_train.jsonl data/final/train_multiturn_infoseek.json \\
-        -o pages=pages.jsonl -o judge=runs/reflectiva-in-article/final
+        pages=pages.jsonl judge=runs/reflectiva-in-article/final
 
 Questions: JSONL of `question_id`, `image`, `text`, `answer` and `page`, and for the first `evidence`, the numbers of
 the passages of the page that hold the answer. Pages are those that `llavakit index` reads. `reflective_list` makes a

@@ -42,7 +42,7 @@ from llavakit.proof.entries import (
 from llavakit.proof.golden import Case, Example, Result, component, examples, take
 from llavakit.splice.scatter import IGNORE
 from llavakit.systems.reflectiva import parity_eval
-from llavakit.systems.reflectiva.knowledge import Knowledge, unit_rows
+from llavakit.systems.reflectiva.knowledge import SEARCHED, Knowledge, unit_rows
 from llavakit.systems.reflectiva.objective import Choices, losses, predicted
 from llavakit.systems.reflectiva.prompts import answer, judgement
 from llavakit.systems.reflectiva.responder import Reflection
@@ -168,7 +168,7 @@ def labels(case: Case) -> Iterator[Example | Result]:
 
     ignored = {}
     for number, item in enumerate(case.inputs):
-        if case.wanted.json[number].get("input_ids", []) is None or item.get("mask_answer", False):
+        if not isinstance(case.wanted.json[number].get("input_ids"), list) or item.get("mask_answer", False):
             take(item)
             ignored[f"{number}*"] = "the original raises an error here; llavakit learns from such dialogues"
             continue
@@ -211,7 +211,7 @@ def prompts(case: Case) -> Iterator[Example]:
         item = take(item)
         asked = question(item["question"])
         chosen = [item["sections"][number] for number in item["relevant"]]
-        last = step("step3", answer(asked, chosen, short=item["short_prompt"]))
+        last = step("step3", answer(asked, chosen, short=item.get("short_prompt", True)))
         found = step("step1", asked) | step("step2", judgement(asked, chosen[0])) | last
         # of the last prompt the cases hold the text around the picture, and where the picture stands
         text = last["step3_text"].replace("<image>", "", 1)
@@ -341,7 +341,8 @@ def procedure(case: Case) -> dict[str, Any]:
 
 def retrieve_pages(case: Case) -> Iterator[Example]:
     """The pages of a query, best first."""
-    case.informational("config.index", "config.n", "config.dim", "config.searched")
+    case.informational("config.index", "config.n", "config.dim")
+    searched = case.config.get("searched", SEARCHED)
     names, index = [value[0] for value in take(case.inputs)["values"]], case.tensors["index"]
     query = case.tensors["query"]
 
@@ -350,7 +351,7 @@ def retrieve_pages(case: Case) -> Iterator[Example]:
 
         with tempfile.TemporaryDirectory() as place:
             store = stored(Path(place) / "store", index.numpy(), [(name, ()) for name in names])
-            return [hit.entry.page for hit in Knowledge(StoreRetriever(store)).pages(query, count)]
+            return [hit.entry.page for hit in Knowledge(StoreRetriever(store), searched=searched).pages(query, count)]
 
     for key in case.wanted.json:
         yield Example(key, partial(found, int(key)), key)
@@ -420,6 +421,7 @@ def end_to_end(case: Case) -> Iterator[Example]:
         {IMAGE_PLACEHOLDER: entries},
         attention_mask=tensors["attention_mask"],
         labels=tensors["labels"],
+        padding_side=case.config.get("tokenizer_padding_side", "right"),
         pad_token_id=tokenizer.pad_token_id,
     )
     processor = LlavakitProcessor.from_config(model.config, tokenizer)
