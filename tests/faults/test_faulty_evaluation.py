@@ -69,6 +69,13 @@ GOLD: dict[str, Any] = {
     "egoschema": [VIDEO | {"answer": "A"}],
     "referring": [OPEN | {"bbox": [1, 2, 3, 4], "image_size": [10, 10]}],
     "agreement": [{"question_id": 1, "score": 3, "group": 1}, {"question_id": 2, "score": 4, "group": 1}],
+    "encyclopedic-vqa": [OPEN | {"answer": "dog|a dog", "question_type": "automatic"}],
+    "infoseek": [
+        OPEN | {"answer_eval": ["dog"], "data_split": "val_unseen_entity", "question_type": "String"},
+        OPEN
+        | {"question_id": 2, "answer_eval": {"range": [1, 2]}, "data_split": "unseen_question"}
+        | {"question_type": "Numerical"},
+    ],
     "ct_rate": [OPEN | {"answer": "(a) lung"}],
     "cholec80_vqa": [OPEN | {"answer": "yes"}],
     "endovis18_vqa": [OPEN | {"answer": "kidney"}],
@@ -125,6 +132,7 @@ LIKELIHOODS = [
 PREDICTIONS: dict[str, list[dict[str, Any]]] = {
     "mme": [{"question_id": "count/a.png", "text": "Yes", "prompt": "What?"}],
     "mmvet": [{"question_id": "v1_1", "score": 0.5}],
+    "infoseek": [ANSWER, ANSWER | {"question_id": 2, "text": "1.5"}],
     "llava-bench": [{"question_id": 1, "tuple": [8, 9], "category": "conv", "content": "8 9"}],
     "video_qa": [{"question_id": 1, "pred": "yes", "score": 4}],
     "video_chatgpt_qa": [{"question_id": 1, "pred": "yes", "score": 4}],

@@ -310,7 +310,7 @@ def _same_media(one: Messages, other: Messages) -> bool:
     """Whether two normalised conversations show the very same media, without boxes in them."""
     if any(part["type"] == "boxes" for messages in (one, other) for turn in messages for part in turn["content"]):
         return False
-    sources = [[(part["type"], id(part[part["type"]])) for part in media_of(messages)] for messages in (one, other)]
+    sources = [[(part["type"], id(part.get(part["type"]))) for part in media_of(messages)] for messages in (one, other)]
     stretches = [[(part.get("start"), part.get("end")) for part in media_of(messages)] for messages in (one, other)]
     return sources[0] == sources[1] and stretches[0] == stretches[1]
 
