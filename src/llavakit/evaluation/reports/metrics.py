@@ -64,14 +64,17 @@ class Sources:
             if name not in WEIGHTS:
                 raise UserError(f"weights: {name!r} is nothing that a metric needs{nearest(name, list(WEIGHTS))}")
 
-    def need(self, name: str) -> str:
+    def need(self, name: str, instead: str = "") -> str:
         """The place of weights.
+
+        Args:
+            instead: What would do as well, for the message.
 
         Raises:
             Missing: If it was not given.
         """
         if name not in self.weights:
-            raise Missing(f"needs --weights {name}=PATH: {WEIGHTS[name]}")
+            raise Missing(f"needs --weights {name}=PATH: {WEIGHTS[name]}{instead}")
         return str(self.weights[name])
 
     def once(self, name: str, load: Callable[[], Any]) -> Any:
@@ -189,7 +192,7 @@ def _label_names(prefix: str) -> tuple[str, ...]:
 
 
 def _load_chexbert(sources: Sources) -> Callable[[Sequence[str]], np.ndarray]:
-    place = sources.need("chexbert")
+    place = sources.need("chexbert", "; or labels in both files, with --coding")
     from llavakit.checkpoints.files import read_file
     from llavakit.checkpoints.opening import local_file
     from llavakit.evaluation.metrics.chexbert import CheXbert, word_pieces
@@ -218,7 +221,7 @@ def _radgraph(predictions: Reports, references: Reports, sources: Sources) -> di
 
 def _load_radgraph(sources: Sources) -> Callable[[Sequence[str]], list[Mapping[str, Any]]]:
     """The package radgraph as a labeller."""
-    place = sources.need("radgraph")
+    place = sources.need("radgraph", "; or a graph of every report in both files")
     try:
         package = need("radgraph")
     except UserError:

@@ -54,7 +54,8 @@ def _any_view(record: Raw) -> dict[str, Any] | None:
     """A study from any side, which the question names."""
     if not _has_findings(record):
         return None
-    return _asking(copy.deepcopy(dict(record)), ASK_VIEW.format(view=record.get("view") or "Unknown"))
+    view = record.get("view")
+    return _asking(copy.deepcopy(dict(record)), ASK_VIEW.format(view="Unknown" if view is None else view))
 
 
 def _as_it_is(record: Raw) -> dict[str, Any] | None:
