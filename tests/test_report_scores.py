@@ -496,6 +496,36 @@ def test_graphs_features_and_notes(tmp_path):
         score("report", own, other, features=tmp_path / "f.safetensors")
 
 
+def test_graphs_by_the_package(tmp_path, monkeypatch, capsys):
+    """A module that answers as the package radgraph stands for it."""
+    import types
+
+    class RadGraph:
+        def __init__(self, model_type, model_cache_dir, cuda):
+            print("Using device: cpu")
+            assert (model_type, model_cache_dir, cuda) == ("radgraph-xl", str(tmp_path), -1)
+
+        def __call__(self, texts):
+            entity = {"label": "OBS-DP", "relations": []}
+            words = [{str(n): entity | {"tokens": word} for n, word in enumerate(text.split())} for text in texts]
+            return {str(n): {"text": text, "entities": words[n]} for n, text in enumerate(texts)}
+
+    own = write(tmp_path / "p.jsonl", [{"id": n, "text": text} for n, text in enumerate(("", "a b", "a"))])
+    other = write(tmp_path / "r.jsonl", [{"id": n, "text": text} for n, text in enumerate(("a", "a c", "a"))])
+    options = {"weights": {"radgraph": str(tmp_path)}, "metrics": "radgraph_simple"}
+    monkeypatch.setitem(sys.modules, "radgraph", None)
+    found = score("report", own, other, **options)["metrics"]
+    assert "needs the package radgraph" in found["not_computed"]["radgraph_simple"]
+    monkeypatch.setitem(sys.modules, "radgraph", types.SimpleNamespace(RadGraph=RadGraph))
+    with pytest.raises(UserError, match=r"holds no radgraph/weights.th"):
+        score("report", own, other, **options)
+    (tmp_path / "radgraph-xl").mkdir()
+    (tmp_path / "radgraph-xl" / "weights.th").write_text("")
+    found = score("report", own, other, **options)["metrics"]["scores"]
+    assert found["radgraph_simple"]["value"] == pytest.approx(50)
+    assert capsys.readouterr().out == ""
+
+
 def test_one_report_has_values_but_no_interval(tmp_path):
     one = write(tmp_path / "p.jsonl", [{"id": 1, "text": "a b c d"}])
     found = score("report", one, one, against=one)["metrics"]

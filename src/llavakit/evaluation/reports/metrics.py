@@ -5,6 +5,8 @@ A group that cannot be computed is not skipped: `Missing` says why, and the resu
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 WEIGHTS = {
     "chexbert": "folder or hub id with chexbert.pth (StanfordAIMI/RRG_scorers)",
     "bert_vocabulary": "vocab.txt of BERT for CheXbert, a file or hub id",
-    "radgraph": "folder of a RadGraph model for the package radgraph",
+    "radgraph": "folder that holds radgraph/ or radgraph-xl/, the unpacked model of the package radgraph",
     "bertscore": "folder or hub id of an encoder",
     "meteor": "meteor-1.5.jar, as pycocoevalcap has it",
     "ptb": "stanford-corenlp-3.4.1.jar, as pycocoevalcap has it",
@@ -219,6 +221,9 @@ def _radgraph(predictions: Reports, references: Reports, sources: Sources) -> di
     }
 
 
+_RADGRAPHS = ("radgraph", "radgraph-xl", "modern-radgraph-xl")
+
+
 def _load_radgraph(sources: Sources) -> Callable[[Sequence[str]], list[Mapping[str, Any]]]:
     """The package radgraph as a labeller."""
     place = sources.need("radgraph", "; or a graph of every report in both files")
@@ -228,12 +233,16 @@ def _load_radgraph(sources: Sources) -> Callable[[Sequence[str]], list[Mapping[s
         raise Missing("needs the package radgraph for its weights; or give graphs in both files (graph)") from None
     except Exception as error:  # it pins releases of transformers, and breaks on others while it is imported
         raise Missing(f"the package radgraph cannot be imported: {str(error).splitlines()[0]}") from None
-    model = package.RadGraph(model_cache_dir=place)
+    kind = next((name for name in _RADGRAPHS if (Path(place) / name / "weights.th").is_file()), None)
+    if kind is None:
+        raise UserError(f"{place}: holds no radgraph/weights.th or radgraph-xl/weights.th; unpack the model there")
+    with contextlib.redirect_stdout(sys.stderr):  # it prints, and our output is read by programs
+        model = package.RadGraph(model_type=kind, model_cache_dir=place, cuda=-1)
 
     def annotate(texts: Sequence[str]) -> list[Mapping[str, Any]]:
-        # The package drops empty texts, so these are not asked.
-        asked = [text for text in texts if text.strip()]
-        found = model(asked) if asked else {}
+        asked = [text for text in texts if text.strip()]  # the package would read "None" for an empty text
+        with contextlib.redirect_stdout(sys.stderr):
+            found = model(asked) if asked else {}
         graphs = iter([found[str(n)]["entities"] for n in range(len(asked))])
         return [next(graphs) if text.strip() else {} for text in texts]
 

@@ -81,9 +81,9 @@ def radiographs(count: int, generator: torch.Generator) -> Studies:
         spot = torch.rand(count, 2, generator=generator) * torch.tensor([6.0, 3.0]) + torch.tensor([6.0, -1.5])
         nodule = lung * _ellipse(y, x, shift + spot + torch.tensor([0.0, column]), axes(1.6, 1.6))
         picture = picture - 0.4 * lung
-        picture = picture + 0.1 * base * there[:, 1 + side, None, None]
-        picture = picture + 0.1 * nodule * there[:, 3 + side, None, None]
-    wide = torch.where(there[:, 0], 4.2, 3.6)
+        picture = picture + 0.15 * base * there[:, 1 + side, None, None]
+        picture = picture + 0.16 * nodule * there[:, 3 + side, None, None]
+    wide = torch.where(there[:, 0], 4.4, 3.4)
     heart = _ellipse(y, x, at(14.0, 12.5), torch.stack([torch.full((count,), 4.5), wide], dim=1))
     picture = torch.maximum(picture, 0.75 * heart)
     picture = picture + 0.07 * torch.randn(picture.shape, generator=generator)
@@ -154,7 +154,7 @@ def train_contrastively(encoder: Dinov2Model, draw: Callable[..., Studies], seed
         same = torch.tensor([[a == b for b in batch.texts] for a in batch.texts])
         return contrastive_loss(images, texts(batch.texts), scale, same).mean()
 
-    _optimise(parameters, loss, steps, 1e-3)
+    _optimise(parameters, loss, steps, 2e-3)
 
 
 def train_classes(encoder: Dinov2Model, seed: int, steps: int) -> None:
@@ -166,7 +166,7 @@ def train_classes(encoder: Dinov2Model, seed: int, steps: int) -> None:
         batch = shapes(64, generator)
         return F.cross_entropy(head(encoder(batch.pictures).pooler_output), batch.labels)
 
-    _optimise([*encoder.parameters(), *head.parameters()], loss, steps, 1e-3)
+    _optimise([*encoder.parameters(), *head.parameters()], loss, steps, 2e-3)
 
 
 def _optimise(parameters: Sequence[nn.Parameter], loss: Callable[[], Tensor], steps: int, rate: float) -> None:
