@@ -431,3 +431,16 @@ def test_a_teacher_is_asked_where_rules_fail_and_may_add_nothing(tmp_path):
         "the teacher's replies are not ",
         "the teacher finds no findings ",
     ]
+
+
+def test_miniature_measures_every_arm():
+    from llavakit.systems.llava_rad import miniature
+
+    values = miniature.one_seed(0, encoder_steps=2, steps=2, pairs=8, held_out=8)
+    assert list(values) == list(miniature.ARMS)
+    assert all(0 <= value <= 1 for value in values.values())
+    studies = miniature.radiographs(64, torch.Generator().manual_seed(0))
+    assert studies.texts == [miniature.report(row) for row in studies.labels.tolist()]
+    assert miniature.report([False] * 5) == "no acute findings ."
+    for n, name in enumerate(miniature.FINDINGS):
+        assert [f"there is {name} ." in text for text in studies.texts] == studies.labels[:, n].tolist()

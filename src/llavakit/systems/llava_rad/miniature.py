@@ -5,8 +5,8 @@ A "radiograph" has 24 x 24 pixels: two dark lungs, a heart, noise, a random shif
 0.3: a large heart, an effusion or a faint nodule in either lung. The report says `there is X .` of each, or `no acute
 findings .`. The encoder (three layers of width 64, patches of 4, layer -2) is frozen; connector and decoder learn from
 1,000 pairs. Encoders: contrastive on fresh radiographs and reports (`domain`); contrastive on pictures of coloured
-shapes and their captions, with as many steps and pairs (`general`); classification of the shapes (`classes`); at random
-(`random`). The score is micro F1 of the five findings in the written reports. Spec section 11.
+shapes and their captions, with as many steps and pairs (`general`); at random (`random`). Both training runs pool the
+patches. The score is micro F1 of the five findings in the written reports. Spec section 11.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WORDS = ("<pad>", "<begin>", "<end>", ".", "there", "is", "no", "acute", "findin
 WORDS += ("large", "heart", "left", "right", "effusion", "nodule", *SHAPES, *COLOURS)
 IDS = {word: n for n, word in enumerate(WORDS)}
 LONGEST = 5 * len(FINDINGS) + 2  # words of a report with its marks
-ARMS = ("random", "classes", "general", "domain")
+ARMS = ("random", "general", "domain")
 PAIRS, HELD_OUT = 1000, 300
 
 
@@ -46,12 +46,12 @@ class Studies(NamedTuple):
     Attributes:
         pictures: [count, 3, side, side].
         texts: One per picture.
-        labels: Of radiographs the findings [count, 5]; of shapes the class of the first one [count].
+        labels: The findings of radiographs [count, 5]; None of shapes.
     """
 
     pictures: Tensor
     texts: list[str]
-    labels: Tensor
+    labels: Tensor | None
 
 
 def _ellipse(y: Tensor, x: Tensor, centre: Tensor, axes: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def report(there: Sequence[bool]) -> str:
 
 
 def shapes(count: int, generator: torch.Generator) -> Studies:
-    """Pictures of two coloured shapes with captions; the class is that of the first."""
+    """Pictures of two coloured shapes with captions."""
     kinds = torch.randint(0, len(SHAPES), (count, 2), generator=generator)
     colours = torch.randint(0, len(COLOURS), (count, 2), generator=generator)
     rows = torch.arange(SIDE).float()
@@ -115,7 +115,7 @@ def shapes(count: int, generator: torch.Generator) -> Studies:
         " and ".join(f"a {COLOURS[c]} {SHAPES[k]}" for k, c in zip(*own, strict=True)) + " ."
         for own in zip(kinds.tolist(), colours.tolist(), strict=True)
     ]
-    return Studies(picture * 2 - 1, texts, kinds[:, 0] * len(COLOURS) + colours[:, 0])
+    return Studies(picture * 2 - 1, texts, None)
 
 
 def vit() -> Dinov2Model:
@@ -150,23 +150,11 @@ def train_contrastively(encoder: Dinov2Model, draw: Callable[..., Studies], seed
 
     def loss() -> Tensor:
         batch = draw(64, generator)
-        images = projection(encoder(batch.pictures).pooler_output)
+        images = projection(encoder(batch.pictures).last_hidden_state[:, 1:].mean(1))
         same = torch.tensor([[a == b for b in batch.texts] for a in batch.texts])
         return contrastive_loss(images, texts(batch.texts), scale, same).mean()
 
     _optimise(parameters, loss, steps, 2e-3)
-
-
-def train_classes(encoder: Dinov2Model, seed: int, steps: int) -> None:
-    """Which coloured shape is on the left."""
-    head = nn.Linear(WIDTH, len(SHAPES) * len(COLOURS))
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss() -> Tensor:
-        batch = shapes(64, generator)
-        return F.cross_entropy(head(encoder(batch.pictures).pooler_output), batch.labels)
-
-    _optimise([*encoder.parameters(), *head.parameters()], loss, steps, 2e-3)
 
 
 def _optimise(parameters: Sequence[nn.Parameter], loss: Callable[[], Tensor], steps: int, rate: float) -> None:
@@ -188,8 +176,6 @@ def trained_encoder(arm: str, seed: int, steps: int) -> Dinov2Model:
         train_contrastively(encoder, radiographs, 1_000 + seed, steps)
     elif arm == "general":
         train_contrastively(encoder, shapes, 1_000 + seed, steps)
-    elif arm == "classes":
-        train_classes(encoder, 1_000 + seed, steps)
     return encoder.eval().requires_grad_(False)
 
 
@@ -258,7 +244,7 @@ def one_arm(arm: str, seed: int, encoder_steps: int, steps: int, pairs: int, hel
 
 
 def one_seed(
-    seed: int, encoder_steps: int = 400, steps: int = 350, pairs: int = PAIRS, held_out: int = HELD_OUT
+    seed: int, encoder_steps: int = 300, steps: int = 350, pairs: int = PAIRS, held_out: int = HELD_OUT
 ) -> dict[str, float]:
     """All arms under one seed."""
     return {arm: one_arm(arm, seed, encoder_steps, steps, pairs, held_out) for arm in ARMS}
@@ -273,12 +259,11 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
     names = {
         "random": "encoder at random",
-        "classes": "classification of coloured shapes",
         "general": "contrastive on coloured shapes with captions",
         "domain": "contrastive on radiographs with reports",
     }
     idea = measured.arm("domain", names["domain"])
-    thresholds = {"general": 0.1, "classes": 0.1, "random": 0.0}
+    thresholds = {"general": 0.1, "random": 0.0}
     return Verdict(
         system="llava-rad",
         claim="an encoder trained on the domain's pairs lets a small model write better findings than a general one",
