@@ -540,6 +540,8 @@ def test_one_report_has_values_but_no_interval(tmp_path):
 def test_unknown_options_are_named():
     with pytest.raises(UserError, match="there is no 'sacrebleu_5'; did you mean"):
         score_reports(__file__, __file__, metrics=["sacrebleu_5"])
+    with pytest.raises(UserError, match="seed=-1: must be from 0"):
+        score_reports(__file__, __file__, seed=-1)
     with pytest.raises(UserError, match="'chexbret' is nothing that a metric needs; did you mean 'chexbert'"):
         Sources({"chexbret": "x"})
 

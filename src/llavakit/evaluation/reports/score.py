@@ -81,6 +81,8 @@ def score_reports(
     """
     if resamples < 1 or swaps < 1:
         raise UserError(f"resamples={resamples}, swaps={swaps}: both must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed}: must be from 0 to {2**32 - 1}")
     options = {"id_field": id_field, "coding": coding}
     check_names(metrics or ())
     wanted = read(references, "reference", text_field=reference_field, empty=empty, **options)
