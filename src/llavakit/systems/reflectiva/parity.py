@@ -30,6 +30,7 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.proof.classic_batch import ClassicBatch, Entry
 from llavakit.proof.entries import (
+    array,
     byte_tokenizer,
     check_keys,
     greedy,
@@ -308,7 +309,7 @@ def procedure(case: Case) -> dict[str, Any]:
         draws = random.Random(inputs["seed_of_python_random"])
         answers = []
         with tempfile.TemporaryDirectory() as place:
-            store = stored(Path(place) / "store", tensors["index"].numpy(), pages)
+            store = stored(Path(place) / "store", array(tensors["index"]), pages)
             encoder = scripted_encoder(store.dimension)
             responder = Reflection(
                 model,
@@ -350,7 +351,7 @@ def retrieve_pages(case: Case) -> Iterator[Example]:
         from llavakit.retrieval.retriever import StoreRetriever
 
         with tempfile.TemporaryDirectory() as place:
-            store = stored(Path(place) / "store", index.numpy(), [(name, ()) for name in names])
+            store = stored(Path(place) / "store", array(index), [(name, ()) for name in names])
             return [hit.entry.page for hit in Knowledge(StoreRetriever(store), searched=searched).pages(query, count)]
 
     for key in case.wanted.json:
