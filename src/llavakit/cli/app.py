@@ -54,8 +54,17 @@ for _group in (
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check this installation.
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="With --attack: model or encoder folder.")
+    ] = None,
+    attack: Annotated[
+        bool, typer.Option("--attack", help="How far invisible changes move MODEL's vision tower.")
+    ] = False,
+    eps: Annotated[str, typer.Option(help="With --attack: radius in pixels of 0 to 1.")] = "4/255",
+    as_json: Json = False,
+) -> None:
+    """Check this installation, or how robust a model's vision tower is.
 
     Versions, devices and extras, and what to install where something is missing.
 
@@ -63,7 +72,11 @@ def doctor(as_json: Json = False) -> None:
     Examples:
       llavakit doctor
       llavakit doctor --json
+      llavakit doctor MODEL --attack
     """
+    if attack or model is not None:
+        _check_up(model, attack, eps, as_json)
+        return
     from llavakit.cli.doctor import examine, table
 
     report = examine()
@@ -73,6 +86,21 @@ def doctor(as_json: Json = False) -> None:
         show(table(report))
     if report["problems"]:
         raise typer.Exit(1)
+
+
+def _check_up(model: str | None, attack: bool, eps: str, as_json: bool) -> None:
+    if model is None:
+        raise UserError("--attack: name the model or the encoder that is looked at")
+    if not attack:
+        raise UserError(f"{model}: say what to do with it; --attack looks at its vision tower")
+    from llavakit.robustness import checkup
+    from llavakit.robustness.balls import check_eps, fraction
+
+    found = checkup.examine(model, eps=check_eps(fraction(eps)))
+    if as_json:
+        print_json(found)
+    else:
+        show(checkup.table(found))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
