@@ -46,17 +46,12 @@ def open_clip_cosine(warmup: float, steps: float) -> Callable[[int], float]:
     Args:
         warmup: Steps of the linear warm-up.
         steps: Steps of the whole schedule.
-
-    Raises:
-        ValueError: If the warm-up is as long as the schedule.
     """
-    if not 0 <= warmup < steps:
-        raise ValueError(f"steps: must be above the {warmup:g} steps of the warm-up, not {steps:g}")
 
     def share(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) if steps != warmup else 0.0
 
     return share
 
@@ -79,8 +74,10 @@ def set_after_step(optimizer: Optimizer, warmup: int, whole: int, *, steps: floa
         steps: Of the schedule, if it is not the stage's; 0 means it is.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If the number of steps is none.
     """
+    if steps < 0 or steps != int(steps):
+        raise ValueError(f"steps: must be the number of steps of the whole schedule, not {steps:g}")
     return LambdaLR(optimizer, after_step(open_clip_cosine(warmup, steps or whole)))
 
 

@@ -194,7 +194,7 @@ def pgd_vlm(case: Case) -> Result:
         step=config["stepsize"],
         steps=config["iterations"],
         norm=config["norm"],
-        start=case.tensors.get("perturbation"),
+        start=next((case.tensors[name] for name in ("pert_init", "perturbation_init") if name in case.tensors), None),
         descend=config["mode"] == "min",
         mask=picture_mask(clean, None if config.get("mask_out") in (None, "none") else config["mask_out"]),
     )

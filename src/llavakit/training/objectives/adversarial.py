@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionModelWithProjection
@@ -58,10 +58,10 @@ class AdversarialOptions(ObjectiveOptions):
         template: What the text side reads, with {} for the class name.
     """
 
-    eps: float = Field(4 / 255, ge=0, le=1)
+    eps: float = Field(4 / 255, ge=0, allow_inf_nan=False)
     norm: Literal["linf", "l2"] = "linf"
     steps: int = Field(10, ge=0, lt=2**31)
-    step: float = Field(1 / 255, gt=0, le=1)
+    step: float = Field(1 / 255, gt=0, allow_inf_nan=False)
     loss: LossName = "l2"
     inner_loss: LossName = "l2"
     normalise: bool = False
@@ -74,15 +74,17 @@ class AdversarialOptions(ObjectiveOptions):
 
     @field_validator("eps", "step", mode="before")
     @classmethod
-    def _fractions(cls, value: Any, info: Any) -> Any:
-        value = fraction(value)
-        if info.field_name == "eps" and isinstance(value, (int, float)) and value > 1:
+    def _fractions(cls, value: Any) -> Any:
+        return fraction(value)
+
+    @model_validator(mode="after")
+    def _radius_in_pixels(self) -> AdversarialOptions:
+        if self.norm == "linf" and self.eps > 1:  # a Euclidean radius grows with the picture
             try:
-                check_eps(value)
+                check_eps(self.eps)
             except UserError as error:
-                said = str(error).removeprefix("eps: ")
-                raise PydanticCustomError("contradiction", "{problem}", {"problem": said}) from None
-        return value
+                raise PydanticCustomError("contradiction", "{problem}", {"problem": str(error)}) from None
+        return self
 
     @property
     def needs_classes(self) -> bool:
@@ -270,7 +272,7 @@ class AdversarialEncoder(EncoderObjective):
             wanted: The original encoder's embeddings of them.
         """
         options = self.options
-        if options.eps == 0 or options.steps == 0:
+        if options.eps == 0:
             return pixels
         start = uniform_start(pixels, options.eps, options.norm) if start is None else start
 
