@@ -8,7 +8,7 @@ cross entropy alone is used. Source: Croce and Hein (arXiv 2003.01690).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class AutoAttack:
         leave: Whether a fooled picture leaves the batch at once. The published attack goes on to the end of its run,
             which changes where a fooled picture ends and never whether it is fooled.
         noise: Gives the noise of a random start of a shape, in 0..1; default `torch.rand` with `seed`.
-        seed: Of the random starts.
+        seed: Of the random starts; every attack of every batch begins with it again, as published.
     """
 
     eps: float
@@ -106,8 +106,6 @@ def autoattack(classify: Classifier, clean: Tensor, labels: Tensor, settings: Au
         clean: [pictures, ...] in 0..1.
         labels: [pictures].
     """
-    noise = settings.noise or _seeded(settings)
-    settings = replace(settings, noise=noise)
     found = predictions(classify, clean, settings.batch)
     result = Fooled(clean.clone(), found, found == labels, ())
     for name in settings.attacks:

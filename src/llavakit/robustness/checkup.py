@@ -64,7 +64,9 @@ def _tower(model: str) -> tuple[Callable[[Tensor], Tensor], int, Any, Any]:
 
     folder = local_folder(model)
     options = encoder_options(folder) or {}
-    if str(options.get("model_type", "")).endswith("_vision_model") and "text_config" not in _raw(folder):
+    raw = _raw(folder)
+    alone = "text_config" not in raw or raw.get("model_type") in ("clip", "siglip")  # towers of pictures and texts
+    if str(options.get("model_type", "")).endswith("_vision_model") and alone:
         encoder = open_encoder(folder)
         embed = Embedder(encoder, (0.0,) * 3, (1.0,) * 3)
         return embed, encoder.config.image_size, CLIP_MEAN, CLIP_STD

@@ -81,7 +81,7 @@ class TextLoss:
         numbers = list(range(len(self.samples))) if rows is None else rows.tolist()
         batch = self._batch(pictures, numbers)
         labels = batch.pop("labels")
-        hidden = self._hidden(batch)
+        hidden = self._hidden(batch, labels)
         targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:][:, self.begin :]
         places = (targets != IGNORE).nonzero(as_tuple=True)
         logits = self.model.lm_head(hidden[places]).float()
@@ -134,16 +134,16 @@ class TextLoss:
             end -= 1
         return max(end, 0)
 
-    def _hidden(self, batch: dict[str, Any]) -> Tensor:
+    def _hidden(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
         """Last hidden states [rows, positions from `begin` on, hidden]."""
         net = self.model.model
-        if not self.begin:
-            return net(**batch, use_cache=False).last_hidden_state
+        if not self.begin:  # connectors and adapters that read the prompt are told where it ends
+            return net(**batch, labels=labels, use_cache=False).last_hidden_state
         ids = batch.pop("input_ids")
         cache = self._cache(ids[:1, : self.begin], len(ids))
         if cache is None:
             self.begin = 0
-            return net(input_ids=ids, **batch, use_cache=False).last_hidden_state
+            return net(input_ids=ids, **batch, labels=labels, use_cache=False).last_hidden_state
         return net(input_ids=ids[:, self.begin :], **batch, past_key_values=cache, use_cache=True).last_hidden_state
 
     def _cache(self, ids: Tensor, rows: int) -> Any:

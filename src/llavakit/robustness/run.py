@@ -37,7 +37,7 @@ from llavakit.conversation.template import template_for
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import Question
 from llavakit.generation.chat import Chat
-from llavakit.model.routes import MODALITIES
+from llavakit.model.routes import MODALITIES, read_region_tensor
 from llavakit.robustness.apgd import Attacked, Judged, apgd
 from llavakit.robustness.balls import check_eps, check_norm
 from llavakit.robustness.ensemble import Job, Schedule, Stage, contains
@@ -183,14 +183,12 @@ class ModelAttack:
         """What is attacked of every media item, and how it becomes encoder inputs."""
         parts = [part for message in messages for part in message["content"] if part["type"] in ("image", "video")]
         spec, rest = self.chat.processor.spec, list(sample["pixel_values"])
-        for part, number, size in zip(parts, sample["visual_modalities"], sample["visual_sizes"], strict=True):
+        media = zip(parts, sample["visual_modalities"], sample["visual_sizes"], strict=True)
+        for place, (part, number, size) in enumerate(media):
             modality = MODALITIES[number]
             planner = spec.route(modality).planner
-            if planner.takes_regions:
-                raise UserError(
-                    f"{self.chat.name}: views of type {type(planner).__name__} depend on boxes and are not attacked"
-                )
-            plan = spec.plan(modality, MediaSize(*size))
+            boxes = sample["visual_regions"][place] if sample["visual_regions"] else None
+            plan = spec.plan(modality, MediaSize(*size), read_region_tensor(boxes))
             own, rest = rest[: len(plan.views)], rest[len(plan.views) :]
             if self.settings.at == "pixels":
                 opened = part[part["type"]]
