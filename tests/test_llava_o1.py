@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -449,3 +450,19 @@ def test_option_given_twice(monkeypatch):
         "responder": "llava-o1",
         "responder_options": {"search": "stage"},
     }
+
+
+def test_labels_of_two_begin_tokens_empty_answers_and_padding_in_front(tmp_path):
+    folder = tmp_path / "label_mask"
+    shutil.copytree(GOLDEN / "label_mask", folder)
+
+    def turn(role, *ids):
+        return [128006, role, 128007, 271, *ids, 128009]
+
+    pad, asked = 128004, turn(882, 128256, 5)
+    rows = [[128000, 128000, *asked, *turn(78191, 6)], [pad, 128000, *asked, *turn(78191)]]
+    labels = [[*[-100] * 12, 271, 6, 128009], [*[-100] * 12, 271, 128009]]
+    (folder / "inputs.json").write_text(json.dumps({"input_ids": rows}))
+    (folder / "outputs.json").write_text(json.dumps({"labels": labels}))
+    report = run_case(folder)
+    assert report.status == "passed", report.reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,22 @@ def test_published_shapes_are_those_of_the_model():
     ours = build_meta(load_recipe(get_system("med42-v2").recipe))
     renamed = {name.replace("model.language_model.", "model."): tuple(p.shape) for name, p in ours.state_dict().items()}
     assert renamed == found
+
+
+def test_labels_of_sequences_without_a_system_turn(tmp_path):
+    folder = tmp_path / "sft_labels"
+    shutil.copytree(GOLDEN / "sft_labels", folder)
+    given = json.loads((folder / "inputs.json").read_text())
+
+    def turn(role, *ids):
+        return [128006, role, 128007, 271, *ids, 128009]
+
+    sequences = [[128000, *turn(882, 4, 78191), *turn(78191, 5, 882)], [128000, *turn(882, 4), *turn(78191)]]
+    labels = [[*[-100] * 11, 5, 882, 128009], [*[-100] * 11, 128009]]
+    labels[0] = [-100, *labels[0]]
+    outputs = json.loads((folder / "outputs.json").read_text())
+    assert isinstance(outputs, list)
+    (folder / "inputs.json").write_text(json.dumps(given | {"sequences": sequences}))
+    (folder / "outputs.json").write_text(json.dumps(labels))
+    report = run_case(folder)
+    assert report.status == "passed", report.reason

@@ -14,6 +14,7 @@ SYSTEM = System(
     ),
     checkpoints=("Xkev/Llama-3.2V-11B-cot",),
     parts={
+        "templates": {"llava_o1": ".templates:LLAVA_O1"},
         "codecs": {"llava_o1": ".stages:stages_codec"},
         "label_policies": {"header_break": ".labels:HeaderBreak"},
         "preparations": {"staged_answers": ".records:staged_answers"},

@@ -55,7 +55,7 @@ def judge_prompts(case: Case) -> list[Example]:
 
         def ask(text: str, image: bool) -> str:
             if image:
-                reply = item.get("reply") or "Since [r], I choose response 1."
+                reply = "Since [r], I choose response 1." if item.get("reply") is None else item["reply"]
             else:
                 reply = checked(text, item.get("wrong_words") or ())
             kind = "judge" if image else "verify"
@@ -132,7 +132,9 @@ class Script:
             return reply
         shown = re.findall(r"\nRepsonse \d: (.*)", text)
         points = [max([p for word, p in self.script["score"].items() if word in one], default=0) for one in shown]
-        reply = self.script.get("judge_reply") or f"Since [x], I choose response {1 + (points[1] > points[0])}."
+        reply = self.script.get("judge_reply")
+        if reply is None:
+            reply = f"Since [x], I choose response {1 + (points[1] > points[0])}."
         self.trace.append({"call": "judge", "reply": reply, "prompt_tail": None, "responses": shown})
         return reply
 
@@ -246,19 +248,28 @@ def labels(case: Case) -> list[Example]:
     named |= {"system": 9125, "user": 882, "assistant": 78191}
     rows, pad = take(case.inputs["input_ids"]), case.config["pad_token_id"]
     known = IdTokenizer(named, rows, start, end)
-    processor = text_processor(known.tokenizer, "llama_3")
+    processor = text_processor(known.tokenizer, "llava_o1")
 
     def labelled(row: Sequence[int]) -> list[int]:
-        ids = [number for number in row if number != pad]
+        first, last = 0, len(row)
+        while first < last and row[first] == pad:
+            first += 1
+        while last > first and row[last - 1] == pad:
+            last -= 1
+        ids = row[first:last]
+        begun = next((n for n, number in enumerate(ids) if number == named[head]), len(ids))  # begin tokens may be two
         messages = []
-        for turn in known.text(ids).removeprefix(start).split(head)[1:]:
+        for turn in known.text(ids[begun:]).split(head)[1:]:
             role, _, content = turn.partition(shut)
             messages.append({"role": role, "content": content.removeprefix("\n\n").removesuffix(end)})
-        sample = training_sample(processor, normalise(messages), labels="header_break", max_length=len(ids))
-        found = iter(int(label) for label in sample["labels"])
-        own = [next(found, IGNORE) if number != pad else IGNORE for number in row]
-        own = [label if label == IGNORE else known.original[label] for label in own]
-        return [IGNORE if label == image else label for label in own]
+        if not messages:
+            return [IGNORE] * len(row)
+        length = len(ids) - begun + 1  # the template writes one begin token
+        sample = training_sample(processor, normalise(messages), labels="header_break", max_length=length)
+        found = [int(label) for label in sample["labels"]][1:]
+        own = [label if label == IGNORE else known.original[label] for label in found]
+        own = [IGNORE] * (first + begun) + own + [IGNORE] * (len(row) - last)
+        return [IGNORE if label in (image, pad) else label for label in own]
 
     return examples(labelled, rows, "labels")
 

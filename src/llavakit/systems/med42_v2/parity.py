@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,20 +52,18 @@ def sft_labels(case: Case) -> list[Example]:
     first = next((s for s in sequences if s and s[0] != marks[HEAD_START]), None)
     if first is not None:
         named[START] = first[0]
-    breaks = {s[n + 1] for s in sequences for n, i in enumerate(s[:-1]) if i == marks[HEAD_END]}
-    if len(breaks) == 1:
-        named[BREAK] = breaks.pop()
-    roles = {s[n + 1] for s in sequences for n, i in enumerate(s[:-1]) if i == marks[HEAD_START]} - {named["assistant"]}
-    system = {s[2] for s in sequences if len(s) > 2 and s[0] == named.get(START) and s[2] != named["assistant"]}
-    users = {i for s in sequences for i in _later_roles(s, marks[HEAD_START])} - {named["assistant"]}
-    for name, found in (("user", users or roles), ("system", system - users)):
-        if found:
-            named[name] = min(found)
+    heads = marks[HEAD_START], marks[HEAD_END]
+    breaks = Counter(s[n + 1] for s in sequences for n, i in enumerate(s[:-1]) if i == heads[1])
+    if breaks:
+        named[BREAK] = breaks.most_common(1)[0][0]
+    named |= _roles(sequences, *heads, named["assistant"])
     known = IdTokenizer(named, sequences, START, TURN_END)
     processor = text_processor(known.tokenizer, TEMPLATE)
 
     def labelled(sequence: Sequence[int]) -> list[int]:
         text = known.text(sequence).removeprefix(START)
+        if HEAD_START not in text:
+            return [IGNORE] * len(sequence)
         messages = []
         for turn in text.split(HEAD_START)[1:]:
             role, _, content = turn.partition(HEAD_END)
@@ -77,10 +76,18 @@ def sft_labels(case: Case) -> list[Example]:
     return examples(labelled, sequences)
 
 
-def _later_roles(sequence: Sequence[int], mark: int) -> list[int]:
-    """Roles of all turns but the first."""
-    places = [place for place, number in enumerate(sequence[:-1]) if number == mark]
-    return [sequence[place + 1] for place in places[1:]]
+def _roles(sequences: Sequence[Sequence[int]], begin: int, end: int, assistant: int) -> dict[str, int]:
+    """Ids of the other roles by name: one that is alone, or not only in front, is the user's."""
+    front: set[int] = set()
+    later: set[int] = set()
+    for sequence in sequences:
+        turns = [n for n, i in enumerate(sequence[:-2]) if i == begin and sequence[n + 2] == end]
+        for place, turn in enumerate(turns):
+            (later if place else front).add(sequence[turn + 1])
+    front, later = front - {assistant}, later - {assistant}
+    user = min(later or front, default=None)
+    system = min(front - {user}, default=None)
+    return {name: number for name, number in (("user", user), ("system", system)) if number is not None}
 
 
 def packing(case: Case) -> dict[str, Any]:
