@@ -421,6 +421,7 @@ def test_the_command_builds_describes_and_queries(tmp_path, capsys):
         (["index", store, store, "--query", "x"], "looks in one store"),
         (["index", store, "--query", "x", "--approximate"], "has no index"),
         (["index", str(source), store, "--encoder", encoder, "--tokens", "9"], "made otherwise"),
+        (["index", str(source), encoder, "--encoder", encoder], "exists already; name a new folder"),
     ):
         assert cli.run(arguments) == 2
         error = capsys.readouterr().err

@@ -21,7 +21,7 @@ from llavakit.retrieval.entries import Entry
 from llavakit.retrieval.pages import Page, Pages
 from llavakit.retrieval.passages import TOKENS, pack
 from llavakit.retrieval.sentences import sentences
-from llavakit.retrieval.store import FEWEST_INDEXED, Store, is_store
+from llavakit.retrieval.store import FEWEST_INDEXED, Store, check_free, is_store
 
 EMBED = ("passage", "summary", "image")
 ROWS = 4096  # entries of one append
@@ -146,6 +146,7 @@ def _open(path: Path, encoder: StoreEncoder, made: dict[str, Any]) -> Store | No
         UserError: If it is made of something else.
     """
     if not is_store(path):
+        check_free(path)  # before anything is encoded
         return None
     store = Store.open(path, encoder=encoder.describe())
     for key, value in made.items():

@@ -50,6 +50,16 @@ def is_store(path: str | Path) -> bool:
     return (Path(path) / _NOTE).is_file()
 
 
+def check_free(path: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        UserError: If it is no empty folder, and exists.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already; name a new folder for the store, or remove it")
+
+
 class Store:
     """Entries with a vector each, numbered from 0 in the order of adding. Opened by `create` and `open`.
 
@@ -99,8 +109,7 @@ class Store:
             raise UserError(f"metric {quoted(metric)}: must be cosine or dot")
         if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
             raise UserError(f"dimension {quoted(dimension)}: must be a positive number")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path}: exists already; name a new folder for the store, or remove it")
+        check_free(path)
         path.mkdir(parents=True, exist_ok=True)
         _lancedb().connect(str(path)).create_table(_TABLE, schema=_schema(dimension))
         note = {"format": FORMAT, "dimension": dimension, "metric": metric}

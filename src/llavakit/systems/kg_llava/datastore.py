@@ -24,7 +24,7 @@ from llavakit.media import load_image
 from llavakit.retrieval.encoder import load_encoder
 from llavakit.retrieval.entries import Entry, Hit
 from llavakit.retrieval.retriever import open_retriever
-from llavakit.retrieval.store import Store
+from llavakit.retrieval.store import Store, check_free
 from llavakit.systems.kg_llava.triplets import Caption, owners, read_captions
 
 SEARCHED, KEPT = 15, 7
@@ -174,8 +174,7 @@ def kg_datastore(
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
     """A folder that takes the place of `output` when all is written, or is removed."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists already; name a new folder for the store, or remove it")
+    check_free(output)
     place = output.with_name(f"{output.name}.partial")
     shutil.rmtree(place, ignore_errors=True)
     try:
