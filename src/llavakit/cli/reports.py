@@ -49,7 +49,7 @@ def score_report(
     reference_field: Annotated[str | None, typer.Option(help="Field of a reference's text.")] = None,
     resamples: Annotated[int | None, typer.Option(min=1, help="Of the bootstrap. Default: 500.")] = None,
     swaps: Annotated[int | None, typer.Option(min=1, help="Of the paired test. Default: 10000.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of both. Default: 3.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of both. Default: 3.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Score no files: damage phantom reports and say which metrics notice.")
     ] = False,
