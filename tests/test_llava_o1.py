@@ -466,3 +466,55 @@ def test_labels_of_two_begin_tokens_empty_answers_and_padding_in_front(tmp_path)
     (folder / "outputs.json").write_text(json.dumps({"labels": labels}))
     report = run_case(folder)
     assert report.status == "passed", report.reason
+
+
+# Proof
+
+
+def test_costs():
+    rows = {(row.group, row.name): row.value for row in get_system("llava-o1").load("cost")().rows}
+    model, search = "Llama-3.2-11B-Vision", "stage search, 4 candidates"
+    assert rows[model, "parameters"] == 10_670_220_835
+    assert rows[model, "tensors"] == 906
+    assert rows[model, "encoder, one picture of 4 tiles"] == 18_599_081_576_448
+    assert rows[model, "projector"] == 402_904_842_240
+    assert rows[model, "decoder, 64 text tokens, without the head"] == 2_023_500_021_760
+    assert rows[model, "decoder, 300 text tokens, without the head"] == 6_352_757_850_112
+    assert rows[model, "head, 300 text tokens"] == 315_201_945_600
+    assert [rows[search, name] for name in ("candidates", "comparisons, least", "checks, most")] == [16, 9, 6]
+    assert rows[search, "pictures encoded here"] == 1
+
+
+def test_the_miniature_runs_and_is_judged_by_its_measurements(monkeypatch):
+    from llavakit.proof.miniature import Measurements
+    from llavakit.systems.llava_o1 import miniature
+
+    monkeypatch.setattr(miniature, "TESTED", 3)
+    monkeypatch.setattr(miniature, "SEARCHED", 2)
+
+    def run_seeds(function, seeds, progress):
+        found = [function(seed) for seed in seeds]
+        return Measurements(tuple(seeds), {name: [own[name] for own in found] for name in found[0]}, 1.0)
+
+    monkeypatch.setattr(miniature, "run_seeds", run_seeds)
+    verdict = miniature.run(seeds=(0,), steps=1, trials=20)
+    assert len(verdict.comparisons) == 6
+    assert verdict.verdict == "inconclusive"  # of one seed nothing follows
+    assert "no caption" in verdict.notes
+    stage, whole = (miniature.chance_of(search, 4, (0.8, 0.8), 0, 400) for search in ("stage", "best_of_n"))
+    assert stage > whole > 0.6
+    linked = miniature.retraced(0, 200)
+    assert linked["swires"] > linked["stage"]
+
+
+def test_boards_follow_their_arrows():
+    from llavakit.systems.llava_o1.arrows import Board, reply
+
+    board = Board(("red", "green", "blue") * 3, ("right",) * 9, 1)
+    assert board.path() == [1, 2, 0, 1]
+    assert board.answer == "green"
+    text = " ".join(reply(board, "staged"))
+    assert board.answered(text)
+    assert board.begun_right(text[: text.index("</CAPTION>")])
+    assert reply(board, "direct") == ["green", "<end>"]
+    assert not board.answered(" ".join(reply(board, "staged")).replace("<CONCLUSION> green", "<CONCLUSION> red"))

@@ -67,6 +67,7 @@ def cost() -> CostReport:
     ) // 236 + 2 * text.hidden_size * text.vocab_size
     report.add("a generated token", one, "FLOPs", group=group)
     report.add("tokens that cost as much as the picture", picture // one, "tokens", group=group)
+    prefixes = [_prompt(core.language_model, PROMPT + STAGE * done, seen) for done in range(STAGES)]
     for candidates in CANDIDATES:
         found = calls(candidates)
         group = f"stage search, {candidates} candidates"
@@ -77,11 +78,13 @@ def cost() -> CostReport:
             report.add(f"{name}, most", found[name][1], "calls", group=group)
         report.add("pictures encoded as published, most", generated + found["comparisons"][1], "pictures", group=group)
         report.add("pictures encoded here", 1, "pictures", group=group)
-        again = sum(_prompt(core.language_model, PROMPT + STAGE * done, seen) for done in range(STAGES)) * candidates
-        first = _prompt(core.language_model, PROMPT, seen)
+        again = candidates * sum(prefixes)
         report.add("prefixes of candidates as published", again, "FLOPs", group=group)
         report.add(
-            "the same here: the prompt once, kept stages", first + STAGE * (STAGES - 1) * one, "FLOPs", group=group
+            "the same here: the prompt once, kept stages",
+            prefixes[0] + STAGE * (STAGES - 1) * one,
+            "FLOPs",
+            group=group,
         )
         report.add("pictures of candidates as published", generated * picture, "FLOPs", group=group)
         report.add("pictures of candidates here", picture, "FLOPs", group=group)

@@ -202,6 +202,8 @@ def searched(model: Reader, seed: int, search: str, rule: str = "judge", count: 
     def step(stops: Sequence[str], right: Callable[[Board, str], bool], open_: Sequence[int]) -> None:
         """Candidates of some boards up to a stop word, of which one is kept."""
         nonlocal words, games
+        if not open_:
+            return
         rows = [place for place in open_ for _ in range(count)]
         prefixes = [" ".join((*question(boards[place]), kept[place])) for place in rows]
         said = continued(model, cells[rows], prefixes, stops, generator)
