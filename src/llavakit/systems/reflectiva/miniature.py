@@ -214,7 +214,7 @@ class Reader(nn.Module):
         return torch.cat(parts)
 
 
-def train(model: Reader, batches: Sequence[tuple[int, Callable[[], Batch]]], rate: float = 3e-3) -> None:
+def train(model: Reader, batches: Sequence[tuple[int, Callable[[], Batch]]], rate: float = 2e-3) -> None:
     """Train on stages of (steps, what makes a batch) under one cosine."""
     total, step = sum(steps for steps, _ in batches), 0
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
