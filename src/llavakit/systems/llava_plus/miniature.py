@@ -55,7 +55,7 @@ SYMBOLS = [*GRAMMAR, *TOLD, *NAMES, *PLACES, *SIGNS]
 TEXT = GRAMMAR | {name: f" {name}" for name in (*PLACES, *SIGNS)} | {name: name for name in NAMES}
 ID = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 RATE = 4e-3
-NOISE, LOUD = 0.2, 4.0  # of what is seen in a cell; how clear it is which cell that is
+NOISE = 0.2  # of what is seen in a cell
 ARMS = ("none", "all", "fly", "fly without plain answers")
 
 
@@ -163,13 +163,13 @@ def dialogue(sight: Sight, asked: Asked, arm: str) -> list[tuple[list[str], list
 class Decoder(nn.Module):
     """A decoder of a few layers over cells and symbols.
 
-    Cells carry the names by which questions call them, and every symbol knows the one before it: both shorten training
-    of the look-ups, in all arms alike.
+    What is seen comes in the words' own space, cells carry the names by which questions call them, and every symbol
+    knows the one before it: all of this shortens training, in all arms alike.
     """
 
     def __init__(self, width: int = 48, layers: int = 2, heads: int = 4, longest: int = 48) -> None:
         super().__init__()
-        self.see = nn.Linear(len(NAMES) + 1, width)
+        self.empty = nn.Parameter(torch.zeros(width))
         self.embed = nn.Embedding(len(SYMBOLS), width)
         nn.init.normal_(self.embed.weight, std=width**-0.5)  # it also gives the logits
         self.before = nn.Linear(width, width, bias=False)
@@ -183,9 +183,11 @@ class Decoder(nn.Module):
     def forward(self, seen: Tensor, ids: Tensor) -> Tensor:
         """Logits [rows, symbols, vocabulary]; `seen` is [rows, cells, names + 1]."""
         names = self.embed.weight[ID["cell 0"] : ID["cell 0"] + CELLS]
+        shapes = self.embed.weight[ID[NAMES[0]] : ID[NAMES[0]] + len(NAMES)]
+        cells = seen[..., :-1] @ shapes + seen[..., -1:] * self.empty
         symbols = self.embed(ids)
         symbols = symbols + self.before(F.pad(symbols, (0, 0, 1, -1)))
-        x = torch.cat([self.see(seen) + LOUD * names, symbols], dim=1)
+        x = torch.cat([cells + names, symbols], dim=1)
         x = x + self.place[: x.shape[1]]
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         for layer in self.layers:
