@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llavakit.robustness.balls import check_norm, inside, l2_norm, per_picture
+from llavakit.robustness.balls import at_least_single, check_norm, inside, l2_norm, per_picture
 from llavakit.robustness.pgd import gradient_of
 
 OSCILLATION = 0.75  # share of increases in a window up to which a step is halved
@@ -103,7 +103,7 @@ def apgd(
 
     Args:
         judge: Called with points and their rows in the batch; losses of different rows must not depend on each other.
-        clean: [pictures, ...] in 0..1.
+        clean: [pictures, ...] in 0..1; half precision is widened to single.
         eps: Radius, in pixels of 0..1.
         steps: Iterations; each takes one gradient, and one is taken before the first. The last point is only judged.
         first_step: In units of eps; 1 for vision-language models, 2 for classifiers.
@@ -113,7 +113,8 @@ def apgd(
         progress: Called after every iteration with its number and the rows that are left.
     """
     check_norm(norm)
-    points = (clean if start is None else start).detach().clamp(0.0, 1.0).clone()
+    clean = at_least_single(clean)
+    points = (clean if start is None else start.to(clean)).detach().clamp(0.0, 1.0).clone()
     found = Attacked(
         best=points.clone(),
         best_loss=torch.full((len(clean),), -torch.inf, dtype=clean.dtype, device=clean.device),

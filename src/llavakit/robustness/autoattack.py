@@ -17,7 +17,7 @@ from torch import Tensor
 from llavakit.errors import UserError
 from llavakit.registry import nearest
 from llavakit.robustness.apgd import Judged, apgd
-from llavakit.robustness.balls import check_eps, check_norm, start_on_edge
+from llavakit.robustness.balls import at_least_single, check_eps, check_norm, start_on_edge
 from llavakit.robustness.losses import FEWEST_FOR_TARGETED_DLR, targeted_dlr
 
 Classifier = Callable[[Tensor], Tensor]  # pictures [pictures, ...] in 0..1 to logits [pictures, classes]
@@ -106,6 +106,7 @@ def autoattack(classify: Classifier, clean: Tensor, labels: Tensor, settings: Au
         clean: [pictures, ...] in 0..1.
         labels: [pictures].
     """
+    clean = at_least_single(clean)
     found = predictions(classify, clean, settings.batch)
     result = Fooled(clean.clone(), found, found == labels, ())
     for name in settings.attacks:

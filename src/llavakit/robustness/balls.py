@@ -54,6 +54,11 @@ def fraction(value: Any) -> Any:
         return value
 
 
+def at_least_single(pixels: Tensor) -> Tensor:
+    """Pixels in float32, or wider as they are: in half precision the steps of an attack would be rounded away."""
+    return pixels.float() if pixels.dtype in (torch.float16, torch.bfloat16) else pixels
+
+
 def per_picture(values: Tensor, like: Tensor) -> Tensor:
     """One number per picture [pictures], shaped so that it broadcasts over `like` [pictures, ...]."""
     return values.reshape(-1, *[1] * (like.dim() - 1))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llavakit.errors import UserError
+from llavakit.robustness.balls import at_least_single
 from llavakit.robustness.losses import unit
 from llavakit.views.pixels import CLIP_MEAN, CLIP_STD
 
@@ -51,6 +52,7 @@ class Embedder:
         Args:
             encoder: In whatever a trainer wrapped the encoder; it is then called as a whole.
         """
+        pixels = at_least_single(pixels)
         values = (pixels - self.mean.to(pixels)) / self.std.to(pixels)
         if encoder is None and self.stepped:
             embedding = _class_embedding(self.encoder, values)

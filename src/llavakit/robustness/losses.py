@@ -18,7 +18,7 @@ def squared_distance(embeddings: Tensor, wanted: Tensor) -> Tensor:
 
 def class_logits(embeddings: Tensor, text: Tensor, scale: float = LOGIT_SCALE) -> Tensor:
     """Logits [pictures, classes] of embeddings against text embeddings in columns [width, classes]."""
-    return embeddings @ (scale * text)
+    return embeddings @ (scale * text.to(embeddings))
 
 
 def class_loss(embeddings: Tensor, text: Tensor, labels: Tensor, scale: float = LOGIT_SCALE) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llavakit.robustness.balls import check_norm, project, steepest
+from llavakit.robustness.balls import at_least_single, check_norm, project, steepest
 
 MOMENTUM = 0.9
 
@@ -41,7 +41,7 @@ def pgd(
 
     Args:
         loss: Pictures to a number; of a batch, a sum or a mean of losses that do not depend on one another.
-        clean: [pictures, ...] in 0..1.
+        clean: [pictures, ...] in 0..1; half precision is widened to single.
         eps, step: Radius and length of a step, in pixels of 0..1.
         start: First perturbation; it is not clamped to 0..1 before the first gradient. None starts at `clean`.
         descend: Lower the loss instead.
@@ -51,7 +51,8 @@ def pgd(
         Like `clean`, within the ball and within 0..1.
     """
     check_norm(norm)
-    moved = torch.zeros_like(clean) if start is None else start.detach().clone()
+    clean = at_least_single(clean)
+    moved = torch.zeros_like(clean) if start is None else start.detach().to(clean).clone()
     velocity = torch.zeros_like(clean)
     for _ in range(steps):
         with torch.enable_grad():

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llavakit.robustness.balls import at_least_single
 from llavakit.robustness.losses import LOGIT_SCALE, class_logits, unit
 
 
@@ -21,13 +22,13 @@ def classifier_of(text: Tensor, templates: int) -> Tensor:
     Args:
         text: [classes * templates, width], the templates of a class one after another.
     """
-    means = unit(text.unflatten(0, (-1, templates))).mean(1)
+    means = unit(at_least_single(text).unflatten(0, (-1, templates))).mean(1)
     return (means / means.norm(dim=-1, keepdim=True)).T
 
 
 def zero_shot_logits(embeddings: Tensor, classifier: Tensor) -> Tensor:
     """100 times the cosine of pictures [pictures, width] and classes [pictures, classes]."""
-    return class_logits(unit(embeddings), classifier, LOGIT_SCALE)
+    return class_logits(unit(at_least_single(embeddings)), classifier, LOGIT_SCALE)
 
 
 def zero_shot(embed: Callable[[Tensor], Tensor], classifier: Tensor) -> Callable[[Tensor], Tensor]:

@@ -541,6 +541,15 @@ def llava_attack_loss(case: Case) -> Iterator[Example | Result]:
 
     yield Example("loss", loss, tensors=("loss", "grad"))
     yield Example("forward pass", logits, tensors=("logits", "image_features"))
+
+    def as_a_stage_learns() -> Result:
+        with torch.no_grad():
+            found = batch.forward()
+        return Result(
+            tensors={"logits": found.logits, "loss": found.loss.reshape(1)}, mask={"logits": batch.meaningful()}
+        )
+
+    yield Example("through a stage's batch", as_a_stage_learns, tensors=("logits", "loss"))
     yield from batch.through_engine()
     if config.get("apgd"):
         options = check_keys(

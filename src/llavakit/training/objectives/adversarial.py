@@ -28,7 +28,7 @@ from llavakit.conversation.messages import FieldError
 from llavakit.data.records import Record, belongs_to
 from llavakit.errors import RecipeError, UserError, quoted
 from llavakit.model.configuration import build_config
-from llavakit.robustness.balls import check_eps, fraction
+from llavakit.robustness.balls import at_least_single, check_eps, fraction
 from llavakit.robustness.embedding import Embedder
 from llavakit.robustness.losses import class_loss, squared_distance, unit
 from llavakit.robustness.pgd import pgd, uniform_start
@@ -219,7 +219,7 @@ class AdversarialEncoder(EncoderObjective):
         """`pixel_values` in 0..1, one tensor per view, `labels` and `start` where the record has them."""
         pixels = record.raw.get("image") if isinstance(record.raw, Mapping) else None
         if isinstance(pixels, Tensor):
-            sample: dict[str, Any] = {"pixel_values": [pixels] if media else [], "tokens": 1}
+            sample: dict[str, Any] = {"pixel_values": [at_least_single(pixels)] if media else [], "tokens": 1}
         else:
             sample = super().encode(record, media=media)
         if len(sample["pixel_values"]) > 1:
@@ -230,7 +230,7 @@ class AdversarialEncoder(EncoderObjective):
             with belongs_to(record.file, record.line):
                 sample["labels"] = torch.tensor(self._label(record.raw))
         if isinstance(record.raw, Mapping) and isinstance(record.raw.get("start"), Tensor):
-            sample["start"] = record.raw["start"]
+            sample["start"] = at_least_single(record.raw["start"])
         return sample
 
     def collator(self, run: Run) -> Callable[[Sequence[Any]], Any]:
