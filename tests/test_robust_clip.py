@@ -331,7 +331,7 @@ def test_tecoa_learns_classes_of_a_clip_encoder_with_its_projection(pictures, tm
     [
         (
             {"type": "fare", "eps": 4},
-            "objective.eps: must be above 0 and at most 1, pixels of 0..1, not 4; did you mean 4/255",
+            "eps: must be above 0 and at most 1, pixels of 0..1, not 4.0; did you mean 4/255?",
         ),
         ({"type": "fare", "stps": 4}, "objective.stps: unknown key; did you mean 'steps'?"),
         ({"type": "fare", "norm": "l1"}, "objective.norm: 'l1' is not possible"),
