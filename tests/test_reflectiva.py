@@ -614,3 +614,16 @@ def test_costs():
     assert values["projector on 576 tokens"] == 24_159_191_040
     assert values["keys and values of a position, 16 bit"] == 131_072
     assert values["of the original's"] == pytest.approx(32.62, abs=0.01)
+
+
+def test_the_miniature_measures_every_arm():
+    from llavakit.systems.reflectiva import miniature
+
+    asked = miniature.draw_questions(20, 0)
+    assert torch.equal(asked.answers, miniature.draw_questions(20, 0).answers)
+    own = asked.shown[..., 3] == asked.answers[:, None]
+    assert bool(own[asked.helps].all())  # the passage that helps holds the answer
+    assert int(asked.helps.sum(1).max()) == 1
+    found = miniature.run((0,), steps=6, all_steps=2, questions=10, visual=10, batch=8)
+    assert [comparison.threshold for comparison in found.comparisons] == [0.2, -0.05, 0.2, -0.03]
+    assert found.verdict in ("not supported", "inconclusive")
