@@ -89,6 +89,8 @@ class _Spans(Source):
         return self.__dict__ | {"_descriptor": None}
 
     def __del__(self) -> None:
+        if os is None:  # at the interpreter's end, when modules are gone and files are closed anyway
+            return
         if getattr(self, "_descriptor", None) is not None and self._descriptor[0] == os.getpid():
             os.close(self._descriptor[1])
 

@@ -310,6 +310,8 @@ class Responder:
     ) -> list[Answer | UserError]:
         """Answers to many conversations, generated together; those that cannot be answered are their error.
 
+        With `sampling.n` above one each conversation has a list of answers.
+
         Raises:
             RequestFailed: If answering one failed for another reason than the user's input.
         """
