@@ -315,7 +315,7 @@ def answered(model: Decoder, sight: Sight, asked: Asked, arm: str, rng: np.rando
     return Score(right, calls, right_call, valid)
 
 
-def one_seed(seed: int, steps: int = 900, questions: int = 160) -> dict[str, float]:
+def one_seed(seed: int, steps: int = 700, questions: int = 160) -> dict[str, float]:
     """All arms on the same scenes."""
     torch.set_num_threads(1)
     held_out = sights(seed, 80)
