@@ -39,7 +39,7 @@ REACHES = {
     "encode": rf"{TEXT}|pixel_values|{MODEL}",
     "samples": rf"label|dataset|sampler|{MODEL}",
     "collator": rf"training_data|collator|{MODEL}",
-    "read_config": rf"{MODEL}|prefix_mapper",
+    "read_config": rf"{MODEL}|prefix_mapper|tiny_model",
     "build": rf"{MODEL}",
     "engine": rf"{MODEL}",
     "score": r"metric|accuracy|pope|iou|scores|benchmark",

@@ -29,7 +29,7 @@ from llavakit.proof.entries import (
     turns_to_messages,
     views_of,
 )
-from llavakit.proof.golden import Case, Example, Result, declined, examples, take
+from llavakit.proof.golden import Case, Example, Result, component, declined, examples, take
 from llavakit.systems.llava_plus import pictures, workers
 from llavakit.systems.llava_plus.grammar import split
 from llavakit.systems.llava_plus.names import is_tagged, template_of
@@ -150,6 +150,7 @@ def train_tokens(case: Case) -> list[Example]:
     return examples(labelled, case.inputs["items"], "items")
 
 
+@component(ordered=True)
 def build_record(case: Case) -> dict[str, Any]:
     """Records of labelled detections."""
     draws, thoughts = random.Random(case.config["seed"]), case.config["thoughts"]

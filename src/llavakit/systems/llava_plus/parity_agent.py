@@ -18,7 +18,7 @@ from llavakit.generation.responder import Call, Responder
 from llavakit.generation.response import RawDelta
 from llavakit.media.image import load_image
 from llavakit.proof.entries import byte_tokenizer, prompt_text, text_processor
-from llavakit.proof.golden import Case, Example, Result, examples, take
+from llavakit.proof.golden import Case, Example, Result, component, examples, take
 from llavakit.systems.llava_plus.agent import ToolUser
 from llavakit.systems.llava_plus.dialogue import Dialogue
 from llavakit.systems.llava_plus.grammar import ThreeLines
@@ -195,6 +195,7 @@ def _message(one: Any, template: str) -> dict[str, Any]:
     return found
 
 
+@component(ordered=True)
 def agent(case: Case) -> Result:
     """One session."""
     return Result(json=session(case.config, case.inputs))
