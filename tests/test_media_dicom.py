@@ -244,7 +244,7 @@ def test_deflated_files_are_bounded(monkeypatch):
 
 def test_nothing_of_the_patient_is_kept():
     image = load_image(radiograph(STORED, 12, WindowCenter=2048, WindowWidth=2048))
-    assert list(image.info) == ["voi"]
+    assert list(image.info) == ["voi", "one_channel"]
     assert "DOE" not in str(image.info)
 
 

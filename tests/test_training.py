@@ -29,13 +29,15 @@ from safetensors.torch import load_file
 
 from llavakit.data.collate import Collator
 from llavakit.errors import CheckpointError, RecipeError, UserError
+from llavakit.registry import OBJECTIVES
 from llavakit.system import systems
 from llavakit.training.attention import packed_attention, segments_of, switch_on
-from llavakit.training.build import build_meta, build_model, config_of, load_checkpoint
+from llavakit.training.build import build_meta, build_model, config_of, load_checkpoint, part_config
 from llavakit.training.check import check_names, check_parts
 from llavakit.training.dataset import Samples, StageCollator, open_records, plan_batches
 from llavakit.training.features import FeatureCache
 from llavakit.training.lora import prepare
+from llavakit.training.objectives.language import LanguageObjective
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, public_name, trainable_by_part
 from llavakit.training.recipe import PartTraining, load_recipe, parse_recipe
 from llavakit.training.run import TrainResult, train
@@ -188,6 +190,11 @@ def test_all_published_recipes_build_at_published_scale() -> None:
         for stage in recipe.stages:
             rows = {token: number for part in stage.train.values() for number, token in enumerate(part.rows or ())}
             tokenizer = SimpleNamespace(get_vocab=lambda rows=rows: rows)  # the published one is on the hub
+            if not issubclass(OBJECTIVES.get(stage.objective.type), LanguageObjective):
+                objective = OBJECTIVES.get(stage.objective.type)(stage)
+                config = part_config(recipe.parts, "vision_config", read_sources=False)
+                assert sum(parameter.numel() for parameter in objective.skeleton(config).parameters()) > 1e8
+                continue
             with torch.device("meta"):
                 assert trainable_by_part(prepare(build_meta(recipe), stage, tokenizer))
 

@@ -46,6 +46,7 @@ class ReportScores(ListedBenchmark):
         resamples: int = RESAMPLES,
         swaps: int = SWAPS,
         seed: int = SEED,
+        extra: str = "error",
         **judging: Unpack[JudgeOptions],
     ) -> dict[str, Any]:
         """See `llavakit.evaluation.reports.score.score_reports`.
@@ -81,6 +82,7 @@ class ReportScores(ListedBenchmark):
             resamples=resamples,
             swaps=swaps,
             seed=seed,
+            extra=extra,
         )
 
 

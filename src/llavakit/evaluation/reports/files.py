@@ -107,13 +107,19 @@ def read(
     return Reports(str(path), list(seen), texts, labels, graphs)
 
 
-def matched(predictions: Reports, references: Reports) -> Reports:
+def matched(predictions: Reports, references: Reports, extra: str = "error") -> Reports:
     """Predictions in the order of the references.
+
+    Args:
+        extra: What a prediction without a reference is: an "error", or left out ("ignore").
 
     Raises:
         UserError: If the files do not hold the same ids.
     """
+    if extra not in ("error", "ignore"):
+        raise UserError(f"extra: must be error or ignore, not {quoted(extra)}")
     own, other = set(predictions.ids), set(references.ids)
+    own = own if extra == "error" else own & other
     for ids, have, lack in ((other - own, references, predictions), (own - other, predictions, references)):
         if ids:
             listed = sorted(ids)

@@ -59,6 +59,7 @@ def score_reports(
     resamples: int = RESAMPLES,
     swaps: int = SWAPS,
     seed: int = SEED,
+    extra: str = "error",
 ) -> dict[str, Any]:
     """Score a file of predictions, or two.
 
@@ -70,6 +71,7 @@ def score_reports(
         judge: Makes the judge for a file of predictions.
         coding, id_field, text_field, reference_field, empty: See `files.read`.
         resamples, swaps, seed: Of the bootstrap and of the paired test.
+        extra: What a prediction without a reference is: an "error", or left out ("ignore").
 
     Returns:
         reports (number); scores {metric: {value, median, low, high, unscored}}; with `against` scores_against and
@@ -87,7 +89,7 @@ def score_reports(
     check_names(metrics or ())
     wanted = read(references, "reference", text_field=reference_field, empty=empty, **options)
     files = [predictions] if against is None else [predictions, against]
-    systems = [matched(read(file, "prediction", text_field=text_field, **options), wanted) for file in files]
+    systems = [matched(read(file, "prediction", text_field=text_field, **options), wanted, extra) for file in files]
     sources = sources or Sources()
     if sources.features is not None and len(sources.features["images"]) != len(wanted.ids):
         count = len(sources.features["images"])

@@ -102,8 +102,8 @@ def run(seeds: Sequence[int] = SEEDS, progress: Callable[[str], None] | None = N
         "FARE-4 65.0 / 26.3; targeted attacks succeed on CLIP always, on FARE-4 never (tables 1 and 3).",
         comparisons=(
             compare("accuracy of frozen heads, clean", "clean", "FARE", "original", -0.1),
-            compare("accuracy of frozen heads, attacked", "attacked", "FARE", "original", 0.1),
-            compare("answers led to a target", "target", "FARE", "original", 0.1, higher=False),
+            compare("accuracy of frozen heads, attacked", "attacked", "FARE", "original", 0.3),
+            compare("answers led to a target", "target", "FARE", "original", 0.3, higher=False),
             compare("accuracy of frozen heads, clean", "clean", "FARE", "TeCoA", 0.0),
             compare("accuracy of frozen heads, attacked", "attacked", "FARE", "TeCoA", 0.0),
             compare("distance of clean embeddings", "embedding", "FARE", "TeCoA", 0.0, higher=False),

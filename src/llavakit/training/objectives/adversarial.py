@@ -125,6 +125,7 @@ class AdversarialEncoder(EncoderObjective):
     """
 
     Options: ClassVar[type[ObjectiveOptions]] = AdversarialOptions
+    jointly = False  # whether the projection into the joint space is part of the module; `describe` finds out
 
     # the module: an encoder with its projection into the joint space
 
