@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from harness import Faults
 from mutations import scramble, scrambled_json, twist
+from PIL import Image
 
 from llavakit.conversation.turns import TextDelta
 from llavakit.evaluation.benchmarks.base import Question
@@ -102,6 +103,16 @@ GOLD: dict[str, Any] = {
             "conversatons": [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "dog"}],
         }
     ],
+    "report-errors": [
+        {
+            "question_id": number,
+            "image": f"{image}.png",
+            "subject_id": number,
+            "conversations": [{"from": "human", "value": "<image>\nAny mistake?"}, {"from": "gpt", "value": "Y"}],
+        }
+        for number, image in enumerate("ab", 1)
+    ],
+    "robust_vqa": [OPEN | {"answers": ["dog"] * 10}],
     "llava_med_chat": [OPEN | {"type": "conversation", "domain": {"mri": True}}],
     "five_aspects": [VIDEO_CHATGPT, VIDEO_CHATGPT],
     "five_aspects, two questions": [{"video_name": "a", "Q1": "Q?", "Q2": "W?", "A": "dog"}],
@@ -130,6 +141,9 @@ LIKELIHOODS = [
     {"sum": -2.0, "characters": 6, "tokens": 3, "unconditional": -4.0},
 ]
 PREDICTIONS: dict[str, list[dict[str, Any]]] = {
+    "report-errors": [
+        {"question_id": f"{number}{run}", "text": "Y"} for number in (1, 2) for run in ("", "#blank", "#swapped")
+    ],
     "mme": [{"question_id": "count/a.png", "text": "Yes", "prompt": "What?"}],
     "mmvet": [{"question_id": "v1_1", "score": 0.5}],
     "infoseek": [ANSWER, ANSWER | {"question_id": 2, "text": "1.5"}],
@@ -212,6 +226,8 @@ def predictions_of(case: str) -> list[dict[str, Any]]:
 def gold_file(case: str, folder: Path) -> Path:
     """A sound gold file, which is the question file too."""
     (folder / "a.mp4").touch()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
     for suffix, text in ((".tsv", TABLE if case in TABLES else None), (".txt", TEXT_LINES.get(case))):
         if text is not None:
             (folder / f"gold{suffix}").write_text(text)
