@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from llavakit.cli.app import app
 from llavakit.conversation.messages import is_media
 from llavakit.conversation.turns import TextDelta
-from llavakit.editing.backends import Sketch, backends_of
+from llavakit.editing.backends import Sketch, SkillSegmenter, backends_of
 from llavakit.editing.chat import PictureChat
 from llavakit.editing.drawing import CREATE, INPAINT, Canvas
 from llavakit.editing.geometry import extent, kept_latents
@@ -23,6 +23,7 @@ from llavakit.errors import UserError
 from llavakit.generation.responder import Responder
 from llavakit.phantom.canvas import COLOURS
 from llavakit.tools.rle import encode_mask
+from llavakit.tools.skill import Outcome, Skill, parameters, picture
 
 pytest.importorskip("cv2")
 
@@ -252,3 +253,21 @@ def test_canvas_and_layout():
     assert kept_latents([[0, 0, 1, 1]]).sum() == 0
     request = layout_request(CREATE, [[0, 0, 256, 512]], "blue square", "half")
     assert tuple(Sketch().layout(request, None)[256, 128]) == COLOURS["blue"]
+
+
+def test_a_configured_skill_takes_over_boxes_and_points():
+    asked = []
+
+    def cut(image, boxes=None, points=None, point_labels=None):
+        asked.append((boxes, points))
+        return Outcome(masks=(np.ones((image.height, image.width), bool),))
+
+    usual = backends_of().segmenter
+    marks = parameters(image=picture(), boxes={}, points={}, point_labels={})
+    sam = Skill(name="sam", description="", parameters=marks, function=cut)
+    segmenter = SkillSegmenter(usual.cutter, usual.detector, sam)
+    assert segmenter.segment(scene(), box=[0, 0, 0.5, 0.5]).ids.all()
+    segmenter.segment(scene(), points=[[0.2, 0.4]])
+    assert asked == [([[0, 0, 0.5, 0.5]], None), (None, [[0.2, 0.4]])]
+    assert not segmenter.segment(scene(), stroke=STROKE).ids.all()
+    assert len(asked) == 2

@@ -36,10 +36,11 @@ class SkillSegmenter:
     Args:
         cutter: A skill with `stroke`, `box`, `points` and `scribble` (`segment`), or with `boxes` and `points` (`sam`).
         detector: A skill that finds boxes for a `caption`; None if objects cannot be named.
+        boxes: A skill with `boxes` and `points` that takes these over (`sam`).
     """
 
-    def __init__(self, cutter: Skill, detector: Skill | None = None) -> None:
-        self.cutter, self.detector = cutter, detector
+    def __init__(self, cutter: Skill, detector: Skill | None = None, boxes: Skill | None = None) -> None:
+        self.cutter, self.detector, self.boxes = cutter, detector, boxes or cutter
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -66,11 +67,12 @@ class SkillSegmenter:
         return Segmented(masks[0].astype(np.uint8), {1: "object"})
 
     def _cut(self, picture: Image.Image, given: Mapping[str, Any]) -> Sequence[np.ndarray]:
-        if "scribble" in self.cutter.properties:
+        cutter = self.boxes if given.keys() <= {"box", "points", "point_labels"} else self.cutter
+        if "scribble" in cutter.properties:
             marks = {"scribble" if name == "mask" else name: value for name, value in given.items()}
         else:
             marks = {"boxes" if name == "box" else name: [v] if name == "box" else v for name, v in given.items()}
-        return self.cutter(image=picture, **marks).masks
+        return cutter(image=picture, **marks).masks
 
     def _named(self, picture: Image.Image, text: str) -> Segmented:
         found = self.detector(image=picture, caption=text)
@@ -200,17 +202,16 @@ def backends_of(toolbox: Toolbox | None = None) -> Backends:
         skill = build_skill(name)
         if name not in known and skill.missing is None:
             known[name] = skill
-    cutter = next((known[name] for name in ("sam", "segment") if name in known), None)
+    cutter = next((known[name] for name in ("segment", "sam") if name in known), None)
     filler = next((known[name] for name in ("stable_inpainting", "inpaint") if name in known), None)
     if cutter is None or filler is None:
         raise UserError("editing pictures needs opencv-python: pip install 'llavakit[tools]'")
-    if "segment" in known and "sam" in known:
-        cutter = known["segment"]  # strokes are what the page is used with; SAM takes boxes and points alone
     detector = next((known[name] for name in DETECTORS if name in known), None)
     generator = SkillGenerator(known["gligen"]) if "gligen" in known else Sketch()
+    marked = f"{cutter.name}, sam for boxes and points" if "sam" in known else cutter.name
     names = {
-        "segmenter": cutter.name + (f", {detector.name} for texts" if detector else ""),
+        "segmenter": f"{marked}, {detector.name} for texts" if detector else marked,
         "filler": filler.name,
         "generator": "gligen" if "gligen" in known else "sketch (flat shapes)",
     }
-    return Backends(SkillSegmenter(cutter, detector), SkillFiller(filler), generator, names)
+    return Backends(SkillSegmenter(cutter, detector, known.get("sam")), SkillFiller(filler), generator, names)

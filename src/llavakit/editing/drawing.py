@@ -76,6 +76,10 @@ class Canvas:
         frame = (self.original * 0.999).astype(np.uint8)
         return with_centre(frame, centre(self.original, self.side))
 
+    def generated(self, tab: str) -> None:
+        """Go on after a picture was generated: what was added to a picture is not painted on, a new picture is."""
+        self.collects = tab == CREATE
+
     def clear(self) -> None:
         """Forget everything."""
         self.boxes, self.masks, self.original, self.side, self.collects = [], [], None, None, True

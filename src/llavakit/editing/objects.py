@@ -125,8 +125,8 @@ class Objects:
         self.changed.append(layer)
         return layer
 
-    def cut(self, dilation: int) -> np.ndarray:
-        """Open the hole; returns the picture with the hole in black.
+    def cut(self, dilation: int) -> None:
+        """Open the hole.
 
         Args:
             dilation: Side of the elliptic kernel by which the mask is grown; 0 leaves it as it is.
@@ -142,6 +142,10 @@ class Objects:
         if dilation:
             hole = cv2.dilate(hole, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (dilation, dilation)))
         self.kept = hole == 0
+
+    @property
+    def masked(self) -> np.ndarray:
+        """The picture with the hole in black, RGB."""
         return self.whole[..., :3] * self.kept[..., None]
 
     def placed(self) -> list[Box]:

