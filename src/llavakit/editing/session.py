@@ -26,7 +26,7 @@ from PIL import Image
 from llavakit.checkpoints.files import atomic_folder
 from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.editing.chat import PictureChat
-from llavakit.editing.drawing import CREATE, INPAINT, WorkingImage
+from llavakit.editing.drawing import CREATE, INPAINT
 from llavakit.editing.geometry import CANVAS, Box
 from llavakit.editing.layout import LayoutRequest, layout_request
 from llavakit.editing.objects import AWAY, Objects, Segmented
@@ -158,7 +158,6 @@ class Session:
     ) -> None:
         self.backends, self.chat, self.pastes = backends, chat, pastes
         self.most_pixels, self.most_events = most_pixels, most_events
-        self.working = WorkingImage()
         self.objects: Objects | None = None
         self.versions: list[Version] = []
         self.events: list[dict[str, Any]] = []
@@ -296,7 +295,6 @@ class Session:
 
     def _show(self, number: int, keeps: bool = False) -> dict[str, Any]:
         self.current, self.objects = number, self.objects if keeps else None
-        self.working.image = self.versions[number].image
         if self.chat is not None:
             self.chat.changed(Image.fromarray(self.versions[number].image))
         return {"version": number}
