@@ -13,7 +13,7 @@ the text side are left out; any other tensor that has no place is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,15 +220,9 @@ def clip_vit(state: LazyState) -> LazyState:
         CheckpointError: If a tensor has no place there.
     """
     state = state.renamed(lambda name: name.removeprefix("vision_model."))
-    fused: dict[str, tuple[str, ...]] = {}
-    for name in state:
-        if found := _CLIP_QUERY.fullmatch(name):
-            parts = tuple(name.replace(".q_proj.", f".{part}_proj.") for part in "qkv")
-            fused[f"transformer.resblocks.{found[1]}.attn.in_proj_{found[2]}"] = parts
-    taken = {part for parts in fused.values() for part in parts} | {"visual_projection.weight"}
-    readers = {name: (lambda parts=parts: torch.cat([state[part] for part in parts])) for name, parts in fused.items()}
-    rest = state.renamed(lambda name: None if name in taken else name)
-    found = _placed(rest.joined(LazyState(readers, {})), _CLIP_OUT)
+    rest = state.renamed(lambda name: None if name == "visual_projection.weight" else name)
+    fused = _fused(rest, _CLIP_QUERY, ("q_proj", "k_proj", "v_proj"), "transformer.resblocks.{}.attn.in_proj_{}")
+    found = _placed(fused, _CLIP_OUT)
     if "visual_projection.weight" not in state:
         return found
     return found.joined({"proj": state["visual_projection.weight"].T.contiguous()})
@@ -291,15 +285,25 @@ def timm_vit(state: LazyState) -> LazyState:
     Raises:
         CheckpointError: If a tensor has no place there.
     """
-    fused: dict[str, tuple[str, ...]] = {}
+    rest = state.renamed(lambda name: None if name == "embeddings.mask_token" else name)
+    return _placed(_fused(rest, _QUERY, ("query", "key", "value"), "blocks.{}.attn.qkv.{}"), _VIT_OUT)
+
+
+def _fused(state: LazyState, query: re.Pattern[str], parts: Sequence[str], target: str) -> LazyState:
+    """Queries, keys and values of every layer as one tensor.
+
+    Args:
+        query: Name of a query's tensor; its groups are the layer, and weight or bias.
+        parts: What the three are called.
+        target: Name of the fused tensor, with a place for each group.
+    """
+    readers, taken = {}, set()
     for name in state:
-        if found := _QUERY.fullmatch(name):
-            parts = tuple(name.replace(".query.", f".{part}.") for part in ("query", "key", "value"))
-            fused[f"blocks.{found[1]}.attn.qkv.{found[2]}"] = parts
-    taken = {part for parts in fused.values() for part in parts} | {"embeddings.mask_token"}
-    readers = {name: (lambda parts=parts: torch.cat([state[part] for part in parts])) for name, parts in fused.items()}
-    rest = state.renamed(lambda name: None if name in taken else name)
-    return _placed(rest.joined(LazyState(readers, {})), _VIT_OUT)
+        if found := query.fullmatch(name):
+            names = [name.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+            taken.update(names)
+            readers[target.format(*found.groups())] = lambda names=names: torch.cat([state[one] for one in names])
+    return state.renamed(lambda name: None if name in taken else name).joined(LazyState(readers, {}))
 
 
 def _siglip(state: LazyState, heads: int | None, head_width: int) -> OpenClipEncoder:
