@@ -217,6 +217,30 @@ def test_broken_folders_are_one_line(folders: dict[str, Path], tmp_path: Path, p
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("names", ["published", "of the classes"])
+def test_both_spellings_of_mllamas_tensors_load(
+    folders: dict[str, Path], models: dict[str, TransformersResponder], tmp_path: Path, names: str
+) -> None:
+    model = models["mllama"]
+    folder = shutil.copytree(folders["mllama"], tmp_path / "mllama")
+    tensors = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    if names == "published":  # Llama 3.2 Vision, and LLaVA-CoT made from it
+        language, further = "model.language_model.", {"lm_head.": "language_model.lm_head."}
+        renames = {language: "language_model.model.", "model.": "", **further}
+        tensors = {
+            next((new + name[len(old) :] for old, new in renames.items() if name.startswith(old)), name): tensor
+            for name, tensor in tensors.items()
+        }
+        assert {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"} < set(tensors)
+        assert {"multi_modal_projector.weight", "vision_model.class_embedding"} < set(tensors)
+    else:
+        assert {"model.language_model.embed_tokens.weight", "lm_head.weight"} < set(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    again = llavakit.load(folder, device="cpu")
+    assert all(torch.equal(value, model.model.state_dict()[key]) for key, value in again.model.state_dict().items())
+    assert again.chat(asked(model), max_new_tokens=6) == model.chat(asked(model), max_new_tokens=6)
+
+
 def test_chat_and_evaluation_take_them(folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     picture = tmp_path / "a.png"
     Image.new("RGB", (32, 16), "red").save(picture)

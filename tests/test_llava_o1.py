@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_api import Failure, FakeAPI
 from PIL import Image
+from tiny_foreign import mllama
 from tiny_server import Running, data_url, small_chat
 from tiny_staged import staged_model
 
@@ -20,6 +21,7 @@ from llavakit.data.preparation import prepare
 from llavakit.errors import RecordError, UserError
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.generation.responder import Responder
+from llavakit.generation.sampling import TokenSampler
 from llavakit.generation.search import Branch
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.serving.service import Settings
@@ -281,6 +283,44 @@ def test_what_cannot_search_says_so():
     ):
         with pytest.raises(UserError, match=message):
             searcher.submit(QUESTION, **options)
+
+
+def stopped(searcher, question, **options):
+    """A search that is cancelled while it decodes; its answer."""
+    responses, main = [], searcher.main
+    chooses = TokenSampler.choose
+
+    def choose(*given):
+        if responses:
+            responses[0].cancel()
+        return chooses(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenSampler, "choose", choose)
+        responses.append(searcher.submit(question, search="stage", candidates=2, **options))
+        answer = responses[0].result()
+    assert (main.active, main.waiting) == (0, 0)
+    return answer, responses[0].usage
+
+
+def test_a_search_that_is_cancelled_stops_its_candidates(staged, tmp_path):
+    chat, question = staged
+    searcher = StagedSearch(chat)
+    foreign = llavakit.load(mllama(tmp_path / "mllama"), responder="llava-o1", device="cpu")
+    for own in (searcher, foreign):
+        answer, usage = stopped(own, question, sampling=replace(WARM, max_new_tokens=100, eos_token_ids=()))
+        assert answer.finish_reason == "cancelled"
+        assert usage.completion_tokens <= 2 * 3  # of 200
+    assert searcher.submit(question, WARM, search="stage").result().content
+
+
+def test_the_judge_tells_of_media_before_it_reads_them(staged):
+    chat, question = staged
+    told = []
+    searcher = StagedSearch(chat)
+    answer = searcher.submit(question, WARM, search="best-of-n", before_media=lambda part: told.append(part["type"]))
+    assert dict(answer.result().traces)["search"]["judged"] == 1
+    assert told == ["image", "image"]  # of the prompt, and of the judge's question
 
 
 def test_the_api_takes_a_search_in_either_form(staged):

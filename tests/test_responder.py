@@ -349,9 +349,9 @@ def test_the_examples_of_the_documentation_run(chat, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.setitem(llavakit.__dict__, "load", lambda *arguments, **options: chat)
     names = {"messages": QUESTION, "conversations": [QUESTION, OTHER], "model": chat}
-    wanted = ("llavakit.load", "class Vote", "stage_beam_search")
+    wanted = ("llavakit.load", "class Vote", "stage_beam_search", "StagedSearch")
     found = [block for block in blocks if any(word in block for word in wanted)]
-    assert len(found) == 3
+    assert len(found) == 4
     for block in found:
         exec(block, names)
     assert len(names["answers"]) == 2

@@ -191,10 +191,14 @@ class Chat(Responder):
         return Branch(self.request(messages, continue_final_message=bool(prefix), before_media=before_media))
 
     def expand(
-        self, branches: Sequence[Branch], sampling: SamplingParams, count: Count | None = None
+        self,
+        branches: Sequence[Branch],
+        sampling: SamplingParams,
+        count: Count | None = None,
+        call: Call | None = None,
     ) -> list[list[Branch]]:
         """Continue every branch `sampling.n` times, all of them together; see `llavakit.generation.search`."""
-        return expand_branches(self.engine, branches, sampling, count)
+        return expand_branches(self.engine, branches, sampling, count, call)
 
     def continue_from(
         self, messages: Messages, prefix: str, sampling: SamplingParams | None = None, **fields: Any

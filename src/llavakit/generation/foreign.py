@@ -207,14 +207,23 @@ class TransformersResponder(Responder):
         return Branch(self._inputs(self.codec.prepare(messages), prefix, before_media))
 
     def expand(
-        self, branches: Sequence[Branch], sampling: SamplingParams, count: Count | None = None
+        self,
+        branches: Sequence[Branch],
+        sampling: SamplingParams,
+        count: Count | None = None,
+        call: Call | None = None,
     ) -> list[list[Branch]]:
         """Continue every branch `sampling.n` times; a branch that is finished comes back alone.
 
         Args:
             count: Called with what was used.
+            call: The request that this is done for; it ends with it.
+
+        Raises:
+            Cancelled: If the request was cancelled.
         """
         note = count or _uncounted
+        stopping = {} if call is None else {"check": call.check}
         grown = []
         for number, branch in enumerate(branches):
             if branch.finished:
@@ -223,7 +232,7 @@ class TransformersResponder(Responder):
             seed = None if sampling.seed is None else choice_seed(sampling.seed, number * sampling.n)
             replies = [Reply(index) for index in range(sampling.n)]
             longer = _longer(branch.request, branch.ids)
-            for chunk in self._chunks(longer, replace(sampling, seed=seed), count=note):
+            for chunk in self._chunks(longer, replace(sampling, seed=seed), count=note, **stopping):
                 note(Usage(completion_tokens=len(chunk.token_ids)))
                 reply = replies[chunk.index]
                 reply.token_ids += chunk.token_ids

@@ -23,13 +23,14 @@ import contextvars
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from llavakit.conversation.turns import Event, TextDelta, Tool
 from llavakit.errors import UserError, quoted
 from llavakit.generation.request import SamplingParams
-from llavakit.generation.response import Answer, Cancelled, FinishEvent, Listener, Response, Usage
+from llavakit.generation.response import Answer, Cancellable, Cancelled, FinishEvent, Listener, Response, Usage
 from llavakit.generation.sampling import call_seed, choice_seed
 from llavakit.generation.scoring import Score
 from llavakit.registry import nearest
@@ -166,6 +167,10 @@ class Call:
         self.check()
         return responder.score(context, replies)
 
+    def holding(self, *work: Cancellable) -> AbstractContextManager[None]:
+        """Work that is cancelled with the request, and when the block is left."""
+        return self._response.holding(*work)
+
     def check(self) -> None:
         """Raise if the caller has gone; for work between calls.
 
@@ -182,7 +187,8 @@ class Call:
         seed = self.sampling.seed
         base = replace(self.sampling, logprobs=None, seed=None if seed is None else call_seed(seed, self._asked))
         self._asked += 1
-        return responder.submit(self.messages if messages is None else messages, base, stream=stream, **changes)
+        given = {"before_media": self.before_media} | dict(changes)
+        return responder.submit(self.messages if messages is None else messages, base, stream=stream, **given)
 
     def _count(self, responses: Sequence[Response], purpose: str | None) -> None:
         for response in responses:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from llavakit.conversation.codecs import Parser
 from llavakit.conversation.turns import Event, Turn
@@ -116,6 +116,17 @@ class Cancelled(Exception):
     """The request that a call belongs to was cancelled; leaves `Responder.run` on its own."""
 
 
+class Cancellable(Protocol):
+    """What can be stopped from any thread: a response, or a request of the engine."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to stop."""
+
+    def cancel(self) -> None:
+        """Stop."""
+
+
 class Response:
     """A submitted request: iterate for its events, or ask for the result.
 
@@ -138,7 +149,7 @@ class Response:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._unread = n
         self._lock = threading.Lock()
-        self._children: set[Response] = set()
+        self._children: set[Cancellable] = set()
 
     @property
     def done(self) -> bool:
@@ -228,8 +239,8 @@ class Response:
             self.usage += usage
 
     @contextlib.contextmanager
-    def holding(self, *children: Response) -> Iterator[None]:
-        """Responses that are cancelled with this one, and when the block is left."""
+    def holding(self, *children: Cancellable) -> Iterator[None]:
+        """What is cancelled with this one, and when the block is left."""
         with self._lock:
             self._children.update(children)
             cancelled = self.cancelled

@@ -11,13 +11,18 @@ here knows what a stage is or how a judge decides: `choose` may ask any responde
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from llavakit.generation.engine import Engine
 from llavakit.generation.request import Reply, Request, SamplingParams
 from llavakit.generation.response import Usage
 from llavakit.generation.sampling import call_seed, choice_seed
+
+if TYPE_CHECKING:
+    from llavakit.generation.responder import Call
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,11 @@ Count = Callable[[Usage], None]
 
 
 def expand_branches(
-    engine: Engine, branches: Sequence[Branch], sampling: SamplingParams, count: Count | None = None
+    engine: Engine,
+    branches: Sequence[Branch],
+    sampling: SamplingParams,
+    count: Count | None = None,
+    call: Call | None = None,
 ) -> list[list[Branch]]:
     """Continue every branch `sampling.n` times, all of them together; the stop strings are the markers.
 
@@ -61,25 +70,32 @@ def expand_branches(
 
     Args:
         count: Called with what the continuations of a branch took.
+        call: The request that this is done for; what is decoded is cancelled with it.
 
     Returns:
         Per branch its continuations; a branch that is finished comes back alone.
+
+    Raises:
+        Cancelled: If the request was cancelled.
     """
     handles = {}
     for number, branch in enumerate(branches):
         if not branch.finished:
             seed = None if sampling.seed is None else choice_seed(sampling.seed, number * sampling.n)
             handles[number] = engine.submit(_longer(branch, replace(sampling, seed=seed)), stream=False)
+    with contextlib.nullcontext() if call is None else call.holding(*handles.values()):
+        found = {number: handle.result() for number, handle in handles.items()}
     grown = []
     for number, branch in enumerate(branches):
-        if number not in handles:
+        if number not in found:
             grown.append([branch])
             continue
-        result = handles[number].result()
-        replies = result if isinstance(result, list) else [result]
+        replies = found[number] if isinstance(found[number], list) else [found[number]]
         if count is not None:
             count(handles[number].usage)
         grown.append([_joined(branch, reply, sampling.stop) for reply in replies])
+    if call is not None:
+        call.check()
     return grown
 
 

@@ -241,7 +241,7 @@ class _Search:
     def expand(self, branches: Sequence[Branch], wanted: SamplingParams) -> list[list[Branch]]:
         """Candidates, counted."""
         self.call.check()
-        grown = self.responder.main.expand(branches, wanted, self._count("generated"))
+        grown = self.responder.main.expand(branches, wanted, self._count("generated"), self.call)
         self._newest = [branch for group in grown for branch in group]
         self.trace["generated"] += len(self._newest)
         return grown
