@@ -28,8 +28,8 @@ from llavakit.checkpoints.prompts import made_up, same_inputs
 from llavakit.checkpoints.text import has_chat_template
 from llavakit.conversation.template import OWN
 from llavakit.errors import CheckpointError
+from llavakit.language.head import head_has_bias, scale_and_cap
 from llavakit.model.configuration import LlavakitConfig
-from llavakit.model.modeling import head_has_bias
 from llavakit.vision.geometry import geometry_of
 
 ROWS = 64  # a grown vocabulary is a multiple of this
@@ -183,6 +183,11 @@ class TransformersLayout(Layout):
             found.append(
                 f"text_config.model_type: the head of {config.text_config.model_type!r} has a bias, "
                 "that of transformers' class has none"
+            )
+        if scale_and_cap(config.text_config) != (1.0, None):
+            found.append(
+                f"text_config.model_type: {config.text_config.model_type!r} scales or caps its logits, "
+                "transformers' class does neither"
             )
         return found
 

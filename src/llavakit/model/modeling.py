@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
 from llavakit.connectors.base import Connector, Prompt
+from llavakit.language.head import Head
+from llavakit.language.likelihood import Likelihood, cross_entropy, token_logps
 from llavakit.model.configuration import MAIN_CONNECTOR, LlavakitConfig
 from llavakit.model.prompt import (
     PromptInfo,
@@ -65,6 +67,7 @@ class LlavakitOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     aux_loss: Tensor | None = None
+    likelihood: Likelihood | None = None
 
 
 class LlavakitPreTrainedModel(PreTrainedModel):
@@ -464,7 +467,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         super().__init__(config)
         self.model = LlavakitModel(config)
         text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=head_has_bias(text))
+        self.lm_head = Head.of(text)
         names = {id(module): name for name, module in self.named_modules()}
         table = names[id(self.get_input_embeddings())]
         self._tied_weights_keys = {"lm_head.weight": f"{table}.weight"} if config.tie_word_embeddings else {}
@@ -481,8 +484,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = self.lm_head.holding(value) if type(value) is nn.Linear else value
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `LlavakitModel.get_image_features`."""
@@ -509,6 +512,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         skip_loss: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         label_weights: Tensor | None = None,
+        targets: tuple[Tensor, Tensor] | None = None,
+        likeliest: bool = False,
         **kwargs: Any,
     ) -> LlavakitOutput:
         """Logits and loss; see `LlavakitModel.forward` for what is not explained here.
@@ -521,6 +526,9 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             num_items_in_batch: Number of labels over all accumulated batches, the loss's denominator.
             label_weights: [batch, length], factors of the cross entropy of each label; the denominator stays the number
                 of labels.
+            targets: Positions (indices into the flattened rows) and the tokens that they predict [targets] each; the
+                output has their `likelihood` instead of logits and loss.
+            likeliest: Whether the likeliest tokens there are wanted too.
 
         Returns:
             Loss is the mean next-token cross entropy over labels, plus the adapter's own term.
@@ -541,12 +549,17 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = logits = None
-        if skip_loss:
+        loss = logits = likelihood = None
+        if skip_loss or targets is not None:
             labels = None
         if labels is not None and (skip_logits or label_weights is not None):
             loss = self._supervised_loss(hidden, labels, num_items_in_batch, label_weights)
-        if labels is None or not skip_logits:
+        if targets is not None:
+            places, ids = targets
+            likelihood = token_logps(
+                self.lm_head, hidden.flatten(0, 1).index_select(0, places), ids, likeliest=likeliest
+            )
+        elif labels is None or not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep] if logits_to_keep is not None else hidden)
             if labels is not None and loss is None:
@@ -566,6 +579,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             aux_loss=outputs.aux_loss,
+            likelihood=likelihood,
         )
 
     def _supervised_loss(
@@ -574,12 +588,8 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         """Cross entropy from the supervised positions alone: prompt and visual positions never reach the head."""
         targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].reshape(-1)
         chosen = torch.nonzero(targets != IGNORE).squeeze(-1)
-        logits = self.lm_head(hidden.reshape(-1, hidden.shape[-1])[chosen]).float()
-        if weights is None:
-            total = F.cross_entropy(logits, targets[chosen], reduction="sum")
-        else:
-            factors = F.pad(weights, (0, 1), value=1.0)[:, 1:].reshape(-1)[chosen]
-            total = (F.cross_entropy(logits, targets[chosen], reduction="none") * factors).sum()
+        factors = None if weights is None else F.pad(weights, (0, 1), value=1.0)[:, 1:].reshape(-1)[chosen]
+        total = cross_entropy(self.lm_head, hidden.flatten(0, 1).index_select(0, chosen), targets[chosen], factors)
         return total / (items if items is not None else max(len(chosen), 1))
 
     def _supports_mm_encoder_outputs(self) -> bool:
@@ -613,14 +623,6 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
         return super().generate(**kwargs)
-
-
-def head_has_bias(text_config: Any) -> bool:
-    """Whether this family's head has a bias, asked of a one-layer copy without memory."""
-    small = type(text_config)(**{**text_config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
-    with torch.device("meta"):
-        head = AutoModelForCausalLM.from_config(small).get_output_embeddings()
-    return getattr(head, "bias", None) is not None
 
 
 __all__ = ["LlavakitForConditionalGeneration", "LlavakitModel", "LlavakitPreTrainedModel"]

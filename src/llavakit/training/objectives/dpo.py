@@ -42,7 +42,6 @@ from llavakit.training.objectives.preference import (
     pair_losses,
     sums_by,
     targets_of,
-    token_logps,
 )
 from llavakit.training.recipe import ObjectiveOptions
 
@@ -289,19 +288,15 @@ class DPO(LanguageObjective):
         """
         targets = Targets(*batch["targets"])
         inputs = {name: value for name, value in batch.items() if name not in ("keys", "forks", "targets")}
-        length = inputs["input_ids"].shape[1]
-        columns, places = torch.unique(targets.sources % length, return_inverse=True)
-        places = places + targets.sources // length * len(columns)
-        options = {"logits_to_keep": columns, "skip_loss": True}
+        options = {"targets": (targets.sources, targets.ids)}
         if "forks" in batch:
             with packed_attention():
                 forks = [Fork(*fork) for fork in batch["forks"].tolist()]
                 outputs = self.forward(model, inputs, packed_forks=forks, **options)
         else:
             outputs = self.forward(model, inputs, **options)
-        found = token_logps(outputs.logits.flatten(0, 1), targets.ids, places)
         answers = 2 * self.items(batch)
-        return sums_by(targets.owners, found, answers), counts_of(targets.owners, answers), outputs
+        return sums_by(targets.owners, outputs.likelihood.logps, answers), counts_of(targets.owners, answers), outputs
 
     def _known(self, keys: Sequence[int]) -> Tensor:
         """The reference's log-probabilities of chosen and then of rejected answers [2 x pairs]; zeros without one.
