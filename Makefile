@@ -25,7 +25,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-smollm2 test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint bench clean
+.PHONY: help install demo serve test test-slow test-docs test-smollm2 test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -49,13 +49,16 @@ serve:  ## the demo's model as an API and a web app on http://localhost:8000
 	.venv-web/bin/llavakit serve runs/demo/final $(ARGS)
 
 test: $(STAMP)  ## the fast tests; ARGS="tests/test_cli.py -k chat" narrows them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not faults and not vllm and not web" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not faults and not vllm and not web and not docs" $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out
-	$(BIN)/python -m pytest -m "slow and not faults and not vllm and not web" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not faults and not vllm and not web and not docs" $(ARGS)
 
 test-faults: $(STAMP)  ## thousands of malformed inputs from fixed seeds, with a table; about 10 minutes
 	$(BIN)/python -m pytest -m faults tests/faults $(ARGS)
+
+test-docs: $(STAMP)  ## every command and snippet of the pages, with small stand-ins for what they name
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m docs -s tests/pages $(ARGS)
 
 test-adapters: $(STAMP)  ## table: adapters made by PEFT with each of its options, their logits against PEFT's
 	$(BIN)/python -W ignore tests/peft_cases.py
@@ -68,7 +71,7 @@ test-exports: $(STAMP)  ## table: exports to transformers by encoder and decoder
 
 test-oldest:  ## the fast tests against the oldest transformers that is supported, in an environment of its own
 	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not faults and not vllm and not web" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not faults and not vllm and not web and not docs" $(ARGS)
 
 .venv-oldest/.oldest: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) 'transformers==$(OLDEST_TRANSFORMERS)'

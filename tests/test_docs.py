@@ -8,9 +8,9 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 import typer
+from blocks import PAGES, ROOT
 
 from llavakit import registry
 from llavakit.cli.app import app
@@ -18,14 +18,6 @@ from llavakit.cli.common import assignments
 from llavakit.evaluation.score import benchmark, checked
 from llavakit.system import systems
 
-ROOT = Path(__file__).parent.parent
-PAGES = {
-    str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
-    for page in (
-        *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))),
-        *sorted((ROOT / "src").rglob("README.md")),
-    )
-}
 COMMANDS = typer.main.get_command(app).commands
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 INDENTED = re.compile(r"^()((?: {4}.*\n)+)", re.M)
