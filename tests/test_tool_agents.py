@@ -19,6 +19,7 @@ from llavakit.generation.response import RawDelta
 from llavakit.phantom.scene import Scene
 from llavakit.system import get_system
 from llavakit.systems.llava_plus.agent import ToolUser
+from llavakit.systems.llava_plus.dialogue import Dialogue
 from llavakit.systems.llava_plus.grammar import ThreeLines
 from llavakit.systems.llava_plus.parity_agent import data_url
 from llavakit.tools import Limits, Outcome, Skill, Toolbox, load_toolbox
@@ -294,6 +295,51 @@ def test_the_server_runs_tools_and_streams_what_they_do():
         assert done.choices[0].message.content == "Seen."
     finally:
         running.stop()
+
+
+def test_what_is_remembered_belongs_to_the_key_that_made_it(monkeypatch):
+    pytest.importorskip("fastapi")
+    from tiny_server import Running
+
+    from llavakit.serving.app import Settings
+
+    replayed, replay = [], Dialogue.replay
+    monkeypatch.setattr(Dialogue, "replay", lambda own, turns: replayed.append(len(turns)) or replay(own, turns))
+    responder = ToolUser(Scripted(lambda messages: lines([], "Seen.")), tools={"skills": {"detect_shapes": {}}})
+    running = Running(responder, Settings(names=("tiny",), api_keys=("anna", "bert")))
+    try:
+        url = {"type": "image_url", "image_url": {"url": data_url(scene())}}
+        messages = [{"role": "user", "content": [url, {"type": "text", "text": "What is there?"}]}]
+        ask = {key: running.client(key).chat.completions.create for key in ("anna", "bert")}
+        said = ask["anna"](model="tiny", messages=messages).choices[0].message.content
+        more = [*messages, {"role": "assistant", "content": said}, {"role": "user", "content": "And now?"}]
+        replayed.clear()
+        ask["anna"](model="tiny", messages=more)
+        assert replayed == []  # it goes on from what is remembered
+        ask["bert"](model="tiny", messages=more)
+        assert replayed == [2]  # the same words of another are taken up from the messages
+        assert len({owner for owner, _ in responder._kept}) == 2
+    finally:
+        running.stop()
+
+
+def test_nobody_pushes_out_what_belongs_to_another(monkeypatch):
+    from llavakit.systems.llava_plus import agent
+
+    monkeypatch.setattr(agent, "KEPT", 8)  # two each
+    responder = ToolUser(Scripted(lambda messages: lines([])), tools={"skills": {"detect_shapes": {}}})
+
+    def kept(owner, *texts):
+        turns = {text: [question(text, scene())] for text in texts}
+        for own in turns.values():
+            responder.submit(own, owner=owner).result()
+        said = {"role": "assistant", "content": "v"}
+        return [text for text, own in turns.items() if responder.dialogue_of([*own, said], owner) is not None]
+
+    assert kept("anna", "1") == ["1"]
+    assert kept("bert", "1", "2", "3") == ["2", "3"]
+    assert kept("anna") + kept("anna", "2") == ["2"]
+    assert [owner for owner, _ in responder._kept] == ["anna", "bert", "bert", "anna"]
 
 
 def test_what_is_remembered_is_bounded_and_expires(monkeypatch):

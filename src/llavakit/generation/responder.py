@@ -48,7 +48,7 @@ class Call:
         tools, tool_choice, parallel_calls: See `Responder.submit`.
         options: The responder's own options (an instance of `Responder.options`), or None.
         streamed: Whether somebody wants the text as it comes.
-        before_media: See `Responder.submit`.
+        before_media, owner: See `Responder.submit`.
         indices: Numbers of the replies that `run` is to generate: one, unless the responder takes them together.
         finish_reason, stop: How the reply ended; `stream` sets them, `run` may.
         answer: What the last `stream` brought, whole.
@@ -65,10 +65,11 @@ class Call:
         options: Any = None,
         streamed: bool = True,
         before_media: Callable[[Mapping[str, Any]], None] | None = None,
+        owner: str = "",
     ) -> None:
         self.messages, self.sampling = messages, sampling
         self.tools, self.tool_choice, self.parallel_calls = tuple(tools), tool_choice, parallel_calls
-        self.options, self.streamed, self.before_media = options, streamed, before_media
+        self.options, self.streamed, self.before_media, self.owner = options, streamed, before_media, owner
         self.indices: tuple[int, ...] = (0,)
         self.finish_reason, self.stop = "stop", None
         self.answer: Answer | None = None
@@ -95,6 +96,7 @@ class Call:
             options=self.options,
             streamed=self.streamed,
             before_media=self.before_media,
+            owner=self.owner,
         )
         one.indices, one._response = indices, response
         return one
@@ -187,7 +189,7 @@ class Call:
         seed = self.sampling.seed
         base = replace(self.sampling, logprobs=None, seed=None if seed is None else call_seed(seed, self._asked))
         self._asked += 1
-        given = {"before_media": self.before_media} | dict(changes)
+        given = {"before_media": self.before_media, "owner": self.owner} | dict(changes)
         return responder.submit(self.messages if messages is None else messages, base, stream=stream, **given)
 
     def _count(self, responses: Sequence[Response], purpose: str | None) -> None:
@@ -270,6 +272,7 @@ class Responder:
         stream: bool = True,
         listener: Listener | None = None,
         before_media: Callable[[Mapping[str, Any]], None] | None = None,
+        owner: str = "",
         **fields: Any,
     ) -> Response:
         """Queue a conversation; may be called from any thread.
@@ -283,6 +286,7 @@ class Responder:
             stream: Whether text comes as it is generated; without it the last events carry all of it, cheaper.
             listener: Called with every event, in the thread that generates; replies of one request may have several.
             before_media: Called before a media item is read; what it raises ends the request.
+            owner: Whose request it is; what a responder remembers of it is of use to nobody else.
             fields: Fields of `SamplingParams` (they win over `sampling`), and this responder's own options.
 
         Raises:
@@ -299,6 +303,7 @@ class Responder:
             options=self._options(own),
             streamed=stream,
             before_media=before_media,
+            owner=owner,
         )
         return self._open(call, stream, listener)
 

@@ -243,7 +243,9 @@ class Service:
 
         with incoming.account.counting() as account:
             messages = self.responder.escape(messages)
-            response = self.responder.submit(messages, listener=listener, before_media=before, **fields)
+            response = self.responder.submit(
+                messages, listener=listener, before_media=before, owner=incoming.owner, **fields
+            )
             if response.held_bytes is not None:
                 account.keep(response.held_bytes)
         return response

@@ -208,7 +208,11 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
             service.check_messages(messages)
             with service.counting():
                 response = responder.submit(
-                    responder.escape(messages), temperature=temperature, top_p=top_p, max_new_tokens=int(length)
+                    responder.escape(messages),
+                    temperature=temperature,
+                    top_p=top_p,
+                    max_new_tokens=int(length),
+                    owner=request.request.state.session,
                 )
             said = response.answers[0]
             try:

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ UNASKED = ("ram+grounding_dino", "blip2+grounding_dino")  # pairs that need no w
 PAIRS = ("ram+grounding_dino", "blip2+grounding_dino", "grounding_dino+sam")
 REFERENCE_BYTES = 32 * 2**20
 KEPT, KEPT_BYTES, KEPT_SECONDS = 256, 512 * 2**20, 3600.0  # conversations that are remembered, and for how long
+SHARE = 4  # of these one of several owners has at most this part
 ARTEFACTS = {"most": 32, "most_bytes": 64 * 2**20, "seconds": KEPT_SECONDS}  # of one conversation
 UNDERSTANDING = ("detect_shapes", "grounding_dino", "owlv2", "blip2", "ram", "ocr", "easyocr", "retrieve", "retrieval")
 
@@ -152,7 +153,8 @@ class ToolUser(Responder):
             tools = load_toolbox(None if tools in ("", True) else tools)
         self.tools: Toolbox | Tools | None = tools
         self.agent = agent
-        self._kept: OrderedDict[str, tuple[Dialogue, int, float]] = OrderedDict()  # with bytes and time
+        # by owner and what was said; with bytes and time
+        self._kept: OrderedDict[tuple[str, str], tuple[Dialogue, int, float]] = OrderedDict()
         self._lock = threading.Lock()
 
     def run(self, call: Call) -> Iterator[Event]:
@@ -196,35 +198,43 @@ class ToolUser(Responder):
         ):
             content += event.text if isinstance(event, TextDelta) else ""
             yield event
-        self._remember([*messages, {"role": "assistant", "content": [{"type": "text", "text": content}]}], dialogue)
+        said: Message = {"role": "assistant", "content": [{"type": "text", "text": content}]}
+        self._remember((call.owner, _key([*messages, said])), dialogue)
 
     # ------------------------------------------------------------------ conversations
 
-    def dialogue_of(self, messages: Messages) -> Dialogue | None:
-        """What is remembered of a conversation that ends with an answer of this responder."""
+    def dialogue_of(self, messages: Messages, owner: str = "") -> Dialogue | None:
+        """What is remembered of an owner's conversation that ends with an answer of this responder."""
         with self._lock:
-            return self._recall(_key(normalise(messages)))
+            return self._recall((owner, _key(normalise(messages))))
 
-    def _recall(self, key: str) -> Dialogue | None:
+    def _recall(self, key: tuple[str, str]) -> Dialogue | None:
         """A conversation that has not expired; under the lock."""
         past = time.monotonic() - KEPT_SECONDS
         while self._kept and next(iter(self._kept.values()))[2] < past:
             self._kept.popitem(last=False)
         return self._kept[key][0] if key in self._kept else None
 
-    def _remember(self, messages: list[Message], dialogue: Dialogue) -> None:
-        key, size = _key(messages), dialogue.held_bytes
+    def _remember(self, key: tuple[str, str], dialogue: Dialogue) -> None:
+        """Keep a conversation; where there is no room its owner's oldest go, and nobody else's."""
         with self._lock:
             self._kept.pop(key, None)
-            self._kept[key] = dialogue, size, time.monotonic()
-            while len(self._kept) > KEPT or sum(own for _, own, _ in self._kept.values()) > KEPT_BYTES:
-                self._kept.popitem(last=False)
+            self._kept[key] = dialogue, dialogue.held_bytes, time.monotonic()
+            own = [known for known in self._kept if known[0] == key[0]]
+            for oldest in own:
+                if not (self._too_many(self._kept, 1) or self._too_many(own, SHARE if key[0] else 1)):
+                    return
+                del self._kept[oldest]
+                own = own[1:]
+
+    def _too_many(self, keys: Collection[tuple[str, str]], share: int) -> bool:
+        return share * len(keys) > KEPT or share * sum(self._kept[key][1] for key in keys) > KEPT_BYTES
 
     def _dialogue(self, call: Call, messages: list[Message], agent: str) -> Dialogue:
         """The conversation so far: remembered, or made of the messages."""
         earlier = messages[:-1]
         with self._lock:
-            known = self._recall(_key(earlier)) if earlier else None
+            known = self._recall((call.owner, _key(earlier))) if earlier else None
         if known is not None:
             branch = known.branch()
             if isinstance(branch.tools, PublishedTools):  # a new picture there is none here
