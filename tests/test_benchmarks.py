@@ -17,6 +17,8 @@ from llavakit.evaluation.processors import option_letter
 from llavakit.evaluation.score import benchmark, score
 from llavakit.registry import BENCHMARKS
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

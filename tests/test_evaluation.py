@@ -31,6 +31,8 @@ from llavakit.proof.golden import Case, run_case
 from llavakit.registry import BENCHMARKS, TEXT_METRICS
 from llavakit.systems.llava_1_5.parity_eval import ADAPTERS
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -235,17 +237,17 @@ def test_scienceqa(tmp_path):
     gold = lines(tmp_path / "gold.jsonl", SCIENCE)
     texts = {4: "LECTURE: ...\nThe answer is B.", 5: "A. because", 6: "D", 7: "The answer is A. The answer is B."}
     result = score("scienceqa", answers(tmp_path / "p.jsonl", texts), gold)
-    assert result == {
-        "task": "scienceqa",
-        "metrics": {
-            "accuracy": 50.0,
-            "correct": 2,
-            "count": 4,
-            "image_accuracy": 50.0,
-            "image_correct": 1,
-            "image_count": 2,
-        },
+    assert result["task"] == "scienceqa"
+    assert result["metrics"] == {
+        "accuracy": 50.0,
+        "correct": 2,
+        "count": 4,
+        "image_accuracy": 50.0,
+        "image_correct": 1,
+        "image_count": 2,
     }
+    assert result["n"] == 4
+    assert result["intervals"]["accuracy"] == pytest.approx([15.0039, 84.9961], abs=1e-4)
 
 
 def test_scienceqa_from_the_published_problems(tmp_path):

@@ -25,6 +25,8 @@ from llavakit.training.lora import prepare
 from llavakit.training.parameter_groups import trainable_by_part
 from llavakit.training.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 GOLDEN = Path(__file__).parent / "golden" / "llava-critic"
 NASTY = ["", "\n", " ", "[[", "nan", "Score: nan", "{" * 500, "9" * 5000, "\x00", "Answer is better", "'score'", "()"]
 

@@ -51,6 +51,8 @@ from llavakit.training.build import build_meta, build_model
 from llavakit.training.recipe import load_recipe, parse_recipe
 from llavakit.views.plan import MediaSize
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 GOLDEN = Path(__file__).parent / "golden" / "llava-med"
 SYSTEM = get_system("llava-med")
 ADDED = ("[PAD]", "<im_patch>", "<im_start>", "<im_end>")

@@ -32,6 +32,8 @@ from llavakit.training.build import build_meta
 from llavakit.training.recipe import load_recipe
 from llavakit.views.plan import MediaSize
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 GOLDEN = Path(__file__).parent / "golden" / "llava-next-interleave"
 TINY = json.loads((GOLDEN / "e2e_logits" / "case.json").read_text())["config"]
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]

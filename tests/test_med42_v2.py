@@ -31,6 +31,8 @@ from llavakit.training.recipe import load_recipe, parse_recipe
 from llavakit.training.run import train
 from llavakit.training.scaling import scale
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 GOLDEN = Path(__file__).parent / "golden" / "med42-v2"
 QUIET = Console(quiet=True)
 MARKS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

@@ -37,6 +37,8 @@ from llavakit.training.build import build_meta
 from llavakit.training.recipe import load_recipe
 from llavakit.views.plan import MediaSize
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 GOLDEN = Path(__file__).parent / "golden" / "reflectiva"
 TOKENIZER = GOLDEN / "tiny_llava_llama31" / "tokenizer.json"
 PICTURE = Image.new("RGB", (32, 20), (200, 30, 30))

@@ -41,6 +41,8 @@ from llavakit.training.features import FeatureCache
 from llavakit.training.recipe import load_recipe
 from llavakit.views.plan import MediaSize
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 ORDER = "frames_then_patches"
 GOLDEN = Path(__file__).parent / "golden" / "surgical-llava"
 

@@ -29,6 +29,8 @@ from llavakit.views.pixels import pad_to_square
 from llavakit.views.plan import MediaSize
 from llavakit.vision.geometry import geometry_of
 
+pytestmark = pytest.mark.usefixtures("measures_give_the_metrics")
+
 GOLDEN = Path(__file__).parent / "golden" / "video-llava"
 VIT = {
     "hidden_size": 16,

@@ -113,7 +113,7 @@ def evaluate(
     if as_json:
         print_json(result)
     elif result["metrics"] is not None:
-        print_result({"task": task, "metrics": result["metrics"]})
+        print_result(result)
 
 
 class ScoreCommands(TyperGroup):

@@ -63,6 +63,12 @@ def asked_digest(question: Question) -> str:
     return digest.hexdigest()[:16]
 
 
+def media_digest(question: Question) -> str:
+    """Digest of the content of a question's media, which is the same for all questions about them."""
+    items = [part[part["type"]] for part in question.media if part["type"] != "boxes"]
+    return hashlib.sha256(" ".join(map(_content, items)).encode()).hexdigest()[:16]
+
+
 def _content(media_item: Any) -> str:
     if isinstance(media_item, bytes):
         return hashlib.sha256(media_item).hexdigest()
@@ -218,6 +224,8 @@ class PredictionsFile:
                 "run": self.run.digest,
                 "asked": asked_digest(question),
             }
+            if question.media:
+                row["media"] = media_digest(question)
             if answer.reasoning:
                 row["reasoning"] = answer.reasoning
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")

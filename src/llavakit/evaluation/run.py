@@ -75,7 +75,8 @@ def evaluate(
         question_options, score_options: Options of the benchmark's `questions` and `score`.
 
     Returns:
-        {"task", "predictions": path, "asked", "metrics"}; metrics is None if there is nothing to score against.
+        {"task", "predictions": path, "asked", "metrics", "n", "intervals"}, the last two as `score` gives them; metrics
+        is None, and they are missing, if there is nothing to score against.
 
     Raises:
         UserError: If the predictions file belongs to another model. After the others were answered, if a question
@@ -116,7 +117,7 @@ def evaluate(
         options = dict(score_options or {})
         if images is not None and "images" in inspect.signature(chosen.score).parameters:
             options.setdefault("images", str(images))
-        result["metrics"] = score(task, output, gold, **options)["metrics"]
+        result |= score(task, output, gold, **options)
     return result
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from rich.table import Table
 
 from llavakit.errors import UserError, quoted
 from llavakit.evaluation.benchmarks.base import Benchmark
+from llavakit.evaluation.cases import spread
 from llavakit.registry import BENCHMARKS, nearest
+
+INTERVAL = "95 % interval"
 
 
 def benchmark(task: str) -> Benchmark:
@@ -72,14 +75,23 @@ def score(
         options: The benchmark's own; for most `missing` ("error" or "wrong") and `extra` ("error" or "ignore").
 
     Returns:
-        {"task": task, "metrics": {name: number, None, or {row: {column: number}}}}; rates in percent.
+        {"task": task, "metrics": {name: number, None, or {row: {column: number}}}, "n": number of cases, "pictures":
+        how many they are about, if fewer, "intervals": see `llavakit.evaluation.cases.spread`}; rates in percent.
 
     Raises:
         UserError: For an unknown task or option.
         RecordError: For a broken record, and for questions without prediction or the reverse.
     """
+    found = metrics_of(task, predictions_path, gold_path, **options)
+    return {"task": task, "metrics": dict(found), **spread(found)}
+
+
+def metrics_of(
+    task: str, predictions_path: str | Path, gold_path: str | Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """The metrics of `score` as the benchmark gives them, which for most is `llavakit.evaluation.cases.Metrics`."""
     chosen = benchmark(task)
-    return {"task": task, "metrics": chosen.score(predictions_path, gold_path, **checked(chosen.score, options, task))}
+    return chosen.score(predictions_path, gold_path, **checked(chosen.score, options, task))
 
 
 def show(value: Any) -> str:
@@ -91,24 +103,52 @@ def show(value: Any) -> str:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """A result as rich tables: the single metrics first, then one table per group."""
-    task, metrics = result["task"], result["metrics"]
+    task, metrics, bounds = result["task"], result["metrics"], result.get("intervals", {})
     title = benchmark(task).title if task in BENCHMARKS else task
-    main = Table("metric", title=title)
+    main = Table("metric", title=title, caption=caption(result))
     main.add_column("value", justify="right")
+    main.add_column(INTERVAL, justify="right")
     found = [main]
     for name, value in metrics.items():
+        own = bounds.get(name)
         if not isinstance(value, Mapping):
-            main.add_row(name, show(value))
+            main.add_row(name, show(value), show_interval(own) if name in bounds else "")
             continue
-        rows = {row: cells if isinstance(cells, Mapping) else {"value": cells} for row, cells in value.items()}
+        rows = {row: _cells(cells) for row, cells in value.items()}
+        spreads = {row: _cells(cells) for row, cells in (own or {}).items()}
         columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+        spread_columns = {column for cells in spreads.values() for column in cells}
         table = Table(name)
         for column in columns:
             table.add_column(column, justify="right")
+            if column in spread_columns:
+                table.add_column(INTERVAL, justify="right")
         for row, cells in rows.items():
-            table.add_row(str(row), *(show(cells.get(column)) for column in columns))
+            line = []
+            for column in columns:
+                line.append(show(cells.get(column)))
+                if column in spread_columns:
+                    line.append(show_interval(spreads.get(row, {}).get(column)))
+            table.add_row(str(row), *line)
         found.append(table)
     return found if main.row_count else found[1:]
+
+
+def _cells(cells: Any) -> Mapping[str, Any]:
+    return cells if isinstance(cells, Mapping) else {"value": cells}
+
+
+def show_interval(bounds: Sequence[float] | None) -> str:
+    """An interval as text; "-" where nothing can be said."""
+    return "-" if bounds is None else f"{bounds[0]:.1f} to {bounds[1]:.1f}"
+
+
+def caption(result: Mapping[str, Any]) -> str | None:
+    """What the intervals of a result rest on."""
+    if result.get("n") is None:
+        return None
+    pictures = result.get("pictures")
+    return f"n = {result['n']}" + (f", about {pictures} pictures" if pictures else "")
 
 
 def print_result(result: Mapping[str, Any], as_json: bool = False, console: Console | None = None) -> None:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +35,7 @@ from torch import Tensor
 from llavakit.conversation.template import template_for
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import Question
+from llavakit.evaluation.metrics.intervals import Measure, intervals
 from llavakit.generation.chat import Chat
 from llavakit.model.routes import MODALITIES, read_region_tensor
 from llavakit.robustness.apgd import Attacked, Judged, apgd
@@ -49,7 +49,6 @@ from llavakit.views.plan import MediaSize
 AT = ("pixels", "views")
 GREY = 255
 SURE = math.log(2)  # a token's loss below which it is likelier than all others together
-RESAMPLES = 2000  # of the bootstrap
 ANSWERS, SETTINGS, RESULT, REPORT, PICTURES = "answers.jsonl", "settings.json", "result.json", "report.html", "pictures"
 
 
@@ -605,16 +604,11 @@ def _stored(run: Run, name: str, number: int | None) -> Tensor | None:
     return load_file(_place(run, name, number).with_suffix(".safetensors"))["pixels"]
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a mean over pictures, by drawing pictures again."""
-    draw, count = random.Random(seed), len(values)
-    means = sorted(sum(draw.choices(values, k=count)) / count for _ in range(RESAMPLES))
-    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
-
-
 def _measured(values: Sequence[float]) -> dict[str, Any]:
-    low, high = bootstrap(values)
-    return {"mean": round(sum(values) / len(values), 4), "interval": [round(low, 4), round(high, 4)]}
+    mean = sum(values) / len(values)
+    measure = Measure.mean([value / 100 for value in values])
+    low, high = intervals({"mean": measure}, np.arange(len(values)))["mean"] or (mean, mean)
+    return {"mean": round(mean, 4), "interval": [round(low, 4), round(high, 4)]}
 
 
 def _summary(

@@ -14,10 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llavakit.errors import quoted
 from llavakit.evaluation.benchmarks.base import Benchmark, need_gold, percent
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.agreement import correlations, kendall, pairwise_accuracy, verdict_accuracy
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
+from llavakit.evaluation.metrics.resampling import divide
 from llavakit.evaluation.records import Record, pair, read_records
 
 _NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)")
@@ -46,13 +51,17 @@ class Agreement(Benchmark):
         for place, (question, _) in enumerate(pairs):
             groups.setdefault(str(question.data.get("group")), []).append(place)
         alike = [_pairwise(first, second, places) for places in groups.values()]
-        return {
+        metrics = {
             **correlations(first, second),
             "pairwise_accuracy": percent(mean(value for value in alike if value is not None)),
             **_by_model([question for question, _ in pairs], first, second),
             "count": len(pairs),
             "failed": given - len(pairs),
         }
+        table = np.array([(1, x, y, x * x, y * y, x * y) for x, y in zip(first, second, strict=True)], float)
+        groups_ = None if len(groups) == 1 else [str(question.data.get("group")) for question, _ in pairs]
+        measures = {"pearson": Measure(table.reshape(-1, 6), _pearson, 1.0)}
+        return Metrics(metrics, self.cases(pairs, measures, pictures=groups_))
 
 
 class VerdictAgreement(Benchmark):
@@ -72,7 +81,17 @@ class VerdictAgreement(Benchmark):
         ]
         found = verdict_accuracy([own for own, _ in judged], [other for _, other in judged])
         accuracies = {f"accuracy_{name}": percent(value) for name, value in found.items()}
-        return accuracies | {"count": len(judged), "failed": len(pairs) - len(judged)}
+        kept = [own for own in pairs if not _failed(own[1], "verdict")]
+        metrics = accuracies | {"count": len(judged), "failed": len(pairs) - len(judged)}
+        values = {name: [verdict_accuracy([own], [other])[name] for own, other in judged] for name in found}
+        return Metrics(metrics, self.cases(kept, {f"accuracy_{n}": Measure.mean(own) for n, own in values.items()}))
+
+
+def _pearson(sums: np.ndarray) -> np.ndarray:
+    """Pearson's correlation from n, and the sums of x, y, x², y² and xy."""
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = np.maximum(n * xx - x * x, 0.0) * np.maximum(n * yy - y * y, 0.0)
+    return np.clip(divide(n * xy - x * y, np.sqrt(spread)), -1.0, 1.0)
 
 
 def _failed(record: Record | None, field: str = "score") -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from llavakit.errors import UserError, quoted
 from llavakit.evaluation.benchmarks.base import Benchmark, percent
+from llavakit.evaluation.cases import Metrics, bounds_of
 from llavakit.evaluation.metrics.elo import Battle, bootstrap, bradley_terry, online_elo, win_rates
 from llavakit.evaluation.records import Record, read_records
 
@@ -59,7 +60,10 @@ class Arena(Benchmark):
                 "win_rate": percent(rates[model]),
                 "battles": sum(model in (first, second) for first, second, _ in battles),
             }
-        return {"count": len(battles), "failed": len(records) - len(battles), "models": rows}
+        bounds = {model: {"rating": bounds_of(row)} for model, row in rows.items()}
+        found = {"count": len(battles), "failed": len(records) - len(battles), "models": rows}
+        kept = [(record, None) for record in records if record.data.get("verdict") is not None]
+        return Metrics(found, self.cases(kept, {}), {"models": bounds})
 
 
 def _battle(record: Record) -> Battle:

@@ -6,14 +6,16 @@ Options of `score`, `questions` and `submission` are keyword arguments; unknown 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llavakit.conversation.messages import MEDIA, behind_images, is_media, record_boxes, split_literals
 from llavakit.errors import FieldError, RecordError, UserError
+from llavakit.evaluation.cases import PICTURE_FIELDS, Cases, Metrics, cases_of
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.records import Record, pair, read_answers, read_records
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -94,11 +96,13 @@ class Benchmark:
         title: Name in the literature.
         max_new_tokens: Longest answer in the published evaluation.
         questions_are_gold: Whether the question file holds the gold answers too.
+        picture_fields: Fields of a gold record that say which picture its question is about; for intervals.
     """
 
     title: ClassVar[str]
     max_new_tokens: ClassVar[int] = 128
     questions_are_gold: ClassVar[bool] = False
+    picture_fields: ClassVar[tuple[str, ...]] = PICTURE_FIELDS
 
     def questions(self, path: str | Path, images: str | Path | None = None, **options: Any) -> list[Question]:
         """The questions of a published question file.
@@ -116,12 +120,23 @@ class Benchmark:
         """Metrics of a predictions file (JSONL of `question_id` and `text`) against a gold file.
 
         Returns:
-            Metric name -> number, None where undefined, or a table {row: {column: number}}. Rates are in percent.
+            Metric name -> number, None where undefined, or a table {row: {column: number}}. Rates are in percent. As
+            `Metrics` they know the cases that they were computed from, and get intervals.
 
         Raises:
             RecordError: If a record is broken, or predictions and gold do not belong together.
         """
         raise NotImplementedError
+
+    def cases(
+        self,
+        pairs: Iterable[Pair],
+        measures: Mapping[str, Measure],
+        tables: Mapping[str, Sequence[Any]] | None = None,
+        pictures: Sequence[Hashable] | None = None,
+    ) -> Cases:
+        """The cases of a score, see `llavakit.evaluation.cases.cases_of`."""
+        return cases_of(pairs, measures, tables, pictures=pictures, fields=self.picture_fields)
 
     def submission(
         self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any
@@ -314,7 +329,7 @@ class PairedBenchmark(Benchmark):
         for question, prediction in pairs:
             text = text_of(prediction)
             scored.append((question, 0.0 if text is None else float(value(question, text))))
-        return self.summary(scored)
+        return Metrics(self.summary(scored), self.cases(pairs, self.measures(scored), self.rows(scored)))
 
     def summary(self, scored: Scored) -> dict[str, Any]:
         """Metrics from all questions and their values."""
@@ -324,6 +339,14 @@ class PairedBenchmark(Benchmark):
             if rows:
                 metrics[table] = {row: percent(mean(values)) for row, values in rows.items()}
         return metrics
+
+    def measures(self, scored: Scored) -> dict[str, Measure]:
+        """The metrics of `summary` that have an interval, the main one first."""
+        return {self.metric: Measure.mean([value for _, value in scored])}
+
+    def rows(self, scored: Scored) -> dict[str, list[Any]]:
+        """In which row of every table of `summary` a question counts."""
+        return {table: [question.data.get(name) for question, _ in scored] for table, name in self.tables.items()}
 
 
 def by_field(scored: Scored, name: str) -> dict[str, list[float]]:

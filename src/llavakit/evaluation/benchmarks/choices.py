@@ -12,6 +12,7 @@ from typing import Any
 
 from llavakit.evaluation.benchmarks.base import LETTER, PairedBenchmark, Question, Scored, by_field, percent
 from llavakit.evaluation.metrics.answers import bracket_choice_match, mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.processors import LETTERS, bracket_question, first_letter
 from llavakit.evaluation.records import Record, read_records
 
@@ -21,6 +22,7 @@ class BracketChoice(PairedBenchmark):
 
     questions_are_gold = True
     gold_file = "JSON list or JSONL of video, question, candidates and answer"
+    tables = {"by_task": "task"}
 
     def read_gold(self, path: str | Path) -> list[Record]:
         """Records with an id and the name of their task."""
@@ -52,6 +54,11 @@ class BracketChoice(PairedBenchmark):
         metrics: dict[str, Any] = {"accuracy": percent(mean(value for _, value in scored)), "count": len(scored)}
         tasks = {name: percent(mean(values)) for name, values in by_field(scored, "task").items()}
         return metrics | ({"average": mean(tasks.values()), "by_task": tasks} if tasks else {})
+
+    def measures(self, scored: Scored) -> dict[str, Measure]:
+        """Accuracy, and its mean over tasks."""
+        values, tasks = [value for _, value in scored], [question.data.get("task") for question, _ in scored]
+        return super().measures(scored) | {"average": Measure.macro(values, tasks)}
 
 
 def _asked(record: Record) -> tuple[str, str]:

@@ -6,9 +6,11 @@ a class (`metrics.classes.ClassAnswers`) or is invalid: then it is wrong, and be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
 
 from llavakit.errors import quoted
 from llavakit.evaluation.benchmarks.base import (
@@ -21,7 +23,10 @@ from llavakit.evaluation.benchmarks.base import (
     percent,
     text_of,
 )
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.classes import ClassAnswers, macro_scores
+from llavakit.evaluation.metrics.intervals import Measure
+from llavakit.evaluation.metrics.resampling import divide
 from llavakit.evaluation.records import Record, pair, read_answers, read_records
 
 Media = tuple[Mapping[str, Any], ...]
@@ -98,4 +103,34 @@ class Classes(Benchmark):
         scores = {
             name: percent(value) for name, value in macro_scores(truth, found, zero_division=zero_division).items()
         }
-        return scores | {"invalid_rate": percent(invalid / len(found)), "invalid": invalid, "count": len(found)}
+        metrics = scores | {"invalid_rate": percent(invalid / len(found)), "invalid": invalid, "count": len(found)}
+        measures = class_measures(truth, found, len(labels), zero_division)
+        return Metrics(
+            metrics, self.cases(pairs, measures | {"invalid_rate": Measure.mean([n is None for n in found])})
+        )
+
+
+def class_measures(
+    truth: Sequence[int], found: Sequence[int | None], classes: int, zero_division: float
+) -> dict[str, Measure]:
+    """`macro_scores` as measures: of every class how often it is right, is the truth, and is said."""
+    right = [label == guess for label, guess in zip(truth, found, strict=True)]
+    one = np.eye(classes + 1)
+    is_truth, is_said = one[list(truth)], one[[classes if guess is None else guess for guess in found]]
+    hit = is_truth * np.array(right, float)[:, None]
+    table = np.stack([hit, is_truth, is_said], axis=1)[..., :classes].reshape(len(truth), -1)
+
+    def macro(rate: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Measure:
+        def value(sums: np.ndarray) -> np.ndarray:
+            hits, occurs, said = np.split(sums, 3, axis=-1)
+            counted = (occurs + said) > 0
+            return divide((rate(hits, occurs, said) * counted).sum(-1), counted.sum(-1))
+
+        return Measure(table, value)
+
+    return {
+        "accuracy": Measure.mean(right),
+        "precision": macro(lambda hits, occurs, said: divide(hits, said, zero_division)),
+        "recall": macro(lambda hits, occurs, said: divide(hits, occurs, zero_division)),
+        "fscore": macro(lambda hits, occurs, said: divide(2 * hits, occurs + said, zero_division)),
+    }

@@ -20,8 +20,10 @@ from typing import Any, Unpack
 from llavakit.errors import UserError, quoted
 from llavakit.evaluation.benchmarks.base import Benchmark, Question, folder_of, need_gold
 from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean
-from llavakit.evaluation.records import Record, index, read_answers, read_records, refuse_surplus
+from llavakit.evaluation.metrics.intervals import Measure
+from llavakit.evaluation.records import Record, as_records, index, read_answers, read_records, refuse_surplus
 
 PLAIN = (str, int, float)  # answers such as 3 are written without quotation marks in places
 TEMPERATURES = (0.0, 0.5, 1.0)  # of the attempts at a reply that can be read
@@ -108,7 +110,7 @@ class FiveAspects(Benchmark):
         return asked
 
     def items(self, predictions: str | Path, gold: str | Path | None, extra: str = "error") -> list[dict[str, str]]:
-        """What is judged: `key`, `A`, and `Q` with `pred`, or `Q1` and `Q2` with `pred1` and `pred2`.
+        """What is judged: `key`, `video`, `A`, and `Q` with `pred`, or `Q1` and `Q2` with `pred1` and `pred2`.
 
         Raises:
             RecordError: If a field is missing, a question has no answer, or an answer no question (unless `extra` is
@@ -122,7 +124,7 @@ class FiveAspects(Benchmark):
         keys = item_keys([record.get("video_name", str) for record in records])
         items, asked = [], set()
         for record, key in zip(records, keys, strict=True):
-            item = {"key": key, "A": str(record.get("A", PLAIN))}
+            item = {"key": key, "video": record.get("video_name", str), "A": str(record.get("A", PLAIN))}
             for name, field in _fields(record):
                 item[field] = str(record.get(field, PLAIN))
                 own = field.replace("Q", "pred")
@@ -168,7 +170,7 @@ class FiveAspects(Benchmark):
         names = self._aspects(aspects, items)
         asker = make_judge(judging, predictions)
         metrics: dict[str, Any] = {}
-        unreadable, failures = {}, []
+        unreadable, failures, measures = {}, [], {}
         for name in names:
 
             def judgement(item: Mapping[str, str], name: str = name) -> int | None:
@@ -179,12 +181,17 @@ class FiveAspects(Benchmark):
             scores = [one for one in found if one is not None and not isinstance(one, Exception)]
             failures += failed
             metrics[name] = mean(scores)
+            readable = [None if isinstance(one, Exception) else one for one in found]
+            measures[name] = Measure.mean(readable, scale=1.0)
             unreadable[name] = len(items) - len(scores) - len(failed)
-        return metrics | {
+        metrics |= {
             "count": len(items),
             "unreadable": sum(unreadable.values()),
             **judged(asker, failures, len(items) * len(names)),
         }
+        records = as_records(predictions, ({"question_id": item["key"]} for item in items))
+        videos = [item["video"] for item in items]
+        return Metrics(metrics, self.cases([(record, None) for record in records], measures, pictures=videos))
 
     @staticmethod
     def _aspects(aspects: list[str] | str | None, items: Sequence[Mapping[str, str]]) -> list[str]:

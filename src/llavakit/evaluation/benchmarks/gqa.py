@@ -21,6 +21,7 @@ from llavakit.evaluation.benchmarks.base import (
     write_json,
 )
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.processors import gqa_answer
 from llavakit.evaluation.records import Record, as_records, read_answers, read_json, read_records
 
@@ -67,16 +68,26 @@ class GQA(PairedBenchmark):
     def summary(self, scored: Scored) -> dict[str, Any]:
         """Accuracy in total, and of binary and open questions where the gold file tells them apart."""
         metrics = super().summary(scored)
-        kinds: dict[str, list[float]] = {"binary": [], "open": []}
-        for question, value in scored:
-            types = question.data.get("types")
-            if isinstance(types, dict):
-                kinds["open" if types.get("structural") == "query" else "binary"].append(value)
+        kinds = {kind: [value for question, value in scored if _kind(question) == kind] for kind in ("binary", "open")}
         correct = {"correct": int(sum(value for _, value in scored))}
         return metrics | correct | {kind: percent(mean(values)) for kind, values in kinds.items() if values}
+
+    def measures(self, scored: Scored) -> dict[str, Measure]:
+        """Accuracy in total, and of binary and open questions."""
+
+        def of(kind: str) -> Measure:
+            return Measure.mean([value if _kind(question) == kind else None for question, value in scored])
+
+        return super().measures(scored) | {kind: of(kind) for kind in ("binary", "open")}
 
     def submission(
         self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any
     ) -> Path:
         """The predictions file of the official `eval.py`."""
         return write_json(output, gqa_submission(read_answers(predictions)))
+
+
+def _kind(question: Record) -> str | None:
+    """Whether a question is binary or open, None if its record does not say."""
+    types = question.data.get("types")
+    return None if not isinstance(types, dict) else "open" if types.get("structural") == "query" else "binary"

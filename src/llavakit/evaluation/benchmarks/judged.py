@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+import numpy as np
+
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import (
     Benchmark,
@@ -21,7 +23,9 @@ from llavakit.evaluation.benchmarks.base import (
     text_of,
     write_lines,
 )
-from llavakit.evaluation.metrics.answers import relative_score
+from llavakit.evaluation.cases import Metrics
+from llavakit.evaluation.metrics.answers import judged_answers, relative_score
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.records import Record, index, pair, read_json, read_records
 from llavakit.evaluation.reviews import parse_pair, review_content, review_record
 
@@ -75,6 +79,13 @@ def judged(judge: Judge, failures: Sequence[Exception], count: int) -> dict[str,
     if failures and len(failures) == count:
         raise UserError(f"{failures[0]} (so did all {count} calls)")
     return {"failed_calls": len(failures), "judge": judge.report()}
+
+
+def judged_measures(judgements: Sequence[Any]) -> dict[str, Measure]:
+    """Accuracy and score of `judged_answers`, case by case."""
+    found = [judged_answers([one]) for one in judgements]
+    accuracy = [one["yes"] / (one["yes"] + one["no"]) if one["yes"] + one["no"] else None for one in found]
+    return {"accuracy": Measure.mean(accuracy), "score": Measure.mean([one["score"] for one in found], scale=1.0)}
 
 
 def summarise(reviews: Iterable[tuple[str | None, Sequence[float]]]) -> dict[str, Any]:
@@ -178,12 +189,22 @@ class LLaVABench(Benchmark):
         if gold is not None:
             categories = {record.id: record.get("category", str, None) for record in read_records(gold)}
         left_out = {str(name) for name in ([ignore] if isinstance(ignore, (str, int)) else ignore)}
-        summary = summarise(
-            (record.get("category", str, categories.get(record.id)), _scores(record, reparse))
-            for record in records
-            if record.id not in left_out
-        )
-        return summary | metrics
+        kept = [record for record in records if record.id not in left_out]
+        rows = [record.get("category", str, categories.get(record.id)) for record in kept]
+        scores = [_scores(record, reparse) for record in kept]
+        summary = summarise(zip(rows, scores, strict=True))
+        cases = self.cases([(record, None) for record in kept], review_measures(scores), {"by_category": rows})
+        return Metrics(summary | metrics, cases)
+
+
+def review_measures(scores: Sequence[Sequence[float]]) -> dict[str, Measure]:
+    """The columns of `summarise` as measures; without the rounding of the published ones."""
+    first, second = ([pair[side] for pair in scores] for side in (0, 1))
+    return {
+        "relative_score": Measure(np.array(list(zip(second, first, strict=True)), float).reshape(-1, 2)),
+        "reference": Measure.mean(first, scale=10.0),
+        "candidate": Measure.mean(second, scale=10.0),
+    }
 
 
 def review(

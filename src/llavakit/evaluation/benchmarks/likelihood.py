@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.evaluation.benchmarks.base import PairedBenchmark, Question, by_field, media_parts, percent
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.records import Record, choose, read_records
 
 RANKINGS = ("sum", "per_character", "per_token")
@@ -90,18 +92,21 @@ class LikelihoodChoice(PairedBenchmark):
         """
         choose(by, "by", RANKINGS)
         right: dict[str, list[tuple[Record, float]]] = {name: [] for name in RANKINGS}
-        for question, prediction in self.pairs(predictions, gold, missing, extra):
+        pairs = self.pairs(predictions, gold, missing, extra)
+        for question, prediction in pairs:
             for name in RANKINGS:
                 value = 0.0 if prediction is None else self._value(question, prediction, name)
                 right[name].append((question, value))
         found: dict[str, Any] = {"accuracy": percent(mean(value for _, value in right[by])), "ranked_by": by}
         found |= {f"accuracy_{name}": percent(mean(value for _, value in right[name])) for name in RANKINGS}
         groups = {name: percent(mean(values)) for name, values in by_field(right[by], "group").items()}
-        return (
-            found
-            | {"count": len(right[by])}
-            | ({"average": mean(groups.values()), "by_group": groups} if groups else {})
-        )
+        found |= {"count": len(right[by])} | ({"average": mean(groups.values()), "by_group": groups} if groups else {})
+        values = {name: [value for _, value in right[name]] for name in RANKINGS}
+        rows = [question.data.get("group") for question, _ in pairs]
+        measures = {"accuracy": Measure.mean(values[by])}
+        measures |= {f"accuracy_{name}": Measure.mean(values[name]) for name in RANKINGS}
+        measures |= {"average": Measure.macro(values[by], rows)}
+        return Metrics(found, self.cases(pairs, measures, {"by_group": rows}))
 
     @staticmethod
     def _value(question: Record, prediction: Record, by: str) -> float:

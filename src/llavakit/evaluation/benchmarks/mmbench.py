@@ -28,7 +28,9 @@ from llavakit.evaluation.benchmarks.base import (
     need_gold,
     percent,
 )
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import grouped_mean, mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.processors import option_letter
 from llavakit.evaluation.records import Record, pair, read_answers, read_table
 
@@ -144,7 +146,7 @@ class MMBench(Benchmark):
         circular = any(len(records) > 1 for records in asked.values())
         copies = Counter(_base(row.data["index"]) for row in rows)
         hits: list[tuple[str, bool]] = []  # (base question, round right)
-        categories: list[tuple[str, bool]] = []
+        rounds_: list[tuple[Record, Record | None]] = []
         for row, prediction in pairs:
             answer = row.get("answer", str).strip().upper()
             records = asked[prediction.id] if prediction is not None else {}
@@ -159,8 +161,9 @@ class MMBench(Benchmark):
                 record = list(records.values())[number] if number < len(records) else None
                 hit = record is not None and self.chosen(record, row) == answer
                 hits.append((_base(row.data["index"]), hit))
-                if row.data.get("category"):
-                    categories.append((row.data["category"], hit))
+                rounds_.append((row, record))
+        rows_ = [row.data.get("category") or None for row, _ in rounds_]
+        categories = [(name, hit) for name, (_, hit) in zip(rows_, hits, strict=True) if name is not None]
         metrics: dict[str, Any] = {"accuracy": percent(mean(hit for _, hit in hits)), "count": len(hits)}
         groups: dict[str, list[bool]] = defaultdict(list)
         for base, hit in hits:
@@ -170,7 +173,11 @@ class MMBench(Benchmark):
             metrics["circular_count"] = len(groups)
         if categories:
             metrics["by_category"] = {name: percent(value) for name, value in grouped_mean(categories).items()}
-        return metrics
+        bases = [base for base, _ in hits]
+        last = {base: number for number, base in enumerate(bases)}  # where the circular verdict on a question stands
+        circled = [all(groups[base]) if last[base] == number else None for number, base in enumerate(bases)]
+        measures = {"accuracy": Measure.mean([hit for _, hit in hits]), "circular_accuracy": Measure.mean(circled)}
+        return Metrics(metrics, self.cases(rounds_, measures, {"by_category": rows_}, bases))
 
     def submission(
         self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any

@@ -6,12 +6,19 @@ Published files: a folder per sub-task with `IMAGE.txt` of `question TAB answer`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import SHORT_ANSWER, Pair, PairedBenchmark, need_gold, text_of
-from llavakit.evaluation.metrics.answers import mme_scores
+from llavakit.evaluation.cases import Metrics
+from llavakit.evaluation.metrics.answers import MME_COGNITION, MME_PERCEPTION, mme_scores
+from llavakit.evaluation.metrics.intervals import Measure
+from llavakit.evaluation.metrics.resampling import ratio
+from llavakit.evaluation.processors import mme_answer
 from llavakit.evaluation.records import Record, pair, read_answers, read_records, read_text
 
 _YES_OR_NO = "Please answer yes or no."
@@ -94,13 +101,42 @@ class MME(PairedBenchmark):
                 `text` where ids repeat.
         """
         items = []
-        for question, prediction in self.pairs(predictions, gold, missing, extra):
+        pairs = self.pairs(predictions, gold, missing, extra)
+        for question, prediction in pairs:
             answer = str(question.data.get("answer", question.data.get("label", ""))).strip().lower()
             if answer not in ("yes", "no"):
                 raise question.error("answer", f"must be yes or no, is {answer!r}")
             category, image = _place(question)
             items.append((category, image, self.answer(text_of(prediction) or ""), answer))
         metrics = mme_scores(items)
-        return {"perception": metrics["perception"], "cognition": metrics["cognition"], "count": len(items)} | {
-            "by_task": metrics["by_task"]
-        }
+        found = {"perception": metrics["perception"], "cognition": metrics["cognition"], "count": len(items)}
+        places = [(task, image) for task, image, *_ in items]
+        tables = {"by_task": [task for task, _ in places]}
+        return Metrics(found | {"by_task": metrics["by_task"]}, self.cases(pairs, _measures(items), tables, places))
+
+
+def _measures(items: Sequence[tuple[str, str, str, str]]) -> dict[str, Measure]:
+    """The sums and the columns of sub-tasks; whether all of an image is right stands at its first question."""
+    right = [mme_answer(text) == answer for _, _, text, answer in items]
+    whole: dict[tuple[str, str], bool] = {}
+    for (task, image, *_), hit in zip(items, right, strict=True):
+        whole[task, image] = whole.get((task, image), True) and hit
+    seen: set[tuple[str, str]] = set()
+    plus: list[bool | None] = []
+    for task, image, *_ in items:
+        plus.append(None if (task, image) in seen else whole[task, image])
+        seen.add((task, image))
+    accuracy, accuracy_plus = Measure.mean(right), Measure.mean(plus)
+    both = np.concatenate([accuracy.table, accuracy_plus.table], axis=1)
+    measures = {}
+    for name, tasks in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION)):
+        asked = [task for task in tasks if any(item[0] == task for item in items)]
+        mine = np.array([[item[0] == task for task in asked] for item in items], float)[:, :, None]
+        if asked:
+            measures[name] = Measure((mine * both[:, None]).reshape(len(items), -1), _scores)
+    return measures | {"accuracy": accuracy, "accuracy_plus": accuracy_plus, "score": Measure(both, _scores)}
+
+
+def _scores(sums: np.ndarray) -> np.ndarray:
+    """Sum over sub-tasks of both accuracies, from right, questions, right images and images of each."""
+    return ratio(sums.reshape(*sums.shape[:-1], -1, 2)).sum(-1)

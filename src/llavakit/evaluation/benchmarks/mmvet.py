@@ -23,7 +23,9 @@ from llavakit.evaluation.benchmarks.base import (
     write_json,
 )
 from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.records import Record, as_records, pair, read_answers, read_json, read_records, read_text
 
 GRADE_RULE = (
@@ -140,7 +142,9 @@ class MMVet(PairedBenchmark):
         summary: dict[str, Any] = {"score": percent(mean(grades)), "count": len(grades)}
         if by_capability:
             summary["by_capability"] = {name: percent(mean(values)) for name, values in by_capability.items()}
-        return summary | metrics
+        capabilities = [question.get("capability", list, []) for question, _ in pairs]
+        cases = self.cases(pairs, {"score": Measure.mean(grades)}, {"by_capability": capabilities})
+        return Metrics(summary | metrics, cases)
 
     def submission(
         self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any

@@ -13,6 +13,9 @@ from typing import Any
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import percent, text_of
 from llavakit.evaluation.benchmarks.generic import PROCESSORS, ListedBenchmark, texts_of
+from llavakit.evaluation.cases import Metrics
+from llavakit.evaluation.metrics.intervals import Measure
+from llavakit.evaluation.metrics.overlap import OVERLAP, Overlap
 from llavakit.evaluation.records import choose
 from llavakit.registry import TEXT_METRICS
 
@@ -48,9 +51,10 @@ class TextOverlap(ListedBenchmark):
             raise UserError(f"metrics={','.join(names)}: must name at least one metric, and each once")
         chosen = {name: TEXT_METRICS.get(name) for name in names}
         normalise = PROCESSORS[choose(process, "process", tuple(PROCESSORS))]
+        pairs = self.pairs(predictions, gold, missing, extra)
         rows = [
             (question.data.get("type"), normalise(text_of(prediction) or ""), list(map(normalise, texts_of(question))))
-            for question, prediction in self.pairs(predictions, gold, missing, extra)
+            for question, prediction in pairs
         ]
 
         def values(part: Sequence[tuple[Any, str, list[str]]]) -> dict[str, Any]:
@@ -61,4 +65,18 @@ class TextOverlap(ListedBenchmark):
         kinds = dict.fromkeys(str(kind) for kind, *_ in rows if kind is not None)
         if kinds:
             found["by_type"] = {kind: values([row for row in rows if str(row[0]) == kind]) for kind in kinds}
-        return found
+        texts, references = [row[1] for row in rows], [row[2] for row in rows]
+        measures = {name: text_measure(name, texts, references) for name in names}
+        known = {name: measure for name, measure in measures.items() if measure is not None}
+        return Metrics(found, self.cases(pairs, known, {"by_type": [row[0] for row in rows]})) if known else found
+
+
+def text_measure(name: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Measure | None:
+    """A text metric case by case; None for one of a whole corpus that is not known as sums."""
+    if name in OVERLAP and all(len(own) == 1 for own in references):
+        sums = Overlap(texts, [own[0] for own in references]).sums(name)
+        return Measure(sums.table, sums.value)
+    found = TEXT_METRICS.get(name)(texts, references)
+    if found.each is None or not texts or abs(sum(found.each) / len(texts) - found.value) > 1e-9:
+        return None
+    return Measure.mean(found.each)

@@ -13,6 +13,7 @@ from typing import Any
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import PairedBenchmark, Scored, percent
 from llavakit.evaluation.metrics.answers import box_iou, mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.processors import percent_box
 from llavakit.evaluation.records import Record
 
@@ -57,6 +58,10 @@ class Referring(PairedBenchmark):
     def summary(self, scored: Scored) -> dict[str, Any]:
         """Mean IoU and the share of answers at or above 0.5."""
         return super().summary(scored) | {"accuracy_at_0.5": percent(mean(value >= 0.5 for _, value in scored))}
+
+    def measures(self, scored: Scored) -> dict[str, Measure]:
+        """Both."""
+        return super().measures(scored) | {"accuracy_at_0.5": Measure.mean([value >= 0.5 for _, value in scored])}
 
 
 def _numbers(record: Record, field: str, count: int) -> list[float]:

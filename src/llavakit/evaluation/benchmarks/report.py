@@ -15,7 +15,9 @@ from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import need_gold
 from llavakit.evaluation.benchmarks.generic import ListedBenchmark
 from llavakit.evaluation.benchmarks.judged import JudgeOptions, make_judge
+from llavakit.evaluation.cases import Metrics, bounds_of
 from llavakit.evaluation.metrics.resampling import RESAMPLES, SEED, SWAPS
+from llavakit.evaluation.records import as_records
 
 if TYPE_CHECKING:
     from llavakit.evaluation.judges import Judge
@@ -66,7 +68,7 @@ class ReportScores(ListedBenchmark):
         if chosen is None and judging.get("judge") is not None:
             raise UserError("judge: needs a rubric to follow; name one with --rubric")
         found = features if features is None or isinstance(features, Mapping) else read_features(features)
-        return score_reports(
+        result = score_reports(
             predictions,
             need_gold(gold, self.title, "reference reports"),
             against=against,
@@ -84,6 +86,9 @@ class ReportScores(ListedBenchmark):
             seed=seed,
             extra=extra,
         )
+        bounds = {name: bounds_of(row) for name, row in result["scores"].items()}
+        reports = as_records(gold or "", ({} for _ in range(result["reports"])))
+        return Metrics(result, self.cases([(report, None) for report in reports], {}), {"scores": bounds})
 
 
 def _judge(judging: JudgeOptions, rubric: Any, predictions: str | Path) -> Judge:

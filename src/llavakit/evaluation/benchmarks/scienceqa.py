@@ -22,7 +22,9 @@ from llavakit.evaluation.benchmarks.base import (
     percent,
     text_of,
 )
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean, scienceqa_index
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.processors import LETTERS
 from llavakit.evaluation.records import Record, as_records, pair, read_answers, read_json, read_records, read_text
 
@@ -35,6 +37,7 @@ class ScienceQA(PairedBenchmark):
     title = "ScienceQA"
     max_new_tokens = 1024
     gold_file = "problems.json, or JSONL of question_id, answer and has_image"
+    picture_fields = ()  # every problem has a picture of its own, and many call it image.png
 
     def questions(
         self, path: str | Path, images: str | Path | None = None, *, split: str | None = None, **options: Any
@@ -84,14 +87,15 @@ class ScienceQA(PairedBenchmark):
         """
         questions = _read(need_gold(gold, self.title, self.gold_file), split)
         hits: list[bool] = []
-        image_hits: list[bool] = []
-        for question, prediction in pair(questions, read_answers(predictions), missing=missing, extra=extra):
+        pictured: list[bool | None] = []
+        pairs = list(pair(questions, read_answers(predictions), missing=missing, extra=extra))
+        for question, prediction in pairs:
             text, right = text_of(prediction), _answer(question)
             choices = len(question.get("choices", list, OPTIONS))
             hits.append(text is not None and scienceqa_index(text, choices, OPTIONS) == right)
-            if _has_image(question, prediction):
-                image_hits.append(hits[-1])
-        return {
+            pictured.append(hits[-1] if _has_image(question, prediction) else None)
+        image_hits = [hit for hit in pictured if hit is not None]
+        metrics = {
             "accuracy": percent(mean(hits)),
             "correct": sum(hits),
             "count": len(hits),
@@ -99,6 +103,8 @@ class ScienceQA(PairedBenchmark):
             "image_correct": sum(image_hits),
             "image_count": len(image_hits),
         }
+        measures = {"accuracy": Measure.mean(hits), "image_accuracy": Measure.mean(pictured)}
+        return Metrics(metrics, self.cases(pairs, measures))
 
 
 def _read(path: str | Path, split: str | None) -> list[Record]:

@@ -22,7 +22,9 @@ from llavakit.evaluation.benchmarks.base import (
     text_of,
     write_lines,
 )
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import grouped_mean, mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.records import Record, as_records, read_answers, read_json
 
 
@@ -80,6 +82,7 @@ class SEEDBench(PairedBenchmark):
     title = "SEED-Bench"
     gold_file = "SEED-Bench.json"
     suffix = LETTER
+    picture_fields = ("data_id",)
 
     def read_gold(self, path: str | Path) -> list[Record]:
         """The questions of `SEED-Bench.json`."""
@@ -103,12 +106,24 @@ class SEEDBench(PairedBenchmark):
         _, names = _annotation(need_gold(gold, self.title, self.gold_file))
         pairs: list[Pair] = self.pairs(predictions, gold, missing, extra)
         by_type, by_data, total = accuracies([(question, text_of(answer)) for question, answer in pairs], names)
-        return {
+        metrics = {
             "accuracy": percent(total),
             **{name: percent(value) for name, value in by_data.items()},
             "count": len(pairs),
             "by_type": {name: percent(value) for name, value in by_type.items()},
         }
+        right = [text_of(answer) == question.data["answer"] for question, answer in pairs]
+        measures = {"accuracy": Measure.mean(right)}
+        for kind in by_data:
+            own = [
+                hit if question.data["data_type"] == kind else None
+                for (question, _), hit in zip(pairs, right, strict=True)
+            ]
+            measures[kind] = Measure.mean(own)
+        types = [
+            names.get(question.data["question_type_id"], question.data["question_type_id"]) for question, _ in pairs
+        ]
+        return Metrics(metrics, self.cases(pairs, measures, {"by_type": types}))
 
     def submission(
         self, predictions: str | Path, output: str | Path, questions: str | Path | None = None, **options: Any

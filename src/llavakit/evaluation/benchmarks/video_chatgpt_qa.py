@@ -21,9 +21,10 @@ from typing import Any, Unpack
 from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.benchmarks.base import Benchmark, Question, folder_of, need_gold, percent, write_json
 from llavakit.evaluation.benchmarks.five_aspects import ASKED, TEMPERATURES, parse_reply, video_file
-from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
+from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, judged_measures, make_judge
+from llavakit.evaluation.cases import Cases, Metrics
 from llavakit.evaluation.metrics.answers import judged_answers
-from llavakit.evaluation.records import Record, choose, index, read_answers, read_json, read_records
+from llavakit.evaluation.records import Record, as_records, choose, index, read_answers, read_json, read_records
 
 SHORT = (str, int, float)
 
@@ -139,7 +140,8 @@ class VideoChatGPTQA(Benchmark):
         choose(extra, "extra", ("error", "ignore"))
         stored = _stored(predictions)
         if stored is not None:
-            return _metrics(stored, len(stored))
+            records = as_records(predictions, ({} for _ in stored))
+            return Metrics(_metrics(stored, len(stored)), self._cases(records, stored))
         if judging.get("judge") is None:
             raise UserError(f"{predictions}: holds answers, not judgements; give judge to have them judged")
         items = self.items(predictions, gold, questions, missing, extra)
@@ -157,8 +159,13 @@ class VideoChatGPTQA(Benchmark):
         }
         if judgements is not None:
             write_json(judgements, read, default=repr)
-        metrics = _metrics([one for one, _ in read.values()], len(items) - len(failures))
-        return metrics | judged(asker, failures, len(items))
+        judgements_ = [one for one, _ in read.values()]
+        metrics = _metrics(judgements_, len(items) - len(failures)) | judged(asker, failures, len(items))
+        records = as_records(predictions, ({"question_id": key} for key in read))
+        return Metrics(metrics, self._cases(records, judgements_))
+
+    def _cases(self, records: Sequence[Record], judgements: Sequence[Any]) -> Cases:
+        return self.cases([(record, None) for record in records], judged_measures(judgements))
 
 
 def _metrics(judgements: Sequence[Any], count: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any, Unpack
 
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import Pair, PairedBenchmark, need_gold, percent, text_of
-from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
+from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, judged_measures, make_judge
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import judged_answers
 from llavakit.evaluation.records import pair, read_records, read_text
 
@@ -92,9 +93,10 @@ class VideoQA(PairedBenchmark):
             found = asker.map(judgement, pairs)
             failures = [one for one in found if isinstance(one, Exception)]
             metrics = judged(asker, failures, len(pairs))
-            judgements = [one for one in found if not isinstance(one, Exception)]
+            kept = [(one, own) for one, own in zip(found, pairs, strict=True) if not isinstance(one, Exception)]
+            judgements, pairs = [one for one, _ in kept], [own for _, own in kept]
         counted = judged_answers(judgements)
-        return {
+        summary = {
             "accuracy": percent(counted["accuracy"]),
             "score": counted["score"],
             "yes": counted["yes"],
@@ -102,3 +104,4 @@ class VideoQA(PairedBenchmark):
             "count": len(judgements),
             "unreadable": sum(not {"pred", "score"} <= set(one) for one in judgements),
         } | metrics
+        return Metrics(summary, self.cases(pairs, judged_measures(judgements)))

@@ -8,7 +8,7 @@ next call asks it again. A reply that cannot be read is counted in `unparsed`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -25,8 +25,10 @@ from llavakit.evaluation.benchmarks.base import (
     text_of,
     write_lines,
 )
-from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge
+from llavakit.evaluation.benchmarks.judged import JudgeOptions, judged, make_judge, review_measures
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.records import Record, pair, read_records
 from llavakit.systems.llava_critic import prompts, verdicts
 from llavakit.systems.llava_critic.verdicts import FIRST, SECOND, TIE, ArenaVerdict
@@ -54,6 +56,10 @@ class Reviewed(Benchmark):
         """Metrics of questions and the judge's replies, at least one."""
         raise NotImplementedError(f"{type(self).__name__} must define summary")
 
+    def measures(self, replies: Sequence[str]) -> dict[str, Measure]:
+        """The metrics of `summary` that have an interval, the main one first."""
+        raise NotImplementedError(f"{type(self).__name__} must define measures")
+
     def score(
         self,
         predictions: str | Path,
@@ -77,7 +83,7 @@ class Reviewed(Benchmark):
         pairs = list(pair(questions, read_records(predictions), missing=missing, extra=extra))
         if all(answer is None or "review" in answer.data for _, answer in pairs):
             known = [(question, answer.get("review", str)) for question, answer in pairs if answer is not None]
-            return self._summed(known) | {"count": len(known)}
+            return self._summed(known)
         asker = need_judge(judging, predictions)
         folder = folder_of(gold, images)
         asked = [(question, self.prompt(question, text_of(answer) or "")) for question, answer in pairs]
@@ -87,12 +93,13 @@ class Reviewed(Benchmark):
         known = [(own, reply) for (own, _), reply in zip(asked, replies, strict=True) if isinstance(reply, str)]
         rows = [{"question_id": own.data["question_id"], "review": reply} for own, reply in known]
         write_lines(reviews or Path(predictions).with_suffix(".reviews.jsonl"), rows)
-        return self._summed(known) | {"count": len(known)} | found
+        return self._summed(known, found)
 
-    def _summed(self, replies: Sequence[tuple[Record, str]]) -> dict[str, Any]:
+    def _summed(self, replies: Sequence[tuple[Record, str]], judge: Mapping[str, Any] | None = None) -> Metrics:
         if not replies:
             raise UserError(f"{self.title}: there is no review to summarise")
-        return self.summary(replies)
+        metrics = self.summary(replies) | {"count": len(replies)} | dict(judge or {})
+        return Metrics(metrics, self.cases([(own, None) for own, _ in replies], self.measures([r for _, r in replies])))
 
 
 def need_judge(options: JudgeOptions, predictions: str | Path) -> Any:
@@ -121,6 +128,10 @@ class CriticScore(Reviewed):
         known = [score for score in scores if score is not None]
         return {"score": mean(known), "unparsed": len(scores) - len(known)}
 
+    def measures(self, replies: Sequence[str]) -> dict[str, Measure]:
+        """The mean."""
+        return {"score": Measure.mean([verdicts.critic_score(reply) for reply in replies], scale=1.0)}
+
 
 class Wilder(Reviewed):
     """LLaVA-Wilder: the answer's score in percent of the reference answer's, which the judge sees first."""
@@ -137,6 +148,11 @@ class Wilder(Reviewed):
         scores = [verdicts.wilder_scores(reply) for _, reply in replies]
         return {"relative_score": verdicts.relative_score(scores), "unparsed": scores.count(verdicts.FAILED)}
 
+    def measures(self, replies: Sequence[str]) -> dict[str, Measure]:
+        """The relative score."""
+        scores = [verdicts.wilder_scores(reply) for reply in replies]
+        return {"relative_score": review_measures(scores)["relative_score"]}
+
 
 class WildVision(Reviewed):
     """WildVision: how often the judge prefers the answer to a baseline's."""
@@ -152,6 +168,16 @@ class WildVision(Reviewed):
     def summary(self, replies: Sequence[tuple[Record, str]]) -> dict[str, Any]:
         """See `arena_summary`."""
         return arena_summary([verdicts.arena_verdict(reply) for _, reply in replies])
+
+    def measures(self, replies: Sequence[str]) -> dict[str, Measure]:
+        """Both rates and the mean."""
+        found = [verdicts.arena_verdict(reply) for reply in replies]
+        halves = [{"model_b": 1.0, "model_a": 0.0}.get(verdict.winner, 0.5) for verdict in found]
+        return {
+            "elo_win_rate": Measure.mean(halves),
+            "win_rate": Measure.mean([verdict.winner == "model_b" for verdict in found]),
+            "mean_raw": Measure.mean([verdict.raw for verdict in found], scale=1.0),
+        }
 
 
 def arena_summary(found: Sequence[ArenaVerdict]) -> dict[str, Any]:
@@ -186,6 +212,10 @@ class VideoCaptions(Reviewed):
     def summary(self, replies: Sequence[tuple[Record, str]]) -> dict[str, Any]:
         """The mean; a reply that cannot be read scores 0."""
         return {"score": mean(verdicts.video_dc_score(reply) for _, reply in replies)}
+
+    def measures(self, replies: Sequence[str]) -> dict[str, Measure]:
+        """The mean."""
+        return {"score": Measure.mean([verdicts.video_dc_score(reply) for reply in replies], scale=1.0)}
 
 
 class CriticPairs(Benchmark):
@@ -248,7 +278,7 @@ class CriticPairs(Benchmark):
         write_lines(verdicts_file or Path(predictions).with_suffix(".verdicts.jsonl"), rows)
         counts = {name: sum(row["verdict"] == name for row in rows) for name in (FIRST, SECOND, TIE)}
         total = sum(counts.values())
-        return {
+        metrics = {
             "win_rate": percent((counts[FIRST] + counts[TIE] / 2) / total) if total else None,
             "wins": counts[FIRST],
             "losses": counts[SECOND],
@@ -258,6 +288,8 @@ class CriticPairs(Benchmark):
             "unparsed": unparsed,
             **found,
         }
+        halves = [{FIRST: 1.0, TIE: 0.5, SECOND: 0.0}.get(row["verdict"]) for row in rows]
+        return Metrics(metrics, self.cases(own, {"win_rate": Measure.mean(halves)}))
 
 
 def joint_verdict(both: Sequence[str | None]) -> str:
@@ -297,6 +329,19 @@ class RewardBench(PairedBenchmark):
     def summary(self, scored: Sequence[tuple[Record, float]]) -> dict[str, Any]:
         """Mean over the groups that occur, the mean over all, and the groups."""
         return reward_summary([(verdicts.reward_group(record.id), value) for record, value in scored])
+
+    def measures(self, scored: Sequence[tuple[Record, float]]) -> dict[str, Measure]:
+        """Both means."""
+        values = [value for _, value in scored]
+        return {"macro_accuracy": Measure.macro(values, self._groups(scored)), "accuracy": Measure.mean(values)}
+
+    def rows(self, scored: Sequence[tuple[Record, float]]) -> dict[str, list[Any]]:
+        """The groups."""
+        return {"by_group": self._groups(scored)}
+
+    @staticmethod
+    def _groups(scored: Sequence[tuple[Record, float]]) -> list[str]:
+        return [verdicts.reward_group(record.id) for record, _ in scored]
 
 
 def reward_summary(scored: Sequence[tuple[str, float]]) -> dict[str, Any]:

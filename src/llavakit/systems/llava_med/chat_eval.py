@@ -18,7 +18,9 @@ from typing import Any, Unpack
 from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import Benchmark, Question, need_gold, stored_questions, text_of, write_lines
 from llavakit.evaluation.benchmarks.judged import RULE, SYSTEM_MESSAGE, JudgeOptions, judged, make_judge
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.records import Record, pair, read_records, read_text
 from llavakit.evaluation.reviews import review_content
 
@@ -149,7 +151,18 @@ class MedicalChat(Benchmark):
             found = judged(asker, failures, len(pairs))
             rows = [(own, reply) for (own, _), reply in zip(pairs, replies, strict=True) if isinstance(reply, str)]
             write_lines(reviews or Path(predictions).with_suffix(".reviews.jsonl"), map(review_row, rows))
-        return table(rows) | found
+        metrics = table(rows) | found
+        scored = [
+            (own, scores) for own, scores in ((own, parse_scores(reply)) for own, reply in rows) if scores and scores[0]
+        ]
+        shares = {
+            "relative_score": Measure.mean([candidate / reference for _, (reference, candidate) in scored]),
+            "reference": Measure.mean([reference for _, (reference, _) in scored], scale=1.0),
+            "candidate": Measure.mean([candidate for _, (_, candidate) in scored], scale=1.0),
+        }
+        groups = [(own.get("type", str, None), domain_of(own.get("domain", dict, None))) for own, _ in scored]
+        places = [[name for name in own if name is not None] for own in groups]
+        return Metrics(metrics, self.cases([(own, None) for own, _ in scored], shares, {"by_group": places}))
 
 
 def example_of(question: Record, answer: str) -> dict[str, Any]:

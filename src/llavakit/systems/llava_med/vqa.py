@@ -24,7 +24,9 @@ from llavakit.evaluation.benchmarks.base import (
     percent,
     text_of,
 )
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean, token_scores
+from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.metrics.text import sentence_bleu
 from llavakit.evaluation.processors import medical_answer
 from llavakit.evaluation.records import choose, pair, read_answers, read_json
@@ -135,9 +137,8 @@ class MedicalVQA(PairedBenchmark):
         choose(protocol, "protocol", PROTOCOLS)
         known = None if candidates is None else read_candidates(candidates)
         questions = read_questions(need_gold(gold, self.title, self.gold_file), split, language)
-        return summary(
-            list(pair(questions, numbered(read_answers(predictions)), missing=missing, extra=extra)), protocol, known
-        )
+        pairs = list(pair(questions, numbered(read_answers(predictions)), missing=missing, extra=extra))
+        return Metrics(summary(pairs, protocol, known), self.cases(pairs, measures(pairs, protocol, known)))
 
 
 def summary(pairs: Sequence[Pair], protocol: str, candidates: Sequence[str] | None) -> dict[str, Any]:
@@ -170,6 +171,13 @@ def summary(pairs: Sequence[Pair], protocol: str, candidates: Sequence[str] | No
         "open_accuracy": percent(mean(accuracies)),
         **({"closed_recall": percent(mean(closed_recall))} if batch else {}),
     }
+
+
+def measures(pairs: Sequence[Pair], protocol: str, candidates: Sequence[str] | None) -> dict[str, Measure]:
+    """The metrics of `summary` that have an interval: each question's own, None where it does not count."""
+    rows = [summary([own], protocol, candidates) for own in pairs]
+    names = [name for name in (rows[0] if rows else ()) if not name.endswith("_count")]
+    return {name: Measure.mean([None if row[name] is None else row[name] / 100 for row in rows]) for name in names}
 
 
 def read_candidates(path: str | Path) -> list[str]:

@@ -10,10 +10,13 @@ The published figures rest on the script's prompts (`--template qwen_1_5_pieces`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llavakit.conversation.messages import Message, from_llava, is_media, to_llava
 from llavakit.errors import FieldError
@@ -27,7 +30,10 @@ from llavakit.evaluation.benchmarks.base import (
     text_of,
     write_json,
 )
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
+from llavakit.evaluation.metrics.resampling import divide
 from llavakit.evaluation.records import Record, choose, pair, read_answers, read_records
 from llavakit.systems.llava_next_interleave import scoring
 
@@ -126,7 +132,13 @@ class InterleaveBench(Benchmark):
         found = published(rows) if variant == "published" else harness(rows)
         if report is not None:
             write_json(report, found.report())
-        return found.metrics()
+        counted = [row for row, _ in found.values]
+        places = {
+            "categories": [found.category_of(row) for row in counted],
+            "datasets": [row.dataset for row in counted],
+        }
+        cases = self.cases([(row.record, None) for row in counted], found.measures(), places)
+        return Metrics(found.metrics(), cases)
 
     def _rows(self, predictions: str | Path, gold: str | Path | None, missing: str, extra: str) -> list[Row]:
         records = read_records(predictions)
@@ -237,6 +249,8 @@ class Scores:
         details: Scores of the samples of every data set.
         categories: Value of every category.
         overall: Further means by name.
+        values: Every sample that was counted, and its score.
+        weights: Name of a further mean -> the part that each of its data sets has in it.
     """
 
     datasets: Mapping[str, tuple[str, float | None]]
@@ -244,6 +258,28 @@ class Scores:
     details: Mapping[str, list[dict[str, Any]]]
     categories: Mapping[str, float]
     overall: Mapping[str, float | None]
+    values: Sequence[tuple[Row, float]]
+    weights: Mapping[str, Mapping[str, float]]
+
+    @staticmethod
+    def category_of(row: Row) -> str | None:
+        """The category that a sample's data set belongs to, None for none."""
+        return next((name for name, sets in scoring.HARNESS_CATEGORIES.items() if row.dataset in sets), None)
+
+    def measures(self) -> dict[str, Measure]:
+        """The values of categories (first), of data sets, and the further means."""
+        scores = [score for _, score in self.values]
+        by_sample, sets = Measure.mean(scores), [row.dataset for row, _ in self.values]
+        main = Measure.macro(scores, sets) if self.weights else by_sample
+        found = {"mean": main} | {metric: by_sample for metric, _ in self.datasets.values()}
+        if "overall" in self.overall:
+            found["overall"] = Measure.macro(scores, [self.category_of(row) for row, _ in self.values])
+        for name, parts in self.weights.items():
+            if self.overall[name] is not None:
+                mine = np.array([[own == known for known in parts] for own in sets], float)
+                table = np.concatenate([mine * by_sample.table[:, :1], mine], axis=1)
+                found[name] = Measure(table, functools.partial(_weighted, np.array(list(parts.values()))))
+        return found
 
     def report(self) -> dict[str, Any]:
         """Everything as fractions, under the names of the authors' script."""
@@ -265,6 +301,11 @@ class Scores:
         return means | {"count": sum(self.counts.values()), "categories": categories, "datasets": datasets}
 
 
+def _weighted(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Weighted sum of the ratios of the first half of sums and the second."""
+    return divide(*np.split(sums, 2, axis=-1)) @ weights
+
+
 def by_dataset(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows by data set, in order of appearance."""
     found: dict[str, list[Row]] = {}
@@ -277,7 +318,7 @@ def published(rows: Sequence[Row]) -> Scores:
     """As the authors' script: the first sample of a data set says which metric all of them get."""
     datasets: dict[str, tuple[str, float | None]] = {}
     details: dict[str, list[dict[str, Any]]] = {}
-    counts = {}
+    counts, every = {}, []
     for name, own in by_dataset(rows).items():
         if own[0].is_open:
             metric = "Rouge-L f"
@@ -290,20 +331,30 @@ def published(rows: Sequence[Row]) -> Scores:
             details[name] = [{"id": row.sample_id, "score": str(int(value))} for row, value in scored]
         datasets[name] = metric, mean(value for _, value in scored)
         counts[name] = len(scored)
+        every += [(row, float(value)) for row, value in scored]
     values = {name: value for name, (_, value) in datasets.items()}
     categories = scoring.category_means(values)
     overall = {
         "in_domain": scoring.average_of(scoring.IN_DOMAIN, categories),
         "out_of_domain": scoring.average_of(scoring.OUT_OF_DOMAIN, values),
     }
-    return Scores(datasets, counts, details, categories, overall)
+    known = {category: [name for name in scoring.CATEGORIES[category] if name in values] for category in categories}
+    weights = {
+        "in_domain": {
+            name: 1 / len(scoring.IN_DOMAIN) / len(known[category])
+            for category in scoring.IN_DOMAIN
+            for name in known.get(category, ())
+        },
+        "out_of_domain": dict.fromkeys(scoring.OUT_OF_DOMAIN, 1 / len(scoring.OUT_OF_DOMAIN)),
+    }
+    return Scores(datasets, counts, details, categories, overall, every, weights)
 
 
 def harness(rows: Sequence[Row]) -> Scores:
     """As the harness: every sample by its own kind of question, categories as means over samples."""
     datasets: dict[str, tuple[str, float | None]] = {}
     details: dict[str, list[dict[str, Any]]] = {}
-    every, counts = [], {}
+    every, counts, scored = [], {}, []
     for name, own in by_dataset(rows).items():
         value_of = {"multi-choice": scoring.harness_chosen, "open-ended": scoring.harness_overlap}
         values = [float(value_of[row.kind](row.prediction, row.reference)) for row in own]
@@ -311,5 +362,6 @@ def harness(rows: Sequence[Row]) -> Scores:
         datasets[name] = "score", mean(values)
         counts[name] = len(values)
         every += [(name, value) for value in values]
+        scored += zip(own, values, strict=True)
     categories, overall = scoring.harness_overall(every)
-    return Scores(datasets, counts, details, categories, {"overall": overall})
+    return Scores(datasets, counts, details, categories, {"overall": overall}, scored, {})

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from llavakit.errors import FieldError, UserError, quoted
 from llavakit.evaluation.benchmarks.base import (
     Benchmark,
@@ -21,7 +23,10 @@ from llavakit.evaluation.benchmarks.base import (
     stored_questions,
     text_of,
 )
+from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean
+from llavakit.evaluation.metrics.intervals import Measure
+from llavakit.evaluation.metrics.resampling import divide
 from llavakit.evaluation.records import Record, index, pair, read_answers, read_records
 from llavakit.registry import resolve
 from llavakit.systems.reflectiva.metrics import (
@@ -68,6 +73,7 @@ class EncyclopedicVQA(PairedBenchmark):
     title = "Encyclopedic-VQA"
     gold_file = "JSONL of question_id, text, answer and question_type"
     questions_are_gold = True
+    tables = {"by_question_type": "question_type"}
 
     def score(
         self,
@@ -116,6 +122,12 @@ class EncyclopedicVQA(PairedBenchmark):
             "count": len(scored),
             "by_question_type": {kind: percent(mean(values)) for kind, values in kinds.items() if values},
         }
+
+    def measures(self, scored: Scored) -> dict[str, Measure]:
+        """The metrics of all questions and of those that need one page."""
+        values = [value for _, value in scored]
+        single = [value if question.data.get("question_type") != TWO_HOP else None for question, value in scored]
+        return {self._named: Measure.mean(values), "single_hop": Measure.mean(single)}
 
 
 def references_of(question: Record) -> list[str]:
@@ -172,6 +184,7 @@ class InfoSeek(Benchmark):
         splits: dict[str, dict[str, list[bool]]] = {
             split: {kind: [] for kind in _GROUPS} for split in ("unseen_question", "unseen_entity")
         }
+        kept, rights, places = [], [], []
         for question, answer in pairs:
             if answer is None and missing == "ignore":
                 continue
@@ -180,12 +193,28 @@ class InfoSeek(Benchmark):
             right = answer is not None and _right(question, text_of(answer) or "", kind, tolerance)
             group = splits["unseen_question" if split.endswith("unseen_question") else "unseen_entity"]
             group[_GROUP_OF.get(kind.lower(), "string")].append(right)
+            kept.append((question, answer))
+            rights.append(right)
+            places.append("unseen_question" if split.endswith("unseen_question") else "unseen_entity")
         table = {split: _scores(groups) for split, groups in splits.items()}
-        return {
+        metrics = {
             "final_score": harmonic(*(own["score"] for own in table.values())),
             "count": sum(len(values) for groups in splits.values() for values in groups.values()),
             "splits": table,
         }
+        halves = np.array([[place == split for split in splits] for place in places], float).reshape(-1, 2)
+        hits = halves * np.array(rights, float)[:, None]
+        measures = {
+            "final_score": Measure(np.concatenate([hits, halves], axis=1), _harmonic),
+            "score": Measure.mean(rights),
+        }
+        return Metrics(metrics, self.cases(kept, measures, {"splits": places}))
+
+
+def _harmonic(sums: np.ndarray) -> np.ndarray:
+    """Harmonic mean of both splits' shares from right questions and questions of each; 0 of nothing."""
+    one, other = np.moveaxis(divide(sums[..., :2], sums[..., 2:], empty=0.0), -1, 0)
+    return divide(2 * one * other, one + other, empty=0.0)
 
 
 _GROUPS = ("time", "num", "string")

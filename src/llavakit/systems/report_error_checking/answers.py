@@ -9,10 +9,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 from llavakit.errors import UserError
+from llavakit.evaluation.metrics.intervals import wilson
 from llavakit.evaluation.records import choose
 
 RULES = ("majority", "any", "all", "mean")
@@ -23,7 +23,6 @@ _COMPLEX = (
     re.compile(r"\s*[\(\[]?([A-Ca-c])(?:[\)\].:,]|\s|$)"),
     re.compile(rf"\s*({'|'.join(TYPES)})\b", re.IGNORECASE),
 )
-_Z = NormalDist().inv_cdf(0.975)
 
 
 def simple_answer(text: str) -> str | None:
@@ -78,28 +77,6 @@ def type_vote(answers: Sequence[str | None]) -> str | None:
 def ratio(part: float, whole: float) -> float:
     """A share; 0 of nothing."""
     return part / whole if whole else 0.0
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson; all shares are possible where nothing was counted."""
-    if not count:
-        return 0.0, 1.0
-    share, spread = right / count, _Z * _Z / count
-    centre = share + spread / 2
-    half = _Z * math.sqrt((share * (1 - share) + spread / 4) / count)
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
-    """Exact two-sided McNemar test of two systems that are right or wrong on the same items.
-
-    Returns:
-        `only_first`, `only_second`: items that one alone has right; `p`.
-    """
-    one = sum(a and not b for a, b in zip(first, second, strict=True))
-    two = sum(b and not a for a, b in zip(first, second, strict=True))
-    tail = sum(math.comb(one + two, k) for k in range(min(one, two) + 1))
-    return {"only_first": one, "only_second": two, "p": min(1.0, 2 * tail / 2 ** (one + two))}
 
 
 def simple_metrics(gold: Sequence[str], decisions: Sequence[str | None]) -> dict[str, Any]:

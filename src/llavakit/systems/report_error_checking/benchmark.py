@@ -26,6 +26,8 @@ from llavakit.evaluation.benchmarks.base import (
     write_lines,
 )
 from llavakit.evaluation.benchmarks.likelihood import shares
+from llavakit.evaluation.cases import Metrics
+from llavakit.evaluation.metrics.intervals import Measure, mcnemar
 from llavakit.evaluation.records import Record, choose, index, read_records, refuse_surplus
 from llavakit.systems.report_error_checking import answers
 from llavakit.systems.report_error_checking.edits import pick
@@ -189,13 +191,18 @@ class ReportErrors(Benchmark):
         tests = _controls(drafts, right)
         own = [right[draft.name] for draft in drafts]
         if against is not None:
-            tests["against"] = answers.mcnemar(own, _right(against, drafts, rule, tie, missing))
+            tests["against"] = mcnemar(own, _right(against, drafts, rule, tie, missing))
         if tests:
             found["mcnemar"] = tests
         if reader is not None:
             rescue = answers.rescued(_right(reader, drafts, rule, tie, missing), own)
             found["rescue"] = rescue | {"rate": percent(rescue["rate"])}
-        return found
+        tables_ = [name for name in ("simple", "complex") if name in found]
+        bounds = {
+            name: {run: {"accuracy": [row["low"], row["high"]]} for run, row in found[name].items()} for name in tables_
+        }
+        pairs = [(draft.record, runs[0][draft.name]) for draft in drafts]
+        return Metrics(found, self.cases(pairs, {"accuracy": Measure.mean(own)}), bounds)
 
 
 def blank(path: Path) -> bytes:
@@ -344,4 +351,4 @@ def _controls(drafts: Sequence[Draft], right: Mapping[str, bool]) -> dict[str, A
     if not pictured:
         return {}
     own = [right[draft.name] for draft in pictured]
-    return {run: answers.mcnemar(own, [right[run_id(draft.name, run)] for draft in pictured]) for run in CONTROLS}
+    return {run: mcnemar(own, [right[run_id(draft.name, run)] for draft in pictured]) for run in CONTROLS}

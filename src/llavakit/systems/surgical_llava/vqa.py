@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 from llavakit.errors import RecordError, UserError, quoted
 from llavakit.evaluation.benchmarks.base import Question, image_of, media_parts, need_gold, text_of
 from llavakit.evaluation.benchmarks.classes import Classes
+from llavakit.evaluation.cases import Cases, Metrics
+from llavakit.evaluation.metrics.intervals import Measure
+from llavakit.evaluation.metrics.overlap import Overlap
 from llavakit.evaluation.metrics.text import coco_cider, corpus_bleu
 from llavakit.evaluation.records import Record, pair, read_answers, read_records, read_text
 
@@ -162,7 +165,22 @@ class SurgicalVQA(Classes):
         pairs = list(pair(records, read_answers(predictions), missing=missing, extra=extra))
         if form != "Sentence":
             return self.score_pairs(pairs, labels or self.labels, zero_division)
-        return sentence_scores([record.get("answer", str) for record, _ in pairs], [text_of(a) or "" for _, a in pairs])
+        references, candidates = (
+            [record.get("answer", str) for record, _ in pairs],
+            [text_of(a) or "" for _, a in pairs],
+        )
+        found = sentence_scores(references, candidates)
+        measures = sentence_measures(references, candidates)
+        return Metrics(found, self.cases(pairs, measures))
+
+    def cases(self, pairs: Any, *rest: Any, **options: Any) -> Cases:
+        """Many questions are about one frame."""
+        pairs = list(pairs)
+        return super().cases(pairs, *rest, **options, pictures=[self._frame(record) for record, _ in pairs])
+
+    def _frame(self, record: Record) -> str:
+        """What tells a record's picture apart."""
+        return str(self.picture(record)) if record.file.endswith(".txt") else str(record.data.get("image", record.id))
 
 
 def sentence_scores(references: Sequence[str], candidates: Sequence[str]) -> dict[str, Any]:
@@ -181,6 +199,16 @@ def sentence_scores(references: Sequence[str], candidates: Sequence[str]) -> dic
         "cider": coco_cider([" ".join(words) for words in found], texts).value if several else None,
         "count": len(found),
     }
+
+
+def sentence_measures(references: Sequence[str], candidates: Sequence[str]) -> dict[str, Measure]:
+    """The metrics of `sentence_scores` as measures; without BLEU-3, whose published weights do not sum to 1."""
+    wanted = [" ".join(reference.replace("-", " - ").lower().split()) for reference in references]
+    overlap = Overlap([" ".join(candidate.lower().split()) for candidate in candidates], wanted)
+    sums = {f"bleu_{order}": overlap.sums(f"nltk_corpus_bleu_{order}") for order in (1, 2, 4)}
+    found = {name: Measure(own.table, own.value) for name, own in sums.items()}
+    cider = overlap.sums("coco_cider")
+    return found | {"cider": Measure(cider.table, cider.value, 1.0)}
 
 
 def frame_number(file: Path) -> int:
