@@ -78,7 +78,7 @@ class SampleDataset(Dataset):
         """The processed sample by another `encode`, such as one that leaves the pixels out."""
         for candidate in self._candidates(index):
             try:
-                return self._sample(candidate, encode or self.encode)
+                return self.made(candidate, encode or self.encode)
             except RecordError as error:
                 if self.on_bad_record == "stop":
                     raise
@@ -118,12 +118,17 @@ class SampleDataset(Dataset):
 
     def place(self, index: int) -> tuple[str, int]:
         """File and line of a record."""
-        if isinstance(self.records, Mixture):
+        if hasattr(self.records, "place"):
             return self.records.place(index)
         record = self.records[index]
         return record.file, record.line
 
-    def _sample(self, index: int, encode: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
+    def made(self, index: int, encode: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
+        """The processed sample of this very record.
+
+        Raises:
+            RecordError: If it is broken.
+        """
         record = self.records[index]
         with belongs_to(record.file, record.line):
             try:

@@ -16,7 +16,7 @@ import numpy as np
 from llavakit.data.boxes import BoxFile, with_boxes
 from llavakit.data.edits import build_edits
 from llavakit.data.mixing import mixed_order
-from llavakit.data.paths import split_part
+from llavakit.data.paths import HUB, is_stream, split_part
 from llavakit.data.readers import ListSource, Selected, Source, open_source
 from llavakit.data.records import BadRecords, Record, check_media, read_record
 from llavakit.errors import RecordError, UserError, quoted
@@ -37,6 +37,7 @@ class SourceSpec:
         weight: How often the source is seen per epoch; a fraction takes other entries in every epoch.
         edits: What is done to every conversation, in order; see `llavakit.data.edits`.
         boxes: Box file of the source's pictures, see `llavakit.data.boxes`.
+        split, config: Of a Hugging Face dataset in streaming mode, see `llavakit.data.shards`.
     """
 
     path: Any
@@ -45,6 +46,8 @@ class SourceSpec:
     weight: float = 1.0
     edits: Sequence[Any] = ()
     boxes: str | Path | None = None
+    split: str | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
         wrong = None
@@ -60,6 +63,9 @@ class SourceSpec:
             wrong = f"weight: must be a number from 0 to a million, not {quoted(self.weight)}"
         if wrong:
             raise UserError(wrong)
+        for name in ("split", "config"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise UserError(f"{name}: must be a name, not {quoted(getattr(self, name))}")
         build_edits(self.edits)
 
 
@@ -97,7 +103,7 @@ def read_specs(entry: Any, *, media_root: str | Path | None = None, where: str =
     if not isinstance(entry, SourceSpec):
         raise UserError(f"{where}: must be a path or a mapping with a path, not {quoted(entry)}")
     path = str(entry.path)
-    if not isinstance(entry.path, (str, Path)):
+    if not isinstance(entry.path, (str, Path)) or is_stream(path):  # a stream expands its pattern itself
         return [entry]
     if path.endswith((".yaml", ".yml")):
         return _read_yaml(Path(path), entry)
@@ -132,7 +138,7 @@ def _read_yaml(path: Path, outer: SourceSpec) -> list[SourceSpec]:
     for spec in read_specs(content["datasets"], media_root=outer.media_root, where=f"{path}: datasets"):
         name = str(spec.path)
         beside = path.parent / name
-        found = name if Path(split_part(name)[0]).exists() else beside
+        found = name if name.startswith(HUB) or Path(split_part(name)[0]).exists() else beside
         edits = [*spec.edits, *outer.edits]
         specs.append(replace(spec, path=found, weight=spec.weight * outer.weight, edits=edits))
     return specs
@@ -166,7 +172,7 @@ class Mixture(Sequence[Record]):
         self.read = read
         self.specs = read_specs(sources, media_root=media_root)
         self.needs_answer, self.check_files = needs_answer, check_files
-        self.sources = [_open(spec, seed) for spec in self.specs]
+        self.sources = [open_spec(spec, seed) for spec in self.specs]
         self.edits = [build_edits(spec.edits) for spec in self.specs]
         self._boxes = [None if spec.boxes is None else BoxFile(spec.boxes) for spec in self.specs]
         self._kept: list[np.ndarray] = [np.arange(len(source)) for source in self.sources]
@@ -203,10 +209,7 @@ class Mixture(Sequence[Record]):
             needs_answer=self.needs_answer,
             check_files=self.check_files,
         )
-        record = record if boxes is None else with_boxes(record, boxes)
-        for edit in self.edits[number]:
-            record = replace(record, messages=edit(record.messages))
-        return record
+        return completed(record, boxes, self.edits[number])
 
     def place(self, index: int) -> tuple[str, int]:
         """File and line of a record."""
@@ -275,7 +278,25 @@ class Mixture(Sequence[Record]):
         return bad
 
 
-def _open(spec: SourceSpec, seed: int) -> Source:
+def completed(record: Record, boxes: BoxFile | None, edits: Sequence[Callable[[Any], Any]]) -> Record:
+    """A record with the boxes of its source, after its edits."""
+    record = record if boxes is None else with_boxes(record, boxes)
+    for edit in edits:
+        record = replace(record, messages=edit(record.messages))
+    return record
+
+
+def open_spec(spec: SourceSpec, seed: int = 0) -> Source:
+    """The indexed source of a spec, or the part of it that is wanted.
+
+    Raises:
+        UserError: If it cannot be opened, or is a stream.
+    """
+    if is_stream(spec.path):
+        raise UserError(f"{spec.path}: is a stream, which training alone reads; write its records to a .jsonl file")
+    if spec.split is not None or spec.config is not None:
+        name = "split" if spec.split is not None else "config"
+        raise UserError(f"{spec.path}: {name} belongs to a Hugging Face dataset (hf://NAME)")
     if isinstance(spec.path, Source):
         source = spec.path
     else:

@@ -7,6 +7,7 @@ a sample of the records with their media (or all of them). A file may still vani
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import Trainer
 from llavakit.conversation.template import OWN, get_template
 from llavakit.data.dataset import SampleDataset
 from llavakit.data.mixture import Mixture
+from llavakit.data.shards import Blocks
+from llavakit.data.stream import RecordStream
 from llavakit.errors import RecipeError, RecordError, UserError
 from llavakit.registry import OBJECTIVES
 from llavakit.training import distributed
@@ -29,8 +32,10 @@ from llavakit.training.lora import prepare
 from llavakit.training.objectives.base import Objective, objective_of
 from llavakit.training.recipe import Recipe, Stage
 from llavakit.training.schedules import check_schedule
+from llavakit.training.streaming import StreamSamples
 
 RECORDS = 8  # per source and stage, with "sample"
+SHARDS = 4  # of a stream that these are taken from
 
 
 def check_recipe(recipe: Recipe, numbers: Sequence[int], *, level: str = "sample", records: Any = None) -> None:
@@ -58,7 +63,11 @@ def check_recipe(recipe: Recipe, numbers: Sequence[int], *, level: str = "sample
     for number, objective in objectives.items():
         with named(number):
             objective.bind(config, processor)
-        check_records(recipe, recipe.stages[number], opened[number], objective, level=level, checked=checked)
+        found = opened[number]
+        if isinstance(found, RecordStream):
+            check_stream(recipe, number, found, objective, level=level, checked=checked)
+        else:
+            check_records(recipe, recipe.stages[number], found, objective, level=level, checked=checked)
 
 
 @contextmanager
@@ -135,12 +144,61 @@ def check_records(
     begin = 0
     while begin < len(records):
         same = records.same_source(begin) if isinstance(records, Mixture) else range(len(records))
-        key = str((dataset.place(begin) if isinstance(records, Mixture) else "", len(same), stage.template))
-        key += str((stage.labels, stage.max_length, stage.media, stage.objective))
+        key = str((dataset.place(begin) if isinstance(records, Mixture) else "", len(same))) + _preparation(stage)
         if key not in checked:
             checked.add(key)
             _check_source(dataset, same, level, skip=recipe.on_bad_record == "skip")
         begin = same.stop
+
+
+def _preparation(stage: Stage) -> str:
+    return str((stage.template, stage.labels, stage.max_length, stage.media, stage.objective))
+
+
+def check_stream(
+    recipe: Recipe, number: int, stream: RecordStream, objective: Objective, *, level: str, checked: set[str]
+) -> None:
+    """Whether a stage can learn from a stream, and the first records of some of its shards (or all).
+
+    Raises:
+        RecipeError: If the stage would have to know the stream beforehand.
+        RecordError, UserError: See `check_records`.
+    """
+    stage = recipe.stages[number]
+    name = next(own.file for own in stream.sources if not isinstance(own, Blocks))
+    problem = None
+    if stage.max_steps is None:
+        problem = "max_steps: is missing; where a stream ends is not known, so the stage must say how long it is"
+    elif stage.cache_features:
+        problem = "cache_features: takes every record beforehand, a stream does not end"
+    elif not objective.streams:
+        problem = f"objective: {stage.objective.type!r} looks at every record beforehand, a stream does not end"
+    if problem:
+        raise RecipeError(f"stages.{number}.{problem} ({name})")
+    samples = StreamSamples(stream, objective)
+    for source, shards in enumerate(stream.sources):
+        key = str((shards.file, len(shards))) + _preparation(stage)
+        if key in checked:
+            continue
+        checked.add(key)
+        numbers = range(len(shards)) if level == "all" else spread(len(shards), SHARDS)
+        each = None if level == "all" else RECORDS // min(len(numbers), SHARDS)
+        entries = (entry for shard in numbers for entry in itertools.islice(stream.entries(source, shard), each))
+        usable, bad = 0, None
+        while chunk := list(itertools.islice(entries, RECORDS)):
+            dataset = samples.dataset(chunk)
+            for place in range(len(chunk)):
+                try:
+                    dataset[place]
+                    usable += 1
+                except RecordError as error:
+                    if recipe.on_bad_record == "stop":
+                        raise
+                    bad = bad or error
+        if bad is not None and not usable:
+            raise UserError(f"no usable record among those looked at in {shards.file}; {bad}")
+        if not usable:
+            raise UserError(f"{shards.file}: holds no record in the shards looked at")
 
 
 def _check_source(dataset: SampleDataset, numbers: range, level: str, *, skip: bool) -> None:

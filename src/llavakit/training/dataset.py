@@ -25,8 +25,10 @@ from llavakit.data.dataset import SampleDataset, check_sample, media_field
 from llavakit.data.mixing import generator_of
 from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import Piece, chunks, first_fit_decreasing
+from llavakit.data.paths import is_stream
 from llavakit.data.records import BadRecords, Record, read_record
 from llavakit.data.sampler import length_grouped, modality_grouped, word_length
+from llavakit.data.stream import RecordStream
 from llavakit.errors import RecordError, UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
@@ -43,8 +45,8 @@ Messages = Sequence[Mapping[str, Any]]
 Features = Callable[[Messages, Sequence[Tensor]], list[Tensor]]
 
 
-def open_records(recipe: Recipe, number: int, read: Callable[..., Record] = read_record) -> Mixture:
-    """The records of a stage.
+def open_records(recipe: Recipe, number: int, read: Callable[..., Record] = read_record) -> Mixture | RecordStream:
+    """The records of a stage; a stream if one of its sources is one.
 
     Args:
         read: How entries are read, see `llavakit.data.records.read_record`.
@@ -55,15 +57,15 @@ def open_records(recipe: Recipe, number: int, read: Callable[..., Record] = read
     specs: list[SourceSpec] = []
     for source in recipe.sources_of(number):
         specs += read_specs(source_options(source), where=f"data.{source.name}")
-    return Mixture(specs, seed=recipe.seed, read=read)
+    kind = RecordStream if any(is_stream(spec.path) for spec in specs) else Mixture
+    return kind(specs, seed=recipe.seed, read=read)
 
 
 def source_options(source: Source) -> dict[str, Any]:
     """A recipe's source as `read_specs` takes it."""
     options: dict[str, Any] = {"path": source.path, "weight": source.weight, "media_root": source.images}
     options["boxes"] = source.boxes
-    if source.edits:
-        options["edits"] = source.edits
+    options |= {key: getattr(source, key) for key in ("edits", "split", "config") if getattr(source, key)}
     return options if source.subset is None else options | {"sampling_strategy": source.subset}
 
 
@@ -177,6 +179,11 @@ class PreparedSamples(Dataset):
         self._lengths: dict[int, int] = {}
         self._room = memory
 
+    @property
+    def bad(self) -> BadRecords:
+        """Where broken records are noted."""
+        return self.dataset.bad
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -195,7 +202,7 @@ class PreparedSamples(Dataset):
 
     def _sample(self, index: int) -> dict[str, Any]:
         if isinstance(index, Piece):
-            return self._piece(index)
+            return cut_to_piece(self._sample(int(index)), index)
         if index in self._kept:
             return self._kept[index]
         sample = self.dataset[index]
@@ -204,12 +211,6 @@ class PreparedSamples(Dataset):
             self._room -= size
             self._kept[index] = sample
         return sample
-
-    def _piece(self, piece: Piece) -> dict[str, Any]:
-        """The tokens of a sample that a chunk of a stream holds."""
-        sample = self._sample(int(piece))
-        rows = ("input_ids", "labels", "label_weights")
-        return sample | {name: sample[name][piece.begin : piece.end] for name in rows if name in sample}
 
     def length(self, index: int) -> int:
         """Length of a sample, negative if it has no media. Decodes no image that there is no room to remember."""
@@ -229,15 +230,25 @@ class PreparedSamples(Dataset):
         Args:
             per_image: Added for a record with images, as the original does where it groups by length alone.
         """
-        record = self.dataset.record(index)
-        if "conversations" in record.raw:
-            words, has_image = word_length(record.raw), "image" in record.raw
-        else:
-            parts = [part for message in record.messages for part in message["content"]]
-            words = sum(len(part["text"].split()) if part["type"] == "text" else is_media(part) for part in parts)
-            words *= 1 if any(map(is_media, parts)) else -1
-            has_image = any(part["type"] == "image" for part in parts)
-        return words + per_image * has_image or -1
+        return record_words(self.dataset.record(index), per_image)
+
+
+def record_words(record: Record, per_image: int = 0) -> int:
+    """Words of a record, negative if it has no media; see `PreparedSamples.words`."""
+    if "conversations" in record.raw:
+        words, has_image = word_length(record.raw), "image" in record.raw
+    else:
+        parts = [part for message in record.messages for part in message["content"]]
+        words = sum(len(part["text"].split()) if part["type"] == "text" else is_media(part) for part in parts)
+        words *= 1 if any(map(is_media, parts)) else -1
+        has_image = any(part["type"] == "image" for part in parts)
+    return words + per_image * has_image or -1
+
+
+def cut_to_piece(sample: dict[str, Any], piece: Piece) -> dict[str, Any]:
+    """The tokens of a sample that a chunk of a stream holds."""
+    rows = ("input_ids", "labels", "label_weights")
+    return sample | {name: sample[name][piece.begin : piece.end] for name in rows if name in sample}
 
 
 class Samples(PreparedSamples):
@@ -275,7 +286,13 @@ class Batches:
         return len(self.batches)
 
 
-def _epoch_batches(samples: PreparedSamples, stage: Stage, seed: int, epoch: int, world: int) -> list[list[int]]:
+def epoch_batches(samples: Any, stage: Stage, seed: int, epoch: int, world: int) -> list[list[int]]:
+    """The batches of an epoch, or of what is in the buffer of a stream, in order.
+
+    Args:
+        samples: `PreparedSamples`, or what has their `dataset.order`, `length` and `words`.
+        world: Number of processes that the batches are dealt to.
+    """
     order = samples.dataset.order(seed, epoch)
     if stage.packing == "stream":
         return _streamed(samples, stage, order)
@@ -340,7 +357,7 @@ def plan_batches(
     batches: list[list[int]] = []
     epoch = 0
     while True:
-        own = _epoch_batches(samples, stage, seed, epoch, world)
+        own = epoch_batches(samples, stage, seed, epoch, world)
         if wanted is None and epoch + 1 >= stage.epochs:
             batches += own[: math.ceil(len(own) * (stage.epochs - epoch))]
             break

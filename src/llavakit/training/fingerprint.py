@@ -2,7 +2,7 @@
 
 Data and base models count by their content, not by their paths: a run goes on after its files were moved, and does not
 go on when they were changed. Files up to `WHOLE` bytes are read; larger ones count by size and time. Of the media a
-sample is looked at.
+sample is looked at. The shards of a stream count by name and size.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from llavakit.checkpoints.identity import file_identity, model_identity
 from llavakit.checkpoints.opening import local_folder
 from llavakit.conversation.messages import media_of
 from llavakit.data.mixture import Mixture, read_specs
-from llavakit.data.paths import split_part
+from llavakit.data.paths import is_stream, split_part
 from llavakit.data.records import Record, read_record
+from llavakit.data.shards import open_shards
 from llavakit.errors import RecipeError, RecordError, UserError
 from llavakit.registry import OBJECTIVES
 from llavakit.training.dataset import source_options
@@ -78,10 +79,12 @@ def _small_files(name: str) -> list[tuple[str, str]]:
 
 def _source_content(source: Source, seed: int, read: Callable[..., Record]) -> str:
     specs = read_specs(source_options(source), where=f"data.{source.name}")
-    files = [_path_content(Path(split_part(spec.path)[0])) for spec in specs]
+    indexed = [spec for spec in specs if not is_stream(spec.path)]
+    files = [_path_content(Path(split_part(spec.path)[0])) for spec in indexed]
     files += [_path_content(Path(spec.boxes)) for spec in specs if spec.boxes is not None]
-    mixture = Mixture(specs, seed=seed, check_files=False, read=read)
-    return _digest([files, _media_content(mixture)])
+    mixture = Mixture(indexed, seed=seed, check_files=False, read=read)
+    streams = [open_shards(s.path, split=s.split, config=s.config).identity() for s in specs if is_stream(s.path)]
+    return _digest([files, _media_content(mixture), *streams])
 
 
 def _path_content(path: Path) -> Any:

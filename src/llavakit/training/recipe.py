@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from llavakit.data.edits import build_edits
-from llavakit.data.paths import split_part
+from llavakit.data.paths import is_stream, split_part
 from llavakit.data.strict_yaml import YamlError, parse_yaml
 from llavakit.errors import RecipeError, UserError, quoted
 from llavakit.registry import OBJECTIVES, nearest
@@ -81,6 +81,7 @@ class Source(Section):
 
     Attributes:
         path: LLaVA JSON or JSONL, OpenAI-style JSONL, or a Hugging Face dataset on disk; `path#500` takes 500 of it.
+            Or a stream: `{000..123}.tar`, `*.parquet`, `hf://NAME`; see `llavakit.data.shards`.
         images: Folder that relative media paths are relative to; default: the folder of `path`.
         weight: How often each record is seen in an epoch, on average (2 is twice, 0.5 is half of them).
         subset: `first:N`, `end:N`, `random:N` or `all`; N a number or a percentage.
@@ -88,6 +89,7 @@ class Source(Section):
         edits: What is done to every conversation, in order: names, or mappings with `type` and options; see
             `llavakit.data.edits`.
         boxes: Box file of its pictures, see `llavakit.data.boxes`.
+        split, config: Which part of a Hugging Face dataset (`hf://NAME`).
     """
 
     path: str
@@ -97,6 +99,8 @@ class Source(Section):
     name: str = ""
     boxes: str | None = None
     edits: list[str | dict[str, Any]] = Field(default_factory=list)
+    split: str | None = None
+    config: str | None = None
 
     @field_validator("edits")
     @classmethod
@@ -109,7 +113,9 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _default_name(self) -> Source:
-        self.name = self.name or Path(split_part(self.path)[0]).stem
+        path = Path(split_part(self.path)[0])
+        pattern = is_stream(self.path) and not re.search(r"\w", re.sub(r"\{[^{}]*\}", "", path.stem))
+        self.name = self.name or (path.parent.name if pattern else path.stem)
         return self
 
 
@@ -257,6 +263,7 @@ class Stage(Section):
     max_length: int | None = Field(None, gt=1, lt=2**31)
     group_by_modality: bool = False
     group_by_length: bool = False
+    buffer: Count = 1024
     cache_features: bool | Literal["float16", "float32"] = False
     loss_weights: LossWeights = Field(default_factory=LossWeights)
     save_steps: Count | None = None

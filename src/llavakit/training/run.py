@@ -40,6 +40,7 @@ from llavakit.checkpoints.files import atomic_folder, clear_write_errors
 from llavakit.checkpoints.opening import local_folder, open_checkpoint
 from llavakit.data.mixture import check_choice
 from llavakit.data.records import BadRecords
+from llavakit.data.stream import RecordStream
 from llavakit.data.strict_json import read_json
 from llavakit.errors import RecipeError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -53,6 +54,7 @@ from llavakit.training.lora import merged_state, prepare, save_adapter
 from llavakit.training.objectives.base import Run, objective_of
 from llavakit.training.parameter_groups import trainable_by_part
 from llavakit.training.recipe import Recipe, Stage, load_recipe
+from llavakit.training.streaming import StreamBatches, StreamSamples, read_state
 from llavakit.training.trainer import StageTrainer, checkpoints
 
 
@@ -266,14 +268,14 @@ class StageRun:
             world=world,
         )
         objective.begin(about)
-        batches = plan_batches(samples, stage, self.seed, world=world, rank=_rank())
+        batches = self._batches(samples, world)
         if stage.gradient_checkpointing:
             enable_checkpointing(model)
         if stage.shard and world > 1:
             distributed.shard(model, bf16=stage.bf16)
         trainer = StageTrainer(
             model,
-            training_arguments(self.recipe, stage, self.folder, self.seed),
+            training_arguments(self.recipe, stage, self.folder, self.seed, streams=isinstance(samples, StreamSamples)),
             stage=stage,
             objective=objective,
             samples=samples,
@@ -284,7 +286,10 @@ class StageRun:
             base=adapted,
         )
         trainer.stamp = stamp_text(stamp)
-        plan = summary.plan_of(samples, stage, batches, world, objective.flat)
+        if isinstance(batches, StreamBatches):
+            plan = summary.StreamPlan(samples.stream.shards, stage.max_steps, stage.buffer)
+        else:
+            plan = summary.plan_of(samples, stage, batches, world, objective.flat)
         facts = {"stage": stage.name, "trainable": counts, "batches": len(batches), **summary.facts(plan)}
         metrics = Metrics(self.folder / "metrics.json", facts)
         trainer.add_callback(metrics)
@@ -298,8 +303,7 @@ class StageRun:
         finally:
             gc.unfreeze()
             bar.close()
-        bad = samples.dataset.bad
-        if bad and _is_main():
+        if samples.bad and _is_main():
             metrics.facts["skipped"] = _report(samples, batches)
             self.console.print(metrics.facts["skipped"])
         values = metrics.write(trainer.state, finished=True)  # first, so that a finished stage always has them
@@ -333,15 +337,22 @@ class StageRun:
         model.train()
         return model, processor
 
-    def _samples(self) -> PreparedSamples:
-        read = self.objective.read
-        return PreparedSamples(
-            self.records if self.records is not None else open_records(self.recipe, self.number, read),
-            self.objective,
-            on_bad_record=self.recipe.on_bad_record,
-            bad=BadRecords(self.folder / "skipped.jsonl"),
-            seed=self.seed,
-        )
+    def _samples(self) -> PreparedSamples | StreamSamples:
+        records = self.records
+        if records is None:
+            records = open_records(self.recipe, self.number, self.objective.read)
+        options = {"on_bad_record": self.recipe.on_bad_record, "bad": BadRecords(self.folder / "skipped.jsonl")}
+        if isinstance(records, RecordStream):
+            return StreamSamples(records, self.objective, **options)
+        return PreparedSamples(records, self.objective, seed=self.seed, **options)
+
+    def _batches(self, samples: PreparedSamples | StreamSamples, world: int) -> list[list[int]] | StreamBatches:
+        """All batches of this process, or where they are drawn from."""
+        rank = _rank()
+        if isinstance(samples, PreparedSamples):
+            return plan_batches(samples, self.stage, self.seed, world=world, rank=rank)
+        state = read_state(self.resume, rank) if self.resume is not None else None
+        return StreamBatches(samples, self.stage, self.seed, world=world, rank=rank, state=state)
 
     def _finish(
         self, trainer: StageTrainer, saved: tuple[Any, LlavakitProcessor], stamp: dict[str, str | None]
@@ -384,8 +395,10 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _report(samples: PreparedSamples, batches: Sequence[Sequence[int]]) -> str:
+def _report(samples: PreparedSamples | StreamSamples, batches: Any) -> str:
     """Which records were left out, and how many samples others took the place of."""
+    if isinstance(samples, StreamSamples):
+        return samples.bad.report()
     dataset = samples.dataset
     report = dataset.bad.report()
     broken = {(error.file, error.line) for error in dataset.bad.errors()}
@@ -406,12 +419,19 @@ def enable_checkpointing(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def training_arguments(recipe: Recipe, stage: Stage, folder: Path, seed: int) -> TrainingArguments:
-    """transformers' arguments of a stage."""
+def training_arguments(
+    recipe: Recipe, stage: Stage, folder: Path, seed: int, *, streams: bool = False
+) -> TrainingArguments:
+    """transformers' arguments of a stage.
+
+    Args:
+        streams: Whether it learns from a stream, whose length nobody knows.
+    """
     cuda = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # the planned batches are the whole stage
+        max_steps=stage.max_steps if streams else -1,
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.accumulation,
         learning_rate=stage.learning_rate,

@@ -41,6 +41,21 @@ class Plan:
     unpacked: float | None
 
 
+@dataclass(frozen=True)
+class StreamPlan:
+    """What is known of a stage that learns from a stream.
+
+    Attributes:
+        shards: Shards of its sources.
+        steps: Optimiser steps.
+        buffer: Records that are shuffled and packed together.
+    """
+
+    shards: int
+    steps: int
+    buffer: int
+
+
 def plan_of(samples: PreparedSamples, stage: Stage, batches: Sequence[Sequence[int]], world: int, flat: bool) -> Plan:
     """Measure a stage.
 
@@ -72,17 +87,12 @@ def plan_of(samples: PreparedSamples, stage: Stage, batches: Sequence[Sequence[i
     )
 
 
-def lines(stage: Stage, plan: Plan, trainable: Mapping[str, int], model: nn.Module) -> list[str]:
+def lines(stage: Stage, plan: Plan | StreamPlan, trainable: Mapping[str, int], model: nn.Module) -> list[str]:
     """The lines that are shown."""
-    about = "" if plan.exact else "about "
-    padding = f"{100 * plan.padding:.0f} % padding"
-    if plan.unpacked is not None:
-        padding += f" ({100 * plan.unpacked:.0f} % without packing)"
     parts = ", ".join(f"{part} {count:,}" for part, count in trainable.items())
     total = sum(parameter.numel() for parameter in model.parameters())
     said = [
-        f"{stage.name}: {_several(plan.records, 'record')}, {_several(plan.samples, 'sample')} in "
-        f"{_several(plan.steps, 'step')}, {about}{plan.tokens:,} tokens, {padding}",
+        f"{stage.name}: {_sizes(plan)}",
         f"{stage.name}: trains {sum(trainable.values()):,} of {total:,} parameters: {parts}",
     ]
     if plan.steps < FEW_STEPS:
@@ -93,10 +103,24 @@ def lines(stage: Stage, plan: Plan, trainable: Mapping[str, int], model: nn.Modu
     return said
 
 
+def _sizes(plan: Plan | StreamPlan) -> str:
+    steps = _several(plan.steps, "step")
+    if isinstance(plan, StreamPlan):
+        return f"a stream of {_several(plan.shards, 'shard')}, {steps}, {plan.buffer:,} records shuffled at a time"
+    about = "" if plan.exact else "about "
+    padding = f"{100 * plan.padding:.0f} % padding"
+    if plan.unpacked is not None:
+        padding += f" ({100 * plan.unpacked:.0f} % without packing)"
+    records, samples = _several(plan.records, "record"), _several(plan.samples, "sample")
+    return f"{records}, {samples} in {steps}, {about}{plan.tokens:,} tokens, {padding}"
+
+
 def _several(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def facts(plan: Plan) -> dict[str, Any]:
+def facts(plan: Plan | StreamPlan) -> dict[str, Any]:
     """What `metrics.json` keeps of it."""
+    if isinstance(plan, StreamPlan):
+        return {"shards": plan.shards}
     return {"records": plan.records, "samples": plan.samples}

@@ -29,6 +29,7 @@ from llavakit.training.objectives.base import Objective, Step
 from llavakit.training.parameter_groups import Rates, core, optimizer_groups, progress_hooks
 from llavakit.training.recipe import Stage
 from llavakit.training.schedules import SET_AFTER_STEP, STEP, set_after_step, step_decay
+from llavakit.training.streaming import StreamBatches, StreamSamples
 
 PREFIX = "checkpoint-"
 
@@ -53,7 +54,7 @@ class StageTrainer(Trainer):
         stage: The stage.
         objective: What it learns.
         samples: What to learn from.
-        batches: This process's batches of the whole stage, see `plan_batches`.
+        batches: This process's batches of the whole stage, see `plan_batches`, or those of a stream.
         collator: Lays samples together, see `Objective.collator`.
         processor: Saved with every checkpoint.
         seed: Of the data loader's workers.
@@ -70,15 +71,16 @@ class StageTrainer(Trainer):
         *,
         stage: Stage,
         objective: Objective,
-        samples: PreparedSamples,
-        batches: Sequence[Sequence[int]],
+        samples: PreparedSamples | StreamSamples,
+        batches: Sequence[Sequence[int]] | StreamBatches,
         collator: Callable[[Sequence[Any]], Any],
         processor: Any,
         seed: int = 0,
         base: Path | None = None,
     ) -> None:
         self.base = base
-        self.stage, self.samples, self.batches = stage, samples, Batches(batches)
+        self.stage, self.samples = stage, samples
+        self.batches = batches if isinstance(batches, StreamBatches) else Batches(batches)
         self.objective, self.processor, self.data_seed = objective, processor, seed
         self._logged: dict[str, list[Tensor]] = {}
         self._spoken = time.monotonic()
@@ -228,6 +230,8 @@ class StageTrainer(Trainer):
         try:
             with clear_write_errors(target, f"{kept}make room and start again to go on from there"):
                 super()._save_checkpoint(model, trial)
+                if isinstance(self.batches, StreamBatches):
+                    self.batches.save(self._scratch / target.name, self.state.global_step * self.stage.accumulation)
                 distributed.barrier()
                 if self.is_world_process_zero():
                     if self.stamp is not None:

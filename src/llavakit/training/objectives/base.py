@@ -73,7 +73,7 @@ class Run:
         module: The module that is trained, without any wrapper.
         wrapped: What the trainer trains: with LoRA the module inside PEFT's.
         processor: Of the module.
-        samples: Of the stage.
+        samples: Of the stage; `llavakit.training.streaming.StreamSamples` where it learns from a stream.
         start: Makes what the stage started from once more, also where it goes on after a kill: (module, processor),
             for a frozen reference.
         console: Where progress is shown.
@@ -105,12 +105,14 @@ class Objective:
         Options: Class of `Stage.objective`: pydantic fields are the options.
         uses: Keys of the stage, of `PREPARING`, that it honours; others are refused where they are given.
         family: What kind of module it trains. All stages of a recipe train the same, one after the other.
+        streams: Whether it can learn from a stream: its samples must not be looked at before they are trained.
         flat: Set by `begin`: whether packed batches are one row without padding.
     """
 
     Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
     uses: ClassVar[frozenset[str]] = frozenset()
     family: ClassVar[str] = "model"
+    streams: ClassVar[bool] = True
     flat: bool = False
 
     def __init__(self, stage: Stage) -> None:

@@ -163,6 +163,7 @@ class DPO(LanguageObjective):
     """Direct preference optimisation of a whole model on pairs."""
 
     Options = DPOOptions
+    streams = False
     forked = False
 
     # from records to batches

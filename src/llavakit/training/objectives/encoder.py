@@ -129,8 +129,8 @@ class EncoderObjective(Objective):
     def read(self, raw: Any, file: str, line: int, **options: Any) -> Record:
         """The image of an entry; an answer is not needed."""
         with belongs_to(file, line):
-            if not isinstance(raw, Mapping) or not isinstance(raw.get("image"), str):
-                raise FieldError("image", "must name the image file of the record")
+            if not isinstance(raw, Mapping) or not isinstance(raw.get("image"), (str, bytes, Mapping)):
+                raise FieldError("image", "must name or hold the image of the record")
         message = {"role": "user", "content": [{"type": "image", "image": raw["image"]}]}
         found = read_record({"messages": [message]}, file, line, **options | {"needs_answer": False})
         return Record(found.messages, file, line, raw)
