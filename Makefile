@@ -25,7 +25,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-docs test-smollm2 test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint bench clean
+.PHONY: help install demo serve test test-slow test-docs test-smollm2 test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -110,6 +110,13 @@ test-web:  ## the web app in a headless Chromium (CHROMIUM=/path/to/it), in the 
 .venv-web/.tests: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[web-test]'
 	@touch $@
+
+dist: $(STAMP)  ## wheel and source distribution in dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
+test-dist: dist  ## the wheel in an empty environment outside the checkout: trained with, chatted with, served, proven
+	$(BIN)/python scripts/try_wheel.py dist/*.whl --constraints $(CONSTRAINTS) $(ARGS)
 
 lint: $(STAMP)  ## ruff, style and format
 	$(BIN)/ruff check .
