@@ -26,6 +26,7 @@ from llavakit.generation.responder import Responder
 COMMANDS = [
     "chat",
     "serve",
+    "new",
     "train",
     "prepare",
     "boxes",

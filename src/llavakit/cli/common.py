@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,13 @@ Tools = Annotated[
 WayOptions = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the responder; may be repeated.")
 ]
+
+
+class OnBadRecord(StrEnum):
+    """What to do with a broken record."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 def given(**options: Any) -> dict[str, Any]:

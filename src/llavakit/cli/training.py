@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llavakit.cli.common import Device, Json, app, assignments, print_json, writing
+from llavakit.cli.common import Device, Json, OnBadRecord, app, assignments, print_json, writing
 
 
 class Check(StrEnum):
@@ -17,13 +17,6 @@ class Check(StrEnum):
 
     sample = "sample"
     all = "all"
-
-
-class OnBadRecord(StrEnum):
-    """What to do with a broken record."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 @app.command()
