@@ -61,6 +61,8 @@ def test_from_a_table_to_an_evaluated_model_with_the_commands_that_it_prints(pet
     assert "split by subject" in printed
     commands = [line.split() for line in printed.splitlines() if line.startswith("  llavakit ")]
     assert [words[1] for words in commands] == ["train", "eval", "chat"]
+    facts = json.loads((out / "project.json").read_text(encoding="utf-8"))
+    assert [line.split() for line in facts["commands"]] == commands
     assert cli.run([*commands[0][1:], "stages.tune.max_steps=2"]) == 0
     predictions = tmp_path / "answers.jsonl"
     capsys.readouterr()

@@ -4,6 +4,7 @@
       train.jsonl      records in LLaVA's form, one per example
       heldout.jsonl    questions with answers, for `llavakit eval`
       recipe.yaml      what `llavakit train` runs; writes to OUT/run
+      project.json     what was assumed, and the commands to go on with
 
 Held out is a fifth of the subjects, or of the pictures where nothing names subjects; equal pictures under two names
 stay together. The folder appears whole or not at all, and nothing that exists is written over.
@@ -291,6 +292,8 @@ def _write(project: Project, root: Path, train: Sequence[Any], heldout: Sequence
         _lines(scratch / "train.jsonl", (record for record, _ in train))
         _lines(scratch / "heldout.jsonl", (question for _, question in heldout))
         (scratch / "recipe.yaml").write_text(text, encoding="utf-8")
+        facts = json.dumps(project.facts(), indent=1, ensure_ascii=False)
+        (scratch / "project.json").write_text(facts + "\n", encoding="utf-8")
 
 
 def _lines(path: Path, rows: Any) -> None:
