@@ -43,9 +43,9 @@ demo: $(STAMP)  ## train a tiny LLaVA-1.5 through both stages, evaluate it, writ
 	$(BIN)/python -m llavakit.demo $(ARGS)
 
 # Gradio asks for an older Pillow, whose resizing differs in the last bit: an environment of its own.
-serve:  ## the demo's model as an API and a web app on http://localhost:8000
+serve:  ## the demo's model as an API and a web app on http://localhost:8000; ARGS=--interactive adds a page for editing
 	@test -d runs/demo/final || { echo "runs/demo/final is missing; run make demo first" >&2; exit 2; }
-	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web CONSTRAINTS=constraints-web.txt install
+	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web,tools CONSTRAINTS=constraints-web.txt install
 	.venv-web/bin/llavakit serve runs/demo/final $(ARGS)
 
 test: $(STAMP)  ## the fast tests; ARGS="tests/test_cli.py -k chat" narrows them
@@ -104,11 +104,11 @@ test-smollm2:  ## a real language model of 135 million parameters: read from GGU
 	@touch $@
 
 test-web:  ## the web app in a headless Chromium (CHROMIUM=/path/to/it), in the environment of `make serve`
-	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web CONSTRAINTS=constraints-web.txt .venv-web/.tests
-	.venv-web/bin/python -m pytest -m web tests/test_webapp.py $(ARGS)
+	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web,tools CONSTRAINTS=constraints-web.txt .venv-web/.tests
+	.venv-web/bin/python -m pytest -m web tests/test_webapp.py tests/test_editpage.py $(ARGS)
 
 .venv-web/.tests: $(STAMP)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[web-test]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[web-test,tools]'
 	@touch $@
 
 dist: $(STAMP)  ## wheel and source distribution in dist/

@@ -17,8 +17,9 @@ from llavakit.editing.chat import PictureChat
 from llavakit.editing.drawing import CREATE, INPAINT, Canvas
 from llavakit.editing.geometry import extent, kept_latents
 from llavakit.editing.layout import Mismatch, layout_request
+from llavakit.editing.log import read_log, replay
 from llavakit.editing.objects import Objects, Segmented
-from llavakit.editing.session import Backends, Session, read_log, replay
+from llavakit.editing.session import Backends, Session
 from llavakit.errors import UserError
 from llavakit.generation.responder import Responder
 from llavakit.phantom.canvas import COLOURS

@@ -23,6 +23,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="the web app's en
 from tiny_server import Running, png, small_chat  # noqa: E402
 
 from llavakit.conversation.turns import ReasoningDelta, TextDelta  # noqa: E402
+from llavakit.editing.backends import backends_of  # noqa: E402
 from llavakit.errors import UserError  # noqa: E402
 from llavakit.generation.responder import Responder  # noqa: E402
 from llavakit.media.policy import MediaPolicy  # noqa: E402
@@ -336,7 +337,7 @@ def reachable(request, served):
 
     chat = served[1]
     keys = request.param
-    running = Running(chat, Settings(names=("tiny",), api_keys=keys), lambda app: mount(app))
+    running = Running(chat, Settings(names=("tiny",), api_keys=keys), lambda app: mount(app, backends_of()))
     with httpx.Client(base_url=running.url, timeout=20) as client:
         enter(client, keys)
         config = client.get("/config").json()

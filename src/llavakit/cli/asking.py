@@ -116,6 +116,9 @@ def serve(
     engine: Annotated[Engine, typer.Option(help="vllm replaces this process by `vllm serve`.")] = Engine.native,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default: its folder's name.")] = None,
     web: Annotated[bool, typer.Option(help="Serve the web app too.")] = True,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="With a page for editing pictures, by the skills of --tools.")
+    ] = False,
     api_key: Annotated[list[str] | None, typer.Option(help="Key that clients must send; may be repeated.")] = None,
     allowed_host: Annotated[list[str] | None, typer.Option(help="Name that clients call the server by.")] = None,
     origin: Annotated[list[str] | None, typer.Option(help="Origin of a web page that may call the API.")] = None,
@@ -142,6 +145,7 @@ def serve(
     \b
     Examples:
       llavakit serve runs/demo/final
+      llavakit serve runs/demo/final --interactive
       llavakit serve liuhaotian/llava-v1.5-7b --host 0.0.0.0 --api-key $KEY
       llavakit serve exported-hf --engine vllm --extra=--tensor-parallel-size=2
     """
@@ -155,6 +159,7 @@ def serve(
         port=port,
         engine=engine.value,
         web=web,
+        interactive=interactive,
         api_keys=tuple(api_key or ()),
         allowed_hosts=tuple(allowed_host or ()),
         origins=tuple(origin or ()),

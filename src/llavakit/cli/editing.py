@@ -13,7 +13,7 @@ from llavakit.errors import UserError
 
 @app.command()
 def replay(
-    folder: Annotated[Path, typer.Argument(metavar="SESSION", help="Folder that an editing session was saved in.")],
+    folder: Annotated[Path, typer.Argument(metavar="SESSION", help="Folder or ZIP archive of an editing session.")],
     model: Annotated[
         str | None, typer.Option(help="Model that is talked to; needed if the session has a chat.")
     ] = None,
@@ -40,8 +40,9 @@ def replay(
     import llavakit
     from llavakit.editing.backends import backends_of
     from llavakit.editing.chat import PictureChat
-    from llavakit.editing.session import Session, read_log
-    from llavakit.editing.session import replay as run
+    from llavakit.editing.log import read_log
+    from llavakit.editing.log import replay as run
+    from llavakit.editing.session import Session
     from llavakit.tools.configuration import load_toolbox
 
     events = read_log(folder)["events"]

@@ -28,6 +28,19 @@ from llavakit.tools.skill import Skill
 from llavakit.tools.toolbox import Toolbox
 
 DETECTORS = ("grounding_dino", "owlv2", "detect_shapes")
+NOTES = {
+    "segment": "GrabCut follows colours, not objects: it cuts out what differs in colour from its surroundings.",
+    "sam": "SAM cuts out the object in a box or at a point.",
+    "detect_shapes": "By name it finds the coloured shapes of drawn scenes (a red disc), nothing in photographs.",
+    "grounding_dino": "Grounding DINO finds what a text names.",
+    "owlv2": "OWLv2 finds what a text names.",
+    "inpaint": "OpenCV continues the surroundings into the hole: good behind small things on plain ground, blurred "
+    "behind large ones; it invents nothing.",
+    "stable_inpainting": "Stable Diffusion paints what may have been behind; it may invent things.",
+    "sketch": "A sketch, no generator: flat shapes of known names (a red disc), for anything else a box with its name. "
+    "It does not read the description.",
+    "gligen": "GLIGEN draws what the texts say at the places of the boxes.",
+}
 
 
 class SkillSegmenter:
@@ -108,6 +121,7 @@ class SkillFiller:
             return image.copy()
         extra: dict[str, Any] = {"dilation": 0} if "dilation" in self.skill.properties else {}
         extra |= {"prompt": self.prompt} if "prompt" in self.skill.properties else {}
+        extra |= {"seed": 0} if "seed" in self.skill.properties else {}  # so that a session can be replayed
         made = self.skill(image=Image.fromarray(image), mask=hole, **extra).pictures["edited_image"]
         return np.where(hole[..., None], np.asarray(made.convert("RGB")), image)
 
@@ -214,4 +228,10 @@ def backends_of(toolbox: Toolbox | None = None) -> Backends:
         "filler": filler.name,
         "generator": "gligen" if "gligen" in known else "sketch (flat shapes)",
     }
-    return Backends(SkillSegmenter(cutter, detector, known.get("sam")), SkillFiller(filler), generator, names)
+    at_work = {
+        "segmenter": [one.name for one in (cutter, known.get("sam"), detector) if one is not None],
+        "filler": [filler.name],
+    }
+    notes = {kind: " ".join(NOTES[name] for name in dict.fromkeys(used)) for kind, used in at_work.items()}
+    notes["generator"] = NOTES["gligen" if "gligen" in known else "sketch"]
+    return Backends(SkillSegmenter(cutter, detector, known.get("sam")), SkillFiller(filler), generator, names, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
@@ -63,15 +64,33 @@ class PictureChat:
         self.messages.append({"role": "user", "content": content})
         return self.messages
 
-    def say(self, text: str) -> str | None:
-        """The answer to a question; None if nothing was asked. A question that fails is taken back."""
+    def stream(self, text: str) -> Iterator[str]:
+        """The answer to a question as far as it has come; nothing if nothing was asked.
+
+        A question that fails, or whose answer is not waited for, is taken back, and its picture with it.
+        """
+        before, waiting = list(self.messages), self.waiting
         messages = self.ask(text)
         if messages is None:
-            return None
+            return
+        response = None
         try:
-            answer = self.responder.submit(messages, self.sampling, stream=False).result().content
+            response = self.responder.submit(messages, self.sampling)
+            said = response.answers[0]
+            for _ in response:
+                yield said.content
         except BaseException:
-            self.messages.pop()
+            self.messages = before
+            self.waiting = waiting if self.waiting is None else self.waiting
             raise
-        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        finally:
+            if response is not None:
+                response.cancel()  # if nobody waits for the rest
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": said.content}]})
+
+    def say(self, text: str) -> str | None:
+        """The whole answer to a question; None if nothing was asked. See `stream`."""
+        answer = None
+        for so_far in self.stream(text):
+            answer = so_far
         return answer

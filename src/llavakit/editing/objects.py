@@ -72,6 +72,7 @@ class Objects:
         moves: Drags so far, the selection of the first object included.
         mask: True in changed objects, where they were found.
         kept: False in the hole: `mask`, dilated.
+        dilation: By how much, see `cut`.
         filled: RGB background with the hole filled; None until it is.
     """
 
@@ -84,6 +85,7 @@ class Objects:
     moves: int = field(default=0, init=False)
     mask: np.ndarray | None = field(default=None, init=False)
     kept: np.ndarray | None = field(default=None, init=False)
+    dilation: int = field(default=0, init=False)
     filled: np.ndarray | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +143,13 @@ class Objects:
         hole = self.mask.astype(np.uint8)
         if dilation:
             hole = cv2.dilate(hole, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (dilation, dilation)))
-        self.kept = hole == 0
+        self.kept, self.dilation = hole == 0, dilation
+
+    @property
+    def bytes(self) -> int:
+        """Size of all layers and masks."""
+        layers = [self.whole, self.rest, *(layer.pixels for layer in self.changed), self.mask, self.kept, self.filled]
+        return sum(layer.nbytes for layer in layers if layer is not None)
 
     @property
     def masked(self) -> np.ndarray:

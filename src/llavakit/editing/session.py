@@ -14,8 +14,7 @@ what the text says in its box, as published. An object that was dragged out of t
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,31 +22,16 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from llavakit.checkpoints.files import atomic_folder
-from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.editing.chat import PictureChat
 from llavakit.editing.drawing import CREATE, INPAINT
+from llavakit.editing.events import checked
 from llavakit.editing.geometry import CANVAS, Box
 from llavakit.editing.layout import LayoutRequest, layout_request
 from llavakit.editing.objects import AWAY, Objects, Segmented
-from llavakit.errors import UserError, quoted
+from llavakit.errors import UserError
 from llavakit.tools.rle import decode_mask, encode_mask
 
-FORMAT = 1
 DILATION = 0.02  # of the shorter side, on every side of the mask; the published page's 50 pixels leave a wide halo
-_KEYS = {
-    "upload": {"image"},
-    "segment": {"stroke", "box", "points", "point_labels", "mask", "text", "dilation"},
-    "move": {"object", "dx", "dy"},
-    "dilate": {"dilation"},
-    "generate": {"text", "seed"},
-    "remove": {"object"},
-    "insert": {"boxes", "phrases", "prompt", "seed"},
-    "create": {"prompt", "boxes", "phrases", "seed"},
-    "chat": {"text"},
-    "undo": set(),
-    "redo": set(),
-}
 
 
 class NotSegmented(UserError):
@@ -91,13 +75,15 @@ class Backends:
     """Who does the work; what is None is not offered.
 
     Attributes:
-        names: What they are called, for versions and pages.
+        names: What they are called, for logs.
+        notes: What each can and cannot, in a sentence for the people who use it.
     """
 
     segmenter: Segmenter | None = None
     filler: Filler | None = None
     generator: Generator | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def need(self, kind: str, event: str) -> Any:
         """The backend of a kind.
@@ -145,6 +131,14 @@ class Session:
             there; the published page asks for a text.
         most_pixels: Largest picture.
         most_events: Longest session.
+        most_bytes: Of the pixels of all versions.
+
+    Attributes:
+        versions: Pictures, in the order in which they were made.
+        current: Number of the version that is the working image; None without one.
+        objects: What was found in the working image; None if nothing was looked for.
+        events: What was carried out.
+        answers: Questions with their answers.
     """
 
     def __init__(
@@ -155,9 +149,10 @@ class Session:
         pastes: bool = True,
         most_pixels: int = 16 * 2**20,
         most_events: int = 10_000,
+        most_bytes: int = 4 * 2**30,
     ) -> None:
         self.backends, self.chat, self.pastes = backends, chat, pastes
-        self.most_pixels, self.most_events = most_pixels, most_events
+        self.most_pixels, self.most_events, self.most_bytes = most_pixels, most_events, most_bytes
         self.objects: Objects | None = None
         self.versions: list[Version] = []
         self.events: list[dict[str, Any]] = []
@@ -179,25 +174,66 @@ class Session:
         Raises:
             UserError: If it is malformed, or cannot be carried out now.
         """
-        op = event.get("op")
-        if op not in _KEYS:
-            raise UserError(f"op: must be one of {', '.join(_KEYS)}, not {quoted(op)}")
-        unknown = set(event) - _KEYS[op] - {"op", "t"}
-        if unknown:
-            raise UserError(
-                f"{op}: has no {sorted(unknown)[0]!r}; it takes {', '.join(sorted(_KEYS[op])) or 'nothing'}"
-            )
+        op, given = self._checked(event)
+        place = len(self.events)
+        found = getattr(self, f"_{op}")(**given)
+        self.events.insert(place, {"op": op, **given})
+        return found
+
+    def talk(self, text: str) -> Iterator[str]:
+        """The answer to a question as far as it has come; a question that fails or is left is taken back.
+
+        Pictures may change meanwhile; the answer is about the one that was there when it was asked.
+
+        Raises:
+            UserError: If there is nobody to talk to, or the question cannot be answered.
+        """
+        op, given = self._checked({"op": "chat", "text": text})
+        if self.chat is None:
+            raise UserError("chat: this session has no model to talk to")
+        place, answer = len(self.events), None
+        for answer in self.chat.stream(text):
+            yield answer
+        if answer is not None:
+            self.answers.append((text, answer))
+        self.events.insert(place, {"op": op, **given})
+
+    def forget(self) -> None:
+        """Begin the conversation anew, with the working image."""
+        if self.chat is not None:
+            self.chat.messages = []
+            self.chat.changed(None if self.image is None else Image.fromarray(self.image))
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether there is an earlier picture."""
+        return self.current is not None and self.versions[self.current].parent is not None
+
+    @property
+    def can_redo(self) -> bool:
+        """Whether a picture was left by undo."""
+        return bool(self._undone)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all pictures and layers."""
+        return sum(one.image.nbytes for one in self.versions) + (0 if self.objects is None else self.objects.bytes)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the session to a new folder, see `llavakit.editing.log.save`."""
+        from llavakit.editing.log import save  # it replays sessions too
+
+        return save(self, folder)
+
+    def _checked(self, event: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if len(self.events) >= self.most_events:
             raise UserError(f"the session has {self.most_events} events already; begin a new one")
-        given = {name: value for name, value in event.items() if name not in ("op", "t")}
-        found = getattr(self, f"_{op}")(**given)
-        self.events.append({"op": op, **given})
-        return found
+        return checked(event)
 
     # events
 
     def _upload(self, image: Any = None) -> dict[str, Any]:
-        pixels = _pixels(image)
+        pixels = as_pixels(image)
         if pixels.shape[0] * pixels.shape[1] > self.most_pixels:
             raise UserError(f"image: has more than {self.most_pixels:,} pixels")
         return self._new("upload", pixels, {})
@@ -272,28 +308,35 @@ class Session:
         return {"answer": answer}
 
     def _undo(self) -> dict[str, Any]:
-        parent = None if self.current is None else self.versions[self.current].parent
-        if parent is None:
+        if not self.can_undo:
             raise UserError("undo: there is no earlier picture")
         self._undone.append(self.current)
-        return self._show(parent)
+        return self._turn_to(self.versions[self.current].parent)
 
     def _redo(self) -> dict[str, Any]:
-        if not self._undone:
+        if not self.can_redo:
             raise UserError("redo: nothing was undone")
-        return self._show(self._undone.pop())
+        return self._turn_to(self._undone.pop())
+
+    def _show(self, version: int = 0) -> dict[str, Any]:
+        if not 0 <= version < len(self.versions):
+            raise UserError(f"show: there is no version {version}; there are {len(self.versions)}, from 0")
+        self._undone.clear()
+        return self._turn_to(version)
 
     # what events share
 
     def _new(self, op: str, image: np.ndarray, artefacts: Mapping[str, Any], keeps: bool = False) -> dict[str, Any]:
         """Make a version the working image; `keeps` for what is made of the objects, which may be made again."""
         image = np.ascontiguousarray(image, np.uint8)
+        if sum(one.image.nbytes for one in self.versions) + image.nbytes > self.most_bytes:
+            raise UserError(f"the session's pictures hold {self.most_bytes:,} bytes already; begin a new one")
         image.setflags(write=False)
         self.versions.append(Version(len(self.versions), self.current, op, image, dict(artefacts)))
         self._undone.clear()
-        return self._show(len(self.versions) - 1, keeps)
+        return self._turn_to(len(self.versions) - 1, keeps)
 
-    def _show(self, number: int, keeps: bool = False) -> dict[str, Any]:
+    def _turn_to(self, number: int, keeps: bool = False) -> dict[str, Any]:
         self.current, self.objects = number, self.objects if keeps else None
         if self.chat is not None:
             self.chat.changed(Image.fromarray(self.versions[number].image))
@@ -316,87 +359,8 @@ class Session:
     def _described(self) -> list[dict[str, Any]]:
         return [{"id": one.id, "label": one.label, "box": one.box and list(one.box)} for one in self.objects.changed]
 
-    # logs
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the events as `session.json`, with their pictures as PNG; returns the folder.
-
-        Raises:
-            UserError: If the folder exists.
-        """
-        folder = Path(folder)
-        if folder.exists():
-            raise UserError(f"{folder}: exists; name another folder")
-        with atomic_folder(folder) as scratch:
-            events = []
-            for event in self.events:
-                written = dict(event)
-                if "image" in event:
-                    pixels = _pixels(event["image"])
-                    name = f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}.png"
-                    Image.fromarray(pixels).save(scratch / name)
-                    written["image"] = name
-                events.append(written)
-            log = {"format": FORMAT, "backends": dict(self.backends.names), "events": events}
-            log["versions"] = [{"op": one.op, "parent": one.parent, "sha256": one.digest} for one in self.versions]
-            (scratch / "session.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-        return folder
-
-
-def read_log(folder: str | Path) -> dict[str, Any]:
-    """A saved session.
-
-    Raises:
-        UserError: If it is none, or of another format.
-    """
-    file = Path(folder) / "session.json"
-    try:
-        log = parse_json(file.read_bytes())
-    except OSError:
-        raise UserError(f"{folder}: holds no session.json; name a folder that a session was saved in") from None
-    except JsonError as error:
-        raise UserError(f"{file}: {error}") from None
-    if not isinstance(log, dict) or not isinstance(log.get("events"), list):
-        raise UserError(f"{file}: is no event log")
-    if log.get("format") != FORMAT:
-        raise UserError(f"{file}: has format {quoted(log.get('format'))}, this version reads {FORMAT}")
-    return log
-
-
-def replay(
-    folder: str | Path, session: Session, progress: Callable[[int, Mapping[str, Any]], None] | None = None
-) -> list[int]:
-    """Carry out the events of a saved session; numbers of versions whose pictures differ from the saved ones.
-
-    Raises:
-        UserError: If an event fails; it is named by its number.
-    """
-    folder = Path(folder)
-    log = read_log(folder)
-    for number, event in enumerate(log["events"]):
-        given = dict(event) if isinstance(event, Mapping) else {}
-        if isinstance(given.get("image"), str):
-            name = given["image"]
-            if Path(name).name != name:
-                raise UserError(f"{folder}: event {number}: image: must be a file beside the log, not {quoted(name)}")
-            given["image"] = _opened(folder / name)
-        try:
-            session.apply(given)
-        except UserError as error:
-            raise UserError(f"{folder}: event {number}: {error}") from None
-        if progress is not None:
-            progress(number, event)
-    saved = [one.get("sha256") for one in log.get("versions", [])]
-    return [one.number for one in session.versions if one.number >= len(saved) or one.digest != saved[one.number]]
-
-
-def _opened(file: Path) -> np.ndarray:
-    from llavakit.media.image import load_image
-
-    return _pixels(load_image(str(file)))
-
-
-def _pixels(image: Any) -> np.ndarray:
+def as_pixels(image: Any) -> np.ndarray:
     """RGB uint8 [height, width, 3]."""
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))

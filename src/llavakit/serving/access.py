@@ -25,6 +25,7 @@ from llavakit.serving.protocol import error_body
 
 COOKIE = "llavakit_session"
 LOGIN = "/login"
+PAGES = frozenset({"/", "/editing"})  # of the web app, where a browser that has no key is asked for one
 OPEN = frozenset({"/health"})  # what is answered without a key
 _SESSION_SECONDS = 24 * 3600
 _MOST_LOGIN = 4096
@@ -205,7 +206,7 @@ class Access:
             if self.sessions.page and scope["path"] == LOGIN and scope["method"] == "POST":
                 return await self._login(scope, receive)
             if owner is None and scope["path"] not in OPEN:
-                if self.sessions.page and scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
+                if self.sessions.page and scope["path"] in PAGES and scope["method"] in ("GET", "HEAD"):
                     return _login_page(401)
                 message = "a valid API key is needed in the Authorization header"
                 return _error(401, message, "authentication_error", "invalid_api_key", {"WWW-Authenticate": "Bearer"})

@@ -25,7 +25,7 @@ from starlette.responses import FileResponse, JSONResponse
 
 from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.media.policy import Refused
-from llavakit.serving.access import Sessions
+from llavakit.serving.access import PAGES, Sessions
 from llavakit.serving.uploads import UploadPolicy, Uploads
 
 FILES = "/gradio_api/file="
@@ -33,7 +33,7 @@ UPLOAD = "/gradio_api/upload"
 EVENTS = frozenset(f"/gradio_api/{name}" for name in ("run/predict", "queue/join", "cancel", "reset"))
 # What the page needs besides its files; everything else that the framework offers stays closed.
 _PLAIN = re.compile(
-    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/assets/.+|/static/.+"
+    r"/|/editing|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/assets/.+|/static/.+"
     r"|/gradio_api/(upload_progress|queue/data|heartbeat/\w+)"
 )
 _SHOWN = re.compile(r"^(image/(png|jpeg|gif|webp|bmp|avif)|video/(mp4|webm|ogg|quicktime))$")
@@ -213,7 +213,7 @@ class PageGuard:
             self.files.check(_needed(session), value)
             await self.app(scope, _again(body, receive), send)
         elif _PLAIN.fullmatch(path) and method in ("GET", "HEAD"):
-            if session is None and path in ("/", "/config"):
+            if session is None and path in (*PAGES, "/config"):
                 send = self._beginning(send, owner, scope["scheme"])
             await self.app(scope, receive, send)
         else:

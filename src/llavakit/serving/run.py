@@ -36,6 +36,7 @@ def serve(
     engine: str = "native",
     name: str | None = None,
     web: bool = True,
+    interactive: bool = False,
     api_keys: tuple[str, ...] = (),
     allowed_hosts: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
@@ -56,6 +57,7 @@ def serve(
         model: Folder or hub id in any known layout (`engine="vllm"`: one that vLLM reads).
         name: What clients call the model; default: the folder's name.
         web: Whether the web app is served at `/`.
+        interactive: Whether it has a page for editing pictures; `tools` then configures the skills that do the work.
         api_keys: Keys of which clients must send one; also read from LLAVAKIT_API_KEYS, separated by commas.
         allowed_hosts: Names by which clients call the server, besides localhost, `host`, this machine's name and
             addresses.
@@ -72,7 +74,7 @@ def serve(
     keys = (*api_keys, *filter(None, os.environ.get("LLAVAKIT_API_KEYS", "").split(",")))
     if engine == "vllm":
         given = {"--device": device, "--media-network": media_networks, "--allowed-host": allowed_hosts}
-        given |= {f"--{k}": v for k, v in sources.items()}
+        given |= {"--interactive": interactive} | {f"--{k}": v for k, v in sources.items()}
         for option, value in given.items():
             if value:
                 raise UserError(f"{option.replace('_', '-')}: belongs to --engine native; vLLM has no such option")
@@ -88,6 +90,7 @@ def serve(
     from llavakit.serving.app import Settings, create_app
     from llavakit.serving.process import http_server, run_until_stopped
 
+    backends = _editing(web, sources.pop("tools", None)) if interactive else None
     _check_port(host, port)
     names = tuple(dict.fromkeys([name or Path(model).name or "llavakit"]))
     policy = MediaPolicy(fetch=fetch, folders=media_folders, networks=tuple(map(_network, media_networks)))
@@ -102,10 +105,23 @@ def serve(
     elif web:
         from llavakit.serving.webapp import mount
 
-        app = mount(app)
+        app = mount(app, backends)
         console.print(f"web app  {address}/")
+        if interactive:
+            console.print(f"editing  {address}/editing")
     console.print(f"API      {address}/v1   (model {names[0]!r}, documentation at {address}/docs)")
     run_until_stopped(http_server(app, settings.connections, host=host, port=port, log_level="warning"))
+
+
+def _editing(web: bool, tools: Any) -> Any:
+    """Who edits pictures on the page."""
+    if not web:
+        raise UserError("--interactive: is a page of the web app; leave --no-web out")
+    _need("gradio", "web")
+    from llavakit.editing.backends import backends_of
+    from llavakit.tools.configuration import load_toolbox
+
+    return backends_of(load_toolbox(tools) if tools else None)
 
 
 def _network(text: str) -> Any:

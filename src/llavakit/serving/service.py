@@ -67,6 +67,7 @@ class Settings:
         connections: Most connections at once; one more is answered with 503.
         uploads: What clients may send ahead of their requests.
         responses: What is kept of `/v1/responses` for requests that go on from there.
+        editing: What is kept of sessions of the editing page.
         memory: What media may take when they are decoded.
         keep_alive: Seconds between comments on a stream that is silent.
         media: The media policy.
@@ -87,6 +88,7 @@ class Settings:
     connections: int = 512
     uploads: UploadPolicy = field(default_factory=UploadPolicy)
     responses: UploadPolicy = field(default_factory=lambda: UploadPolicy(256 * 2**20, 64 * 2**20))
+    editing: UploadPolicy = field(default_factory=lambda: UploadPolicy(2**30, 256 * 2**20))
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     keep_alive: float = 15.0
     media: MediaPolicy = field(default_factory=MediaPolicy)

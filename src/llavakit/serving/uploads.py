@@ -67,7 +67,7 @@ class Uploads(Generic[T]):
             return sum(upload.size for upload in self._files.values())
 
     def add(self, holder: str, name: str, content: T, size: int, account: str | None = None) -> None:
-        """Keep an upload.
+        """Keep an upload, or count one that is kept at another size; where there is no room it stays as it was.
 
         Args:
             holder: Who alone may use it.
@@ -80,14 +80,19 @@ class Uploads(Generic[T]):
         with self._lock:
             self.expire()
             known = self._files.pop((holder, name), None)
+            try:
+                if size > self.policy.owner_bytes:
+                    raise Refused(f"uploads of one client hold at most {self.policy.owner_bytes} bytes", 413)
+                self._make_room(account, size)
+                if self.bytes + size > self.policy.total_bytes:
+                    raise Refused("the server keeps as many uploads as it can; try again later", 507)
+            except Refused:
+                if known is not None:
+                    self._files[holder, name] = known
+                raise
+            self._files[holder, name] = _Upload(content, size, account, self._clock())
             if known is not None and known.content != content:
                 self._dropped(known.content)
-            if size > self.policy.owner_bytes:
-                raise Refused(f"uploads of one client hold at most {self.policy.owner_bytes} bytes", 413)
-            self._make_room(account, size)
-            if self.bytes + size > self.policy.total_bytes:
-                raise Refused("the server keeps as many uploads as it can; try again later", 507)
-            self._files[holder, name] = _Upload(content, size, account, self._clock())
 
     def _make_room(self, account: str, size: int) -> None:
         own = [(key, upload.size) for key, upload in self._files.items() if upload.account == account]

@@ -24,11 +24,13 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.middleware import Middleware
 
+from llavakit.editing.session import Backends
 from llavakit.errors import UserError
 from llavakit.generation.request import RequestFailed
 from llavakit.media import load_volume
 from llavakit.media.source import Attached, Limits
 from llavakit.phantom.write import build_world
+from llavakit.serving.desk import Desks
 from llavakit.serving.pagefiles import PageFiles, PageGuard
 from llavakit.serving.protocol import APIError
 from llavakit.serving.service import Service
@@ -106,6 +108,11 @@ def _part(piece: Any, read: Opener) -> dict[str, Any]:
     content = read(path)
     modality = modality_of(path)
     return {"type": modality, modality: Attached(content, Path(path).name)}
+
+
+def escaped(text: str) -> str:
+    """What Gradio shows as the text that it is."""
+    return _TAG.sub("\\g<0>\u2060", text)
 
 
 def export(history: list[dict[str, Any]], read: Opener) -> str:
@@ -217,7 +224,7 @@ def build(service: Service, files: PageFiles) -> gr.Blocks:
             said = response.answers[0]
             try:
                 for _ in response:
-                    text, reasoning = (_TAG.sub("\\g<0>\u2060", one) for one in (said.content, said.reasoning))
+                    text, reasoning = escaped(said.content), escaped(said.reasoning)
                     thought = [gr.ChatMessage(content=reasoning, metadata={"title": REASONING})]
                     yield [*thought, text] if reasoning else text
             finally:
@@ -308,13 +315,16 @@ def _told() -> Iterator[None]:
 
 
 # Paths of the API; all others are the page's.
-_API = re.compile(r"^/(v1/.*|health|metrics|docs(/.*)?|openapi\.json)$")
+_API = re.compile(r"^/(v1/.*|health|metrics|docs(/.*)?|openapi\.json|editing/.+)$")
 
 
-def mount(app: FastAPI) -> FastAPI:
+def mount(app: FastAPI, backends: Backends | None = None) -> FastAPI:
     """The page at `/` of an application that `create_app` made, under the same settings.
 
     Uploads lie in a folder of this process alone, which goes when the application ends.
+
+    Args:
+        backends: Who edits pictures, for the editing page; without them there is none.
     """
     service, sessions = app.state.service, app.state.sessions
     settings = service.settings
@@ -323,6 +333,13 @@ def mount(app: FastAPI) -> FastAPI:
     files = PageFiles(folder, settings.media.file_bytes, settings.uploads)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"])
     page = build(service, files)
+    desks = None
+    if backends is not None:
+        from llavakit.serving.editpage import Admitted, add_downloads, add_editing
+
+        desks = Desks(backends, Admitted(service), settings.editing)
+        add_editing(page, service, files, desks, escaped)
+        add_downloads(app, desks)
     guard = {"files": files, "sessions": sessions, "others": _API, "event_bytes": settings.json_bytes}
     app.user_middleware.append(Middleware(PageGuard, **guard))  # the one nearest to the page
     options = {"theme": theme, "css": _CSS, "footer_links": [], "run_history": False}
@@ -334,6 +351,8 @@ def mount(app: FastAPI) -> FastAPI:
         while True:
             await asyncio.sleep(60)
             await to_thread.run_sync(files.tidy)
+            if desks is not None:
+                desks.expire()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
