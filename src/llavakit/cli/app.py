@@ -47,7 +47,7 @@ def overview(
 
 
 for _group in (
-    *("asking", "projects", "training", "evaluation", "reports", "robustness", "checkpoints"),
+    *("asking", "projects", "training", "evaluation", "comparison", "reports", "robustness", "checkpoints"),
     *("retrieval", "synthesis", "systems", "tools", "editing"),
 ):
     importlib.import_module(f"llavakit.cli.{_group}")

@@ -80,9 +80,7 @@ def evaluate(
     for place in (questions, gold, images, boxes):
         if place is not None and not place.exists():
             raise UserError(f"{place}: no such file")
-    # Every finished run is called "final": the folder above it tells them apart.
-    name = "--".join(Path(model).resolve().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
-    settings = {"score_options": _scoring(option, judge), "question_options": assignments(question_option or ())}
+    settings = {"score_options": scoring(option, judge), "question_options": assignments(question_option or ())}
     answering = responder_choice(responder, responder_option, search=search, store=store)
     import llavakit
     from llavakit.evaluation.run import evaluate as run_evaluation
@@ -93,7 +91,7 @@ def evaluate(
         **answering,
     )
     part = "" if shard is None else f"--{shard.replace('/', '-of-')}"
-    output = output or Path("runs", "eval", task, f"{name}{part}.jsonl")
+    output = output or output_of(model, task, part)
     with writing(output):
         result = run_evaluation(
             loaded,
@@ -114,6 +112,15 @@ def evaluate(
         print_json(result)
     elif result["metrics"] is not None:
         print_result(result)
+
+
+def output_of(model: str, task: str, part: str = "") -> Path:
+    """Where the answers of a model to a benchmark are.
+
+    Every finished run is called "final": the folder above it tells them apart.
+    """
+    name = "--".join(Path(model).resolve().parts[-2:]) if Path(model).exists() else model.replace("/", "--")
+    return Path("runs", "eval", task, f"{name}{part}.jsonl")
 
 
 class ScoreCommands(TyperGroup):
@@ -161,10 +168,10 @@ def score_task(
     from llavakit.evaluation.score import print_result
     from llavakit.evaluation.score import score as compute
 
-    print_result(compute(task, predictions, gold, **_scoring(option, judge)), as_json)
+    print_result(compute(task, predictions, gold, **scoring(option, judge)), as_json)
 
 
-def _scoring(option: list[str] | None, judge: str | None) -> dict[str, Any]:
+def scoring(option: list[str] | None, judge: str | None) -> dict[str, Any]:
     """Options of a score; the judge may be named by either option.
 
     Raises:

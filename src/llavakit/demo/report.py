@@ -8,27 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d9dee6; --page: #fbfcfd; --card: #fff;
-  --good: #1f7a4d; --bad: #b3372f; --accent: #2f5fa8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b4; --line: #333c48; --page: #14181d;
-  --card: #1c2229; --good: #5cc08c; --bad: #ec8078; --accent: #7aa7ea } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
-  padding: 1.5rem; max-width: 62rem }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem }
-p.lead { color: var(--soft); margin: 0 0 1rem }
-.numbers { display: flex; flex-wrap: wrap; gap: 1rem }
-.number { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1.2rem }
-.number b { display: block; font-size: 1.8rem; color: var(--accent) }
-table { border-collapse: collapse; width: 100% } th, td { text-align: right; padding: .35rem .6rem;
-  border-bottom: 1px solid var(--line) } th:first-child, td:first-child { text-align: left }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem }
-.wide { grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden }
-.card img { width: 100%; image-rendering: pixelated; display: block; background: #000 }
-.card div { padding: .6rem .8rem; font-size: .92rem } .right { color: var(--good) } .wrong { color: var(--bad) }
-.small { color: var(--soft); font-size: .85rem } svg { width: 100%; height: auto }
-"""
+from llavakit.pages import document
 
 
 def _image(path: Path) -> str:
@@ -96,10 +76,7 @@ def write_report(
         f'<div class="card"><div><b>{html.escape(s["name"])}</b>{curve(s["log"])}</div></div>'
         for s in metrics["stages"]
     )
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>llavakit demo</title>
-<style>{_STYLE}</style></head><body>
-<h1>A vision-language model, trained from nothing</h1>
+    body = f"""<h1>A vision-language model, trained from nothing</h1>
 <p class="lead">LLaVA-1.5's two stages on phantom patients and scenes; every picture below was held out.</p>
 <div class="numbers"><div class="number"><b>{metrics["accuracy"]} %</b>exact match, with pictures</div>
 <div class="number"><b>{metrics["text_only"]} %</b>trained without pictures</div>
@@ -107,7 +84,5 @@ def write_report(
 <h2>By type of question</h2>
 <table><tr><th>questions about</th><th>n</th><th>with pictures, %</th><th>text only, %</th></tr>{rows}</table>
 <h2>Questions and answers</h2><div class="cards">{cards}</div>
-<h2>Loss by step</h2><div class="cards wide">{curves}</div>
-</body></html>
-"""
-    path.write_text(page, encoding="utf-8")
+<h2>Loss by step</h2><div class="cards wide">{curves}</div>"""
+    path.write_text(document("llavakit demo", body), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llavakit.evaluation.metrics.intervals import Interval, Measure, intervals, numbered
+from llavakit.evaluation.metrics.resampling import ratio
 from llavakit.evaluation.records import Record
 
 PICTURE_FIELDS = ("image", "video", "volume", "image_id", "imageId", "imagename", "video_name")
@@ -40,6 +42,20 @@ class Cases:
     def main(self) -> str:
         """Name of the main metric."""
         return next(iter(self.measures))
+
+    @functools.cached_property
+    def by_case(self) -> str:
+        """Name of the first metric that has a value for a single case: a mean."""
+        return next((name for name, measure in self.measures.items() if measure.value is ratio), self.main)
+
+    @functools.cached_property
+    def each(self) -> np.ndarray:
+        """What every case is worth, by the first mean in which it counts; NaN for none [cases]."""
+        found = np.full(len(self.pairs), np.nan)
+        for measure in self.measures.values():
+            if measure.value is ratio:
+                found = np.where(np.isnan(found), measure.sums.each, found)
+        return found
 
     @property
     def groups(self) -> np.ndarray:

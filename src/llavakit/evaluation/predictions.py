@@ -44,6 +44,15 @@ class Run:
     place: str | None = None
 
 
+def description_of(path: Path) -> dict[str, Any]:
+    """What `NAME.run.json` says of a predictions file; nothing where there is none."""
+    try:
+        found = parse_json(path.with_suffix(".run.json").read_bytes())
+    except (OSError, JsonError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def question_key(question_id: Any, stored: Mapping[str, Any]) -> Key:
     """What identifies a question: its id, and where ids repeat (rounds, two questions per image) its prompt."""
     return str(question_id), str(stored.get("prompt", "")) + str(stored.get("round_id", ""))
@@ -87,6 +96,7 @@ class PredictionsFile:
         path: JSONL file, created with its folder. Beside it `NAME.run.json` says what its answers belong to.
         run: The run.
         resume: Whether to go on with a file that has predictions.
+        task: Name of the benchmark, written beside what the answers belong to.
 
     Attributes:
         aside: Where a file of an earlier state of the same model was moved to, or None.
@@ -96,8 +106,8 @@ class PredictionsFile:
         RecordError: If a line other than the last is broken.
     """
 
-    def __init__(self, path: str | Path, run: Run, resume: bool = True) -> None:
-        self.path, self.run = Path(path), run
+    def __init__(self, path: str | Path, run: Run, resume: bool = True, task: str | None = None) -> None:
+        self.path, self.run, self.task = Path(path), run, task
         self.aside: Path | None = None
         self._known: dict[Key, Record] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,15 +131,12 @@ class PredictionsFile:
         return self.path.with_suffix(".run.json")
 
     def _description(self) -> dict[str, Any]:
-        try:
-            found = parse_json(self.description.read_bytes())
-        except (OSError, JsonError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return description_of(self.path)
 
     def _describe(self) -> None:
         """Write what the answers belong to, whole or not at all."""
-        content = {"run": self.run.digest, "model": self.run.name, "place": self.run.place, **self.run.identity}
+        content = {"run": self.run.digest, "model": self.run.name, "place": self.run.place, "task": self.task}
+        content |= self.run.identity
         scratch = self.description.with_suffix(".tmp")
         scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(scratch, self.description)

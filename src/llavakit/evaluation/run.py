@@ -49,6 +49,7 @@ def evaluate(
     limit: int | None = None,
     shard: str | None = None,
     resume: bool = True,
+    scored: bool = True,
     model_id: str | None = None,
     question_options: dict[str, Any] | None = None,
     score_options: dict[str, Any] | None = None,
@@ -71,6 +72,7 @@ def evaluate(
         limit: Ask only this many questions, the first ones; there is no score then.
         shard: "K/N": ask only the K-th of N blocks, see `block_of`; there is no score then. `score` takes the
             predictions files of all blocks together.
+        scored: Whether answers are scored where there is something to score against.
         model_id: Name stored with the predictions, which then belong to this name too; by default the model's `name`.
         question_options, score_options: Options of the benchmark's `questions` and `score`.
 
@@ -95,7 +97,7 @@ def evaluate(
         raise UserError(f"shard={shard}: there is no question in it; {questions} holds {len(whole)}")
     length = max_new_tokens or chosen.max_new_tokens
     console = console or Console(stderr=True)
-    file = PredictionsFile(output, run_of(model, length, model_id), resume)
+    file = PredictionsFile(output, run_of(model, length, model_id), resume, task)
     if file.aside is not None:
         note = f"the model or its settings changed: {file.aside} keeps the answers of before"
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -113,7 +115,7 @@ def evaluate(
     result: dict[str, Any] = {"task": task, "predictions": str(output), "asked": len(todo), "metrics": None}
     if gold is None and chosen.questions_are_gold:
         gold = questions
-    if gold is not None and limit is None and shard is None:
+    if scored and gold is not None and limit is None and shard is None:
         options = dict(score_options or {})
         if images is not None and "images" in inspect.signature(chosen.score).parameters:
             options.setdefault("images", str(images))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,27 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageChops
 
+from llavakit.pages import document, inline
+
 if TYPE_CHECKING:
     from llavakit.robustness.ensemble import Schedule
     from llavakit.robustness.run import Run
     from llavakit.robustness.tasks import Task
 
-SHOWN, WIDEST = 24, 320
+SHOWN = 24
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d9dee6; --page: #fbfcfd; --card: #fff;
-  --accent: #2f5fa8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b4; --line: #333c48; --page: #14181d;
-  --card: #1c2229; --accent: #7aa7ea } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
-  padding: 1.5rem; max-width: 62rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem } .soft { color: var(--soft) }
-.numbers { display: flex; flex-wrap: wrap; gap: 1rem }
-.number { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1.2rem }
-.number b { display: block; font-size: 1.8rem; color: var(--accent) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin: 1rem 0; padding: .8rem }
+.card { margin: 1rem 0; padding: .8rem }
 .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; text-align: center; font-size: .85rem }
-.three img { width: 100%; image-rendering: pixelated } svg { width: 100%; max-width: 30rem; height: auto }
-dt { color: var(--soft); font-size: .85rem } dd { margin: 0 0 .4rem }
+svg { max-width: 30rem }
 """
 
 
@@ -48,19 +37,14 @@ def write_report(path: Path, result: Mapping[str, Any], task: Task, run: Run, sc
     cards = "".join(_card(name, task, run, schedule) for name in by_change[:SHOWN])
     stages = result.get("after_stage", [])
     told = "".join(f"<p class='soft'>{html.escape(note)}</p>" for note in result.get("notes", []))
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>Attack report</title>
-<style>{_STYLE}</style></head><body>
-<h1>{html.escape(str(result["task"]))}: clean and attacked</h1>
+    body = f"""<h1>{html.escape(str(result["task"]))}: clean and attacked</h1>
 <p class="soft">{html.escape(str(result["model"]))} &middot; {result["pictures"]} pictures &middot; eps {result["eps"]}
 ({result["norm"]}, at {result["at"]}) &middot; {result["steps"]} steps &middot; {html.escape(result["unit"])}</p>{told}
 <div class="numbers">{numbers}</div>
 {"<h2>Score after each stage</h2>" + _line(stages) if len(stages) > 1 else ""}
 <h2>Pictures</h2>{cards}
-<p class="soft">A model that stands these attacks may fall to others. Attacks belong on models that you hold.</p>
-</body></html>
-"""
-    path.write_text(page, encoding="utf-8")
+<p class="soft">A model that stands these attacks may fall to others. Attacks belong on models that you hold.</p>"""
+    path.write_text(document("Attack report", body, _STYLE), encoding="utf-8")
 
 
 def _card(name: str, task: Task, run: Run, schedule: Schedule) -> str:
@@ -74,9 +58,7 @@ def _card(name: str, task: Task, run: Run, schedule: Schedule) -> str:
         before, after = (Image.open(place) for place in (file.with_name(f"{file.stem}-clean.png"), file))
         factor, difference = _difference(before, after)
         shown = (("clean", before), (f"difference x {factor}", difference), ("attacked", after))
-        pictures = "".join(
-            f'<div><img alt="{label}" src="{_inline(picture)}">{label}</div>' for label, picture in shown
-        )
+        pictures = "".join(f'<div><img alt="{label}" src="{inline(picture)}">{label}</div>' for label, picture in shown)
     texts = [("question", task.questions[name].text), ("clean answer", clean["answer"])]
     texts.append(
         (f"attacked answer (stage {line['stage']})", line["answer"]) if "picture" in line else ("", "not attacked")
@@ -102,14 +84,6 @@ def _difference(before: Image.Image, after: Image.Image) -> tuple[int, Image.Ima
 def _shifted(before: Image.Image, after: Image.Image, factor: int) -> Image.Image:
     moved = np.asarray(after, np.int32) - np.asarray(before, np.int32)
     return Image.fromarray((moved * factor + 128).clip(0, 255).astype(np.uint8))
-
-
-def _inline(picture: Image.Image) -> str:
-    if picture.width > WIDEST:
-        picture = picture.resize((WIDEST, max(picture.height * WIDEST // picture.width, 1)))
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _line(values: Sequence[float], width: int = 420, height: int = 140) -> str:

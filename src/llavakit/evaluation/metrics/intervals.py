@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llavakit.evaluation.metrics.resampling import Sums, divide, percentiles, ratio, resample
+from llavakit.evaluation.metrics.resampling import Sums, divide, exchange, percentiles, ratio, resample
 
 RESAMPLES, SEED = 1000, 0
 _Z = NormalDist().inv_cdf(0.975)
@@ -165,15 +165,84 @@ def _share(measure: Measure, groups: np.ndarray) -> Interval:
     """Wilson's interval at the effective number of cases."""
     counted = measure.table[:, 1] > 0
     right, groups = measure.table[counted, 0], groups[counted]
-    count, share = len(right), float(right.mean())
-    pictures = len(np.unique(groups))
-    effective = float(count)
-    if pictures < count:
-        off = np.bincount(groups, right - share)
-        effect = 0.0
-        if 0 < share < 1 and pictures > 1:
-            effect = pictures / (pictures - 1) * float(off @ off) / (count * share * (1 - share))
-        # All right or all wrong: the data do not say how alike the answers about a picture are, so each picture is one.
-        effective = count / max(effect, 1.0) if effect else float(pictures)
-    low, high = wilson(share * effective, effective)
+    effective = effective_number(right, groups)
+    low, high = wilson(float(right.mean()) * effective, effective)
     return measure.scale * low, measure.scale * high
+
+
+def effective_number(values: np.ndarray, groups: np.ndarray) -> float:
+    """How many independent cases say as much about the mean as these do: n over the design effect, at most n.
+
+    Args:
+        values: One per case, at least one.
+        groups: Number of every case's picture from 0.
+    """
+    count, pictures = len(values), len(np.unique(groups))
+    if pictures == count:
+        return float(count)
+    off = values - values.mean()
+    if pictures < 2 or not off.any():
+        return float(pictures)  # nothing says how alike cases of a picture are, so each picture counts as one
+    sums = np.bincount(groups, off)
+    effect = pictures / (pictures - 1) * float(sums @ sums) / float(off @ off)
+    return count / max(effect, 1.0)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two systems on the same cases, in the unit of the metric.
+
+    Attributes:
+        value: First minus second; None if one is not defined.
+        interval: Its 95 % interval, None where nothing can be said.
+        p: Of the test, two-sided; None where there is none.
+        test: "McNemar, exact", or "exchange" (of all answers about a picture).
+        only_first, only_second: Cases that one alone has right, of a share.
+    """
+
+    value: float | None
+    interval: Interval | None
+    p: float | None
+    test: str
+    only_first: int | None = None
+    only_second: int | None = None
+
+
+def paired(first: Measure, second: Measure, groups: np.ndarray, *, seed: int = SEED) -> Paired:
+    """The difference of two systems on the same cases.
+
+    A difference of shares has the interval of Bonett and Price (2012), which holds near 0 and 1 and where the systems
+    never differ, at the effective number of cases; and McNemar's exact test where no picture is shared. Everything
+    else has a paired bootstrap of pictures and a test by 10,000 random exchanges of the systems' answers, picture by
+    picture (`resampling.exchange`).
+    """
+    one, other = first.whole, second.whole
+    value = None if one is None or other is None else one - other
+    shares = first.is_share and second.is_share and bool((first.table[:, 1] == second.table[:, 1]).all())
+    if value is None:
+        return Paired(None, None, None, "exchange")
+    counts: dict[str, Any] = {}
+    if shares:
+        counted = first.table[:, 1] > 0
+        a, b, own = first.table[counted, 0], second.table[counted, 0], groups[counted]
+        found = mcnemar(a > 0, b > 0)
+        counts = {name: found[name] for name in ("only_first", "only_second")}
+        low, high = (first.scale * bound for bound in _difference_of_shares(a - b, own))
+        if len(np.unique(own)) == len(own):
+            return Paired(value, (low, high), found["p"], "McNemar, exact", **counts)
+    sums = [measure.by_group(groups).sums for measure in (first, second)]
+    (p,) = exchange(sums[:1], sums[1:], seed=seed)
+    if not shares:
+        spread = np.subtract(*bootstrap(sums, seed=seed))
+        low, _, high, _ = percentiles(spread)
+    interval = (low, high) if math.isfinite(low) and (shares or high > low) else None
+    return Paired(value, interval, p if math.isfinite(p) else None, "exchange", **counts)
+
+
+def _difference_of_shares(differences: np.ndarray, groups: np.ndarray) -> Interval:
+    """Interval of the mean of differences that are -1, 0 or 1."""
+    share = effective_number(differences, groups) / len(differences)
+    count = share * len(differences) + 2
+    ahead, behind = ((share * float((differences == side).sum()) + 1) / count for side in (1, -1))
+    half = _Z * math.sqrt((ahead + behind - (ahead - behind) ** 2) / count)
+    return max(-1.0, ahead - behind - half), min(1.0, ahead - behind + half)

@@ -178,10 +178,19 @@ def compare(
     are the same for all metrics.
     """
     spread = [percentiles(a - b) for a, b in zip(resample(first, rows), resample(second, rows), strict=True)]
+    ps = exchange(first, second, swaps=swaps, seed=seed)
+    return [
+        Difference(a.whole - b.whole, low, high, p, unscored)
+        for a, b, (low, _, high, unscored), p in zip(first, second, spread, ps, strict=True)
+    ]
+
+
+def exchange(first: Sequence[Sums], second: Sequence[Sums], *, swaps: int = SWAPS, seed: int = SEED) -> list[float]:
+    """The p values of `compare`; NaN where a metric is not defined."""
     observed = [a.whole - b.whole for a, b in zip(first, second, strict=True)]
     reached = np.ones(len(first))
     tried = np.ones(len(first))
-    cases, rng = rows.shape[1], np.random.RandomState(seed)
+    cases, rng = len(first[0].table) if first else 0, np.random.RandomState(seed)
     # Sums after an exchange are those of the first plus what the exchanged cases change, and the reverse.
     gaps = [b.table - a.table for a, b in zip(first, second, strict=True)]
     totals = [(a.table.sum(0), b.table.sum(0)) for a, b in zip(first, second, strict=True)]
@@ -195,6 +204,6 @@ def compare(
             tried[n] += known.sum()
             reached[n] += (found[known] >= abs(observed[n]) - _EQUAL * max(1.0, abs(a.whole))).sum()
     return [
-        Difference(value, low, high, float(hit / of) if np.isfinite(value) else np.nan, unscored)
-        for value, (low, _, high, unscored), hit, of in zip(observed, spread, reached, tried, strict=True)
+        float(hit / of) if np.isfinite(value) else np.nan
+        for value, hit, of in zip(observed, reached, tried, strict=True)
     ]
