@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ options = parser.parse_args()
 os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
 import torch  # noqa: E402
+from mixed_records import mixed_records  # noqa: E402
 from rich.console import Console  # noqa: E402
 from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainingArguments  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -43,7 +43,6 @@ from llavakit.checkpoints.convert import convert, save  # noqa: E402
 from llavakit.data.collate import Collator  # noqa: E402
 from llavakit.data.mixture import Mixture  # noqa: E402
 from llavakit.phantom.tokenizer import tiny_tokenizer  # noqa: E402
-from llavakit.phantom.write import write_world  # noqa: E402
 from llavakit.training.build import build_model, load_checkpoint  # noqa: E402
 from llavakit.training.dataset import PreparedSamples, Samples, plan_batches  # noqa: E402
 from llavakit.training.lora import prepare  # noqa: E402
@@ -56,30 +55,6 @@ from llavakit.training.trainer import StageTrainer  # noqa: E402
 logging.set_verbosity_error()
 torch.set_num_threads(options.threads)
 IMAGE = 48
-
-
-def mixed_records(folder: Path, count: int) -> list[dict[str, Any]]:
-    """Records in LLaVA's proportions: dialogues about a picture, single questions, and a sixth text alone."""
-    write_world("scene", folder, n=count, seed=0, formats="short,sentence", progress=False)
-    dialogues = json.loads((folder / "train.json").read_text())
-    rng = random.Random(0)
-    records = []
-    for number in range(count):
-        source = dialogues[number % len(dialogues)]
-        turns = source["conversations"]
-        if number % 6 < 2:  # a whole dialogue
-            records.append(source)
-        elif number % 6 < 5:  # one question
-            place = 2 * rng.randrange(len(turns) // 2)
-            question = turns[place]["value"].removeprefix("<image>\n")
-            single = [{"from": "human", "value": f"<image>\n{question}"}, turns[place + 1]]
-            records.append({"image": source["image"], "conversations": single})
-        else:  # text alone: two dialogues as a story
-            other = dialogues[(number * 7 + 1) % len(dialogues)]["conversations"]
-            answers = " ".join(turn["value"] for turn in [*turns, *other] if turn["from"] == "gpt")
-            text = [{"from": "human", "value": "Describe a picture."}, {"from": "gpt", "value": answers}]
-            records.append({"conversations": text})
-    return records
 
 
 def recipe_of(work: Path, vocabulary: int) -> Recipe:

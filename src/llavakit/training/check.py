@@ -31,6 +31,7 @@ from llavakit.training.fingerprint import spread
 from llavakit.training.lora import prepare
 from llavakit.training.objectives.base import Objective, objective_of
 from llavakit.training.recipe import Recipe, Stage
+from llavakit.training.recompute import parts_to_recompute
 from llavakit.training.schedules import check_schedule
 from llavakit.training.streaming import StreamSamples
 
@@ -122,6 +123,8 @@ def check_parts(recipe: Recipe, number: int, objective: Objective, config: Any, 
         stage = stage.model_copy(update={"lora": stage.lora.model_copy(update={"quantize": None})})
     with named(number), torch.device("meta"):
         model = prepare(model, stage, tokenizer)
+    with named(number):
+        parts_to_recompute(model, stage.gradient_checkpointing)
     if stage.cache_features and not cacheable(model):
         raise RecipeError(f"stages.{number}.cache_features: an encoder trains in this stage, so its features change")
 

@@ -40,6 +40,7 @@ Schedule = Literal[
     "step",
     "cosine_set_after_step",
 ]
+Recomputed = bool | Literal["light"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
@@ -255,7 +256,7 @@ class Stage(Section):
     clip: float | None = Field(None, gt=0)
     bf16: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Recomputed | dict[str, Recomputed] = False
     template: str | None = None
     labels: str | dict[str, Any] | None = None
     media: dict[str, dict[str, Any]] | None = None

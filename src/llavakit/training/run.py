@@ -54,6 +54,7 @@ from llavakit.training.lora import merged_state, prepare, save_adapter
 from llavakit.training.objectives.base import Run, objective_of
 from llavakit.training.parameter_groups import trainable_by_part
 from llavakit.training.recipe import Recipe, Stage, load_recipe
+from llavakit.training.recompute import recompute
 from llavakit.training.streaming import StreamBatches, StreamSamples, read_state
 from llavakit.training.trainer import StageTrainer, checkpoints
 
@@ -269,8 +270,7 @@ class StageRun:
         )
         objective.begin(about)
         batches = self._batches(samples, world)
-        if stage.gradient_checkpointing:
-            enable_checkpointing(model)
+        recompute(model, stage.gradient_checkpointing)
         if stage.shard and world > 1:
             distributed.shard(model, bf16=stage.bf16)
         trainer = StageTrainer(
@@ -408,15 +408,6 @@ def _report(samples: PreparedSamples | StreamSamples, batches: Any) -> str:
     replaced = sum(dataset.place(index) in broken for index in chosen)
     share = 100 * replaced / max(len(chosen), 1)
     return f"{report}\n{replaced} of {len(chosen)} samples ({share:.1f} %) were others of the same source instead"
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass."""
-    switch = getattr(model, "activation_checkpointing_enable", None)
-    if switch is not None:
-        switch(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:  # transformers before 5.20
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def training_arguments(
