@@ -27,7 +27,9 @@ from llavakit.conversation.builtin import VICUNA_V1
 from llavakit.conversation.template import Template
 from llavakit.errors import UserError
 from llavakit.generation import Engine, Request, RequestFailed, SamplingParams
-from llavakit.generation.cache import ByteBounded, PrefixStore, RowCache, prompt_keys
+from llavakit.generation.cache import ByteBounded, PrefixStore, RowCache, one_row_cache, prompt_keys, stack_layers
+from llavakit.generation.lean import LeanDecoder
+from llavakit.generation.rows import PlainRows
 from llavakit.generation.sampling import RowRng, TokenSampler
 from llavakit.generation.search import Branch, best_of_n, expand_branches, stage_beam_search
 from llavakit.generation.stopping import StopStrings
@@ -50,6 +52,14 @@ def alone(net: Any, sample: dict[str, Any], new: int, **options: Any) -> list[in
     inputs = {name: value for name, value in sample.items() if name != "labels"}
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new} | options
     return net.generate(**inputs, **options)[0, sample["input_ids"].shape[1] :].tolist()
+
+
+@torch.inference_mode()
+def states_of(net: Any, ids: list[int]) -> torch.Tensor:
+    cache = one_row_cache()
+    embeds = net.model.embed_ids(torch.tensor([ids]))
+    net.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    return stack_layers(cache)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +107,28 @@ def test_ragged_batch_equals_single_generate(decoder: str) -> None:
     expected = [alone(net, sample, new) for sample, new in zip(samples, lengths, strict=True)]
     assert [reply.token_ids for reply in replies] == expected
     assert {reply.finish_reason for reply in replies} == {"length"}
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
+def test_lean_step_gives_the_decoders_own_logits_and_leaves_others_alone(decoder: str) -> None:
+    net = tiny.model(seed=4, decoder=decoder)
+    language = net.model.language_model
+    assert LeanDecoder.fits(language)
+    ids = request(tiny.prompt(net, "ttttt", 1)).ids()
+    found = []
+    for lean in (True, False):
+        rows = PlainRows(net, states_of(net, ids), rows=2, max_rows=2, max_length=64)
+        assert rows.lean is not None
+        rows.lean = rows.lean if lean else None
+        for row, length in enumerate((len(ids), len(ids) - 2)):
+            rows.insert(row, states_of(net, ids[:length]), length)
+        with torch.inference_mode():
+            found.append(torch.stack([rows.step([3, 7]), rows.step([9, 4])]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    hook = language.layers[0].mlp.register_forward_hook(lambda module, args, out: None)
+    assert not LeanDecoder.fits(language)  # a step written out would never call it
+    hook.remove()
+    assert not LeanDecoder.fits(tiny.model(decoder="gpt2").model.language_model)
 
 
 def test_requests_join_while_others_decode(net: Any, samples: list[dict[str, Any]]) -> None:

@@ -131,6 +131,7 @@ class RowCache(Cache):
         _, _, rows, heads, capacity, size = self.store.shape
         device = self.store.device
         self.flat = [(layer[0].view(-1, size), layer[1].view(-1, size)) for layer in self.store]
+        self._both = self.store.view(len(self.store), -1, size)  # keys and values of a layer, to be written together
         bases = torch.arange(rows * heads, device=device).view(rows, heads) * capacity
         self._bases = bases
         self._numbers = torch.arange(rows, device=device)
@@ -204,11 +205,17 @@ class RowCache(Cache):
         self.rows, self.width = rows, width
         numbers, bases = self._active
         positions = self.positions[:rows]
-        self.targets = (bases + positions[:, None]).view(-1)
+        targets = bases + positions[:, None]
+        self.targets = targets.view(-1)
+        self._both_targets = torch.cat([targets, targets + self._both.shape[1] // 2], 1).view(-1)
         self.masks[:, numbers, 0, 0, positions] = 0
         if self.window is not None:
             hidden = torch.where(positions < self.window, self.capacity, positions - self.window)
             self.masks[1, numbers, 0, 0, hidden] = torch.finfo(self.dtype).min
+
+    def write(self, layer: int, states: Tensor) -> None:
+        """Write one new position per row: its keys, then its values [rows, 2 * kv heads, head size]."""
+        self._both[layer].index_copy_(0, self._both_targets, states.view(-1, states.shape[-1]))
 
     @property
     def position_ids(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from llavakit.errors import UserError
 from llavakit.generation.cache import RowCache
 from llavakit.generation.compiled import compiled_step
+from llavakit.generation.lean import LeanDecoder
 from llavakit.language.rows import DecodingRows
 
 
@@ -34,7 +35,9 @@ class PlainRows(DecodingRows):
         self.cache = RowCache(
             states, rows=rows, max_rows=max_rows, max_length=max_length, window=self.window, fixed=compile
         )
-        self.compiled = compiled_step(self.core.language_model, self.head, self.cache) if compile else None
+        decoder = self.core.language_model
+        self.compiled = compiled_step(decoder, self.head, self.cache) if compile else None
+        self.lean = LeanDecoder(decoder) if not compile and LeanDecoder.fits(decoder) else None
 
     def insert(self, row: int, states: Tensor, length: int) -> None:
         self.cache.insert(row, states)
@@ -53,11 +56,13 @@ class PlainRows(DecodingRows):
         cache.begin_step(len(tokens))
         padded = tokens + [0] * (cache.rows - len(tokens))  # fixed rows are computed whether they are in use or not
         embeds = self.core.embed_ids(torch.tensor(padded, device=self.core.device).unsqueeze(-1))
-        masks, positions = self._masks(), cache.position_ids
+        positions = cache.position_ids
         if self.compiled is not None:
-            logits = self.compiled(embeds, masks, positions)[: len(tokens)]
+            logits = self.compiled(embeds, self._masks(), positions)[: len(tokens)]
+        elif self.lean is not None:
+            logits = self.head(self.lean(embeds, positions, cache))
         else:
-            logits = self.head(self.run(embeds, masks, positions)[:, -1])
+            logits = self.head(self.run(embeds, self._masks(), positions)[:, -1])
         cache.end_step(len(tokens))
         return logits
 

@@ -1,0 +1,174 @@
+"""Text alone at SmolLM2's size (30 layers of width 576, vocabulary 49,152) beside transformers' `generate`.
+
+    OMP_NUM_THREADS=1 python benchmarks/text_only.py [--part even|log|step] [--longest 64] [--model FOLDER]
+
+- even, log: 16 requests, prompts of 16 to 160 tokens, replies of 4 to `--longest` tokens (`log`: spaced by equal
+  factors, most short and some long; `even`: by equal differences); the engine beside `LlamaForCausalLM.generate` on the
+  same left-padded batch, which decodes until the longest reply is done. Tokens that were asked for per CPU second;
+  equal tokens are asserted.
+- step: where the time of a decoding step goes, 1 and 16 requests: matrix products, attention, everything else; the
+  decoder's own forward pass beside the engine's.
+
+Weights are random (seed 0), or those of a folder in transformers' layout, such as `llavakit convert` makes of a GGUF
+file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llavakit
+from llavakit.generation import Engine, Request, SamplingParams
+from llavakit.generation.lean import LeanDecoder
+from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.modeling import LlavakitForConditionalGeneration
+
+SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+SLOTS = 16
+
+
+def models(folder: Path | None, layers: int) -> tuple[LlavakitForConditionalGeneration, LlamaForCausalLM]:
+    """The same weights in llavakit's model and in transformers' own."""
+    if folder is not None:
+        ours = llavakit.load(folder, device="cpu", responder="plain").model
+    else:
+        torch.manual_seed(0)
+        text = {"model_type": "llama", **SHAPE, "num_hidden_layers": layers}
+        ours = LlavakitForConditionalGeneration(LlavakitConfig(text_config=text, vision_config=None)).eval()
+    config = ours.config.text_config
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(LlamaConfig(**config.to_dict())).eval()
+    theirs.model, theirs.lm_head = ours.model.language_model, ours.lm_head
+    return ours, theirs
+
+
+def ragged(longest: int, replies: str) -> tuple[list[list[int]], list[int]]:
+    """Prompts, and the lengths of their replies."""
+    shortest, source = 4, random.Random(1)
+    steps = [step / (SLOTS - 1) for step in range(SLOTS)]
+    factor = longest / shortest
+    lengths = [
+        round(shortest * factor**at if replies == "log" else shortest + (longest - shortest) * at) for at in steps
+    ]
+    source.shuffle(lengths)
+    prompts = [[source.randrange(3, 40000) for _ in range(source.randrange(16, 161))] for _ in lengths]
+    return prompts, lengths
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Result and CPU seconds."""
+    begin = time.process_time()
+    result = work()
+    return result, time.process_time() - begin
+
+
+def line(*cells: Any) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+def head(*cells: str) -> None:
+    line(*cells)
+    line(*["---"] * len(cells))
+
+
+def fixed(new: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=new, eos_token_ids=())
+
+
+def batch(ours: Any, theirs: Any, replies: str, longest: int, repeats: int) -> None:
+    prompts, lengths = ragged(longest, replies)
+    widest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (widest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (widest - len(ids)) + [1] * len(ids) for ids in prompts])
+    options = {"max_new_tokens": longest, "min_new_tokens": longest, "do_sample": False, "pad_token_id": 0}
+
+    def generate() -> list[list[int]]:
+        output = theirs.generate(input_ids=padded, attention_mask=mask, eos_token_id=None, **options)
+        return [row[widest : widest + new].tolist() for row, new in zip(output, lengths, strict=True)]
+
+    def engine() -> list[list[int]]:
+        requests = [Request(ids, sampling=fixed(new)) for ids, new in zip(prompts, lengths, strict=True)]
+        return [reply.token_ids for reply in Engine(ours, max_batch=SLOTS).generate(requests)]
+
+    print(f"\n{SLOTS} requests, replies of 4 to {longest} tokens ({replies}), {sum(lengths)} in all\n")
+    head("run", "generate, padded: tokens per CPU second", "engine", "ratio")
+    ratios = []
+    for repeat in range(repeats):
+        expected, slow = timed(generate)
+        found, fast = timed(engine)
+        assert found == expected, "the engine and generate differ"
+        ratios.append(slow / fast)
+        line(repeat + 1, f"{sum(lengths) / slow:.1f}", f"{sum(lengths) / fast:.1f}", f"{ratios[-1]:.2f}")
+    if repeats > 1:
+        line("median", "", "", f"{statistics.median(ratios):.2f}")
+
+
+def step(ours: Any, steps: int) -> None:
+    print("\nmilliseconds of a step, by PyTorch's profiler\n")
+    head("requests", "decoder", "matrix products", "attention", "everything else", "operations")
+    for rows in (1, SLOTS):
+        for name, lean in (("its own forward pass", False), ("lean", True)):
+            with mock.patch.object(LeanDecoder, "fits", staticmethod(lambda decoder, lean=lean: lean)):
+                engine = Engine(ours, max_batch=rows, prefix_bytes=0)
+                for row in range(rows):
+                    ids = random.Random(row).choices(range(3, 40000), k=100)
+                    engine.submit(Request(ids, sampling=fixed(steps + 4)), stream=False)
+                engine.step()
+                engine.step()
+                with profile(activities=[ProfilerActivity.CPU]) as found:
+                    for _ in range(steps):
+                        engine.step()
+            entries = [entry for entry in found.key_averages() if entry.self_cpu_time_total]
+            total = sum(entry.self_cpu_time_total for entry in entries)
+            products = sum(entry.self_cpu_time_total for entry in entries if entry.key in ("aten::mm", "aten::addmm"))
+            attention = sum(entry.self_cpu_time_total for entry in entries if "flash" in entry.key)
+            spent = (products, attention, total - products - attention)
+            count = sum(entry.count for entry in entries) // steps
+            line(rows, name, *(f"{one / steps / 1000:.1f}" for one in spent), count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["even", "log", "step"], help="default: all")
+    parser.add_argument("--longest", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=30, help="of random weights")
+    parser.add_argument("--steps", type=int, default=8, help="to profile")
+    parser.add_argument("--model", type=Path, help="folder in transformers' layout")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, float32")
+    ours, theirs = models(options.model, options.layers)
+    for part in ("even", "log"):
+        if options.part in (None, part):
+            batch(ours, theirs, part, options.longest, options.repeats)
+    if options.part in (None, "step"):
+        step(ours, options.steps)
+
+
+if __name__ == "__main__":
+    main()
