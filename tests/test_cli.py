@@ -27,6 +27,7 @@ COMMANDS = [
     "chat",
     "serve",
     "new",
+    "show",
     "train",
     "prepare",
     "boxes",

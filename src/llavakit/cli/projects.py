@@ -1,4 +1,4 @@
-"""Commands of the first hour: `new`."""
+"""Commands of the first hour: `new` and `show`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llavakit.cli.common import Json, OnBadRecord, app, assignments, print_json
+from llavakit.cli.common import Base, Json, OnBadRecord, Template, app, assignments, given, print_json, show, writing
 
 
 @app.command()
@@ -53,3 +53,48 @@ def new(
     print(f"\n{made.folder} is ready. Go on with:\n")
     for command in made.commands:
         print(f"  {command}")
+
+
+@app.command("show")
+def show_sample(
+    sample: Annotated[
+        str, typer.Argument(metavar="SAMPLE", help="A media file, or FILE:LINE of records or questions.")
+    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, or a recipe (.yaml).")],
+    prompt: Annotated[str | None, typer.Option(help="What is asked about a media file.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the record's media; default: that of its file.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Stage of a recipe; default: the last.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the views.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="List every position with its id.")] = False,
+    template: Template = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Show which tokens and views a model really sees of a sample.
+
+    Views and tiles, grids, visual tokens counted, the prompt with its special tokens, what is learned, what ends a
+    reply. Weights are not read. With a recipe, as its stage trains: its template, labels, media and edits.
+
+    \b
+    Examples:
+      llavakit show photo.jpg runs/demo/final --prompt "What is this?"
+      llavakit show runs/pets/train.jsonl:12 runs/pets/recipe.yaml --html sample.html
+      llavakit show heldout.jsonl:3 MODEL --tokens
+    """
+    from llavakit.inspection.model import look_with
+
+    seen = look_with(sample, model, prompt=prompt, images=images, stage=stage, **given(template=template, base=base))
+    if page is not None:
+        from llavakit.inspection.page import sample_page
+
+        with writing(page):
+            page.write_text(sample_page(seen, sample, model), encoding="utf-8")
+        print(page)
+    elif as_json:
+        print_json(seen.facts())
+    else:
+        from llavakit.inspection.terminal import renderables
+
+        show(*renderables(seen, tokens=tokens))
