@@ -34,6 +34,7 @@ COMMANDS = [
     "phantom",
     "prefer",
     "eval",
+    "compare",
     "attack",
     "convert",
     "inspect",
