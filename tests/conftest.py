@@ -1,7 +1,9 @@
 """Two cores are shared with whatever else runs: one thread per process keeps tests fast and repeatable."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +35,15 @@ def measures_give_the_metrics(monkeypatch):
                     assert agrees(measure, cells.get(name)), (table, row, name)
 
     monkeypatch.setattr(cases.Metrics, "__init__", checked)
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[Any]:
+    """Ray on this machine with room for two workers, which find the modules of the tests."""
+    found = pytest.importorskip("ray")
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    found.init(num_cpus=2, runtime_env=environment, **quiet)
+    yield found
+    found.shutdown()

@@ -300,8 +300,8 @@ def test_the_command_says_what_was_done(tmp_path, capsys):
     assert f"7 items became no record; {tmp_path / 'out.refused.jsonl'} has the reasons" in printed.err
 
 
-def test_ray_gives_the_same_output(tmp_path):
-    pytest.importorskip("ray.data")
+@pytest.mark.ray
+def test_ray_gives_the_same_output(ray, tmp_path):
     source = numbers(tmp_path)
     synthesize("ranks", source, tmp_path / "local.jsonl")
     synthesize("ranks", source, tmp_path / "ray.jsonl", runner="ray", processes=2)
@@ -318,6 +318,5 @@ def test_ray_gives_the_same_output(tmp_path):
 
 def test_ray_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setitem(sys.modules, "ray.data", None)
     with pytest.raises(UserError, match=r"pip install 'llavakit\[ray\]'"):
         synthesize("ranks", numbers(tmp_path, 3), tmp_path / "o.jsonl", runner="ray")

@@ -1,7 +1,8 @@
-"""Commands that answer: `chat` and `serve`."""
+"""Commands that answer: `chat`, `generate` and `serve`."""
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +14,11 @@ from llavakit.cli.common import (
     Device,
     Dtype,
     Encoder,
+    Json,
     Knowledge,
     Model,
+    OnBadRecord,
+    RunnerName,
     Search,
     Template,
     Tools,
@@ -23,8 +27,10 @@ from llavakit.cli.common import (
     app,
     assignments,
     given,
+    print_json,
     responder_choice,
     tool_choice,
+    writing,
 )
 
 
@@ -106,6 +112,84 @@ def chat(
         session.say(prompt)
     else:
         interact(session)
+
+
+@app.command()
+def generate(
+    model: Model,
+    source: Annotated[str, typer.Argument(metavar="IN", help="Prompts: a .jsonl or .json file of messages.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Replies to write: .jsonl or .json.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of media; default: that of the prompts.")] = None,
+    media_folder: Annotated[
+        list[Path] | None, typer.Option(help="Further folder that media paths may lead to; may be repeated.")
+    ] = None,
+    fetch: Annotated[bool, typer.Option(help="Fetch media by http(s) URL.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 or not given: the likeliest token.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of draws; the same seed, the same replies.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, help="Replies to every prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="String that ends a reply; may be repeated.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Replies decoded together.")] = 16,
+    runner: Annotated[RunnerName, typer.Option(help="ray: workers on this machine or a cluster.")] = RunnerName.local,
+    processes: Annotated[int, typer.Option(min=1, help="Workers of Ray, each with the model.")] = 1,
+    on_bad_record: Annotated[OnBadRecord, typer.Option(help="What to do with a broken prompt.")] = OnBadRecord.stop,
+    device: Device = None,
+    dtype: Dtype = None,
+    base: Base = None,
+    vision_tower: Encoder = None,
+    template: Template = None,
+    responder: WayToAnswer = None,
+    responder_option: WayOptions = None,
+    search: Search = None,
+    store: Knowledge = None,
+    tools: Tools = None,
+    as_json: Json = False,
+) -> None:
+    """Answer any number of prompts, decoded together; line n of OUT answers prompt n.
+
+    Killed at any moment, the same command goes on. Exit status 1 if a prompt has no reply.
+
+    \b
+    Examples:
+      llavakit generate runs/demo/final prompts.jsonl replies.jsonl --max-new-tokens 64
+      llavakit generate MODEL prompts.jsonl replies.jsonl --images photos --temperature 0.7 --n 4
+      llavakit generate MODEL prompts.jsonl replies.jsonl --runner ray --processes 8
+    """
+    answering = responder_choice(responder, responder_option, search=search, store=store) | tool_choice(tools)
+    options = given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template)
+    from llavakit.synthesis.prompts import generate as run_generation
+
+    with writing(output):
+        found = run_generation(
+            model,
+            source,
+            output,
+            images=images,
+            media_folders=media_folder or (),
+            fetch=fetch,
+            max_batch=max_batch,
+            runner=runner.value,
+            processes=processes,
+            on_bad_record=on_bad_record.value,
+            options=options | answering,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            n=n,
+            **given(temperature=temperature, top_p=top_p, stop=stop),
+        )
+    without = found["refused"] + found["bad"] + found["failed"]
+    if as_json:
+        print_json(found)
+    else:
+        tokens = f", {found['completion_tokens']:,} tokens" if "completion_tokens" in found else ""
+        print(f"{output}: {found['replies']:,} replies to {found['items']:,} prompts{tokens}")
+        if without:
+            reasons = output.with_name(f"{output.stem}.refused.jsonl")
+            again = "; the same command asks again for those that failed" if found["failed"] else ""
+            print(f"{without} prompts have no reply, {reasons} has the reasons{again}", file=sys.stderr)
+    if without:
+        raise typer.Exit(1)
 
 
 @app.command()

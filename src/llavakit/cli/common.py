@@ -65,6 +65,13 @@ class OnBadRecord(StrEnum):
     skip = "skip"
 
 
+class RunnerName(StrEnum):
+    """Where the work is done."""
+
+    local = "local"
+    ray = "ray"
+
+
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given; the library's defaults apply to the others."""
     return {name: value for name, value in options.items() if value is not None}

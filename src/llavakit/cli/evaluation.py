@@ -18,6 +18,7 @@ from llavakit.cli.common import (
     Judge,
     Knowledge,
     Model,
+    RunnerName,
     Search,
     Template,
     WayOptions,
@@ -48,6 +49,8 @@ def evaluate(
         str | None, typer.Option(metavar="K/N", help="Ask the K-th of N parts of the questions only; not scored.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    runner: Annotated[RunnerName, typer.Option(help="ray: workers on this machine or a cluster.")] = RunnerName.local,
+    processes: Annotated[int, typer.Option(min=1, help="Workers of Ray, each with the model.")] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: as published.")] = None,
     judge: Judge = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE for the scoring.")] = None,
@@ -72,6 +75,7 @@ def evaluate(
       llavakit eval runs/demo/final --task phantom --questions heldout.jsonl
       llavakit eval MODEL --task pope --questions coco_pope_random.json --images val2014
       llavakit eval MODEL --task scienceqa --questions q.json --gold gold.jsonl --json
+      llavakit eval MODEL --task gqa --questions gqa.jsonl --images images --runner ray --processes 8
       llavakit eval MODEL --task critic-pointwise --questions q.jsonl --judge lmms-lab/llava-critic-7b
     """
     from llavakit.evaluation.score import benchmark, print_result
@@ -82,14 +86,14 @@ def evaluate(
             raise UserError(f"{place}: no such file")
     settings = {"score_options": scoring(option, judge), "question_options": assignments(question_option or ())}
     answering = responder_choice(responder, responder_option, search=search, store=store)
+    answering |= given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template)
+    if processes > 1 and runner is RunnerName.local:
+        raise UserError("--processes: several belong to --runner ray; --batch-size makes one process faster")
     import llavakit
+    from llavakit.evaluation.run import OnRay
     from llavakit.evaluation.run import evaluate as run_evaluation
 
-    loaded = llavakit.load(
-        model,
-        **given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template),
-        **answering,
-    )
+    loaded = OnRay(model, processes, **answering) if runner is RunnerName.ray else llavakit.load(model, **answering)
     part = "" if shard is None else f"--{shard.replace('/', '-of-')}"
     output = output or output_of(model, task, part)
     with writing(output):

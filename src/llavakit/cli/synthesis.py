@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llavakit.cli.common import Json, app, assignments, given, print_json, writing
-from llavakit.cli.training import OnBadRecord
-
-
-class RunnerName(StrEnum):
-    """Where the work is done."""
-
-    local = "local"
-    ray = "ray"
+from llavakit.cli.common import Json, OnBadRecord, RunnerName, app, assignments, given, print_json, writing
 
 
 @app.command()
@@ -34,7 +25,7 @@ def synthesize(
     base_url: Annotated[str | None, typer.Option(help="Address of the API up to /v1; default: OpenAI's.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the key.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Items that a teacher is asked about at a time.")] = 8,
-    processes: Annotated[int, typer.Option(min=1, help="Processes, where no teacher is asked; actors of Ray.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, where no teacher is asked; workers of Ray.")] = 1,
     retries: Annotated[int | None, typer.Option(min=0, help="How often a call is repeated; default 6.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds for one call; default 120.")] = None,
     price_in: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens of prompts.")] = None,
@@ -45,7 +36,7 @@ def synthesize(
     ] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Of replies; default: the pipeline's.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply; default: the pipeline's.")] = None,
-    runner: Annotated[RunnerName, typer.Option(help="ray: Ray Data, here or on a cluster.")] = RunnerName.local,
+    runner: Annotated[RunnerName, typer.Option(help="ray: workers on this machine or a cluster.")] = RunnerName.local,
     on_bad_record: Annotated[OnBadRecord, typer.Option(help="What to do with a broken record.")] = OnBadRecord.stop,
     as_json: Json = False,
 ) -> None:

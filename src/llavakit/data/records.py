@@ -75,6 +75,7 @@ def read_record(
     media_root: str | Path | None = None,
     needs_answer: bool = True,
     check_files: bool = True,
+    urls: bool = False,
 ) -> Record:
     """A checked record.
 
@@ -84,6 +85,7 @@ def read_record(
         media_root: Folder that relative media paths start from; default the folder of `file`.
         needs_answer: Whether a record without an assistant turn is an error (training), or not (questions).
         check_files: Whether every media item must exist as a file.
+        urls: Whether media may be http(s) URLs, which stay as they are.
 
     Raises:
         RecordError: With the field that is wrong and what would be right.
@@ -100,7 +102,7 @@ def read_record(
         _check_turns(messages, form, needs_answer)
         root = Path(media_root) if media_root is not None else Path(file).parent
         for place, part in _media_places(messages, form):
-            part[part["type"]] = _locate(part[part["type"]], root, place, check_files)
+            part[part["type"]] = _locate(part[part["type"]], root, place, check_files, urls)
     return Record(messages, file, line, raw, _notes(messages))
 
 
@@ -250,7 +252,7 @@ def _media_places(messages: list[Message], form: str) -> Iterator[tuple[str, dic
                 yield (modality if form == "conversations" else f"messages.{index}.content.{number}.{modality}"), part
 
 
-def _locate(media_item: Any, root: Path, place: str, check_files: bool) -> Any:
+def _locate(media_item: Any, root: Path, place: str, check_files: bool, urls: bool = False) -> Any:
     """A media item as an absolute path or bytes; objects that are open already come back as they are."""
     if isinstance(media_item, Mapping):  # undecoded Hugging Face feature
         content, name = media_item.get("bytes"), media_item.get("path")
@@ -258,7 +260,7 @@ def _locate(media_item: Any, root: Path, place: str, check_files: bool) -> Any:
             raise FieldError(place, "must hold bytes, or a path that is a string")
         media_item = name if content is None else content
     if isinstance(media_item, (list, tuple)):
-        return [_locate(item, root, place, check_files) for item in media_item]  # a video given by its frames
+        return [_locate(item, root, place, check_files, urls) for item in media_item]  # a video given by its frames
     if media_item is None:
         raise FieldError(place, "names no file")
     if isinstance(media_item, (bool, int, float)):
@@ -270,6 +272,8 @@ def _locate(media_item: Any, root: Path, place: str, check_files: bool) -> Any:
         raise FieldError(place, "names no file")
     if name.startswith("data:"):
         return _inline(name, place)
+    if urls and name.startswith(("http://", "https://")):
+        return name
     if name.startswith("file://"):
         name = name.removeprefix("file://")
     if "://" in name:

@@ -10,10 +10,12 @@ and asked again by the next call.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,11 +34,13 @@ from llavakit.evaluation.score import benchmark, checked, score
 if TYPE_CHECKING:
     from llavakit.generation.responder import Answer, Responder
 
+    Answered = tuple[Question, Answer | UserError]
+
 T = TypeVar("T")
 
 
 def evaluate(
-    model: Responder,
+    model: Responder | Workers,
     task: str,
     questions: str | Path,
     output: str | Path,
@@ -58,7 +62,7 @@ def evaluate(
     """Ask a model every question of a benchmark and score the answers.
 
     Args:
-        model: What `llavakit.load` gives, or any other responder.
+        model: What `llavakit.load` gives, any other responder, or `Workers` that hold one each.
         task: Name of the benchmark.
         questions: Its question file.
         output: Predictions file; an interrupted one is continued. One that an earlier state of the model in the same
@@ -97,13 +101,14 @@ def evaluate(
         raise UserError(f"shard={shard}: there is no question in it; {questions} holds {len(whole)}")
     length = max_new_tokens or chosen.max_new_tokens
     console = console or Console(stderr=True)
-    file = PredictionsFile(output, run_of(model, length, model_id), resume, task)
+    workers = model if isinstance(model, Workers) else InProcess(model)
+    file = PredictionsFile(output, workers.run_of(length, model_id), resume, task)
     if file.aside is not None:
         note = f"the model or its settings changed: {file.aside} keeps the answers of before"
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     try:
         todo = file.open_questions(asked, whole)
-        failures = _ask(model, todo, file, batch_size, length, console)
+        failures = _ask(workers, todo, file, batch_size, length, console)
     finally:
         file.close()
     if failures:
@@ -172,8 +177,74 @@ def run_of(model: Responder, max_new_tokens: int, model_id: str | None = None) -
     return Run(model_id or model.name, digest_of(identity), identity, place)
 
 
+class Workers(ABC):
+    """Who answers questions, in one process or many."""
+
+    @abstractmethod
+    def run_of(self, max_new_tokens: int, model_id: str | None) -> Run:
+        """See `run_of`."""
+
+    @abstractmethod
+    def answer(self, batches: Iterable[Sequence[Question]], max_new_tokens: int) -> Iterator[Sequence[Answered]]:
+        """The answers to batches of questions, batch after batch in their order."""
+
+
+class InProcess(Workers):
+    """One model, in this process."""
+
+    def __init__(self, model: Responder) -> None:
+        self.model = model
+
+    def run_of(self, max_new_tokens: int, model_id: str | None) -> Run:
+        return run_of(self.model, max_new_tokens, model_id)
+
+    def answer(self, batches: Iterable[Sequence[Question]], max_new_tokens: int) -> Iterator[Sequence[Answered]]:
+        return (self.answer_batch(batch, max_new_tokens) for batch in batches)
+
+    def answer_batch(self, batch: Sequence[Question], max_new_tokens: int) -> list[Answered]:
+        """Each question with its answer, or with the reason why there is none."""
+        ranked = [_ranked(self.model, question) for question in batch if question.replies]
+        written = [question for question in batch if not question.replies]
+        found = _answers(self.model, written, max_new_tokens) if written else []
+        return [*zip(written, found, strict=True), *ranked]
+
+
+class OnRay(Workers):
+    """A model in each of several workers of Ray, see `llavakit.generation.actors`.
+
+    Args:
+        model: Folder, hub id or address.
+        workers: How many.
+        options: Of `llavakit.load`.
+
+    Raises:
+        UserError: If Ray is missing, or the model cannot be loaded.
+    """
+
+    def __init__(self, model: str | Path, workers: int, **options: Any) -> None:
+        from llavakit.generation.actors import Actors
+
+        self._actors = Actors(functools.partial(_loaded, model, options), workers)
+
+    def run_of(self, max_new_tokens: int, model_id: str | None) -> Run:
+        return self._actors.first("run_of", max_new_tokens, model_id)
+
+    def answer(self, batches: Iterable[Sequence[Question]], max_new_tokens: int) -> Iterator[Sequence[Answered]]:
+        return self._actors.map("answer_batch", ((batch, max_new_tokens) for batch in batches))
+
+    def close(self) -> None:
+        """End the workers."""
+        self._actors.close()
+
+
+def _loaded(model: str | Path, options: Mapping[str, Any]) -> InProcess:
+    from llavakit.generation.load import load
+
+    return InProcess(load(model, **options))
+
+
 def _ask(
-    model: Responder,
+    workers: Workers,
     questions: Sequence[Question],
     file: PredictionsFile,
     batch_size: int,
@@ -185,15 +256,11 @@ def _ask(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("answering", total=len(questions))
-        for start in range(0, len(questions), batch_size):
-            batch = questions[start : start + batch_size]
-            ranked = [_ranked(model, question) for question in batch if question.replies]
-            written = [question for question in batch if not question.replies]
-            found = _answers(model, written, max_new_tokens) if written else []
-            pairs = [*zip(written, found, strict=True), *ranked]
+        batches = (questions[start : start + batch_size] for start in range(0, len(questions), batch_size))
+        for pairs in workers.answer(batches, max_new_tokens):
             failures += [(question, answer) for question, answer in pairs if isinstance(answer, UserError)]
             file.append([(question, answer) for question, answer in pairs if not isinstance(answer, UserError)])
-            progress.advance(bar, len(batch))
+            progress.advance(bar, len(pairs))
     return failures
 
 

@@ -87,6 +87,15 @@ class Pipeline:
         """What a refused item is called; by default its `id`."""
         return item.get("id") if isinstance(item, Mapping) else None
 
+    def instead(self, name: Any, reason: str) -> Iterable[Mapping[str, Any]]:
+        """What stands in the output in the place of an item that became no record; by default nothing.
+
+        Args:
+            name: What `name` gave, if the item could be read.
+            reason: Why it became none.
+        """
+        return ()
+
     def survey(self, number: int, item: Any) -> Any:
         """What `gather` is to know of the `number`-th item (from 0); runs in any process, the item is checked."""
 

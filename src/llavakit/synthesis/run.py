@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,8 +78,8 @@ def synthesize(
         teacher: Model folder, address (`http://host:8000/v1#NAME`), or name of a model at `base_url`.
         temperature, max_tokens: Of its replies; default: the pipeline's.
         concurrency: Items that are worked on at the same time, if the pipeline asks a teacher.
-        processes: Processes that work, if it does not; actors of Ray.
-        runner: "local" or "ray" (Ray Data, on this machine or the cluster that RAY_ADDRESS names).
+        processes: Processes that work, if it does not; workers of Ray.
+        runner: "local" or "ray" (workers of Ray, on this machine or the cluster that RAY_ADDRESS names).
         on_bad_record: "stop" or "skip".
         api: Further options of `llavakit.generation.remote.APIClient`: `retries`, `timeout`, `price_in`, `price_out`,
             `max_cost`, `api_key_env`.
@@ -95,7 +94,7 @@ def synthesize(
         APIRefused: If no call is answered, or the ceiling is reached; the same call goes on from there.
     """
     output, options = Path(output), dict(options or {})
-    _refuse_options(runner, on_bad_record, concurrency, processes)
+    refuse_options(runner, on_bad_record, concurrency=concurrency, processes=processes)
     pipeline = PIPELINES.build({"type": name, **options})
     asking = None
     if pipeline.asks:
@@ -119,18 +118,38 @@ def synthesize(
         "version": pipeline.version,
         "options": options,
         "files": list(pipeline.files),
-        "source": _identity(source),
+        "source": source_identity(source),
         "teacher": asking and [_name(asking.model), asking.temperature, asking.max_tokens],
     }
     items = pipeline.items(Path(source))
-    ledger = Ledger(output, identity, len(items))
+    return run_pipeline(Job(pipeline, items), output, identity, asking, processes, runner, on_bad_record)
+
+
+def run_pipeline(
+    job: Job,
+    output: Path,
+    identity: Mapping[str, Any],
+    asking: Any,
+    processes: int = 1,
+    runner: str = "local",
+    on_bad_record: str = "stop",
+) -> dict[str, Any]:
+    """Work on all items of a job that are not done yet.
+
+    Args:
+        job: What is done, on what.
+        identity: What decides the output.
+        asking: Who is asked (`teacher`, `concurrency`, `batch`, `after`, `share` of `Asking`); None for nobody.
+        output, processes, runner, on_bad_record: See `synthesize`.
+
+    Returns:
+        See `synthesize`.
+    """
+    ledger = Ledger(output, identity, len(job.items))
     with contextlib.closing(ledger):
         if ledger.finished is not None:
             return ledger.finished
-        if asking is not None:
-            asking = replace(asking, spent=ledger.cost)
-        chosen = _runner(runner, asking, processes)
-        job = Job(pipeline, items)
+        chosen = _runner(runner, None if asking is None else asking.after(ledger.cost), processes)
         with contextlib.closing(chosen):
             if ledger.todo().size:
                 _run(chosen, job, ledger, stops=on_bad_record == "stop")
@@ -142,17 +161,25 @@ def _name(model: str) -> str:
     return model.partition("#")[2] if model.startswith(("http://", "https://")) else model
 
 
-def _refuse_options(runner: str, on_bad_record: str, concurrency: int, processes: int) -> None:
+def refuse_options(runner: str, on_bad_record: str, **counts: int) -> None:
+    """Refuse what is not possible.
+
+    Args:
+        counts: Numbers that must be at least one.
+
+    Raises:
+        UserError: Naming the option.
+    """
     if runner not in RUNNERS:
         raise UserError(f"runner must be local or ray, not {runner!r}")
     if on_bad_record not in ("stop", "skip"):
         raise UserError(f"on_bad_record: must be stop or skip, not {on_bad_record!r}")
-    for name, value in (("concurrency", concurrency), ("processes", processes)):
+    for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} is {value}; at least one is needed")
 
 
-def _identity(source: str | Path) -> list[Any]:
+def source_identity(source: str | Path) -> list[Any]:
     """What is read, by content; of a folder the names and sizes of its files."""
     name, part = split_part(source)
     path = Path(name)
@@ -165,7 +192,7 @@ def _identity(source: str | Path) -> list[Any]:
         return [hashlib.file_digest(file, "sha256").hexdigest(), part]
 
 
-def _runner(name: str, asking: Asking | None, processes: int) -> Any:
+def _runner(name: str, asking: Any, processes: int) -> Any:
     if name == "ray":
         from llavakit.synthesis.on_ray import OnRay
 
@@ -248,7 +275,7 @@ def _progress(job: Job, ledger: Ledger) -> Iterator[Callable[[], None]]:
 class InThreads:
     """Items side by side in threads of this process: what takes time is the teacher."""
 
-    def __init__(self, asking: Asking) -> None:
+    def __init__(self, asking: Any) -> None:
         self.asking = asking
         self._teacher: Any = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,23 @@ class Asking:
         if isinstance(judge.responder, RemoteResponder):
             judge.responder.client.spent.cost = self.spent
         return judge
+
+    @property
+    def batch(self) -> int:
+        """Items that a worker of Ray takes at a time."""
+        return self.concurrency
+
+    def after(self, spent: float) -> Asking:
+        """The same once this much was spent by earlier runs."""
+        return replace(self, spent=spent)
+
+    def share(self, workers: int) -> Asking:
+        """What one of several workers of Ray may ask: its share of the calls in flight and of the ceiling."""
+        api = dict(self.api)
+        if api.get("max_cost") is not None:
+            api["max_cost"] /= workers
+        concurrency = -(-self.concurrency // workers)
+        return replace(self, cache=None, api=api, concurrency=concurrency, spent=self.spent / workers)
 
 
 @dataclass(frozen=True)
@@ -141,9 +158,12 @@ class Worker:
             return self._without(number, "bad", error)
 
     def _without(self, number: int, outcome: str, error: Exception, item: Any = None) -> Done:
-        """An item that became no record."""
-        name = self.job.pipeline.name(item) if isinstance(item, Mapping) else None
-        return Done(number, outcome, line=self.job.items.line(number), name=name, reason=str(error))
+        """An item that became no record, and what stands in its place."""
+        pipeline = self.job.pipeline
+        name = pipeline.name(item) if isinstance(item, Mapping) else None
+        instead = [_encoded(record) for record in pipeline.instead(name, str(error))]
+        line = self.job.items.line(number)
+        return Done(number, outcome, len(instead), b"".join(instead), line, name, str(error))
 
 
 def _encoded(record: Mapping[str, Any]) -> bytes:
