@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -326,6 +329,49 @@ def test_killed_training_ends_in_the_same_bits_with_any_number_of_workers(world:
     ]
     ours, theirs = (load_file(result.final / "model.safetensors") for result in (whole, rest))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def one_rank(recipe: str, rank: int, port: int) -> None:
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    train(recipe, console=QUIET)
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_share_each_are_killed_and_go_on(world: Path, tmp_path: Path) -> None:
+    def start(folder: str) -> list[Any]:
+        file = tmp_path / f"{folder}.yaml"
+        raw = recipe(world, tmp_path / folder, max_steps=40)
+        file.write_text(yaml.safe_dump(raw))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["llavakit.training.run"])
+        found = [context.Process(target=one_rank, args=(str(file), rank, port)) for rank in (0, 1)]
+        for process in found:
+            process.start()
+        return found
+
+    def finish(processes: list[Any]) -> None:
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0, 0]
+
+    finish(start("whole"))
+    processes = start("cut")
+    while all(process.is_alive() for process in processes) and not [*tmp_path.glob("cut/tune/checkpoint-*")]:
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.join()
+    (left,) = tmp_path.glob("cut/tune/checkpoint-*")
+    states = [json.loads((left / f"stream_{rank}.json").read_text()) for rank in (0, 1)]
+    assert states[0]["batches"] == states[1]["batches"] < 40
+    assert [state["world"] for state in states] == [2, 2]
+    finish(start("cut"))
+    ours, theirs = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert ours == theirs
 
 
 class Words:

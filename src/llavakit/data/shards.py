@@ -8,6 +8,7 @@ means.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,19 +148,10 @@ class HubShards(Shards):
     """
 
     def __init__(self, path: str, split: str = "train", config: str | None = None) -> None:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise UserError(f"{path}: needs the package datasets: pip install 'llavakit[train]'") from error
-        name, _, revision = path.removeprefix(HUB).partition("@")
+        name = path.removeprefix(HUB)
         self.file, self.split = path, split
         self.folder = Path(name) if Path(name).is_dir() else None
-        options = {"split": split, "streaming": True, "revision": revision or None}
-        try:
-            self.table = load_dataset(name, config, **options).decode(False)
-        except Exception as error:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(f"{path}: the split {split!r} cannot be streamed ({said})") from error
+        self.table = _hub_table(path, name if self.folder is not None else "", split, config)
         self.count = self.table.num_shards
 
     def __len__(self) -> int:
@@ -180,6 +172,21 @@ class HubShards(Shards):
             files = sorted(file for file in self.folder.rglob("*") if file.is_file())
             return [self.split, [[str(file.relative_to(self.folder)), file.stat().st_size] for file in files]]
         return [self.split, self.count, str(self.table.features), str(self.table.info.version)]
+
+
+@functools.lru_cache(maxsize=8)  # check and stages of a recipe share it, and asking the hub takes seconds
+def _hub_table(path: str, folder: str, split: str, config: str | None) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(f"{path}: needs the package datasets: pip install 'llavakit[train]'") from error
+    name, _, revision = path.removeprefix(HUB).partition("@")
+    options = {"split": split, "streaming": True, "revision": None if folder else revision or None}
+    try:
+        return load_dataset(folder or name, config, **options).decode(False)
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path}: the split {split!r} cannot be streamed ({said})") from error
 
 
 class Blocks(Shards):
