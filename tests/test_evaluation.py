@@ -606,6 +606,30 @@ def test_llava_bench_reviews_answers(bench):
         score("llava-bench", bench / "p.jsonl", bench / "questions.jsonl")
 
 
+def test_a_judge_of_llava_bench_that_sees_is_shown_the_picture(bench):
+    Image.new("RGB", (8, 8), "red").save(bench / "1.jpg")
+    options = {"context": bench / "context.jsonl", "reference": bench / "ref.jsonl", "judge": "m"}
+    asked = []
+
+    def reply(body):
+        asked.append(body["messages"][1]["content"])
+        return "8 6"
+
+    with FakeAPI(reply) as server:
+        files = (bench / "p.jsonl", bench / "questions.jsonl")
+        found = score("llava-bench", *files, look=True, base_url=server.url, **options)["metrics"]
+        assert found["relative_score"] == 75.0
+        assert [part["type"] for part in asked[0]] == ["image_url", "text"]
+        assert asked[0][1]["text"].startswith("\n[Context]\nA lamp.\nIt is red.\n\n[Question]\nQ")
+        assert "The image is shown to you" in asked[0][1]["text"]
+        score("llava-bench", *files, base_url=server.url, **options)  # text alone is another question
+        assert isinstance(asked[3], str)
+        assert "You cannot see the image" in asked[3]
+        (bench / "1.jpg").unlink()
+        with pytest.raises(UserError, match=r"1\.jpg"):
+            score("llava-bench", *files, look=True, base_url=server.url, cache=bench / "new.jsonl", **options)
+
+
 def test_a_failed_judge_call_is_no_verdict(bench, monkeypatch):
     def reply(body):
         content = body["messages"][1]["content"]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import llavakit
+from llavakit.checkpoints.convert import convert
 from llavakit.conversation.turns import TextDelta
 from llavakit.errors import UserError
 from llavakit.evaluation.judges import Judge
@@ -20,6 +24,8 @@ from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.llava_critic import verdicts
 from llavakit.systems.llava_critic.benchmarks import joint_verdict
+from llavakit.systems.llava_critic.miniature_judge import pearson, tau
+from llavakit.systems.llava_critic.prompts import judge_messages, pointwise_prompt
 from llavakit.training.build import build_meta
 from llavakit.training.lora import prepare
 from llavakit.training.parameter_groups import trainable_by_part
@@ -181,6 +187,73 @@ def test_a_score_that_is_no_number_is_refused(files):
         score("verdict_agreement", files("v.jsonl", [{"verdict": "A"}]), files("w.jsonl", [{"verdict": "first"}]))
 
 
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A tiny checkpoint as `lmms-lab/llava-critic-7b` is laid out: LLaVA-OneVision's fields and names, in shards."""
+    base = GOLDEN.parent / "llava-onevision"
+    tiny = json.loads((base / "e2e_logits" / "case.json").read_text())["config"]
+    folder = tmp_path_factory.mktemp("critic")
+    encoder = folder / "siglip"
+    encoder.mkdir()
+    (encoder / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model", **tiny["vision"]}))
+    place = folder / "llava-critic-7b"
+    place.mkdir()
+    raw = {
+        "_name_or_path": "lmms-lab/llava-critic-7b",
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": "llava",
+        "torch_dtype": "bfloat16",
+        "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": "(1x1),...,(6x6)",
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        "mm_vision_tower_lr": 2e-6,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+    }
+    raw |= tiny["model_config"] | {"mm_vision_tower": str(encoder), "eos_token_id": 266}
+    (place / "config.json").write_text(json.dumps(raw))
+    tensors = {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in load_file(base / "e2e_logits" / "weights.safetensors").items()
+    }
+    names = sorted(tensors)
+    parts = {f"model-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
+    for file, own in parts.items():
+        save_file({name: tensors[name] for name in own}, place / file, metadata={"format": "pt"})
+    where = {name: file for file, own in parts.items() for name in own}
+    (place / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    shutil.copy(base / "preprocess" / "tokenizer.json", place)
+    words = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (place / "tokenizer_config.json").write_text(json.dumps(words))
+    return place, tensors
+
+
+def test_the_published_layout_judges_and_goes_there_and_back(released, files, tmp_path):
+    folder, tensors = released
+    convert(folder, tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "back", to="original")
+    written = {}
+    for file in (tmp_path / "back").glob("*.safetensors"):
+        written |= load_file(file)
+    assert set(written) == set(tensors)
+    assert all(torch.equal(written[name].to(torch.bfloat16), tensors[name]) for name in tensors)
+    gold = files("q.jsonl", [{"text": "How many cups?", "image": "a.png"}])
+    answers = files("p.jsonl", [{"text": "Two"}])
+    judge = Judge(str(folder), cache=tmp_path / "replies.jsonl", max_tokens=8)
+    found = score("critic-pointwise", answers, gold, judge=judge)["metrics"]
+    assert (found["count"], found["failed_calls"]) == (1, 0)
+    picture = {"type": "image", "image": str(gold.with_name("a.png"))}
+    asked = judge_messages(pointwise_prompt("How many cups?", "Two"), [picture])
+    chat = llavakit.load(folder)
+    assert chat.processor.template == "qwen_1_5"
+    said = chat.tokenizer.decode([i for i in chat.request(asked).ids() if i != chat.model.config.image_token_id])
+    assert pointwise_prompt("How many cups?", "Two") in said
+    assert chat.model.config.image_token_id in chat.request(asked).ids()
+
+
 def test_costs_are_those_of_the_paper():
     rows = {(row.group, row.name): row.value for row in get_system("llava-critic").load("cost")().rows}
     values = list(rows.values())
@@ -191,9 +264,17 @@ def test_costs_are_those_of_the_paper():
 
 
 def test_the_miniature_runs_and_is_judged_by_its_measurements():
-    verdict = get_system("llava-critic").load("miniature")(seeds=(0, 1), prompts=25)
-    assert len(verdict.comparisons) == 6
+    verdict = get_system("llava-critic").load("miniature")(seeds=(0, 1), prompts=25, steps=5)
+    assert len(verdict.comparisons) == 8
     assert all(len(arm.values) == 2 for one in verdict.comparisons for arm in (one.idea, one.baseline))
+
+
+def test_agreement_of_the_miniature_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    first, second = [3.0, 1.0, 2.0, 2.0, 5.0], [2.0, 1.0, 2.5, 0.0, 2.5]
+    assert pearson(first, second) == pytest.approx(stats.pearsonr(first, second).statistic)
+    assert tau(first, second) == pytest.approx(stats.kendalltau(first, second).statistic)
+    assert pearson([1.0] * 5, second) == tau([1.0] * 5, second) == 0.0
 
 
 def test_rounds_of_preferences_build_at_published_scale():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -526,17 +527,13 @@ def test_costs():
 
 
 def test_the_miniature_runs_and_is_judged_by_its_measurements(monkeypatch):
-    from llavakit.proof.miniature import Measurements
+    from llavakit.proof.miniature import run_seeds
     from llavakit.systems.llava_o1 import miniature
 
     monkeypatch.setattr(miniature, "TESTED", 3)
     monkeypatch.setattr(miniature, "SEARCHED", 2)
 
-    def run_seeds(function, seeds, progress):
-        found = [function(seed) for seed in seeds]
-        return Measurements(tuple(seeds), {name: [own[name] for own in found] for name in found[0]}, 1.0)
-
-    monkeypatch.setattr(miniature, "run_seeds", run_seeds)
+    monkeypatch.setattr(miniature, "run_seeds", functools.partial(run_seeds, workers=1))
     verdict = miniature.run(seeds=(0,), steps=1, trials=20)
     assert len(verdict.comparisons) == 6
     assert verdict.verdict == "inconclusive"  # of one seed nothing follows

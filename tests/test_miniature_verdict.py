@@ -103,6 +103,18 @@ def test_seeds_keep_their_order_and_report_progress(workers):
     assert "(2 of 2)" in lines[1]
 
 
+def a_part(seed, part):
+    return {part: seed * len(part)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parts_of_a_seed_run_apart_and_are_put_together(workers):
+    lines = []
+    measured = run_seeds(a_part, [3, 1], lines.append, workers=workers, parts=("long", "of"))
+    assert measured.values == {"long": [12.0, 4.0], "of": [6.0, 2.0]}
+    assert sorted(line.split(": ")[1] for line in lines) == ["long 12, of 6", "long 4, of 2"]
+
+
 def test_seeds_must_measure_the_same():
     with pytest.raises(ValueError, match="seed 1 measured"):
         run_seeds(lambda seed: {str(seed): 0.0}, [0, 1], workers=1)

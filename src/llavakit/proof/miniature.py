@@ -227,10 +227,11 @@ class Measurements:
 
 
 def run_seeds(
-    function: Callable[[int], Mapping[str, float]],
+    function: Callable[..., Mapping[str, float]],
     seeds: Sequence[int],
     progress: Callable[[str], None] | None = None,
     workers: int | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Measurements:
     """Run an experiment once per seed, as many at a time as there are cores, with one thread each.
 
@@ -239,6 +240,8 @@ def run_seeds(
             importable by name unless there is one worker, see `llavakit.proof.parallel.run_each`.
         progress: Called with one line after every seed.
         workers: Processes; default: one per core.
+        parts: What an experiment consists of, the longest first, if its parts can run apart: `function` is called with
+            a seed and each of them, and what the parts of a seed measure is put together. So few seeds fill all cores.
 
     Raises:
         llavakit.proof.parallel.WorkerError: If the experiment failed in a worker; it names the seed.
@@ -246,14 +249,26 @@ def run_seeds(
     from llavakit.proof.parallel import run_each
 
     started = time.perf_counter()
-    found: dict[int, Mapping[str, float]] = {}
-    for number, metrics in run_each(function, seeds, workers, name="seed"):
-        if found and set(metrics) != set(known := next(iter(found.values()))):
-            raise ValueError(f"seed {seeds[number]} measured {sorted(metrics)}, another one {sorted(known)}")
-        found[number] = metrics
+    runs: list[Any] = list(seeds) if parts is None else [(seed, part) for part in parts for seed in seeds]
+    run = function if parts is None else functools.partial(_part, function)
+    pieces: dict[int, dict[int, Mapping[str, float]]] = {number: {} for number in range(len(seeds))}
+    found: dict[int, dict[str, float]] = {}
+    for place, metrics in run_each(run, runs, workers, name="seed"):
+        part, number = divmod(place, len(seeds))
+        pieces[number][part] = metrics
+        if len(pieces[number]) < len(runs) // len(seeds):
+            continue
+        whole = {name: value for _, piece in sorted(pieces[number].items()) for name, value in piece.items()}
+        if found and set(whole) != set(known := next(iter(found.values()))):
+            raise ValueError(f"seed {seeds[number]} measured {sorted(whole)}, another one {sorted(known)}")
+        found[number] = whole
         if progress is not None:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in whole.items())
             progress(f"seed {seeds[number]} ({len(found)} of {len(seeds)}): {shown}")
     names = found[0] if found else {}
     values = {name: [float(found[number][name]) for number in range(len(seeds))] for name in names}
     return Measurements(tuple(seeds), values, time.perf_counter() - started)
+
+
+def _part(function: Callable[..., Mapping[str, float]], given: tuple[int, str]) -> Mapping[str, float]:
+    return function(*given)

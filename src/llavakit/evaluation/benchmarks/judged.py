@@ -1,8 +1,9 @@
 """LLaVA-Bench (in the wild): free answers that a judge compares with reference answers.
 
 Takes either reviews that were made already, or answers and the options of a judge. The instruction to the judge is
-llavakit's own; to compare with published figures give the published one with `rules`, and the same judge. Source: spec
-of LLaVA-1.5, section 7.
+llavakit's own; to compare with published figures give the published one with `rules`, and the same judge. A judge that
+reads text alone goes by captions; one that sees (LLaVA-Critic) is shown the picture with `look`. Source: spec of
+LLaVA-1.5, section 7, and of LLaVA-Critic, section 4.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from llavakit.errors import UserError
 from llavakit.evaluation.benchmarks.base import (
     Benchmark,
     Question,
+    folder_of,
+    media_parts,
     need_gold,
     stored_questions,
     text_of,
@@ -34,14 +37,15 @@ if TYPE_CHECKING:
 
 SYSTEM_MESSAGE = "You check the quality of answers. Be helpful and precise."
 RULE = (
-    "Two AI assistants answered the question above, which a user asked about an image. You cannot see the image; the "
-    "context describes it in a few sentences.\n"
+    "Two AI assistants answered the question above, which a user asked about an image. {sight}\n"
     "Judge how helpful, relevant, accurate and detailed each answer is, and give each assistant one overall score from "
     "1 to 10; higher is better.\n"
     "Begin with a line that holds nothing but the two scores, that of Assistant 1 and then that of Assistant 2, with a "
     "space between them.\n"
     "Then explain your scores on the following lines. Do not favour an answer for the place in which it is shown."
 )
+HIDDEN = "You cannot see the image; the context describes it in a few sentences."
+SHOWN = "The image is shown to you; the context describes it in a few sentences."
 CATEGORIES = ("llava_bench_conv", "llava_bench_detail", "llava_bench_complex")
 
 
@@ -151,6 +155,8 @@ class LLaVABench(Benchmark):
         context: str | Path | None = None,
         reference: str | Path | None = None,
         rules: str | Path | None = None,
+        look: bool = False,
+        images: str | Path | None = None,
         reviews: str | Path | None = None,
         missing: str = "error",
         extra: str = "error",
@@ -166,6 +172,8 @@ class LLaVABench(Benchmark):
             context: `context.jsonl` with `image` and `caption`.
             reference: The reference answers, `answers_gpt4.jsonl`.
             rules: Published `rule.json` (category -> prompt and role); default: llavakit's own instruction.
+            look: Show the judge the picture too, for one that sees.
+            images: Folder that names of pictures are relative to; default: that of the questions.
             reviews: Where to write the reviews; default: beside the predictions.
             judging: Who reviews, and the judge's options. A call that fails is no review: it is counted in
                 `failed_calls`, and the next call asks it again.
@@ -181,7 +189,8 @@ class LLaVABench(Benchmark):
             questions = read_records(need_gold(gold, self.title, "questions.jsonl"))
             pairs = list(pair(questions, records, missing=missing, extra=extra))
             asked = make_judge(judging, predictions)
-            rows, failures = review(pairs, context, reference, rules, asked)
+            folder = folder_of(need_gold(gold, self.title, "questions.jsonl"), images) if look else None
+            rows, failures = review(pairs, context, reference, rules, asked, folder)
             metrics = judged(asked, failures, len(pairs))
             output = write_lines(reviews or Path(predictions).with_suffix(".reviews.jsonl"), rows)
             records = read_records(output)
@@ -213,11 +222,13 @@ def review(
     reference: str | Path,
     rules: str | Path | None,
     judge: Judge,
+    images: Path | None = None,
 ) -> tuple[list[dict[str, Any]], list[Exception]]:
     """Have a judge compare every answer with the reference answer, which is shown first.
 
     Args:
         pairs: Question and answer; a question without an answer is reviewed with an empty one.
+        images: Folder of the pictures, for a judge that is to see them.
 
     Returns:
         Review records in the published format, in order of the questions, and the calls that failed.
@@ -234,7 +245,8 @@ def review(
         category = category if category.startswith("llava_bench_") else f"llava_bench_{category}"
         if rules is not None and category not in published:
             raise question.error("category", f"{category!r} is not in {rules}; it has {', '.join(published)}")
-        rule = published.get(category, {"prompt": RULE, "role": "Assistant"})
+        own = RULE.format(sight=HIDDEN if images is None else SHOWN)
+        rule = published.get(category, {"prompt": own, "role": "Assistant"})
         if image not in contexts:
             raise question.error("image", f"{image!r} has no context in {context}")
         if question.id not in references:
@@ -248,10 +260,12 @@ def review(
             rule["prompt"],
             rule["role"],
         )
-        prepared.append((question, first, answer, category, content))
+        shown: str | list[dict[str, Any]] = content
+        if images is not None:  # as LLaVA-Critic learned it: the picture, a line break, what is asked
+            shown = [*media_parts(question, images), {"type": "text", "text": f"\n{content}"}]
+        prepared.append((question, first, answer, category, shown))
     replies = judge.ask_all(
-        [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": content}]
-        for *_, content in prepared
+        [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": shown}] for *_, shown in prepared
     )
     failures = [reply for reply in replies if isinstance(reply, Exception)]
     rows = [

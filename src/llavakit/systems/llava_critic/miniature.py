@@ -4,7 +4,8 @@ An input of 12 numbers has an ideal answer of 6 symbols out of 8, each the argma
 answer's true score is the share of right symbols. A weakly trained policy samples five answers to 1,500 inputs, a judge
 compares them, DPO trains on the best against the worst, and the result is the next round's policy and reference. The
 judge sees the true difference with noise and favours the answer that it is shown first. Arms: all ordered pairs, each
-pair in one order, pairs at random. Spec section 11 A.
+pair in one order, pairs at random. Whether a trained judge generalises is measured by `miniature_judge`. Spec section
+11 A and B.
 """
 
 from __future__ import annotations
@@ -129,8 +130,12 @@ def quality(policy: Policy, world: World, seed: int, count: int = 2000) -> tuple
     return float(sampled.mean()), float(world.score(inputs, policy(inputs).argmax(-1)[:, None]).mean())
 
 
-def one_seed(seed: int, prompts: int = 1500) -> dict[str, float]:
-    """All arms from the same start."""
+def one_part(seed: int, part: str, prompts: int = 1500, steps: int = 800) -> dict[str, float]:
+    """The judge's training ("judge"), or all arms of the policies from the same start ("policies")."""
+    if part == "judge":
+        from llavakit.systems.llava_critic.miniature_judge import agreement
+
+        return agreement(seed, steps)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(100 + seed)
     world = World(generator)
@@ -149,13 +154,19 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     """Three rounds of every arm under every seed.
 
     Args:
-        budget: Another number of prompts a round, see `one_seed`.
+        budget: Other numbers of prompts a round and of the judge's steps, see `one_part`.
     """
-    measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
+    measured = run_seeds(functools.partial(one_part, **budget), seeds, progress, parts=("judge", "policies"))
 
-    def compare(idea: str, baseline: str, names: tuple[str, str], threshold: float = 0.0) -> Comparison:
+    def compare(
+        idea: str,
+        baseline: str,
+        names: tuple[str, str],
+        threshold: float = 0.0,
+        metric: str = "true score of sampled answers",
+    ) -> Comparison:
         return Comparison(
-            metric="true score of sampled answers",
+            metric=metric,
             idea=measured.arm(idea, names[0]),
             baseline=measured.arm(baseline, names[1]),
             threshold=threshold,
@@ -171,16 +182,24 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
             compare(f"both {n}", f"both {n - 1}", (f"both orders, round {n}", f"round {n - 1}"))
             for n in range(2, ROUNDS + 1)
         ),
+        compare(
+            "judge new", "untrained new", ("trained judge", "untrained"), 0.5, "Pearson's r, answers of a new model"
+        ),
+        compare("judge new", "judge known", ("a new model", "models of training"), -0.1, "Pearson's r, trained judge"),
     ]
+    taus = [measured.arm(f"{name} new tau", name).mean for name in ("judge", "untrained")]
     greedy = [measured.arm(name, name).mean for name in ("start greedy", f"both greedy{last}")]
     gaps = ", ".join(f"{ARMS[arm]} {measured.arm(f'{arm} gap 1', arm).mean:.2f}" for arm in ARMS)
     return Verdict(
         system="llava-critic",
-        claim="Rewards from a judge that sees every pair in both orders improve a policy, more than one order does.",
-        paper="LLaVA-W 90.7 to 100.3, WildVision 54.0 to 67.3 after three rounds with Critic-7B",
+        claim="Rewards from a judge that sees every pair in both orders improve a policy, more than one order does; "
+        "and a judge that learned from scores agrees with them on answers of a new model.",
+        paper="LLaVA-W 90.7 to 100.3, WildVision 54.0 to 67.3 after three rounds with Critic-7B; Pearson's r with "
+        "GPT-4o 0.364 before training as a critic, 0.732 after it",
         comparisons=tuple(comparisons),
         seeds=tuple(seeds),
         seconds=measured.seconds,
         notes=f"Chance is {1 / CHOICES:.3f}. The likeliest answer's score went from {greedy[0]:.2f} to {greedy[1]:.2f} "
-        f"with both orders. True gap of chosen and rejected answers in round 1: {gaps}.",
+        f"with both orders. True gap of chosen and rejected answers in round 1: {gaps}. Kendall's tau-b on answers of "
+        f"a new model: trained judge {taus[0]:.2f}, untrained {taus[1]:.2f}.",
     )

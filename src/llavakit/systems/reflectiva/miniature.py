@@ -337,22 +337,27 @@ def reflective_results(model: Reader, asked_: Questions, seed: int, visual: int)
     return results
 
 
-def one_seed(
-    seed: int, steps: int = 1200, all_steps: int = 800, questions: int = 400, visual: int = 400, batch: int = 64
+def one_part(
+    seed: int,
+    part: str,
+    steps: int = 900,
+    all_steps: int = 800,
+    questions: int = 400,
+    visual: int = 400,
+    batch: int = 64,
 ) -> dict[str, float]:
-    """All arms under one seed."""
+    """One of the arms, see `PARTS`."""
     asked_ = draw_questions(questions, seed)
-    results = {"recall": float(asked_.helps.any(1).float().mean()), "perfect": 1.0}
-    for name in ("reflect", "shuffled"):
-        torch.manual_seed(seed)
-        model, generator = Reader(), torch.Generator().manual_seed(seed)
-        make = functools.partial(reflective_batch, batch, shuffled=name == "shuffled", generator=generator)
-        warm = functools.partial(make, visual=0.9, bare=0.05)
-        train(model, [(steps // 6, warm), (steps - steps // 6, functools.partial(make, visual=0.15, bare=0.05))])
-        own = reflective_results(model, asked_, seed, visual)
-        results |= own if name == "reflect" else {"shuffled": own["reflect"]}
     torch.manual_seed(seed)
     model, generator = Reader(), torch.Generator().manual_seed(seed)
+    if part != "all":
+        make = functools.partial(reflective_batch, batch, shuffled=part == "shuffled", generator=generator)
+        warm = functools.partial(make, visual=0.9, bare=0.05)
+        train(model, [(steps // 6, warm), (steps - steps // 6, functools.partial(make, visual=0.15, bare=0.05))])
+        found = reflective_results(model, asked_, seed, visual)
+        if part == "shuffled":
+            return {"shuffled": found["reflect"]}
+        return found | {"recall": float(asked_.helps.any(1).float().mean()), "perfect": 1.0}
     train(model, [(all_steps, functools.partial(all_batch, batch, 0.15, generator))])
     tokens = torch.cat(
         [
@@ -363,17 +368,19 @@ def one_seed(
         ],
         1,
     )
-    results["all"] = float((model.likeliest(asked_.pictures, tokens) == asked_.answers).float().mean())
-    return results
+    return {"all": float((model.likeliest(asked_.pictures, tokens) == asked_.answers).float().mean())}
+
+
+PARTS = ("all", "reflect", "shuffled")
 
 
 def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None = None, **budget: int) -> Verdict:
     """Train every arm under every seed.
 
     Args:
-        budget: Other numbers of steps and questions, see `one_seed`.
+        budget: Other numbers of steps and questions, see `one_part`.
     """
-    measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
+    measured = run_seeds(functools.partial(one_part, **budget), seeds, progress, parts=PARTS)
     idea = measured.arm("reflect", "judge every passage, answer from those kept")
 
     def compare(baseline: str, name: str, threshold: float) -> Comparison:
