@@ -25,6 +25,7 @@ from llavakit.generation.responder import Responder
 
 COMMANDS = [
     "chat",
+    "generate",
     "serve",
     "new",
     "show",

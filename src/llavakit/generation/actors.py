@@ -22,12 +22,10 @@ class _Worker:
 
     def __init__(self, make: Callable[[], Any], folder: str) -> None:
         try:
-            os.chdir(folder)  # relative paths mean what they mean where the command was given
+            _enter(folder)
             self.held = make()
         except UserError as error:
             self.held = error
-        except FileNotFoundError:
-            self.held = UserError(f"{folder}: a machine of Ray has no such folder; all of them need the same paths")
 
     def call(self, method: str | None, *arguments: Any) -> Any:
         """What a method of the held object returns; without one whether there is an object."""
@@ -37,6 +35,14 @@ class _Worker:
             return None if method is None else getattr(self.held, method)(*arguments)
         except UserError as error:
             return error
+
+
+def _enter(folder: str) -> None:
+    """Let relative paths mean what they mean where the command was given."""
+    try:
+        os.chdir(folder)
+    except OSError:
+        raise UserError(f"{folder}: a machine of Ray has no such folder; all of them need the same paths") from None
 
 
 class Actors:

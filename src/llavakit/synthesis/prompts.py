@@ -59,7 +59,7 @@ class MediaFolders:
                 continue
             place = Path(item).resolve()
             if not any(place.is_relative_to(folder.resolve()) for folder in (self.root, *self.others)):
-                said = f"{quoted(item)} lies outside of {self.root}; allow its folder with --media-folder"
+                said = f"{quoted(item)} lies outside of {self.root.resolve()}; allow its folder with --media-folder"
                 raise FieldError(where, said)
 
 
