@@ -3,7 +3,7 @@
     OUT/
       train.jsonl      records in LLaVA's form, one per example
       heldout.jsonl    questions with answers, for `llavakit eval`
-      recipe.yaml      what `llavakit train` runs; writes to OUT/run
+      recipe.yaml      what `llavakit train` runs; writes to OUT/run, and asks the held-out questions
       project.json     what was assumed, and the commands to go on with
 
 Held out is a fifth of the subjects, or of the pictures where nothing names subjects; equal pictures under two names

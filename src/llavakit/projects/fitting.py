@@ -148,6 +148,10 @@ def recipe_text(fit: Fit, out: Path, images: Path, task: str, records: int, comm
     lines += [
         f"    save_steps: {max(20, steps // 5)}   # after an interrupt the same command goes on from here",
         f"    log_steps: {max(1, min(10, steps // 50))}\n",
+        "heldout:   # asked while it trains and at the end, beside the model before training and without pictures",
+        f"  questions: {_scalar(str(out / 'heldout.jsonl'))}",
+        f"  images: {_scalar(str(images))}",
+        f"  task: {task}\n",
         f"output: {_scalar(str(out / 'run'))}\n",
     ]
     text = "\n".join(lines)

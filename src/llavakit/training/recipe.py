@@ -329,6 +329,24 @@ class Stage(Section):
         return self
 
 
+class HeldOut(Section):
+    """Held-out questions, see `llavakit.training.heldout`.
+
+    Attributes:
+        questions: Question file of `task` that holds the answers too.
+        images: Folder of their media; default: that of the file.
+        task: Benchmark that scores the answers.
+        every: Steps between two answers while training; default: a fifth of the stage.
+        limit: Most questions that are asked at the end.
+    """
+
+    questions: str
+    images: str | None = None
+    task: str = "exact_match"
+    every: Count | None = None
+    limit: Count = 200
+
+
 class Recipe(Section):
     """A whole recipe: a checkpoint or parts, data, stages.
 
@@ -336,6 +354,7 @@ class Recipe(Section):
         system: Slug of the published system, recorded in the checkpoint.
         model: Checkpoint to start from, in any known layout; instead of `parts`.
         on_bad_record: What to do with a broken record.
+        heldout: Questions that are asked while it trains and at the end.
         output: Folder of all results; see `docs/recipes.md` for its layout.
     """
 
@@ -344,6 +363,7 @@ class Recipe(Section):
     parts: Parts | None = None
     data: list[Source] = Field(default_factory=list)
     on_bad_record: Literal["stop", "skip"] = "stop"
+    heldout: HeldOut | None = None
     stages: list[Stage] = Field(min_length=1)
     output: str = "runs/unnamed"
     run_name: str | None = None

@@ -50,8 +50,10 @@ from llavakit.training.callbacks import Bar, Metrics
 from llavakit.training.check import check_recipe, named
 from llavakit.training.dataset import PreparedSamples, global_batch, open_records, plan_batches
 from llavakit.training.fingerprint import STAMP, Content, check_stamp, fingerprint, stamp_text
+from llavakit.training.heldout import Samples, read_questions
 from llavakit.training.lora import merged_state, prepare, save_adapter
 from llavakit.training.objectives.base import Run, objective_of
+from llavakit.training.outcome import conclude
 from llavakit.training.parameter_groups import trainable_by_part
 from llavakit.training.recipe import Recipe, Stage, load_recipe
 from llavakit.training.recompute import recompute
@@ -132,6 +134,8 @@ def train(
     if _is_main():
         publish(results[-1].folder / "final", output / "final")
         console.print(f"finished: {output / 'final'}")
+        if recipe.heldout is not None:
+            conclude(recipe, TrainResult(output, results), console)
     distributed.barrier()
     return TrainResult(output, results)
 
@@ -150,6 +154,8 @@ def _prepare(recipe: Recipe, output: Path, check: str, records: Any) -> list[dic
         for whole in checkpoints(folder)[-1:]:
             check_stamp(whole / STAMP, stamp, folder)
     check_recipe(recipe, waiting, level=check, records=records)
+    if recipe.heldout is not None:
+        read_questions(recipe.heldout)
     try:
         output.mkdir(parents=True, exist_ok=True)
         _sweep(output)
@@ -297,6 +303,10 @@ class StageRun:
         if _is_main():
             trainer.add_callback(bar)
             self.console.print("\n".join(summary.lines(stage, plan, counts, base)), highlight=False, soft_wrap=True)
+            if world == 1 and self.recipe.heldout is not None and isinstance(base, LlavakitForConditionalGeneration):
+                every = self.recipe.heldout.every or max(1, plan.steps // 5)
+                questions = read_questions(self.recipe.heldout)
+                trainer.add_callback(Samples(stage.name, questions, every, base, processor, self.console))
         gc.freeze()  # accelerate collects garbage at the start; what lives already need not be searched
         try:
             trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
