@@ -47,6 +47,7 @@ COMMANDS = [
     "reproduce",
     "tools",
     "replay",
+    "studio",
     "doctor",
     "score",
 ]

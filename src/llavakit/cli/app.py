@@ -48,7 +48,7 @@ def overview(
 
 for _group in (
     *("asking", "projects", "training", "evaluation", "comparison", "reports", "robustness", "checkpoints"),
-    *("retrieval", "synthesis", "systems", "tools", "editing"),
+    *("retrieval", "synthesis", "systems", "tools", "editing", "studio"),
 ):
     importlib.import_module(f"llavakit.cli.{_group}")
 

@@ -21,7 +21,7 @@ ENGINES = ("native", "vllm")
 NO_HOST = "none.invalid"  # a name that never resolves (RFC 2606), where vLLM is to fetch from nowhere
 
 
-def _need(module: str, extra: str) -> Any:
+def need(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -82,8 +82,8 @@ def serve(
         arguments += vllm_arguments(keys, origins, media_folders, fetch, dtype)
         _serve_vllm(model, [*arguments, *extra], console)
         return
-    _need("uvicorn", "serve")
-    _need("fastapi", "serve")
+    need("uvicorn", "serve")
+    need("fastapi", "serve")
     from llavakit.generation.load import load
     from llavakit.media.policy import MediaPolicy
     from llavakit.serving.access import hosts_of
@@ -91,7 +91,7 @@ def serve(
     from llavakit.serving.process import http_server, run_until_stopped
 
     backends = _editing(web, sources.pop("tools", None)) if interactive else None
-    _check_port(host, port)
+    check_port(host, port)
     names = tuple(dict.fromkeys([name or Path(model).name or "llavakit"]))
     policy = MediaPolicy(fetch=fetch, folders=media_folders, networks=tuple(map(_network, media_networks)))
     hosts = hosts_of(socket.gethostname(), host, allowed_hosts)
@@ -117,7 +117,7 @@ def _editing(web: bool, tools: Any) -> Any:
     """Who edits pictures on the page."""
     if not web:
         raise UserError("--interactive: is a page of the web app; leave --no-web out")
-    _need("gradio", "web")
+    need("gradio", "web")
     from llavakit.editing.backends import backends_of
     from llavakit.tools.configuration import load_toolbox
 
@@ -131,7 +131,7 @@ def _network(text: str) -> Any:
         raise UserError(f"--media-network {text}: is not a network; write it as 10.1.0.0/16") from None
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,7 +1,8 @@
 """Progress bar of a training run, and its loss curve as JSON.
 
-`metrics.json` of a stage is written with every checkpoint and at the end, and holds all that the trainer logged;
-`tokens` are those of all processes without padding, `seconds` also count steps that a kill made necessary again:
+`metrics.json` of a stage is written every few seconds, with every checkpoint and at the end, and holds all that the
+trainer logged; `tokens` are those of all processes without padding, `seconds` also count steps that a kill made
+necessary again:
 
     {"stage", "steps", "finished", "seconds", "tokens", "trainable": {part: parameters},
      "log": [{"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}, ...], "skipped": [...]}
@@ -23,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llavakit.data.strict_json import read_json
 
+EVERY = 2.0  # seconds between two writings of what was logged
 LEFT_OUT = ("step", "epoch", "num_input_tokens_seen", "total_flos")
 
 
@@ -52,11 +54,12 @@ class Metrics(TrainerCallback):
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path, self.facts = path, facts
-        self.began = time.monotonic()
+        self.began = self.written = time.monotonic()
         self.earlier = read_json(path, kind=dict, finite=False).get("seconds", 0) if path.is_file() else 0
 
     def write(self, state: TrainerState, finished: bool = False) -> dict[str, Any]:
         """Write what is known now."""
+        self.written = time.monotonic()
         values = {
             **self.facts,
             "finished": finished,
@@ -72,6 +75,11 @@ class Metrics(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The last step is always logged."""
         control.should_log |= state.global_step >= state.max_steps
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Something was logged."""
+        if time.monotonic() - self.written > EVERY:
+            self.write(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A checkpoint was written."""
