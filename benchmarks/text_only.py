@@ -1,11 +1,15 @@
 """Text alone at SmolLM2's size (30 layers of width 576, vocabulary 49,152) beside transformers' `generate`.
 
-    OMP_NUM_THREADS=1 python benchmarks/text_only.py [--part even|log|step] [--longest 64] [--model FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/text_only.py [--part even|log|one|quality|step] [--longest 64]
+                                                     [--model FOLDER] [--gguf FILE]
 
 - even, log: 16 requests, prompts of 16 to 160 tokens, replies of 4 to `--longest` tokens (`log`: spaced by equal
   factors, most short and some long; `even`: by equal differences); the engine beside `LlamaForCausalLM.generate` on the
   same left-padded batch, which decodes until the longest reply is done. Tokens that were asked for per CPU second;
   equal tokens are asserted.
+- one: a single request, float32, int8 and int4 weights beside `generate` in float32; with `--gguf` llama-cpp-python on
+  that file too. Tokens per CPU second, the sides in turn.
+- quality: with `--model`, what quantised weights cost, by the loss on this script's text.
 - step: where the time of a decoding step goes, 1 and 16 requests: matrix products, attention, everything else; the
   decoder's own forward pass beside the engine's.
 
@@ -16,6 +20,7 @@ file.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import random
 import statistics
@@ -28,15 +33,17 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import llavakit
 from llavakit.generation import Engine, Request, SamplingParams
 from llavakit.generation.lean import LeanDecoder
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
+from llavakit.model.quantization import quantize
 
 SHAPE = {
     "hidden_size": 576,
@@ -127,6 +134,65 @@ def batch(ours: Any, theirs: Any, replies: str, longest: int, repeats: int) -> N
         line("median", "", "", f"{statistics.median(ratios):.2f}")
 
 
+def one(ours: Any, theirs: Any, new: int, repeats: int, gguf: Path | None) -> None:
+    ids = random.Random(0).choices(range(3, 40000), k=32)
+    text = torch.tensor([ids])
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    sides: dict[str, Callable[[], Any]] = {
+        "`generate`, float32": lambda: theirs.generate(text, eos_token_id=None, **options)[0, len(ids) :].tolist()
+    }
+    for form in ("float32", "int8", "int4"):
+        net = copy.deepcopy(ours)
+        net = net if form == "float32" else quantize(net, form)
+        engine = Engine(net, max_batch=1, prefix_bytes=0)
+        request = Request(ids, sampling=fixed(new))
+        sides[f"engine, {form}"] = lambda engine=engine, request=request: engine.generate([request])[0].token_ids
+    if gguf is not None:
+        from llama_cpp import Llama
+
+        model = Llama(str(gguf), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+        sides[f"llama.cpp, {gguf.name}"] = lambda: llama_tokens(model, ids, new)
+    print(f"\none request of {new} tokens behind 32\n")
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    made = {name: work() for name, work in sides.items()}  # warms up
+    first, second = list(sides)[:2]
+    assert made[first] == made[second], "the engine and generate differ"
+    for _ in range(repeats):
+        for name, work in sides.items():
+            seconds[name].append(timed(work)[1])
+    head("", "tokens per CPU second", "beside `generate`")
+    for name, spent in seconds.items():
+        ratio = statistics.median(slow / fast for slow, fast in zip(seconds[first], spent, strict=True))
+        line(name, f"{new / statistics.median(spent):.1f}", f"{ratio:.2f}")
+
+
+def llama_tokens(model: Any, ids: list[int], new: int) -> list[int]:
+    model.reset()
+    found = []
+    for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+        found.append(token)
+        if len(found) == new:
+            return found
+    return found
+
+
+def quality(ours: Any, folder: Path) -> None:
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder)(Path(__file__).read_text()).input_ids[:600]])
+    print("\nloss on this script's text\n")
+    head("weights", "loss", "divergence from float32", "same likeliest token")
+    exact = None
+    for form in ("float32", "int8", "int4"):
+        net = copy.deepcopy(ours)
+        net = net if form == "float32" else quantize(net, form)
+        with torch.inference_mode():
+            logits = net(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        exact = logits if exact is None else exact
+        loss = F.nll_loss(logits, ids[0, 1:])
+        divergence = F.kl_div(logits, exact, log_target=True, reduction="none").sum(-1).mean()
+        same = (logits.argmax(-1) == exact.argmax(-1)).float().mean()
+        line(form, f"{loss:.4f}", f"{divergence:.4f}", f"{100 * same:.1f} %")
+
+
 def step(ours: Any, steps: int) -> None:
     print("\nmilliseconds of a step, by PyTorch's profiler\n")
     head("requests", "decoder", "matrix products", "attention", "everything else", "operations")
@@ -153,12 +219,13 @@ def step(ours: Any, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["even", "log", "step"], help="default: all")
+    parser.add_argument("--part", choices=["even", "log", "one", "quality", "step"], help="default: all")
     parser.add_argument("--longest", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--layers", type=int, default=30, help="of random weights")
     parser.add_argument("--steps", type=int, default=8, help="to profile")
     parser.add_argument("--model", type=Path, help="folder in transformers' layout")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama-cpp-python")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, float32")
@@ -166,6 +233,10 @@ def main() -> None:
     for part in ("even", "log"):
         if options.part in (None, part):
             batch(ours, theirs, part, options.longest, options.repeats)
+    if options.part in (None, "one"):
+        one(ours, theirs, options.longest, options.repeats, options.gguf)
+    if options.model is not None and options.part in (None, "quality"):
+        quality(ours, options.model)
     if options.part in (None, "step"):
         step(ours, options.steps)
 

@@ -18,6 +18,8 @@ from llavakit.cli.common import (
     Knowledge,
     Model,
     OnBadRecord,
+    Quantize,
+    QuantizeParts,
     RunnerName,
     Search,
     Template,
@@ -28,6 +30,7 @@ from llavakit.cli.common import (
     assignments,
     given,
     print_json,
+    quantization,
     responder_choice,
     tool_choice,
     writing,
@@ -65,6 +68,8 @@ def chat(
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    quantize_parts: QuantizeParts = None,
     base: Base = None,
     vision_tower: Encoder = None,
     template: Template = None,
@@ -102,6 +107,7 @@ def chat(
     loaded = llavakit.load(
         model,
         **given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template),
+        **quantization(quantize, quantize_parts),
         **answering,
     )
     if processor:
@@ -213,6 +219,8 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 64,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    quantize_parts: QuantizeParts = None,
     base: Base = None,
     vision_tower: Encoder = None,
     template: Template = None,
@@ -237,6 +245,7 @@ def serve(
 
     options = given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template, name=name)
     options |= responder_choice(responder, responder_option, store=store) | tool_choice(tools)
+    options |= quantization(quantize, quantize_parts)
     run_server(
         model,
         host=host,

@@ -32,6 +32,11 @@ Judge = Annotated[str | None, typer.Option(help="Model that reviews answers: a f
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1, mps. Default: the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: what fits the device.")]
+Quantize = Annotated[str | None, typer.Option(help="Weights of the decoder in int8 or int4. Default: as --dtype says.")]
+QuantizeParts = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Parts to quantise, as language_model,vision_tower. Default: the decoder."),
+]
 Base = Annotated[str | None, typer.Option(help="Language model of a LoRA or connector-only checkpoint.")]
 Encoder = Annotated[str | None, typer.Option(help="Encoder of a checkpoint that does not contain it.")]
 Template = Annotated[
@@ -75,6 +80,11 @@ class RunnerName(StrEnum):
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given; the library's defaults apply to the others."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def quantization(quantize: str | None, parts: str | None) -> dict[str, Any]:
+    """What `llavakit.load` is told of quantised weights."""
+    return given(quantize=quantize, quantize_parts=None if parts is None else [one.strip() for one in parts.split(",")])
 
 
 def assignments(pairs: Sequence[str]) -> dict[str, Any]:

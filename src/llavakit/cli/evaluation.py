@@ -18,6 +18,8 @@ from llavakit.cli.common import (
     Judge,
     Knowledge,
     Model,
+    Quantize,
+    QuantizeParts,
     RunnerName,
     Search,
     Template,
@@ -27,6 +29,7 @@ from llavakit.cli.common import (
     assignments,
     given,
     print_json,
+    quantization,
     responder_choice,
     writing,
 )
@@ -57,6 +60,8 @@ def evaluate(
     question_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for reading the questions.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    quantize_parts: QuantizeParts = None,
     base: Base = None,
     vision_tower: Encoder = None,
     template: Template = None,
@@ -87,6 +92,7 @@ def evaluate(
     settings = {"score_options": scoring(option, judge), "question_options": assignments(question_option or ())}
     answering = responder_choice(responder, responder_option, search=search, store=store)
     answering |= given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template)
+    answering |= quantization(quantize, quantize_parts)
     if processes > 1 and runner is RunnerName.local:
         raise UserError("--processes: several belong to --runner ray; --batch-size makes one process faster")
     import llavakit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from llavakit.generation.foreign import classes_of, load_foreign, needs_own_clas
 from llavakit.generation.remote import APIClient, RemoteResponder
 from llavakit.generation.responder import Responder
 from llavakit.model.configuration import LlavakitConfig
+from llavakit.model.quantization import FORMATS, check_form
+from llavakit.model.quantization import quantize as quantize_weights
 from llavakit.registry import nearest, resolve
 from llavakit.system import System, get_system, systems
 
@@ -46,6 +48,8 @@ def load(
     responder_options: Mapping[str, Any] | None = None,
     tools: str | Path | Mapping[str, Any] | None = None,
     api: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
+    quantize_parts: Sequence[str] | None = None,
 ) -> Any:
     """Load a checkpoint: llavakit's own, the authors' layout of a known system, or transformers'.
 
@@ -64,6 +68,8 @@ def load(
         tools: Tools that run here when the model calls them: a configuration or its file, see
             `llavakit.tools.configuration`; "" for all that can run. Systems that learned tools use them in their way.
         api: Options of the `APIClient` of an address.
+        quantize: "int8" or "int4": weights of linear layers, see `llavakit.model.quantization`.
+        quantize_parts: Parts whose layers are quantised; default the decoder with its head.
 
     Returns:
         A `Responder`; for a model alone a `Chat`, or a `TransformersResponder` where only the model's own class can run
@@ -72,10 +78,14 @@ def load(
     Raises:
         UserError: One clear line if the folder is not a model or its tensors do not fit.
     """
+    if quantize is not None:
+        check_form(quantize)
+    elif quantize_parts:
+        raise UserError(f"quantize_parts {', '.join(quantize_parts)}: say quantize too, {' or '.join(FORMATS)}")
     wanted = None if responder is None else wanted_system(responder)
     factory = functools.partial(tool_factory, tools)
     if str(model).startswith(("http://", "https://")):
-        local = {"base": base, "vision_tower": vision_tower, "dtype": dtype, "device": device}
+        local = {"base": base, "vision_tower": vision_tower, "dtype": dtype, "device": device, "quantize": quantize}
         return _remote(str(model), factory(responder, wanted, responder_options), api or {}, local, max_batch)
     if api:
         raise UserError(f"api option {next(iter(api))!r}: belongs to the address of an API, {model} is none")
@@ -84,6 +94,8 @@ def load(
     foreign = _foreign(model, base, vision_tower)
     if foreign is not None:
         folder, raw = foreign
+        if quantize is not None:
+            raise UserError(f"quantize: {model} runs in transformers' own class, whose layers stay as they are")
         make = factory(responder, wanted, responder_options)
         codec = get_codec(getattr(wanted, "codec", None))
         return make(
@@ -95,6 +107,8 @@ def load(
     codec = get_codec(checkpoint.config.codec or getattr(wanted or card, "codec", None))
     processor = load_processor(checkpoint, local_folder(base) if base is not None else None)
     net = build(checkpoint, dtype=dtype, device=device)
+    if quantize is not None:
+        quantize_weights(net, quantize, quantize_parts)
     return make(Chat(net, processor, name=str(model), max_batch=max_batch, codec=codec))
 
 

@@ -32,10 +32,7 @@ class Head(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden] to [..., vocabulary]."""
-        logits = F.linear(hidden, self.weight, self.bias)
-        if self.scale != 1:
-            logits = logits * self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        return finished(F.linear(hidden, self.weight, self.bias), self.scale, self.cap)
 
     @classmethod
     def of(cls, text_config: Any) -> Head:
@@ -50,6 +47,13 @@ class Head(nn.Linear):
             head = Head(layer.in_features, layer.out_features, bias=layer.bias is not None)
         head.weight, head.bias, head.scale, head.cap = layer.weight, layer.bias, self.scale, self.cap
         return head
+
+
+def finished(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Logits scaled and softly capped."""
+    if scale != 1:
+        logits = logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def scale_and_cap(text_config: Any) -> tuple[float, float | None]:
