@@ -25,7 +25,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-slow test-docs test-smollm2 test-ray test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench clean
+.PHONY: help install demo serve docs test test-slow test-docs test-smollm2 test-ray test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -59,6 +59,14 @@ test-faults: $(STAMP)  ## thousands of malformed inputs from fixed seeds, with a
 
 test-docs: $(STAMP)  ## every command and snippet of the pages, with small stand-ins for what they name
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m docs -s tests/pages $(ARGS)
+
+docs: $(VENV)/.docs  ## the documentation as a site in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	@echo "open build/site/index.html"
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[docs]'
+	@touch $@
 
 test-adapters: $(STAMP)  ## table: adapters made by PEFT with each of its options, their logits against PEFT's
 	$(BIN)/python -W ignore tests/peft_cases.py

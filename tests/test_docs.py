@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 
 import typer
-from blocks import PAGES, ROOT
+from blocks import PAGES, ROOT, blocks
 
 from llavakit import registry
 from llavakit.cli.app import app
@@ -118,6 +118,15 @@ def test_commands_are_taken_by_the_command_line() -> None:
         except Exception as error:  # every wrong line is named, not the first alone
             wrong.append(f"{page}: llavakit {line}: {getattr(error, 'message', error)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_blocks_with_commands_say_so() -> None:
+    """What is `bash`, `console` or `python` runs in `make test-docs`; a command in another block would never run."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language not in ("bash", "console"):
+                found = re.search(r"^(\$ )?llavakit [a-z].*", block.text, re.M)
+                assert not found, f"{page}:{block.line}: {found[0]}: the block is not marked as bash or console"
 
 
 def anchors(text: str) -> set[str]:

@@ -11,18 +11,42 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from blocks import PAGES, ROOT, Block, blocks, sessions
 from fake_api import FakeAPI
-from stand_ins import reply_of
+from replies import reply
 from warm import Python, ask
 
 pytestmark = [pytest.mark.docs, pytest.mark.slow]
 HERE = Path(__file__).parent
-RUNNING = ["README.md"]
+BEFORE = {
+    "docs/adding-a-system.md": """
+import sys
+sys.path.insert(0, "examples/llava-zoom/src")
+from llava_zoom import *
+from llava_zoom.connector import *
+from llava_zoom.responder import *
+from llava_zoom.views import *
+__name__ = "llava_zoom"
+""",
+    "docs/retrieval.md": "from PIL import Image\npicture = Image.open('bridge.jpg')",
+    "docs/tools.md": "from PIL import Image\npicture = Image.open('scene.png')",
+}
+"""What goes before the snippets of a page that shows parts of a file, or takes a picture for granted."""
+READY = (
+    "README.md",
+    "docs/adding-a-system.md",
+    "docs/checkpoints.md",
+    "docs/coming-from.md",
+    "docs/data.md",
+    "docs/generation.md",
+    "src/llavakit/systems/dynamic_llava/README.md",
+    "src/llavakit/systems/llava_next_interleave/README.md",
+)
+RUNNING = [page for page in READY if any(block.count and not block.skipped for block in blocks(page))]
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +69,12 @@ def warm(tmp_path_factory):
     process.wait(60)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @dataclass
 class Reader:
     """Someone who types what a page shows, in a folder that holds what the page names."""
@@ -53,25 +83,29 @@ class Reader:
     folder: Path
     socket: str
     api: FakeAPI
-    port: int = field(init=False)
+    port: int
     python: Python | None = None
 
     def __post_init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         commands = self.folder.parent / "bin"
         commands.mkdir()
-        for name, when in (("llavakit", "true"), ("python", '[[ "$1 $2" == "-m llavakit"* || "$1" == *.py ]]')):
-            script = f'#!/bin/bash\n{when} && exec {sys.executable} -SE {HERE / "client.py"} {name} "$@"\n'
-            (commands / name).write_text(script + f'exec {sys.executable} "$@"\n')
+        ask_warm = f"exec {sys.executable} -SE {HERE / 'client.py'}"
+        for name, script in {
+            "llavakit": f'{ask_warm} llavakit "$@"',
+            "python": f"""[[ "$1 $2" == "-m llavakit"* || "$1" == *.py ]] && {ask_warm} python "$@"
+                exec {sys.executable} "$@\"""",
+            "make": f'PATH=$PAGES_PATH exec make --dry-run -C {ROOT} "$@"',  # that there is such a target
+        }.items():
+            (commands / name).write_text(f"#!/bin/bash\n{script}\n")
             (commands / name).chmod(0o755)
         self.environment = os.environ | {
             "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
             "PAGES_SOCKET": self.socket,
             "PAGES_NAME": self.page,
             "PAGES_PORT": str(self.port),
+            "PAGES_PATH": os.environ["PATH"],
             "OPENAI_BASE_URL": self.api.url,
+            "OPENAI_API_KEY": "none",
             "COLUMNS": "120",
         }
         self.log = (self.folder.parent / "log").open("ab+")
@@ -96,15 +130,18 @@ class Reader:
         if self.python is None:
             request = {"cwd": str(self.folder), "env": self.environment, "page": self.page}
             self.python = Python(self.socket, request, self.log.fileno())
+            assert self.python.run(BEFORE.get(self.page, ""), f"before {self.page}") is None
         since = self.log.seek(0, os.SEEK_END)
         error = self.python.run(self.ported(block.text), f"{block.page}:{block.line}")
         return error and f"{self.output(since)}\n{error}"
 
+    def save(self, block: Block) -> None:
+        """What a page shows as a file."""
+        (self.folder / block.file).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / block.file).write_text(block.text, encoding="utf-8")
+
     def run(self, block: Block) -> str | None:
         """What went wrong."""
-        if block.file:
-            (self.folder / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / block.file).write_text(block.text, encoding="utf-8")
         if block.skipped or not block.count:
             return None
         if block.language == "python":
@@ -137,13 +174,19 @@ def test_what_the_page_shows_runs(page, warm, made, tmp_path):
     stand_ins = ["python", str(HERE / "stand_ins.py"), page, str(folder), str(made)]
     request = {"argv": stand_ins, "cwd": str(folder), "env": dict(os.environ), "page": page}
     assert ask(warm, request) == {"status": 0}
-    with FakeAPI(reply_of(page)) as api:
-        reader = Reader(page, folder, warm, api)
+    with FakeAPI(reply) as api:
+        serves = any("llavakit serve" in block.text for block in blocks(page) if not block.skipped)
+        port = free_port() if serves else int(api.url.split(":")[2].removesuffix("/v1"))
+        reader = Reader(page, folder, warm, api, port)
         wrong = []
+        for block in blocks(page):
+            if block.file:
+                reader.save(block)
         for block in blocks(page):
             began = time.monotonic()
             if error := reader.run(block):
                 wrong.append(f"{page}:{block.line}\n{block.text}\n{error}")
+                print(wrong[-1])
             if block.count and not block.skipped:
                 print(f"{page}:{block.line}: {block.count} in {time.monotonic() - began:.1f} s")
         statuses = reader.close()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from llavakit.generation.asking import Asker
 from llavakit.generation.load import load
-from llavakit.generation.remote import OPENAI, APIClient, CallFailed, RemoteResponder
+from llavakit.generation.remote import APIClient, CallFailed, RemoteResponder
 from llavakit.generation.request import SamplingParams
 from llavakit.generation.responder import Messages, Responder
 
@@ -54,7 +54,7 @@ class Judge(Asker):
         elif base_url is None and (Path(model).is_dir() or str(model).startswith(("http://", "https://"))):
             responder = load(model, **({"api": api} if api else {}))
         else:
-            client = APIClient(base_url or OPENAI, concurrency=concurrency or 8, **api)
+            client = APIClient(base_url, concurrency=concurrency or 8, **api)
             responder = RemoteResponder(client, str(model))
         sampling = SamplingParams(temperature=temperature, max_new_tokens=max_tokens)
         super().__init__(responder, sampling=sampling, cache=cache, concurrency=concurrency)

@@ -59,7 +59,8 @@ class APIClient:
     """A client of one OpenAI-compatible server. May be shared between threads.
 
     Args:
-        base_url: Address of the API up to and including `/v1`.
+        base_url: Address of the API up to and including `/v1`; default: the environment variable OPENAI_BASE_URL, or
+            OpenAI's own.
         api_key_env: Environment variable with the key; servers without keys need none.
         concurrency: Calls in flight.
         retries: How often a call is repeated after a rate limit, a server error or a lost connection.
@@ -77,7 +78,7 @@ class APIClient:
 
     def __init__(
         self,
-        base_url: str = OPENAI,
+        base_url: str | None = None,
         *,
         api_key_env: str = "OPENAI_API_KEY",
         concurrency: int = 8,
@@ -91,6 +92,7 @@ class APIClient:
             import openai
         except ImportError:
             raise UserError("calls of an API need the openai package: pip install 'llavakit[eval]'") from None
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
         if concurrency < 1:
             raise UserError(f"concurrency is {concurrency}; at least one call must be in flight")
         if max_cost is not None and not (price_in or price_out):

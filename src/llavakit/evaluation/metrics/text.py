@@ -111,7 +111,7 @@ def coco_bleu(
     is the closest one per sentence.
 
     Returns:
-        [order] corpus values, [order][sentences] values.
+        `[order]` corpus values, `[order][sentences]` values.
     """
     tiny, small = 1e-15, 1e-9
     rows = []
