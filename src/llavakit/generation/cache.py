@@ -131,7 +131,8 @@ class RowCache(Cache):
         _, _, rows, heads, capacity, size = self.store.shape
         device = self.store.device
         self.flat = [(layer[0].view(-1, size), layer[1].view(-1, size)) for layer in self.store]
-        self._both = self.store.view(len(self.store), -1, size)  # keys and values of a layer, to be written together
+        # keys and values of a layer, to be written together; a part of a decoder may have no layer at all
+        self._both = self.store.view(len(self.store), 2 * rows * heads * capacity, size)
         bases = torch.arange(rows * heads, device=device).view(rows, heads) * capacity
         self._bases = bases
         self._numbers = torch.arange(rows, device=device)

@@ -32,6 +32,7 @@ def even_weights(cells: int, regions: int, points: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept after an answer is used in training and attacks, too
 def region_weights(rows: int, cols: int, side: int) -> Tensor:
     """Weights [side x side regions, points, rows x cols] of all regions of a map."""
     high, wide = pool_shape(rows, cols)
