@@ -56,7 +56,13 @@ TEXT = GRAMMAR | {name: f" {name}" for name in (*PLACES, *SIGNS)} | {name: name 
 ID = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 RATE = 4e-3
 NOISE = 0.2  # of what is seen in a cell
-ARMS = ("none", "all", "fly", "fly without plain answers")
+# Arms, and as what each is tested in which form.
+TESTED = {
+    "all": {"all": "all"},
+    "fly": {"fly": "fly"},
+    "none": {"none": "none", "test only": "all"},
+    "fly without plain answers": {"unmixed": "fly"},
+}
 
 
 class Sight(NamedTuple):
@@ -315,27 +321,19 @@ def answered(model: Decoder, sight: Sight, asked: Asked, arm: str, rng: np.rando
     return Score(right, calls, right_call, valid)
 
 
-def one_seed(seed: int, steps: int = 700, questions: int = 160) -> dict[str, float]:
-    """All arms on the same scenes."""
-    torch.set_num_threads(1)
+def one_part(seed: int, arm: str, steps: int = 700, questions: int = 160) -> dict[str, float]:
+    """An arm on the scenes that all arms are tested on; that without tools also with results at test alone."""
     held_out = sights(seed, 80)
-    half = steps // 2  # whether it calls without need shows early
-    models = {arm: trained(arm, seed, half if "without" in arm else steps) for arm in ARMS}
+    model = trained(arm, seed, steps // 2 if "without" in arm else steps)  # whether it calls without need shows early
     found: dict[str, float] = {}
-    for name, arm, form in (
-        ("none", "none", "none"),
-        ("test only", "none", "all"),
-        ("all", "all", "all"),
-        ("fly", "fly", "fly"),
-        ("unmixed", "fly without plain answers", "fly"),
-    ):
+    for name, form in TESTED[arm].items():
         rng = np.random.default_rng(10_000 + seed)
         kinds = list(KINDS)
         scores: dict[str, list[Score]] = {kind: [] for kind in kinds}
         for number in range(questions):
             sight = held_out[number % len(held_out)]
             asked = question(sight, str(rng.choice(kinds, p=list(KINDS.values()))), rng)
-            scores[asked.kind].append(answered(models[arm], sight, asked, form, rng))
+            scores[asked.kind].append(answered(model, sight, asked, form, rng))
         everything = [score for own in scores.values() for score in own]
         found[name] = float(np.mean([score.right for score in everything]))
         for kind, own in scores.items():
@@ -353,9 +351,9 @@ def run(seeds: Sequence[int] = (0, 1, 2), progress: Callable[[str], None] | None
     """All arms under every seed.
 
     Args:
-        budget: Other numbers of steps or questions, see `one_seed`.
+        budget: Other numbers of steps or questions, see `one_part`.
     """
-    measured = run_seeds(functools.partial(one_seed, **budget), seeds, progress)
+    measured = run_seeds(functools.partial(one_part, **budget), seeds, progress, parts=tuple(TESTED))
 
     def compare(metric: str, idea: str, baseline: str, names: tuple[str, str], threshold: float) -> Comparison:
         return Comparison(
