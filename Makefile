@@ -25,7 +25,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve docs test test-slow test-docs test-smollm2 test-ray test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench clean
+.PHONY: help install demo serve docs test test-slow test-docs test-smollm2 test-ray test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -136,6 +136,9 @@ lint: $(STAMP)  ## ruff, style and format
 
 bench: $(STAMP)  ## every script of benchmarks/, with its defaults
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done
+
+bench-gpu: $(STAMP)  ## 7B beside transformers on one GPU, at most 8 minutes, as a section for benchmarks/RESULTS.md
+	@$(BIN)/python -W ignore benchmarks/gpu.py $(ARGS)
 
 clean:  ## remove outputs and caches; environments stay (rm -r .venv*)
 	rm -rf demo runs build dist .pytest_cache .ruff_cache
