@@ -129,8 +129,9 @@ def baseline(work: Path) -> dict[str, Any]:
     before, began = peak(), time.process_time()
     trainer.train()
     seconds = time.process_time() - began
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
-    return {"seconds": seconds, "steps": trainer.state.global_step, "tokens": tokens, "loss": loss, "before": before}
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    found = {"seconds": seconds, "steps": trainer.state.global_step, "tokens": sum(lengths), "loss": loss}
+    return found | {"before": before, "shortest": min(lengths), "longest": max(lengths)}
 
 
 def llavakit(work: Path) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def llavakit(work: Path) -> dict[str, Any]:
     from llavakit.training.build import load_checkpoint
     from llavakit.training.dataset import PreparedSamples, plan_batches
     from llavakit.training.lora import prepare as freeze
+    from llavakit.training.memory import give_back_at_once
     from llavakit.training.objectives import Run
     from llavakit.training.objectives.supervised import Supervised
     from llavakit.training.recipe import parse_recipe
@@ -150,6 +152,7 @@ def llavakit(work: Path) -> dict[str, Any]:
     from llavakit.training.run import training_arguments
     from llavakit.training.trainer import StageTrainer
 
+    give_back_at_once()  # as `llavakit train` does
     records, known = prepared(work)
     model, processor = load_checkpoint(work / "model")
     mean = sum(len(sample["input_ids"]) for sample in known) / len(known)
@@ -224,7 +227,8 @@ def main() -> None:
             sys.exit(f"the models differ: loss {first['loss']:.6f} and {own['loss']:.6f}")
         if own["tokens"] != first["tokens"]:
             sys.exit(f"{side} saw {own['tokens']} tokens, not {first['tokens']}")
-    print(f"{options.stage}: {first['tokens']:,} tokens that count, loss of both on one batch {first['loss']:.4f}")
+    lengths = f" in records of {first['shortest']} to {first['longest']}" if "longest" in first else ""
+    print(f"{options.stage}: {first['tokens']:,} tokens that count{lengths}; loss on one batch {first['loss']:.4f}")
     print(f"{'':12}{'steps':>7}{'seconds':>10}{'tokens/s':>11}{'ratio':>8}{'peak GB':>10}{'ratio':>8}{'before':>9}")
     for side, own in found.items():
         speed, memory = first["seconds"] / own["seconds"], own["peak"] / first["peak"]

@@ -31,24 +31,56 @@ def train(
     check: Annotated[
         Check, typer.Option(help="Records that are opened before the first step: some of every source, or all.")
     ] = Check.sample,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing: print sizes, steps, tokens and peak memory of every stage.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --plan: run a few steps of every stage and say how long it takes.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a model through the stages of a recipe.
 
-    After a kill, the same command continues where training was. Prints the folder of the finished model.
+    After a kill, the same command continues where training was. Prints the folder of the finished model; with --plan
+    what the recipe would do and take, and ends with 1 if that does not fit in memory.
 
     \b
     Examples:
       llavakit train recipe.yaml
       llavakit train recipe.yaml output=runs/mine stages.1.epochs=2 stages.1.learning_rate=1e-5
+      llavakit train recipe.yaml --plan --measure
       torchrun --nproc-per-node 8 -m llavakit.cli train recipe.yaml stages.tune.shard=true
     """
+    extra = [f"on_bad_record={on_bad_record}"] if on_bad_record else []
+    if plan or measure:
+        _print_plan(recipe, [*(overrides or ()), *extra], timed=measure, as_json=as_json)
+        return
     from llavakit.training.run import train as run_training
 
-    extra = [f"on_bad_record={on_bad_record}"] if on_bad_record else []
     result = run_training(recipe, [*(overrides or ()), *extra], check=check.value)
     for stage in result.stages:
         print(f"{stage.name}: {'trained' if stage.ran else 'was finished before'}, {stage.folder}", file=sys.stderr)
+    if as_json:
+        print_json({"final": str(result.final), "stages": [stage.metrics for stage in result.stages]})
+        return
     print(result.final)
+
+
+def _print_plan(recipe: Path, overrides: list[str], *, timed: bool, as_json: bool) -> None:
+    from llavakit.training import plan as planning
+    from llavakit.training.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides)
+    plans = planning.plan_recipe(read)
+    if timed:
+        for number, own in enumerate(plans):
+            own.seconds = planning.measure(read, number, own)
+    if as_json:
+        print_json({"stages": [own.facts() for own in plans]})
+    else:
+        print("\n".join(line for own in plans for line in planning.lines(own)))
+    if not all(own.fits for own in plans):
+        raise typer.Exit(1)
 
 
 @app.command()

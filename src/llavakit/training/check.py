@@ -29,6 +29,7 @@ from llavakit.training.dataset import global_batch, open_records
 from llavakit.training.features import cacheable
 from llavakit.training.fingerprint import spread
 from llavakit.training.lora import prepare
+from llavakit.training.memory import check_room, room_on, static_bytes
 from llavakit.training.objectives.base import Objective, objective_of
 from llavakit.training.recipe import Recipe, Stage
 from llavakit.training.recompute import parts_to_recompute
@@ -55,7 +56,9 @@ def check_recipe(recipe: Recipe, numbers: Sequence[int], *, level: str = "sample
     objectives = {number: check_names(recipe, number) for number in numbers}
     config, processor = objectives[numbers[0]].describe(recipe)
     for number, objective in objectives.items():
-        check_parts(recipe, number, objective, config, getattr(processor, "tokenizer", None))
+        room = room_on("cuda" if torch.cuda.is_available() else "cpu")
+        room *= distributed.world_size() if recipe.stages[number].shard else 1
+        check_parts(recipe, number, objective, config, getattr(processor, "tokenizer", None), room)
     opened = {
         number: open_records(recipe, number, objective.read) if records is None else records
         for number, objective in objectives.items()
@@ -110,8 +113,14 @@ def check_names(recipe: Recipe, number: int) -> Objective:
     return objective
 
 
-def check_parts(recipe: Recipe, number: int, objective: Objective, config: Any, tokenizer: Any = None) -> None:
-    """What trains in a stage, its adapters and its media, on meta tensors."""
+def check_parts(
+    recipe: Recipe, number: int, objective: Objective, config: Any, tokenizer: Any = None, room: int | None = None
+) -> None:
+    """What trains in a stage, its adapters and its media, on meta tensors.
+
+    Args:
+        room: Bytes that weights, gradients and the optimiser's averages may take.
+    """
     stage = recipe.stages[number]
     with named(number, "media"):
         try:
@@ -125,6 +134,8 @@ def check_parts(recipe: Recipe, number: int, objective: Objective, config: Any, 
         model = prepare(model, stage, tokenizer)
     with named(number):
         parts_to_recompute(model, stage.gradient_checkpointing)
+        if room is not None and (stage.lora is None or stage.lora.quantize is None):
+            check_room(static_bytes(model, stage), room, "train")
     if stage.cache_features and not cacheable(model):
         raise RecipeError(f"stages.{number}.cache_features: an encoder trains in this stage, so its features change")
 

@@ -1,18 +1,30 @@
-"""How many bytes of tensors are alive: what a computation takes, also of fake tensors that have no memory."""
+"""Bytes: those of tensors that are alive, those that a training step takes, and those that are free."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import psutil
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llavakit.errors import RecipeError
+from llavakit.training.recipe import Stage
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still exist, in its own thread.
+    """Counts the bytes of all tensors that are made inside and still exist, in its own thread; also of fake tensors.
 
     Args:
         without: Tensors that exist already and whose memory, of views of them for instance, does not count.
@@ -54,3 +66,91 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self.now -= size
         del self._known[key]
+
+
+@dataclass
+class Memory:
+    """Bytes at the moment at which a step takes the most.
+
+    Attributes:
+        weights: Parameters and buffers.
+        optimiser: What it keeps of earlier steps.
+        gradients: Of the weights, as many as exist at that moment.
+        activations: Kept for the backward pass, and what is being computed.
+        loss: What the loss keeps: gradients of hidden states and of the output layer.
+        samples: Prepared ones that are remembered, on a CPU.
+        process: Interpreter and libraries, on a CPU.
+        notes: What could not be counted.
+    """
+
+    weights: int = 0
+    optimiser: int = 0
+    gradients: int = 0
+    activations: int = 0
+    loss: int = 0
+    samples: int = 0
+    process: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """The terms that there are, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int) and value}
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(self.terms.values())
+
+
+def static_bytes(model: nn.Module, stage: Stage) -> Memory:
+    """Weights, gradients and an Adam's two averages: what every step takes, whatever its batch. Counts meta tensors."""
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    if stage.dtype == "bfloat16":
+        weights, trained = weights // 2, trained // 2
+    averages = 2 if stage.optimizer.startswith(("adamw_torch", "adamw_apex")) else 0
+    return Memory(weights=weights, gradients=trained, optimiser=averages * trained)
+
+
+def give_back_at_once() -> None:
+    """Let the C library give large blocks back to the system as soon as they are free, for the whole process.
+
+    It keeps what is below some tens of megabytes, which costs a step on a CPU a fifth more memory than its tensors. To
+    ask the system again for every block takes time, which huge pages make up for. Only glibc has the switch.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch with its first large block
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            set_option(option, 1 << 18)
+
+
+def room_on(device: str) -> int:
+    """Bytes that are free for training, what this process takes already included."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()))
+    return free
+
+
+def check_room(memory: Memory, room: int, where: str) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        RecipeError: With all terms.
+    """
+    if memory.total > room:
+        terms = ", ".join(f"{name} {in_gb(value)}" for name, value in memory.terms.items())
+        raise RecipeError(
+            f"{where}: takes {in_gb(memory.total)} of memory ({terms}), {in_gb(room)} are free; train fewer parts or "
+            "LoRA, take dtype: bfloat16, gradient_checkpointing: light or smaller batches, or shard it"
+        )
+
+
+def in_gb(size: int) -> str:
+    """As people read it."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

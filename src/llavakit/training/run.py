@@ -52,6 +52,7 @@ from llavakit.training.dataset import PreparedSamples, global_batch, open_record
 from llavakit.training.fingerprint import STAMP, Content, check_stamp, fingerprint, stamp_text
 from llavakit.training.heldout import Samples, read_questions
 from llavakit.training.lora import merged_state, prepare, save_adapter
+from llavakit.training.memory import give_back_at_once
 from llavakit.training.objectives.base import Run, objective_of
 from llavakit.training.outcome import conclude
 from llavakit.training.parameter_groups import trainable_by_part
@@ -117,6 +118,8 @@ def train(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     console = console or Console(stderr=True)
+    if not torch.cuda.is_available():
+        give_back_at_once()
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(f"report_to: {name} is not installed; pip install {name}, or take it out")

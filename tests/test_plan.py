@@ -1,0 +1,123 @@
+"""What `train --plan` says, against what then happens."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_training
+import yaml
+from typer.testing import CliRunner
+
+from llavakit.cli.app import app
+from llavakit.errors import RecipeError
+from llavakit.training import callbacks, memory, plan
+from llavakit.training.plan import measure, plan_recipe
+from llavakit.training.recipe import parse_recipe
+from llavakit.training.run import train
+
+# Large enough that the step outweighs what else a process does, and still a matter of seconds.
+REAL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4000}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_training.write_world(tmp_path_factory.mktemp("world"))
+
+
+def raw(world, folder, **stage):
+    found = tiny_training.recipe(world, output=str(folder))
+    found["parts"]["text_config"] |= REAL
+    found["stages"] = [found["stages"][1] | {"batch_size": 24, "max_steps": 2} | stage]
+    return found
+
+
+GROWTH = """
+import json, resource, sys
+import psutil
+from rich.console import Console
+from llavakit.training.plan import plan_recipe
+from llavakit.training.recipe import load_recipe, parse_recipe
+from llavakit.training.run import train
+recipe = load_recipe(sys.argv[1])
+planned = plan_recipe(recipe)[0].memory
+few = parse_recipe(recipe.model_dump(mode="json"), ["parts.text_config.hidden_size=16", f"output={sys.argv[2]}"])
+train(few, console=Console(quiet=True))  # what is imported and started with a first step does not grow with the model
+before = psutil.Process().memory_info().rss
+train(recipe, console=Console(quiet=True))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"planned": planned.total - planned.process, "found": peak - before}))
+"""
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [{}, {"gradient_checkpointing": "light", "batch_size": 1, "packing": True, "max_length": 1000}],
+    ids=["padded", "packed"],
+)
+def test_memory_is_as_planned(world, tmp_path, stage):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw(world, tmp_path / "run", **stage)))
+    command = [sys.executable, "-c", GROWTH, str(path), str(tmp_path / "few")]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert said["planned"] > 80e6
+    assert said["planned"] == pytest.approx(said["found"], rel=0.15)
+
+
+def test_time_is_as_measured(world, tmp_path, monkeypatch):
+    for module in (plan, callbacks):  # processor time, since other programs run on the machine
+        monkeypatch.setattr(module.time, "monotonic", plan.time.process_time)
+    recipe = parse_recipe(raw(world, tmp_path, batch_size=4, max_steps=12, log_steps=100))
+    expected = measure(recipe, 0, plan_recipe(recipe)[0])
+    found = train(recipe).stages[0].metrics["seconds"]
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+def test_sizes_are_those_of_the_run(world, tmp_path):
+    recipe = parse_recipe(raw(world, tmp_path, batch_size=5, max_steps=None, epochs=2, train=["multi_modal_projector"]))
+    (found,) = plan_recipe(recipe)
+    metrics = train(recipe).stages[0].metrics
+    assert (found.size.steps, found.size.tokens) == (metrics["steps"], metrics["tokens"])
+    assert {part: own for part, (_, own) in found.parts.items() if own} == metrics["trainable"]
+    assert found.memory.gradients + found.memory.optimiser < 4 * 4 * metrics["trainable"]["multi_modal_projector"]
+    assert found.visual_tokens == 2 * 20 * 9  # 20 of 24 records have a picture of 3 x 3 tokens
+
+
+def test_freezing_and_recomputing_take_less(world, tmp_path):
+    def total(**stage):
+        return plan_recipe(parse_recipe(raw(world, tmp_path, **stage)))[0].memory
+
+    full, light = total(), total(gradient_checkpointing="light")
+    connector = total(train=["multi_modal_projector"])
+    assert light.activations < 0.8 * full.activations
+    assert connector.activations < full.activations
+    assert full.optimiser == pytest.approx(2 * full.weights, rel=0.02)  # all but the encoder trains
+    assert connector.optimiser < 0.02 * full.optimiser
+
+
+def test_what_does_not_fit_is_refused_before_it_is_built(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Free", (), {"available": 0}))
+    huge = raw(world, tmp_path / "run")
+    huge["parts"]["text_config"] |= {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 40}
+    said = (
+        r"stages\.0\.train: takes [\d.]+ GB of memory \(weights [\d.]+ GB, optimiser [\d.]+ GB, gradients [\d.]+ GB\)"
+    )
+    with pytest.raises(RecipeError, match=said):
+        train(parse_recipe(huge))
+    assert not (tmp_path / "run" / "tune").exists()
+
+
+def test_the_command_prints_the_plan(world, tmp_path, monkeypatch):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw(world, tmp_path / "run")))
+    shown = CliRunner().invoke(app, ["train", str(path), "--plan"])
+    assert shown.exit_code == 0
+    assert "24 records, 48 samples in 2 steps" in shown.output
+    assert "fits" in shown.output
+    monkeypatch.setattr(plan, "room_on", lambda device: 10**6)
+    shown = CliRunner().invoke(app, ["train", str(path), "--plan", "--json"])
+    assert shown.exit_code == 1
+    (stage,) = json.loads(shown.stdout)["stages"]
+    assert not stage["memory"]["fits"]
+    assert stage["memory"]["total"] > 10**6
+    assert not (tmp_path / "run").exists()
