@@ -25,7 +25,7 @@ FIND_PYTHON = for p in python3.13 python3.12 python3.11 python3 python; do \
 PYTHON  ?= $(shell $(FIND_PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve docs test test-slow test-docs test-smollm2 test-ray test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench bench-gpu clean
+.PHONY: help install demo serve studio docs test test-slow test-docs test-smollm2 test-ray test-exports test-faults test-adapters test-parity-bites test-oldest test-transformers-mixins test-vllm test-web lint dist test-dist bench bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/:/' | awk -F: '{printf "make %-26s%s\n", $$1, $$2}'
@@ -45,8 +45,12 @@ demo: $(STAMP)  ## train a tiny LLaVA-1.5 through both stages, evaluate it, writ
 # Gradio asks for an older Pillow, whose resizing differs in the last bit: an environment of its own.
 serve:  ## the demo's model as an API and a web app on http://localhost:8000; ARGS=--interactive adds a page for editing
 	@test -d runs/demo/final || { echo "runs/demo/final is missing; run make demo first" >&2; exit 2; }
-	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web,tools CONSTRAINTS=constraints-web.txt install
+	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=studio,tools CONSTRAINTS=constraints-web.txt install
 	.venv-web/bin/llavakit serve runs/demo/final $(ARGS)
+
+studio:  ## a page that makes a model of your pictures, on http://localhost:7860; ARGS="pets.csv --model runs/demo/parts/final"
+	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=studio,tools CONSTRAINTS=constraints-web.txt install
+	.venv-web/bin/llavakit studio $(ARGS)
 
 test: $(STAMP)  ## the fast tests; ARGS="tests/test_cli.py -k chat" narrows them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not faults and not vllm and not web and not docs" $(ARGS)
@@ -115,9 +119,9 @@ test-ray:  ## workers of Ray that generate, evaluate and synthesize, one of them
 	@$(MAKE) --no-print-directory VENV=.venv-ray EXTRAS=dev,ray install
 	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m ray tests/test_generate.py tests/test_synthesis.py $(ARGS)
 
-test-web:  ## the web app in a headless Chromium (CHROMIUM=/path/to/it), in the environment of `make serve`
-	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=web,tools CONSTRAINTS=constraints-web.txt .venv-web/.tests
-	.venv-web/bin/python -m pytest -m web tests/test_webapp.py tests/test_editpage.py $(ARGS)
+test-web:  ## the web app and the studio in a headless Chromium (CHROMIUM=/path/to/it), in the environment of `make serve`
+	@$(MAKE) --no-print-directory VENV=.venv-web EXTRAS=studio,tools CONSTRAINTS=constraints-web.txt .venv-web/.tests
+	.venv-web/bin/python -m pytest -m web tests/test_webapp.py tests/test_editpage.py tests/test_studio_page.py $(ARGS)
 
 .venv-web/.tests: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[web-test,tools]'
