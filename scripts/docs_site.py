@@ -23,7 +23,7 @@ ELSEWHERE = {
 }
 """Pages outside `docs/`, by where they are on the site; every system's page is added."""
 SECTIONS = {
-    "Start": ("first-hour.md", "coming-from.md", "recipes.md", "data.md", "checkpoints.md"),
+    "Start": ("first-hour.md", "studio.md", "coming-from.md", "recipes.md", "data.md", "checkpoints.md"),
     "Use": ("generation.md", "evaluation.md", "serving.md", "tools.md", "retrieval.md", "editing.md", "robustness.md"),
     "Extend": ("architecture.md", "adding-a-system.md", "phantom.md", "contributing.md"),
     "About": ("decisions.md", "security.md", "benchmarks.md", "changelog.md"),

@@ -84,6 +84,17 @@ def test_a_job_can_be_stopped_and_started_again(lasting):
     assert wait(lasting, "finished") == "finished"
 
 
+def test_a_studio_knows_what_goes_on_without_it(lasting, tmp_path):
+    project = tmp_path / "runs" / "one"
+    project.mkdir(parents=True)
+    (project / "project.json").write_text('{"commands": []}')
+    (project / "jobs").mkdir()
+    assert Studio(tmp_path / "runs").running() == []
+    (project / "jobs" / "serve").symlink_to(lasting.folder)
+    (job,) = Studio(tmp_path / "runs").running()
+    assert job.command == lasting.command
+
+
 def test_a_killed_job_is_told_from_one_that_ended(lasting):
     os.killpg(pid_of(lasting), signal.SIGKILL)
     assert wait(lasting, "died") == "died"
@@ -106,7 +117,7 @@ def table(tmp_path):
     rows = ["file,label"]
     for number in range(12):
         colour = ("red", "green", "blue")[number % 3]
-        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{number}.png")
+        Image.new("RGB", (8 + number, 8), colour).save(tmp_path / f"{number}.png")
         rows.append(f"{number}.png,{colour}")
     path = tmp_path / "colours.csv"
     path.write_text("\n".join(rows), encoding="utf-8")
@@ -127,7 +138,7 @@ def test_pictures_become_a_project_that_a_new_studio_finds(table, model, tmp_pat
     assert studio.score() is None
     assert studio.answers() == []
     (part,) = studio.media(studio.project.questions[0])
-    assert Image.open(part["image"]).size == (8, 8)
+    assert Image.open(part["image"]).height == 8
     studio.make(str(table), str(model))
     assert studio.project.name == "colours-2", "nothing is written over"
     assert Studio(tmp_path / "runs").project.name == "colours-2"

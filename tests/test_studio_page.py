@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="the web app's environment: make test-web")
 pytest.importorskip("playwright.sync_api", reason="the web app's environment: make test-web")
-from test_studio import model, pid_of, table  # noqa: F401
+from test_studio import model, pid_of, table, wait  # noqa: F401
 from test_webapp import browser  # noqa: F401
 
 from llavakit.serving.access import AccessPolicy
@@ -30,12 +30,12 @@ PATIENCE = 300_000  # milliseconds; commands of llavakit start slowly on a busy 
 class RunningStudio:
     """A studio in a thread, on a free port."""
 
-    def __init__(self, workspace, source="", model="", keys=()):
+    def __init__(self, workspace, source="", start="", keys=()):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.studio = Studio(workspace, keys=tuple(keys))
-        app = create_app(self.studio, AccessPolicy(tuple(keys)), source=str(source), model=str(model))
+        app = create_app(self.studio, AccessPolicy(tuple(keys)), source=str(source), model=str(start))
         self.server = http_server(app, 64, port=port, log_level="error")
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -99,7 +99,7 @@ def test_five_clicks_from_a_table_to_an_answer_of_the_served_model(page, running
     page.wait_for_selector("text=Served at")
     press(page, "Stop serving")
     page.wait_for_selector("text=Served at", state="hidden")
-    assert running.studio.project.job("serve").state == "stopped"
+    assert wait(running.studio.project.job("serve"), "stopped") == "stopped"
 
 
 def test_a_killed_training_is_told_and_goes_on(page, running):
@@ -123,7 +123,7 @@ def test_mistakes_are_told_by_keyboard_alone_on_a_telephone(browser, tmp_path): 
     page.set_default_timeout(PATIENCE)
     try:
         page.goto(running.url)
-        page.wait_for_function("document.activeElement.tagName == 'INPUT' || document.activeElement.tagName == 'TEXTAREA'")
+        page.wait_for_function("['INPUT', 'TEXTAREA'].includes(document.activeElement.tagName)")
         page.keyboard.type(str(tmp_path / "nothing.csv"))
         page.keyboard.press("Tab")
         page.keyboard.press("Tab")

@@ -11,6 +11,7 @@ from typing import Any
 
 from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.errors import UserError
+from llavakit.studio.jobs import Job
 from llavakit.studio.project import Project, projects
 
 KEY = "LLAVAKIT_STUDIO_KEY"  # environment variable with the key that the studio asks served models with
@@ -151,6 +152,11 @@ class Studio:
         return parts
 
     # where things stand
+
+    def running(self) -> list[Job]:
+        """Jobs of all projects that are running."""
+        folders = (folder for project in projects(self.workspace) for folder in project.folder.glob("jobs/*"))
+        return [job for job in map(Job, folders) if job.state == "running"]
 
     def training(self) -> str:
         """Where training stands, in a sentence."""

@@ -26,7 +26,8 @@ CSS = """
 footer { display: none !important }
 .studio-log textarea { font-family: ui-monospace, monospace; font-size: .8rem }
 .studio-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .8rem }
-.studio-cards > div { border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .6rem }
+.studio-cards > div { border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .6rem;
+  overflow-wrap: anywhere }
 .studio-cards img { width: 100%; border-radius: .3rem; image-rendering: pixelated }
 .studio-curve { --line: var(--border-color-primary); --soft: var(--body-text-color-subdued);
   --accent: var(--color-accent) }
@@ -114,7 +115,8 @@ def build(studio: Studio, *, source: str = "", model: str = "") -> gr.Blocks:
             "difference": difference, "serve": serve, "end": end, "served": served, "ask": ask,
         }  # fmt: skip
 
-        def look(seen: Seen) -> list[Any]:
+        def look(seen: Seen | None) -> list[Any]:
+            seen = seen or Seen()  # the timer may be faster than the page's loading
             found = told(shown)(studio)
             return [seen.of(name, found[name]) for name in views]
 

@@ -60,7 +60,11 @@ def serve_studio(
     policy = AccessPolicy(keys, hosts_of(socket.gethostname(), host, allowed_hosts))
     app = create_app(studio, policy, source=source, model=model)
     console.print(f"studio   http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}/")
-    run_until_stopped(http_server(app, 64, host=host, port=port, log_level="warning"))
+    try:
+        run_until_stopped(http_server(app, 64, host=host, port=port, log_level="warning"))
+    finally:
+        for job in studio.running():
+            console.print(f"goes on without the studio: llavakit {' '.join(job.command)}")
 
 
 def create_app(studio: Any, policy: AccessPolicy, *, source: str = "", model: str = "") -> Any:
