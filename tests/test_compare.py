@@ -191,6 +191,7 @@ def test_the_command(files, tmp_path, capsys, monkeypatch):
     assert run(["compare", *sides, "--questions", str(files["gold"]), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["metrics"]["accuracy"]["difference"] == 37.5
+    assert told["metrics"]["accuracy"]["only_first"] == 17
     assert (tmp_path / told["page"]).read_text().count("data:image/png;base64,") == 19
     assert run(["compare", *sides]) == 2
     assert run(["compare", *sides, "--gold", str(files["gold"])]) == 0

@@ -12,11 +12,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from llavakit.cli.common import Json, app, print_json, show
+from llavakit.cli.common import Device, Dtype, Json, app, given, print_json, show, writing
 from llavakit.errors import UserError
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
@@ -56,27 +57,49 @@ for _group in (
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="With --attack: model or encoder folder.")
+        str | None, typer.Argument(metavar="[MODEL]", help="With --attack or --blind: what is looked at.")
     ] = None,
     attack: Annotated[
         bool, typer.Option("--attack", help="How far invisible changes move MODEL's vision tower.")
     ] = False,
     eps: Annotated[str, typer.Option(help="With --attack: radius in pixels of 0 to 1.")] = "4/255",
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Whether MODEL uses its pictures: right, blank and other ones.")
+    ] = False,
+    task: Annotated[str | None, typer.Option(help="With --blind: benchmark, for instance pope, phantom.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="With --blind: the benchmark's question file.")] = None,
+    images: Annotated[Path | None, typer.Option(help="With --blind: folder of images.")] = None,
+    gold: Annotated[Path | None, typer.Option(help="With --blind: the benchmark's answers.")] = None,
+    limit: Annotated[int, typer.Option(min=2, help="With --blind: most questions, each asked three times.")] = 300,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Check this installation, or how robust a model's vision tower is.
+    """Check this installation, whether a model uses its pictures, or how robust its vision tower is.
 
-    Versions, devices and extras, and what to install where something is missing.
+    Without MODEL: versions, devices and extras, and what to install where something is missing.
+
+    --blind asks the same questions with the right picture, a blank one and another question's, and says whether the
+    model uses the picture, does not, or whether these questions cannot tell. It ends with status 1 if it does not.
 
     \b
     Examples:
       llavakit doctor
       llavakit doctor --json
       llavakit doctor MODEL --attack
+      llavakit doctor MODEL --blind --task pope --questions coco_pope_random.json --images val2014
     """
+    if blind and attack:
+        raise UserError("--attack and --blind: one at a time")
+    if blind:
+        _check_blind(model, task, questions, images, gold, limit, given(device=device, dtype=dtype), as_json)
+        return
+    if task is not None or questions is not None:
+        raise UserError("--task and --questions: belong to --blind")
     if attack or model is not None:
         _check_up(model, attack, eps, as_json)
         return
+
     from llavakit.cli.doctor import examine, table
 
     report = examine()
@@ -88,11 +111,45 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _check_blind(
+    model: str | None,
+    task: str | None,
+    questions: Path | None,
+    images: Path | None,
+    gold: Path | None,
+    limit: int,
+    loading: dict[str, Any],
+    as_json: bool,
+) -> None:
+    if model is None or task is None or questions is None:
+        raise UserError("--blind: name the model, --task TASK and --questions FILE")
+    for place in (questions, images, gold):
+        if place is not None and not place.exists():
+            raise UserError(f"{place}: no such file")
+    from llavakit.cli.evaluation import output_of
+    from llavakit.evaluation.blind import DOES_NOT, check_blind, table
+    from llavakit.evaluation.score import benchmark
+
+    benchmark(task)
+    import llavakit
+
+    folder = Path("runs", "doctor", *output_of(model, task).with_suffix("").parts[2:])
+    with writing(folder):
+        loaded = llavakit.load(model, **loading)
+        found = check_blind(loaded, task, questions, folder, images=images, gold=gold, limit=limit)
+    if as_json:
+        print_json(found)
+    else:
+        show(table(found))
+    if found["verdict"] == DOES_NOT:
+        raise typer.Exit(1)
+
+
 def _check_up(model: str | None, attack: bool, eps: str, as_json: bool) -> None:
     if model is None:
         raise UserError("--attack: name the model or the encoder that is looked at")
     if not attack:
-        raise UserError(f"{model}: say what to do with it; --attack looks at its vision tower")
+        raise UserError(f"{model}: say what to do with it; --attack looks at its vision tower, --blind at its answers")
     from llavakit.robustness import checkup
     from llavakit.robustness.balls import check_eps, fraction
 

@@ -74,7 +74,7 @@ class Comparison:
         own = numbered(groups[rows].tolist())
         measures = [cases.measures[name].of(rows) for cases in self.cases]
         sides = [{"value": one.whole, "interval": intervals({name: one}, own)[name]} for one in measures]
-        return {"first": sides[0], "second": sides[1], **_shown(paired(*measures, own))}
+        return {"first": sides[0], "second": sides[1], **shown(paired(*measures, own))}
 
     def differing(self) -> list[int]:
         """Numbers of the cases that the two do not answer equally well, those with the largest differences first."""
@@ -84,7 +84,8 @@ class Comparison:
         return [int(number) for number in order if gaps[number] > 1e-9]
 
 
-def _shown(found: Paired) -> dict[str, Any]:
+def shown(found: Paired) -> dict[str, Any]:
+    """A difference, JSON-able."""
     low, high = found.interval or (None, None)
     row = {"difference": found.value, "low": low, "high": high, "p": found.p, "test": found.test}
     if found.only_first is not None:
@@ -99,6 +100,7 @@ def compare(
     gold: str | Path | None,
     *,
     common: bool = False,
+    control: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Two predictions files on the same questions.
@@ -108,6 +110,7 @@ def compare(
         first, second: Predictions files, or folders that hold one, see `predictions_in`.
         gold: As for `score`.
         common: Compare the questions that both answered, where not all are answered by both.
+        control: Whether the second was asked about other pictures on purpose.
         options: Of the benchmark's `score`.
 
     Raises:
@@ -122,7 +125,7 @@ def compare(
         said = description_of(file).get("task")
         if said is not None and said != task:
             raise UserError(f"{file}: holds answers to the task {said}, not to {task}")
-    shared = _shared(files, records, common)
+    shared = _shared(files, records, common, control)
     chosen = dict(options or {})
     with tempfile.TemporaryDirectory() as scratch:
         if shared is not None:
@@ -174,7 +177,9 @@ def _key(record: Record) -> tuple[str, str]:
     return record.id, str(record.data.get("round_id", ""))
 
 
-def _shared(files: Sequence[Path], records: Sequence[Sequence[Record]], common: bool) -> set[tuple[str, str]] | None:
+def _shared(
+    files: Sequence[Path], records: Sequence[Sequence[Record]], common: bool, control: bool
+) -> set[tuple[str, str]] | None:
     """The questions that both files answer; None if they are all of both.
 
     Raises:
@@ -190,7 +195,7 @@ def _shared(files: Sequence[Path], records: Sequence[Sequence[Record]], common: 
         raise UserError(f"{files[0]} and {files[1]} share no question; they begin with {examples}")
     for key in (key for key in keys[0] if key in shared):
         asked = [own[key].data.get("asked") for own in keys]
-        if None not in asked and asked[0] != asked[1]:
+        if not control and None not in asked and asked[0] != asked[1]:
             raise keys[1][key].error("asked", f"question {quoted(key[0])} had another text or picture in {files[0]}")
     alone = [len(own) - len(shared) for own in keys]
     if not any(alone) and not common:

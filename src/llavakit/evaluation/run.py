@@ -15,7 +15,7 @@ import inspect
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,6 +54,7 @@ def evaluate(
     shard: str | None = None,
     resume: bool = True,
     scored: bool = True,
+    change: Callable[[list[Question]], list[Question]] | None = None,
     model_id: str | None = None,
     question_options: dict[str, Any] | None = None,
     score_options: dict[str, Any] | None = None,
@@ -76,6 +77,7 @@ def evaluate(
         limit: Ask only this many questions, the first ones; there is no score then.
         shard: "K/N": ask only the K-th of N blocks, see `block_of`; there is no score then. `score` takes the
             predictions files of all blocks together.
+        change: What is asked instead of the questions: some of them, or the same ones about other pictures.
         scored: Whether answers are scored where there is something to score against.
         model_id: Name stored with the predictions, which then belong to this name too; by default the model's `name`.
         question_options, score_options: Options of the benchmark's `questions` and `score`.
@@ -97,6 +99,8 @@ def evaluate(
         whole = _with_boxes(whole, BoxFile(boxes), str(questions))
     _unique(whole, str(questions))
     asked = (whole if shard is None else block_of(whole, *_shard(shard)))[:limit]
+    if change is not None:
+        asked = change(list(asked))
     if not asked:
         raise UserError(f"shard={shard}: there is no question in it; {questions} holds {len(whole)}")
     length = max_new_tokens or chosen.max_new_tokens

@@ -41,8 +41,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     Returns:
         `only_first`, `only_second`: items that one alone has right; `p`.
     """
-    one = sum(a and not b for a, b in zip(first, second, strict=True))
-    two = sum(b and not a for a, b in zip(first, second, strict=True))
+    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+    one, two = pairs.count((True, False)), pairs.count((False, True))
     tail = sum(math.comb(one + two, k) for k in range(min(one, two) + 1))
     return {"only_first": one, "only_second": two, "p": min(1.0, 2 * tail / 2 ** (one + two))}
 

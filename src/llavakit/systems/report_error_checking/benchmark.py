@@ -8,7 +8,6 @@ a score may come from traces of the editing (spec sections 7 and 9). Short forms
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from llavakit.evaluation.benchmarks.base import (
 )
 from llavakit.evaluation.benchmarks.likelihood import shares
 from llavakit.evaluation.cases import Metrics
+from llavakit.evaluation.controls import blank
 from llavakit.evaluation.metrics.intervals import Measure, mcnemar
 from llavakit.evaluation.records import Record, choose, index, read_records, refuse_surplus
 from llavakit.systems.report_error_checking import answers
@@ -203,17 +203,6 @@ class ReportErrors(Benchmark):
         }
         pairs = [(draft.record, runs[0][draft.name]) for draft in drafts]
         return Metrics(found, self.cases(pairs, {"accuracy": Measure.mean(own)}), bounds)
-
-
-def blank(path: Path) -> bytes:
-    """A black picture of the size of another, as a PNG file."""
-    from PIL import Image
-
-    from llavakit.media.image import load_image
-
-    buffer = io.BytesIO()
-    Image.new("L", load_image(path).size).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _other(draft: Draft, pictures: Sequence[tuple[str, str]], seed: int) -> str:
