@@ -128,13 +128,9 @@ class Actors:
 
 
 def _resources(ray: Any, count: int) -> dict[str, float]:
-    """Processors and GPUs of a worker: as many as all machines have for that many workers."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    found = {}
-    for name, option in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        have = [int(node.get(name, 0)) for node in nodes]
-        found[option] = next(
-            (share for share in range(max(have, default=0), 0, -1) if sum(own // share for own in have) >= count), 0
-        )
-    found["num_gpus"] = min(found["num_gpus"], 1) or min(1.0, sum(int(node.get("GPU", 0)) for node in nodes) / count)
-    return found
+    """What a worker takes: its share of the processors (its threads), and one GPU, or a part where there are fewer."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    processors = [int(machine.get("CPU", 0)) for machine in machines]
+    gpus = sum(machine.get("GPU", 0) for machine in machines)
+    fitting = (share for share in range(max(processors), 0, -1) if sum(own // share for own in processors) >= count)
+    return {"num_cpus": next(fitting, 0), "num_gpus": min(1.0, gpus / count)}
