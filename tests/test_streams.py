@@ -369,6 +369,7 @@ def test_two_processes_with_a_share_each_are_killed_and_go_on(world: Path, tmp_p
     states = [json.loads((left / f"stream_{rank}.json").read_text()) for rank in (0, 1)]
     assert states[0]["batches"] == states[1]["batches"] < 40
     assert [state["world"] for state in states] == [2, 2]
+    assert [(left / f"rng_state_{rank}.pth").is_file() for rank in (0, 1)] == [True, True]
     finish(start("cut"))
     ours, theirs = ((tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert ours == theirs

@@ -192,8 +192,8 @@ class StreamBatches:
         rank: int = 0,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        state = state or {"batches": 0, "buffer": 0, "trained": 0, "reader": [], "world": world}
-        if state["world"] != world:
+        state = state or {"batches": 0, "buffer": 0, "trained": 0, "reader": [], "world": world, "rank": rank}
+        if (state["world"], state["rank"]) != (world, rank):
             raise RecipeError(
                 f"stages.{stage.name}: its checkpoint was left by {state['world']} processes, each with its share of "
                 f"the stream, and goes on with as many; {world} were started"
@@ -242,7 +242,7 @@ class StreamBatches:
             self._buffers.popleft()
         before, number, reader = self._buffers[0]
         place = {"batches": batches, "buffer": number, "trained": batches - before, "reader": reader}
-        return place | {"world": self.world}
+        return place | {"world": self.world, "rank": self.rank}
 
     def save(self, folder: Path, batches: int) -> None:
         """Write the state of this process into a checkpoint."""
@@ -256,15 +256,13 @@ def state_file(rank: int) -> str:
 
 
 def read_state(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """The state that a process left in a checkpoint.
+    """The state that a process left in a checkpoint; where there were fewer processes that of the first, which says so.
 
     Raises:
-        UserError: If it left none.
+        UserError: If there is none.
     """
     file = checkpoint / state_file(rank)
-    if not file.is_file() and rank:
-        return read_json(checkpoint / state_file(0))  # says how many there were
-    return read_json(file)
+    return read_json(file if file.is_file() else checkpoint / state_file(0))
 
 
 def _draw(entries: Sequence[Entry], batch: Sequence[int], spares: int, place: int) -> DrawnBatch:

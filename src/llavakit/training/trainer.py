@@ -251,13 +251,13 @@ class StageTrainer(Trainer):
         """A loadable checkpoint; with LoRA the adapter, the other trained parameters and the processor."""
         folder = Path(output_dir or self.args.output_dir)
         state = distributed.full_state(self.model)
-        if not self.is_world_process_zero():
-            return
-        if hasattr(self.model, "peft_config"):
-            place = Path(self.args.output_dir) / folder.name  # it is written beside its place
-            save_adapter(self.model, state, self.processor, folder, self.base, place)
-        else:
-            self.objective.save(state, getattr(self.net, "config", None), self.processor, folder)
+        if self.is_world_process_zero():
+            if hasattr(self.model, "peft_config"):
+                place = Path(self.args.output_dir) / folder.name  # it is written beside its place
+                save_adapter(self.model, state, self.processor, folder, self.base, place)
+            else:
+                self.objective.save(state, getattr(self.net, "config", None), self.processor, folder)
+        distributed.barrier()  # the folder appears whole, so what other processes add to it must come later
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """LoRA only: a full model was built from the checkpoint already."""
