@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_small_recipes import MARKS, REFLECTIVE
+from tiny_recipes import MARKS, REFLECTIVE
 from tiny_server import small_chat
 from tiny_staged import in_stages
 

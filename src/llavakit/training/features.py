@@ -32,6 +32,7 @@ from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor
 from llavakit.model.routes import read_region_tensor
 from llavakit.model.visuals import ViewJob, run_encoders, view_jobs
+from llavakit.training.parameter_groups import part_of, public_name
 from llavakit.views.plan import Plan
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -297,6 +298,6 @@ class FeatureCache:
 
 
 def cacheable(model: LlavakitForConditionalGeneration) -> bool:
-    """Whether all encoders are frozen."""
+    """Whether all encoders are frozen; of a model with adapters around it as well."""
     names = model.config.encoder_names()
-    return not any(p.requires_grad for name in names for p in getattr(model.model, name).parameters())
+    return not any(p.requires_grad and part_of(public_name(n), names) for n, p in model.named_parameters())
