@@ -97,6 +97,25 @@ def test_any_version_can_be_shown_and_gone_on_from():
     assert "there is no version 9" in do(desk, view, op="show", version=9)["note"]
 
 
+def test_of_several_things_of_a_name_each_can_be_picked():
+    pixels = np.asarray(scene()).copy()
+    pixels[66:90, 90:120] = COLOURS["red"]
+    desk, view = begun(picture=Image.fromarray(pixels))
+    first = do(desk, view, op="segment", text="red square")
+    assert first["object"]["count"] == 2
+    assert first["note"].endswith("; 1 more found, see Next")
+    second = do(desk, first, op="segment", text="red square", pick=2)
+    boxes = [one["object"]["box"] for one in (first, second)]
+    assert sorted(boxes) == [[20, 30, 49, 59], [90, 66, 119, 89]]
+    view = do(desk, second, op="remove")
+    red = (desk.session.image == COLOURS["red"]).all(-1)
+    (x0, y0, x1, y1), (a0, b0, a1, b1) = boxes
+    assert red[y0 : y1 + 1, x0 : x1 + 1].all()
+    assert not red[b0 : b1 + 1, a0 : a1 + 1].any()
+    view = do(desk, view, op="undo")
+    assert "there is no object 3; 2 were found" in do(desk, view, op="segment", text="red square", pick=3)["note"]
+
+
 def test_a_saved_session_is_replayed_by_the_command(tmp_path):
     desk, view = begun()
     view = do(desk, do(desk, view, op="segment", stroke=STROKE), op="place", dx=10, dy=5)

@@ -14,15 +14,16 @@ from llavakit.conversation.messages import is_media
 from llavakit.conversation.turns import TextDelta
 from llavakit.editing.backends import Sketch, SkillSegmenter, backends_of
 from llavakit.editing.chat import PictureChat
-from llavakit.editing.drawing import CREATE, INPAINT, Canvas
-from llavakit.editing.geometry import extent, kept_latents
+from llavakit.editing.geometry import extent
 from llavakit.editing.layout import Mismatch, layout_request
 from llavakit.editing.log import read_log, replay
 from llavakit.editing.objects import Objects, Segmented
 from llavakit.editing.session import Backends, Session
+from llavakit.editing.tabs import CREATE, INPAINT
 from llavakit.errors import UserError
 from llavakit.generation.responder import Responder
 from llavakit.phantom.canvas import COLOURS
+from llavakit.systems.llava_interactive.published import Canvas, kept_latents
 from llavakit.tools.rle import encode_mask
 from llavakit.tools.skill import Outcome, Skill, parameters, picture
 

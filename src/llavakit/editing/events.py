@@ -41,6 +41,7 @@ EVENTS: dict[str, dict[str, Any]] = {
         "point_labels": _or_none({"type": "array", "items": {"enum": [0, 1]}}),
         "mask": {},
         "text": _or_none(_TEXT),
+        "pick": {"type": "integer"},
         "dilation": _DILATION,
     },
     "move": {"object": _OBJECT, "dx": _DRAG, "dy": _DRAG},

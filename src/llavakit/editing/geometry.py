@@ -5,8 +5,6 @@ Boxes are (x0, y0, x1, y1) in pixels with both ends inside, unless they are said
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image
 
@@ -53,32 +51,3 @@ def centre_square(image: np.ndarray, side: int, size: int | None = None) -> np.n
     """
     cut = centre(image, min(image.shape[:2]) if size is None else size)
     return np.asarray(Image.fromarray(np.ascontiguousarray(cut)).resize((side, side)))
-
-
-def mirrored(array: np.ndarray, multiple: int = 8) -> np.ndarray:
-    """[channels, height, width] extended to multiples at the right and the bottom, mirrored with the edge repeated."""
-    _, height, width = array.shape
-    return np.pad(array, ((0, 0), (0, -height % multiple), (0, -width % multiple)), mode="symmetric")
-
-
-def kept_latents(boxes: Sequence[Sequence[float]], size: Sequence[int] = (LATENT, LATENT)) -> np.ndarray:
-    """1 where latents [rows, columns] are kept, 0 in boxes (fractions) where something new comes; edges are cut off.
-
-    As published, x goes with the number of rows and y with that of columns; that matters where these differ.
-    """
-    rows, columns = size
-    kept = np.ones((rows, columns), np.float32)
-    for x0, y0, x1, y1 in boxes:
-        kept[int(y0 * columns) : int(y1 * columns), int(x0 * rows) : int(x1 * rows)] = 0
-    return kept
-
-
-def grounding_weights(steps: int, shares: Sequence[float]) -> list[float]:
-    """Weight of the generator's grounding layers in every step.
-
-    Args:
-        shares: Shares of the steps with weight 1, of those in which it falls, and of those with 0.
-    """
-    full, falling = int(shares[0] * steps), int(shares[1] * steps)
-    weights = [1.0] * full + np.arange(0, 1, 1 / falling)[::-1].tolist() if falling else [1.0] * full
-    return weights + [0.0] * (steps - len(weights))

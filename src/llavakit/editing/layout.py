@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llavakit.editing.drawing import CREATE, INPAINT, SHARE
-from llavakit.editing.geometry import CANVAS, LATENT, centre_square, kept_latents, with_centre
+from llavakit.editing.geometry import CANVAS, LATENT, centre_square, with_centre
+from llavakit.editing.tabs import CREATE, INPAINT
 from llavakit.errors import UserError
 
 AUTO = "auto"
 TAU, GUIDANCE, SAMPLES = 0.3, 7.5, 1
+SHARE = 0.9  # of the shorter side, where only a middle square is drawn on
 MARGIN = 0.05  # on every side of the middle square
 
 
@@ -59,11 +60,6 @@ class LayoutRequest:
     tau: float = TAU
     guidance: float = GUIDANCE
     samples: int = SAMPLES
-
-    @property
-    def latents(self) -> np.ndarray:
-        """Latents that are kept [64, 64]."""
-        return kept_latents(self.boxes) if self.kept is None else self.kept
 
     def result(self, square: np.ndarray) -> np.ndarray:
         """The picture that a generated square makes: itself, or the original with its middle replaced."""

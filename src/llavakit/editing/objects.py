@@ -38,6 +38,21 @@ class Segmented:
     labels: Mapping[int, str]
     picture: np.ndarray | None = None
 
+    def led_by(self, number: int) -> Segmented:
+        """The same with this object as the first one.
+
+        Raises:
+            NoSuchObject: If it was not found.
+        """
+        if number == FIRST:
+            return self
+        if number not in self.labels:
+            raise NoSuchObject(f"pick: there is no object {number}; {len(self.labels)} were found")
+        swapped = np.arange(256, dtype=np.uint8)
+        swapped[[FIRST, number]] = number, FIRST
+        labels = {int(swapped[old]): label for old, label in self.labels.items()}
+        return Segmented(swapped[np.asarray(self.ids, np.uint8)], dict(sorted(labels.items())), self.picture)
+
 
 @dataclass
 class Layer:

@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 
 from llavakit.editing.chat import PictureChat
-from llavakit.editing.drawing import CREATE, INPAINT
 from llavakit.editing.events import checked
 from llavakit.editing.geometry import CANVAS, Box
 from llavakit.editing.layout import LayoutRequest, layout_request
-from llavakit.editing.objects import AWAY, Objects, Segmented
+from llavakit.editing.objects import AWAY, FIRST, Objects, Segmented
+from llavakit.editing.tabs import CREATE, INPAINT
 from llavakit.errors import UserError
 from llavakit.tools.rle import decode_mask, encode_mask
 
@@ -238,14 +238,14 @@ class Session:
             raise UserError(f"image: has more than {self.most_pixels:,} pixels")
         return self._new("upload", pixels, {})
 
-    def _segment(self, dilation: int | None = None, **marks: Any) -> dict[str, Any]:
+    def _segment(self, dilation: int | None = None, pick: int = FIRST, **marks: Any) -> dict[str, Any]:
         image = self._picture("segment")
         if not any(value is not None for value in marks.values()):
             raise UserError("segment: mark the object with stroke, box, points or mask, or name it with text")
         segmenter, filler = (self.backends.need(kind, "segment") for kind in ("segmenter", "filler"))
         if marks.get("mask") is not None:
             marks["mask"] = _mask(marks["mask"], image)
-        objects = Objects(image, segmenter.segment(image, **marks))
+        objects = Objects(image, segmenter.segment(image, **marks).led_by(pick))
         self._cut(objects, filler, _dilation(image) if dilation is None else dilation)
         self.objects = objects
         return {"objects": self._described()}

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from llavakit.editing.chat import PictureChat
-from llavakit.editing.drawing import COMPOSE, CREATE, INPAINT, TABS
 from llavakit.editing.log import archive
+from llavakit.editing.objects import FIRST
 from llavakit.editing.session import Backends, Session
+from llavakit.editing.tabs import TABS
 from llavakit.errors import UserError
 from llavakit.generation.responder import Responder
 from llavakit.media.policy import Refused
@@ -39,6 +42,7 @@ DONE = {
     "insert": "Added",
     "create": "Made a new picture",
 }
+_VIEWS = itertools.count(1)  # no two views are equal, else a page would not see that there is another one
 EXPIRED = "this session has ended; open a picture to begin a new one"
 
 
@@ -54,11 +58,8 @@ def offers(backends: Backends) -> dict[str, Any]:
     """What a page over these backends offers: tabs, ways to mark an object, and what is to be said of them."""
     cuts = backends.segmenter is not None and backends.filler is not None
     draws = backends.generator is not None
-    open_tabs = {COMPOSE: cuts, INPAINT: draws, CREATE: draws}
     return {
-        "tabs": [
-            {"name": name, "title": tab.title, "caption": tab.caption} for name, tab in TABS.items() if open_tabs[name]
-        ],
+        "tabs": [{"name": name, **asdict(tab)} for name, tab in TABS.items() if (draws if tab.draws else cuts)],
         "marks": list(getattr(backends.segmenter, "marks", ("stroke", "box", "points"))) if cuts else [],
         "draws": draws,
         "notes": [backends.notes[kind] for kind in ("segmenter", "filler", "generator") if kind in backends.notes],
@@ -81,7 +82,6 @@ class Desk:
     def __init__(self, backends: Backends, responder: Responder, most_bytes: int) -> None:
         self.backends, self.responder, self.most_bytes = backends, responder, most_bytes
         self._lock, self._talking = threading.Lock(), threading.Lock()
-        self._views = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -138,11 +138,10 @@ class Desk:
 
     def _said(self, op: Any, found: Mapping[str, Any], upload: Image.Image | None) -> str:
         if op == "segment":
-            first, *more = self.session.objects.boxes
-            share = 100 * self.session.objects.mask.mean()
-            name = self.session.objects.found.labels[first]
-            said = f"Selected: {name}, {share:.1f} % of the picture"
-            return said + (f"; {len(more)} more are called so, and stay" if more else "")
+            objects = self.session.objects
+            said = f"Selected: {objects.found.labels[FIRST]}, {100 * objects.mask.mean():.1f} % of the picture"
+            more = len(objects.found.labels) - 1
+            return said + (f"; {more} more found, see Next" if more else "")
         if op in ("move", "dilate"):
             return f"The hole is grown by {self.session.objects.dilation} pixels"
         current = self.session.versions[self.session.current]
@@ -158,9 +157,8 @@ class Desk:
 
     def _view(self, note: str, failed: bool = False) -> dict[str, Any]:
         session = self.session
-        self._views += 1
-        view = {
-            "view": self._views,  # so that no two are equal
+        return {
+            "view": next(_VIEWS),
             "session": self.identity,
             "version": session.current,
             "size": None if session.image is None else [session.image.shape[1], session.image.shape[0]],
@@ -174,7 +172,6 @@ class Desk:
             "note": note,
             "failed": failed,
         }
-        return view
 
     def _object(self) -> dict[str, Any] | None:
         """The selected object where it was dragged, its pixels as a tint that is otherwise transparent."""
@@ -186,7 +183,9 @@ class Desk:
         tint.putpalette([0, 0, 0, *TINT])
         tint.info["transparency"] = 0
         address = f"data:image/png;base64,{base64.b64encode(png(tint)).decode()}"
-        return {"label": layer.label, "box": list(layer.box), "tint": address, "dilation": objects.dilation}
+        count = len(objects.found.labels)
+        found = {"label": layer.label, "box": list(layer.box), "count": count, "dilation": objects.dilation}
+        return found | {"tint": address}
 
     def picture(self, number: int, small: bool = False) -> bytes | None:
         """A version as PNG; None if there is none of this number."""
@@ -269,9 +268,13 @@ class Desks:
         """
         desk = self.known(browser)
         if desk is None:
-            desk = Desk(self.backends, self.responder, self.policy.owner_bytes // 2)
+            desk = self.new()
         self._kept.add(browser, "desk", desk, desk.bytes, owner or None)
         return desk
+
+    def new(self) -> Desk:
+        """A desk that nobody has."""
+        return Desk(self.backends, self.responder, self.policy.owner_bytes // 2)
 
     def known(self, browser: str | None) -> Desk | None:
         """The desk of a browser, if it has one."""

@@ -55,7 +55,10 @@ def add_editing(page: gr.Blocks, service: Service, files: PageFiles, desks: Desk
 
     def edit(event: gr.EventData, request: gr.Request) -> dict[str, Any]:
         given = event._data if isinstance(event._data, dict) else {}
-        desk = desk_of(request)
+        try:
+            desk = desk_of(request)
+        except Refused as refused:  # there is no room for what it holds by now
+            return refusal(request, refused)
         try:
             path = given.pop("file", None)
             if path is None:
@@ -66,6 +69,10 @@ def add_editing(page: gr.Blocks, service: Service, files: PageFiles, desks: Desk
             return desk.handle(given, picture)
         except (UserError, Refused) as error:
             return desk.view() | {"note": str(error), "failed": True}
+
+    def refusal(request: gr.Request, refused: Refused) -> dict[str, Any]:
+        known = desks.known(request.request.state.session) or desks.new()
+        return known.view() | {"note": str(refused), "failed": True}
 
     def shown(talk: list[dict[str, Any]]) -> list[gr.ChatMessage]:
         return [
@@ -78,14 +85,14 @@ def add_editing(page: gr.Blocks, service: Service, files: PageFiles, desks: Desk
         ]
 
     def ask(text: str, request: gr.Request) -> Iterator[Any]:
-        desk = desk_of(request)
         admitted = False
         try:
+            desk = desk_of(request)
             service.admit()
             admitted = True
             for talk in desk.say(text):
                 yield shown(talk), ""
-        except (UserError, APIError, RequestFailed) as error:
+        except (UserError, APIError, RequestFailed, Refused) as error:
             raise gr.Error(str(error), print_exception=False) from None
         finally:
             if admitted:
@@ -95,7 +102,10 @@ def add_editing(page: gr.Blocks, service: Service, files: PageFiles, desks: Desk
         desk_of(request).forget()
 
     def visit(request: gr.Request) -> tuple[Any, Any]:
-        desk = desk_of(request)
+        try:
+            desk = desk_of(request)
+        except Refused as refused:
+            return refusal(request, refused), []
         return desk.view(), shown(desk.talk)
 
     folder = resources("llavakit.serving") / "editor"

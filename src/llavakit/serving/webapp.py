@@ -314,8 +314,10 @@ def _told() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from None
 
 
-# Paths of the API; all others are the page's.
-_API = re.compile(r"^/(v1/.*|health|metrics|docs(/.*)?|openapi\.json|editing/.+)$")
+# Paths of the API and of what the editing page hands out itself; all others are Gradio's.
+_API = re.compile(
+    r"^/(v1/.*|health|metrics|docs(/.*)?|openapi\.json|editing/[0-9a-f]{16}/(session\.zip|\d{1,6}\.png))$"
+)
 
 
 def mount(app: FastAPI, backends: Backends | None = None) -> FastAPI:

@@ -10,7 +10,7 @@ const HINTS = {
   inpaint: "Draw a box where something is to appear, and say what. Everything else stays as it is.",
   create: "Describe a new picture, draw boxes on the empty canvas, and say what each holds.",
 };
-let view = props.value || null, tab = "", picture = null, tint = null, gesture = null, nudge = [0, 0], busy = 0;
+let view = props.value || null, tab = "", named = null, picture = null, tint = null, gesture = null, nudge = [0, 0], busy = 0;
 const boxes = { inpaint: [], create: [] };
 
 // ---------------------------------------------------------------- events
@@ -99,6 +99,7 @@ function controls() {
     else link.href = link.dataset.link === "picture" ? address(view.version) : `/editing/${view.session}/session.zip`;
   }
   find(".object").disabled = !view.object;
+  find("[data-do=next]").hidden = !(named && view.object && view.object.count > 1);
   if (view.object) find("[name=dilation]").value = view.object.dilation;
 }
 
@@ -126,9 +127,9 @@ function choose(name) {
   tab = name;
   root.dataset.tab = name;
   for (const button of all(".tabs button")) button.setAttribute("aria-selected", String(button.dataset.name === name));
-  find("[data-panel=compose]").classList.toggle("open", name === "compose");
-  find("[data-panel=draw]").classList.toggle("open", name === "inpaint" || name === "create");
   const chosen = offers.tabs.find((one) => one.name === name);
+  find("[data-panel=compose]").classList.toggle("open", Boolean(chosen) && !chosen.draws);
+  find("[data-panel=draw]").classList.toggle("open", Boolean(chosen) && chosen.draws);
   find("[data-panel=draw]").setAttribute("aria-label", chosen ? chosen.title : "");
   find(".prompt").hidden = !(chosen && chosen.caption);
   find("[data-do=draw]").textContent = name === "create" ? "Make the picture" : "Add";
@@ -336,7 +337,13 @@ function rows(focus) {
   if (focus !== undefined) list.children[focus].querySelector("input").focus({ preventScroll: true });
 }
 
+function name(text, pick) {
+  named = { text, pick };
+  send({ op: "segment", text, pick });
+}
+
 const actions = {
+  next: () => name(named.text, named.pick % view.object.count + 1),
   box() { boxes[tab].push({ box: [0.35, 0.35, 0.65, 0.65], phrase: "" }); rows(boxes[tab].length - 1); draw(); },
   draw() {
     const own = boxes[tab], nameless = own.findIndex((one) => !one.phrase.trim());
@@ -348,11 +355,11 @@ const actions = {
 for (const button of all("[data-do]")) {
   button.addEventListener("click", () => (actions[button.dataset.do] || (() => send({ op: button.dataset.do })))());
 }
-const number = (form, name) => Number(form.elements[name].value);
+const number = (form, field) => Number(form.elements[field].value);
 const forms = {
-  name: (form) => send({ op: "segment", text: form.elements.text.value }),
+  name: (form) => name(form.elements.text.value, 1),
   mark(form, value) {
-    const [x0, y0, x1, y1] = ["x0", "y0", "x1", "y1"].map((name) => round(number(form, name) / 100));
+    const [x0, y0, x1, y1] = ["x0", "y0", "x1", "y1"].map((field) => round(number(form, field) / 100));
     send(value === "box" ? { op: "segment", box: [x0, y0, x1, y1] } : { op: "segment", stroke: [[x0, y0], [x1, y1]] });
   },
   move: (form) => send({ op: "place", dx: number(form, "dx"), dy: number(form, "dy") }),

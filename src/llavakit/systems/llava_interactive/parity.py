@@ -14,26 +14,23 @@ from llavakit.conversation.messages import is_media, normalise
 from llavakit.conversation.template import get_template
 from llavakit.conversation.turns import Event, TextDelta
 from llavakit.editing.chat import PictureChat
-from llavakit.editing.drawing import COMPOSE, CREATE, INPAINT, TABS, Canvas, WorkingImage
-from llavakit.editing.geometry import (
-    CANVAS,
-    LATENT,
-    Box,
-    centre,
-    centre_square,
-    extent,
-    grounding_weights,
-    kept_latents,
-    mirrored,
-)
+from llavakit.editing.geometry import CANVAS, LATENT, Box, centre, centre_square, extent
 from llavakit.editing.layout import Mismatch, NothingToAdd, NothingToMake, layout_request
 from llavakit.editing.objects import NoSuchObject, Objects, Segmented
 from llavakit.editing.session import Backends, NothingNamed, NotSegmented, Session, SeveralObjects
+from llavakit.editing.tabs import COMPOSE, CREATE, INPAINT, TABS
 from llavakit.errors import UserError
 from llavakit.generation.responder import Call, Responder
 from llavakit.media.image import load_image
 from llavakit.proof.entries import prompt_text
 from llavakit.proof.golden import Case, Result, component
+from llavakit.systems.llava_interactive.published import (
+    Canvas,
+    WorkingImage,
+    grounding_weights,
+    kept_latents,
+    mirrored,
+)
 
 TASKS = {"Compose": COMPOSE, "Grounded Inpainting": INPAINT, "Grounded Generation": CREATE}
 TASK_OF = {tab: task for task, tab in TASKS.items()}
@@ -358,8 +355,7 @@ def shared_state(case: Case) -> dict[str, Any]:
             case "compose" | "inpaint" | "generate":
                 own = {"compose": COMPOSE, "inpaint": INPAINT, "generate": CREATE}[event["op"]]
                 shown = TABS[own]
-                fields = [shown.preview, shown.caption, shown.phrases, shown.generate, shown.generate, shown.options]
-                log.append([TASK_OF[own], *fields])
+                log.append([TASK_OF[own], shown.draws, shown.caption, *[shown.draws] * 4])  # all but the caption
             case other:
                 raise UserError(f"inputs.events: {other!r} is unknown")
     return {"log": log}

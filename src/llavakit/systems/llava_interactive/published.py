@@ -1,20 +1,23 @@
-"""Boxes of what a person paints on the canvas: every new patch of paint is a box.
+"""What the published page does between the browser and its tools, where `llavakit.editing` does something else.
 
-In the tab that makes a new picture the canvas is 512 x 512. In the one that adds to a picture, only the middle square
-of nine tenths of its shorter side is painted on, and brought to 512 x 512.
+There boxes are what a person paints: every new patch of paint is one. In the tab that makes a new picture the canvas is
+512 x 512. In the one that adds to a picture, only the middle square of nine tenths of its shorter side is painted on,
+and brought to 512 x 512. Here boxes are drawn on the whole picture, a session's current version is the working image,
+and padding and weights are the affair of the models that fill and draw. The golden cases fix these steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from llavakit.editing.geometry import CANVAS, Box, centre, centre_square, extent, with_centre
+from llavakit.editing.geometry import CANVAS, LATENT, Box, centre, centre_square, extent, with_centre
+from llavakit.editing.layout import SHARE
+from llavakit.editing.tabs import CREATE, INPAINT
 from llavakit.errors import UserError
 
-INPAINT, CREATE, COMPOSE = "inpaint", "create", "compose"  # the three tabs
-SHARE = 0.9  # of the shorter side that can be painted on
 LEAST = 5  # pixels; patches that are not larger are slips of the hand
 
 
@@ -108,31 +111,6 @@ class Canvas:
             self.boxes.append(box)
 
 
-@dataclass(frozen=True)
-class Tab:
-    """What a tab shows.
-
-    Attributes:
-        title: For people.
-        preview, caption, phrases, generate, options: Whether it has a preview of the boxes, a field for the caption,
-            one for the phrases, the buttons "Clear" and "Generate", and the generator's options.
-    """
-
-    title: str
-    preview: bool = True
-    caption: bool = False
-    phrases: bool = True
-    generate: bool = True
-    options: bool = True
-
-
-TABS = {
-    COMPOSE: Tab("Remove or change objects", preview=False, phrases=False, generate=False, options=False),
-    INPAINT: Tab("Add objects"),
-    CREATE: Tab("Make a new picture", caption=True),
-}
-
-
 @dataclass
 class WorkingImage:
     """The one picture that all tabs share: written by uploads and by whatever makes a picture, by nothing else."""
@@ -153,3 +131,32 @@ class WorkingImage:
         if tab == CREATE:
             self.image = None
         return self.image
+
+
+def mirrored(array: np.ndarray, multiple: int = 8) -> np.ndarray:
+    """[channels, height, width] extended to multiples at the right and the bottom, mirrored with the edge repeated."""
+    _, height, width = array.shape
+    return np.pad(array, ((0, 0), (0, -height % multiple), (0, -width % multiple)), mode="symmetric")
+
+
+def kept_latents(boxes: Sequence[Sequence[float]], size: Sequence[int] = (LATENT, LATENT)) -> np.ndarray:
+    """1 where latents [rows, columns] are kept, 0 in boxes (fractions) where something new comes; edges are cut off.
+
+    As published, x goes with the number of rows and y with that of columns; that matters where these differ.
+    """
+    rows, columns = size
+    kept = np.ones((rows, columns), np.float32)
+    for x0, y0, x1, y1 in boxes:
+        kept[int(y0 * columns) : int(y1 * columns), int(x0 * rows) : int(x1 * rows)] = 0
+    return kept
+
+
+def grounding_weights(steps: int, shares: Sequence[float]) -> list[float]:
+    """Weight of the generator's grounding layers in every step.
+
+    Args:
+        shares: Shares of the steps with weight 1, of those in which it falls, and of those with 0.
+    """
+    full, falling = int(shares[0] * steps), int(shares[1] * steps)
+    weights = [1.0] * full + np.arange(0, 1, 1 / falling)[::-1].tolist() if falling else [1.0] * full
+    return weights + [0.0] * (steps - len(weights))
