@@ -104,7 +104,7 @@ def main() -> None:
         for number in range(strokes + 1):
             if number:  # away from the object that is selected, which would be dragged
                 page.get_by_text("Undo", exact=True).click()
-                page.wait_for_function("document.querySelector('.object').disabled")
+                page.wait_for_function("document.querySelector('.object').hidden")
             box = page.locator("canvas").bounding_box()
             at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in line]
             page.mouse.move(*at[0])

@@ -230,11 +230,11 @@ def test_what_is_missing_is_not_offered_and_what_works_is_said():
     found = offers(backends_of())
     assert [tab["name"] for tab in found["tabs"]] == ["compose", "inpaint", "create"]
     assert found["marks"] == ["stroke", "box", "points", "mask", "text"]
-    assert "not objects" in found["notes"][0]
-    assert "no generator" in found["notes"][2]
+    assert "not objects" in found["notes"]["segmenter"]
+    assert "no generator" in found["notes"]["generator"]
     whole = backends_of()
     nameless = SkillSegmenter(whole.segmenter.cutter)
     assert "text" not in offers(Backends(nameless, whole.filler))["marks"]
     assert [tab["name"] for tab in offers(Backends(nameless, whole.filler))["tabs"]] == ["compose"]
     assert offers(Backends(generator=whole.generator))["marks"] == []
-    assert offers(Backends()) == {"tabs": [], "marks": [], "draws": False, "notes": []}
+    assert offers(Backends()) == {"tabs": [], "marks": [], "draws": False, "notes": {}}

@@ -135,7 +135,9 @@ def test_brush_drag_remove_undo_and_a_chat_about_what_is_shown(page, picture):
 
 def test_boxes_and_a_layout_are_drawn_and_the_saved_session_replays(page, picture, tmp_path):
     opened(page, picture)
+    assert "not objects" in page.inner_text(".about")
     page.get_by_role("tab", name="Add objects").click()
+    assert "no generator" in page.inner_text(".about")
     drawn(page, (0.6, 0.1), (0.9, 0.4))
     page.get_by_text("Add", exact=True).click()
     assert page.inner_text(".status") == "Say what box 1 holds"

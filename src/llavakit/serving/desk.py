@@ -62,7 +62,7 @@ def offers(backends: Backends) -> dict[str, Any]:
         "tabs": [{"name": name, **asdict(tab)} for name, tab in TABS.items() if (draws if tab.draws else cuts)],
         "marks": list(getattr(backends.segmenter, "marks", ("stroke", "box", "points"))) if cuts else [],
         "draws": draws,
-        "notes": [backends.notes[kind] for kind in ("segmenter", "filler", "generator") if kind in backends.notes],
+        "notes": {kind: note for kind, note in backends.notes.items() if getattr(backends, kind) is not None},
     }
 
 

@@ -128,9 +128,7 @@ def add_editing(page: gr.Blocks, service: Service, files: PageFiles, desks: Desk
                 placeholder="Ask about the picture; answers are about what it is by then",
                 render_markdown=False,
             )
-            text = gr.Textbox(
-                label="Ask about the current picture", placeholder="What is in the picture?", max_length=1536, lines=1
-            )
+            text = gr.Textbox(label="Question", placeholder="What is in the picture?", max_length=1536, lines=1)
             with gr.Row():
                 send = gr.Button("Ask", variant="primary", size="sm", min_width=80)
                 stop = gr.Button("Stop", size="sm", min_width=80)

@@ -98,7 +98,7 @@ function controls() {
     if (none) link.removeAttribute("href");
     else link.href = link.dataset.link === "picture" ? address(view.version) : `/editing/${view.session}/session.zip`;
   }
-  find(".object").disabled = !view.object;
+  find(".object").hidden = !view.object;
   find("[data-do=next]").hidden = !(named && view.object && view.object.count > 1);
   if (view.object) find("[name=dilation]").value = view.object.dilation;
 }
@@ -134,6 +134,7 @@ function choose(name) {
   find(".prompt").hidden = !(chosen && chosen.caption);
   find("[data-do=draw]").textContent = name === "create" ? "Make the picture" : "Add";
   find(".hint").textContent = HINTS[name] || "";
+  find(".about").textContent = (chosen && offers.notes[chosen.draws ? "generator" : "segmenter"]) || "";
   gesture = null;
   rows();
   draw();
@@ -153,7 +154,7 @@ function fit() {
 }
 
 function drawn(box, label, colour) {
-  const [width, height] = size(), unit = Math.max(1, width / canvas.clientWidth || 1);
+  const [width, height] = size(), unit = width / (canvas.clientWidth || width);
   const [x0, y0, x1, y1] = [box[0] * width, box[1] * height, box[2] * width, box[3] * height];
   pen.lineWidth = 4 * unit;
   pen.strokeStyle = "white";
@@ -173,7 +174,12 @@ function drawn(box, label, colour) {
 
 function draw() {
   const [width, height] = size();
-  if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
+  const zoom = Math.max(1, Math.ceil(600 / width));  // lines on a small picture are finer than its pixels
+  if (canvas.width !== zoom * width || canvas.height !== zoom * height) {
+    [canvas.width, canvas.height] = [zoom * width, zoom * height];
+  }
+  pen.setTransform(zoom, 0, 0, zoom, 0, 0);
+  pen.imageSmoothingEnabled = false;
   fit();
   pen.clearRect(0, 0, width, height);
   const blank = tab === "create" || !picture;
@@ -204,11 +210,12 @@ function object() {
     pen.globalAlpha = 0.9;
     pen.drawImage(layer, dx, dy);
   }
-  pen.globalAlpha = 0.4;
+  pen.globalAlpha = 0.3;
   pen.drawImage(tint, dx, dy);
   pen.globalAlpha = 1;
   const [x0, y0, x1, y1] = view.object.box;
-  pen.setLineDash([6, 4]);
+  const unit = width / (canvas.clientWidth || width);
+  pen.setLineDash([6 * unit, 4 * unit]);
   drawn([(x0 + dx) / width, (y0 + dy) / height, (x1 + 1 + dx) / width, (y1 + 1 + dy) / height], "", "#c00080");
   pen.setLineDash([]);
 }
@@ -399,7 +406,7 @@ find(".tabs").replaceChildren(...offers.tabs.map((one) => {
   button.onclick = () => choose(one.name);
   return button;
 }));
-find(".who ul").replaceChildren(...offers.notes.map((text) => {
+find(".who ul").replaceChildren(...Object.values(offers.notes).map((text) => {
   const item = document.createElement("li");
   item.textContent = text;
   return item;
