@@ -1,6 +1,6 @@
 """A stream of a million records beside one of ten thousand: how soon it starts, how much memory it takes.
 
-    python benchmarks/streaming.py [--records 1000000] [--few 10000] [--read 40000]
+    python benchmarks/streaming.py [--records 1000000] [--few 10000] [--read 10000]
 
 A tar file of 1,000 records with pictures of 8 x 8 pixels is written once and linked under as many names as are needed.
 Every size is read in a process of its own, as a stage of a recipe reads it. *Start* is what depends on the data until
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--few", type=int, default=10_000)
-    parser.add_argument("--read", type=int, default=40_000)
+    parser.add_argument("--read", type=int, default=10_000)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -113,7 +113,7 @@ def main() -> None:
         for count in (options.few, options.records):
             recipe = recipe_of(work, write_shards(work / str(count), count), min(count, options.read))
             command = [sys.executable, __file__, "--measure", json.dumps(recipe)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[count] = json.loads(done.stdout.splitlines()[-1])
     print("| records | shards | start | read | CPU time per record | peak memory |\n|---|---|---|---|---|---|")
     for count, row in found.items():
