@@ -156,6 +156,13 @@ def questions(path: Path) -> None:
     lines(path, *(row | more for row in rows))
 
 
+@thing("prompts.jsonl")
+def prompts(path: Path) -> None:
+    """Prompts with and without a picture."""
+    seen = [{"type": "image", "image": data_url(1)}, {"type": "text", "text": "What is this?"}]
+    lines(path, *({"id": n, "messages": [{"role": "user", "content": seen if n % 2 else "Hello"}]} for n in IDS))
+
+
 @thing("pets.csv", "docs/first-hour.md#scans.csv")
 def table(path: Path) -> None:
     """Pictures with their classes, beside the pictures."""
