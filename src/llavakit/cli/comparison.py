@@ -27,7 +27,9 @@ def compare(
     gold: Annotated[
         Path | None, typer.Option(help="The benchmark's answers; default: the question file, where it holds them.")
     ] = None,
-    page: Annotated[Path | None, typer.Option(help="Page to write; default: runs/compare/TASK/A--B.html.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Page to write; default: runs/compare/TASK/A--B.html.")
+    ] = None,
     common: Annotated[
         bool, typer.Option("--common", help="Compare the questions that both answered, where they differ.")
     ] = False,

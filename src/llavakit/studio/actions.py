@@ -97,7 +97,7 @@ class Studio:
                 str(project.final),
                 str(Project.open(self.workspace / Path(name).name).final),
                 *project.commands["eval"][2:],
-                "--page",
+                "--html",
                 str(project.folder / "compare.html"),
             ]
         )
