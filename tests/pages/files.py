@@ -134,6 +134,11 @@ def gold(path: Path) -> None:
     lines(path, *({"question_id": n, "answer": "AB"[n % 2], **common, "reference": reports[n % 2]} for n in IDS))
 
 
+@thing("references.jsonl")
+def references(path: Path) -> None:
+    lines(path, *({"question_id": n, "reference": "The heart is large, no effusion."} for n in IDS))
+
+
 @thing("docs/evaluation.md#gold.csv")
 def gold_csv(path: Path) -> None:
     rows = [f'{number},"The heart is large, no effusion."' for number in IDS]
@@ -148,12 +153,13 @@ def pope(path: Path) -> None:
 
 @thing("questions.jsonl", "q.jsonl", "captions.jsonl")
 def questions(path: Path) -> None:
-    """Questions about pictures, with all that judges and scores ask for."""
-    more = {"answers": ["red", "A red ring."], "type": "colour", "category": "llava_bench_conv"}
-    rows = (
-        {"question_id": n, "image": f"{n}.png", "text": "What colour is it?", "answer": ANSWERS[n % 3]} for n in IDS
-    )
-    lines(path, *(row | more for row in rows))
+    """Questions about pictures, with all that judges and scores ask for; names of pictures are whole paths."""
+    if not (path.parent / "pictures").exists():
+        pictures(path.parent / "pictures")
+    more = {"text": "What colour is it?", "type": "colour", "category": "llava_bench_conv"}
+    more |= {"answers": ["red", "A red ring."]}
+    names = {n: str(path.parent / "pictures" / f"{n}.png") for n in IDS}
+    lines(path, *({"question_id": n, "image": names[n], "answer": ANSWERS[n % 3]} | more for n in IDS))
 
 
 @thing("prompts.jsonl")
@@ -188,7 +194,8 @@ def phantom_questions(path: Path) -> None:
 
 @thing("context.jsonl")
 def context(path: Path) -> None:
-    lines(path, *({"id": n, "image": f"{n}.png", "caption": "A red ring."} for n in IDS))
+    folder = path.parents[1] / "questions" / "pictures"  # as `questions` names them
+    lines(path, *({"id": n, "image": str(folder / f"{n}.png"), "caption": "A red ring."} for n in IDS))
 
 
 @thing("answers_gpt4.jsonl")

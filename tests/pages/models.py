@@ -159,6 +159,34 @@ def small_system_recipe(slug: str, folder: str) -> None:
     thing(name)(system_recipe)
 
 
+@thing("src/llavakit/systems/reflectiva/in_article.yaml")
+def in_article(path: Path) -> None:
+    import yaml
+
+    raw = one_stage("reflectiva", path.parents[4]) | {"output": "runs/reflectiva-in-article"}
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+@thing("src/llavakit/systems/robust_clip/recipe.yaml")
+def encoder_recipe(path: Path) -> None:
+    """An encoder alone, on pictures alone."""
+    import yaml
+    from tiny_recipes import STEPS
+
+    from llavakit.system import get_system
+    from llavakit.training.recipe import load_recipe
+    from llavakit.training.scaling import scale
+
+    world = world_of("robust-clip", path.parents[4])
+    images = [{"image": record["image"]} for record in json.loads((world / "captions.json").read_text())]
+    (world / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in images))
+    alone = {key: value for key, value in STEPS.items() if key != "max_length"} | {"warmup": 1, "save_steps": None}
+    recipe = load_recipe(get_system("robust-clip").recipe)
+    raw = scale(recipe, patch_size=4, image_size=16, stages=alone).model_dump()
+    raw["data"] = [{"path": str(world / "seen.jsonl"), "images": str(world)}]
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
 for _name, _slug in SYSTEM_OF.items():
     small_model(_name, _slug)
 for _folder in sorted((ROOT / "src/llavakit/systems").glob("*/recipe.yaml")):
@@ -186,9 +214,7 @@ def checker_recipe(path: Path) -> None:
 
 @thing("src/llavakit/systems/llava_o1/README.md#run/final")
 def staged(path: Path) -> None:
-    """A model that was trained to answer in stages, and the picture beside it that the page shows it."""
+    """A model that was trained a little to answer in stages."""
     from tiny_staged import staged_model
 
-    model, picture = staged_model(path.parent.parent / "training", steps=20)
-    shutil.copytree(model, path)
-    shutil.copy(picture, path.parent.parent / "scene-0-0000000.png")
+    shutil.copytree(staged_model(path.parent / "training", steps=20)[0], path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 DIALOGUE = "User: What does the picture show?\nAssistant: It shows a mass.\nUser: Where?\nAssistant: In the abdomen."
@@ -13,6 +14,8 @@ def reply(body: dict[str, Any]) -> str:
     text = json.dumps(body["messages"])
     if "severe" in text and "slight" in text:
         return '{"severe": {"side": 0, "size": 1}, "slight": {"side": 0, "size": 0}}'
+    if pair := re.search(r"The first response: \[(.*?)\]\\nThe second response: \[(.*?)\]", text):
+        return f"The better response: [{1 if pair[1] > pair[2] else 2}]"  # whichever way round they are shown
     if "User:" in text:
         return DIALOGUE
     return "8 7\nBoth are right, the first says more."

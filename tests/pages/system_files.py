@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from files import IDS, png
+from files import IDS, picture, png, record
 from PIL import Image, ImageDraw
 from things import lines, thing
 
@@ -244,3 +244,22 @@ def verdicts(path: Path) -> None:
 @thing(*page("llava_critic", "people.jsonl"))
 def people(path: Path) -> None:
     lines(path, *({"question_id": n, "score": n % 3, "verdict": ("first", "tie", "second")[n % 3]} for n in IDS))
+
+
+@thing(*page("llava_plus", "llava-plus-v1-117k-tool-merge.json"))
+def tool_records(path: Path) -> None:
+    """Records in the published form, of phantom scenes."""
+    from tiny_recipes import small_world
+
+    from llavakit.data.preparation import prepare
+
+    prepare("llava_plus_scenes", small_world(path.parent, "pictures"), path, read=False)
+
+
+@thing(*page("llava_o1", "questions.json"))
+def questions_with_answers(path: Path) -> None:
+    path.write_text(json.dumps([record(number, f"{number}.png") for number in range(3)]))
+
+
+for _path in (*page("llava_o1", "scene-0-0000000.png"), *page("reflectiva", "images/red-tower-3.png")):
+    thing(_path)(picture)

@@ -36,17 +36,30 @@ __name__ = "llava_zoom"
     "docs/tools.md": "from PIL import Image\npicture = Image.open('scene.png')",
 }
 """What goes before the snippets of a page that shows parts of a file, or takes a picture for granted."""
-READY = (
-    "README.md",
-    "docs/adding-a-system.md",
-    "docs/checkpoints.md",
-    "docs/coming-from.md",
-    "docs/data.md",
-    "docs/generation.md",
-    "src/llavakit/systems/dynamic_llava/README.md",
-    "src/llavakit/systems/llava_next_interleave/README.md",
+NOT_YET: tuple[str, ...] = (
+    "docs/recipes.md",
+    "docs/retrieval.md",
+    "docs/robustness.md",
+    "docs/serving.md",
+    "docs/studio.md",
+    "docs/tools.md",
+    "src/llavakit/systems/llava_med/README.md",
+    "src/llavakit/systems/llava_mini/README.md",
+    "src/llavakit/systems/llava_o1/README.md",
+    "src/llavakit/systems/llava_onevision/README.md",
+    "src/llavakit/systems/llava_plus/README.md",
+    "src/llavakit/systems/llava_rad/README.md",
+    "src/llavakit/systems/llava_uhd/README.md",
+    "src/llavakit/systems/mg_llava/README.md",
+    "src/llavakit/systems/reflectiva/README.md",
+    "src/llavakit/systems/report_error_checking/README.md",
+    "src/llavakit/systems/robust_clip/README.md",
+    "src/llavakit/systems/video_llava/README.md",
 )
-RUNNING = [page for page in READY if any(block.count and not block.skipped for block in blocks(page))]
+"""Pages whose stand-ins have not been seen to work from top to bottom: parsed, and counted as not run."""
+RUNNING = [
+    page for page in PAGES if page not in NOT_YET and any(block.count and not block.skipped for block in blocks(page))
+]
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +136,7 @@ class Reader:
         since = self.log.seek(0, os.SEEK_END)
         command = ["bash", "-euo", "pipefail", "-c", self.ported(text)]
         files = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
-        status = subprocess.run(command, cwd=self.folder, env=self.environment, timeout=300, **files).returncode
+        status = subprocess.run(command, cwd=self.folder, env=self.environment, timeout=600, **files).returncode
         return status, self.output(since)
 
     def snippet(self, block: Block) -> str | None:
@@ -198,6 +211,9 @@ def test_most_of_them_run(capsys):
     found = [block for page in PAGES for block in blocks(page)]
     shown = sum(block.count for block in found)
     skipped = sum(block.count for block in found if block.skipped)
+    later = sum(block.count for block in found if block.page in NOT_YET and not block.skipped)
     with capsys.disabled():
-        print(f"\n{shown} commands and snippets in {len(PAGES)} pages: {shown - skipped} run, {skipped} are marked")
+        print(f"\n{shown} commands and snippets in {len(PAGES)} pages")
+        print(f"{shown - skipped - later} run, {skipped} are marked as not running here")
+        print(f"{later} more wait for stand-ins: {', '.join(NOT_YET)}" if later else "")
     assert skipped <= 0.15 * shown
