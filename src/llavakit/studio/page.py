@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -265,7 +266,8 @@ def record_of(studio: Studio, number: int | None) -> str:
 
     project = studio.project
     seen = look_with(f"{project.folder / 'train.jsonl'}:{int(number)}", str(project.folder / "recipe.yaml"))
-    page = sample_page(seen, f"record {int(number)}", project.recipe.model or project.name)
+    model = "/".join(Path(project.recipe.model or project.name).parts[-2:])
+    page = sample_page(seen, f"record {int(number)}", model)
     return framed(page, title=f"Record {int(number)} as the model sees it")
 
 
