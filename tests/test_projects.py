@@ -71,6 +71,38 @@ def test_from_a_table_to_an_evaluated_model_with_the_commands_that_it_prints(pet
     assert found["metrics"]["count"] == len(lines(out / "heldout.jsonl"))
 
 
+def test_a_column_of_names_without_endings_is_not_taken_for_another_of_pictures(tmp_path):
+    rows = ["image,label,mask"]
+    for number in range(6):
+        picture(tmp_path / f"a{number}.png", number)
+        picture(tmp_path / "masks" / f"a{number}_mask.png", number + 9)
+        rows.append(f"a{number},{'dog' if number % 2 else 'cat'},masks/a{number}_mask.png")
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    made = create(tmp_path / "t.csv", tmp_path / "p")
+    assert any("image is the column 'image'" in line for line in made.said)
+    assert lines(tmp_path / "p" / "train.jsonl")[0]["image"] == "a0.png"
+
+
+@pytest.mark.parametrize("row", ['b.png,"cat', '"b.png\n"'])
+def test_an_open_quote_or_a_line_break_is_told_with_its_line(tmp_path, row):
+    for name in "abcd":
+        picture(tmp_path / f"{name}.png", ord(name))
+    text = f"image,label\na.png,dog\n{row}\nc.png,cat\nd.png,dog\n"
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"t\.csv.*3"):
+        create(tmp_path / "t.csv", tmp_path / "p")
+
+
+def test_conversations_without_pictures_hold_out_questions_without_pictures(tmp_path):
+    rows = [
+        {"id": str(n), "conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": str(n % 2)}]}
+        for n in range(10)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    create(tmp_path / "t.jsonl", tmp_path / "p")
+    assert not any("image" in question for question in lines(tmp_path / "p" / "heldout.jsonl"))
+
+
 def test_subjects_are_never_split_and_every_answer_is_in_both_parts(pets, tmp_path):
     create(pets, tmp_path / "p")
     train, heldout = lines(tmp_path / "p" / "train.jsonl"), lines(tmp_path / "p" / "heldout.jsonl")

@@ -147,6 +147,28 @@ def test_pictures_become_a_project_that_a_new_studio_finds(table, model, tmp_pat
     assert studio.project.name == "colours"
 
 
+def test_a_project_is_the_same_from_another_working_folder(table, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Studio(Path("runs")).make(table.name, str(model))
+    monkeypatch.chdir("/")
+    studio = Studio(tmp_path / "runs")
+    assert studio.project.commands["train"] == ["train", str(tmp_path / "runs" / "colours" / "recipe.yaml")]
+    with pytest.raises(UserError, match="choose a project"):
+        studio.compare(None)
+
+
+def test_questions_may_hold_any_separator_of_lines(table, model, tmp_path):
+    studio = Studio(tmp_path / "runs")
+    studio.make(str(table), str(model))
+    path = studio.project.folder / "heldout.jsonl"
+    row = studio.project.questions[0] | {"text": "What\u2028is it?"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (path.parent / "answers.jsonl").write_text(
+        json.dumps({"question_id": row["question_id"], "text": "a\u2028b"}, ensure_ascii=False), encoding="utf-8"
+    )
+    assert [one["reply"] for one in studio.answers()] == ["a\u2028b"]
+
+
 def test_a_folder_that_is_no_project_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match=r"holds no project\.json"):

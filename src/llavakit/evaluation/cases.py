@@ -123,7 +123,7 @@ def _keys(records: Sequence[Record]) -> list[Hashable]:
 
 def _picture(question: Record, prediction: Record | None, key: Hashable, fields: Sequence[str]) -> Hashable:
     for field in fields:
-        if question.data.get(field) is not None:
+        if question.data.get(field) not in (None, []):
             return json.dumps([field, question.data[field]], sort_keys=True, default=str)
     stored = None if prediction is None else prediction.data.get("media")
     return ("media", stored) if isinstance(stored, str) else ("case", key)

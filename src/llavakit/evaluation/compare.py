@@ -59,7 +59,8 @@ class Comparison:
         if len(set(one.pictures)) < len(one.pairs):
             found["pictures"] = len(set(one.pictures))
         every = np.arange(len(one.pairs))
-        known = [name for name, own in one.measures.items() if name in other.measures and own.whole is not None]
+        defined = {name for name, own in one.measures.items() if own.whole is not None} | {one.main}
+        known = [name for name in one.measures if name in defined and name in other.measures]
         found["metrics"] = {name: self._row(name, every, groups) for name in known}
         found["tables"] = {}
         for table in one.tables:

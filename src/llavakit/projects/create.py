@@ -266,7 +266,7 @@ def _questions(found: Found, short: bool) -> Any:
         record = dict(example.record or {"id": example.id, **media, **subject, "conversations": turns})
         if example.record is not None:
             media = {key: record[key] for key in ("image", "video", "volume") if record.get(key) is not None}
-            media = media or {"image": list(example.media)}
+            media = media or ({"image": list(example.media)} if example.media else {})
         question = {"question_id": example.id, **media, "text": text, "answer": example.answer, **subject}
         return record, question | ({} if kind is None else {"type": kind})
 

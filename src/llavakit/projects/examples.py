@@ -237,7 +237,8 @@ def _meanings(table: Table, given: Mapping[str, str]) -> dict[str, str]:
         if meaning not in found and free:
             found[meaning] = free[0]
     first = table.rows[0].cells
-    if not is_picture(str(first.get(found.get("image"), ""))) and "image" not in given:
+    cell = str(first.get(found.get("image"), ""))
+    if "image" not in given and not is_picture(cell) and _Files(table.file.parent).find(cell) is None:
         by_value = [name for name in table.columns if is_picture(str(first.get(name, "")))]
         if by_value:
             found["image"] = by_value[0]

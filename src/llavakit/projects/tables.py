@@ -145,7 +145,7 @@ def _cells(line: str, separator: str) -> list[str]:
 
 def _records(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not blank, with the line that each begins in."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     begin = 1
     try:
         for cells in reader:
@@ -160,7 +160,9 @@ def _wrong_count(cells: list[str], header: list[str], separator: str) -> str:
     problem = f"has {len(cells)} cell{'' if len(cells) == 1 else 's'}, the header has {len(header)}"
     if len(cells) > len(header):
         return f"{problem}; put text that holds {separator!r} in double quotes"
-    other = next((mark for mark in SEPARATORS if mark != separator and len(_cells(cells[0], mark)) > 1), None)
+    other = next(
+        (mark for mark in SEPARATORS if mark != separator and len(_cells(cells[0].partition("\n")[0], mark)) > 1), None
+    )
     if len(cells) == 1 and other is not None:
         return f"{problem}; the file is separated by {SEPARATORS[separator]}, this row by {SEPARATORS[other]}"
     return f"{problem}, separated by {SEPARATORS[separator]}"

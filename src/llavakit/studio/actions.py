@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.errors import UserError
+from llavakit.evaluation.records import read_records
 from llavakit.studio.jobs import Job
 from llavakit.studio.project import Project, projects
 
@@ -26,12 +26,14 @@ class Studio:
         workspace: Folder in which projects are made and looked for.
         host: Address that served models listen on.
         keys: Keys that served models ask for.
+        allowed_hosts: Names that served models are called by, besides those that `llavakit serve` knows.
         open: The project on the page.
     """
 
     workspace: Path
     host: str = "127.0.0.1"
     keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     open: Project | None = None
 
     def __post_init__(self) -> None:
@@ -68,9 +70,14 @@ class Studio:
         made = create(path, out, model=model.strip() or None)
         self.open = Project.open(Path(made.folder))
 
-    def choose(self, name: str) -> None:
+    def choose(self, name: str | None) -> None:
         """Open a project of the workspace."""
-        self.open = Project.open(self.workspace / Path(name).name)
+        self.open = self._called(name)
+
+    def _called(self, name: str | None) -> Project:
+        if not name:
+            raise UserError("choose a project from the list")
+        return Project.open(self.workspace / Path(name).name)
 
     # jobs
 
@@ -88,14 +95,14 @@ class Studio:
         output = str(project.folder / "answers.jsonl")
         project.job("eval").start([*project.commands["eval"], "--output", output, "--json"])
 
-    def compare(self, name: str) -> None:
+    def compare(self, name: str | None) -> None:
         """Compare the answers with those of another project's model to the same questions."""
         project = self.project
         project.job("compare").start(
             [
                 "compare",
                 str(project.final),
-                str(Project.open(self.workspace / Path(name).name).final),
+                str(self._called(name).final),
                 *project.commands["eval"][2:],
                 "--html",
                 str(project.folder / "compare.html"),
@@ -109,6 +116,7 @@ class Studio:
         if port is None:
             raise UserError(f"no port from {_PORTS.start} to {_PORTS.stop - 1} is free")
         command = ["serve", str(project.final), "--host", self.host, "--port", str(port)]
+        command += [f"--allowed-host={name}" for name in self.allowed_hosts]
         keys = {"LLAVAKIT_API_KEYS": ",".join(self.keys)} if self.keys else {}
         project.job("serve").start(command, keys)
 
@@ -120,7 +128,7 @@ class Studio:
         if job.state != "running":
             return None
         words = job.command
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        host = {"0.0.0.0": "127.0.0.1", "::1": "[::1]"}.get(self.host, self.host)
         url = f"http://{host}:{words[words.index('--port') + 1]}"
         try:
             return url if httpx.get(f"{url}/health", timeout=2).is_success else None
@@ -189,10 +197,7 @@ class Studio:
         path = self.project.folder / "answers.jsonl"
         if not path.is_file():
             return []
-        replies = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            replies[str(row["question_id"])] = row["text"]
+        replies = {str(record.data["question_id"]): record.data["text"] for record in read_records(path)}
         rows = self.project.questions
         return [row | {"reply": replies[str(row["question_id"])]} for row in rows if str(row["question_id"]) in replies]
 

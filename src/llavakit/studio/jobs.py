@@ -69,7 +69,7 @@ class Job:
     def _alive(self) -> bool:
         try:
             with (self.folder / _LOCK).open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # several may look at once
         except BlockingIOError:
             return True
         except OSError:

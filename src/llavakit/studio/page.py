@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import html
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,8 @@ def _served(studio: Studio) -> str:
     url = studio.address()
     if url is None:
         return "<p>loading the model</p>"
+    if studio.host == "0.0.0.0":
+        url = url.replace("127.0.0.1", socket.gethostname())  # for a browser elsewhere
     return f'<p>Served at <a href="{url}" target="_blank" rel="noopener">{url}</a> (page and API).</p>'
 
 

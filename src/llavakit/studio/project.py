@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from llavakit.data.strict_json import read_json
 from llavakit.errors import UserError
+from llavakit.evaluation.records import read_records
 from llavakit.studio.jobs import Job
 from llavakit.training.recipe import Recipe, load_recipe
 
@@ -57,9 +57,15 @@ class Project:
         """Arguments of `llavakit` by the command's name, as `llavakit new` printed them."""
         try:
             lists = [shlex.split(line)[1:] for line in self.facts["commands"]]
-            return {words[0]: words for words in lists}
+            made = self.facts.get("folder", str(self.folder))  # as it was called from where it was made
+            return {words[0]: [self._here(word, made) for word in words] for words in lists}
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise UserError(f"{self.folder / FACTS}: commands must be the command lines to go on with") from None
+
+    def _here(self, word: str, made: str) -> str:
+        """A word of a command with the project's folder as it is called from here."""
+        inside = word == made or word.startswith(f"{made}/")
+        return f"{self.folder}{word.removeprefix(made)}" if inside else word
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -96,8 +102,7 @@ class Project:
     @property
     def questions(self) -> list[dict[str, Any]]:
         """The held-out questions."""
-        lines = (self.folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return [record.data for record in read_records(self.folder / "heldout.jsonl")]
 
     @property
     def images(self) -> Path:

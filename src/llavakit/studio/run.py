@@ -56,7 +56,7 @@ def serve_studio(
 
     if keys:
         os.environ[KEY] = keys[0]
-    studio = Studio(workspace, host=host, keys=keys)
+    studio = Studio(workspace, host=host, keys=keys, allowed_hosts=allowed_hosts)
     policy = AccessPolicy(keys, hosts_of(socket.gethostname(), host, allowed_hosts))
     app = create_app(studio, policy, source=source, model=model)
     console.print(f"studio   http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}/")

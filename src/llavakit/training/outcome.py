@@ -66,7 +66,9 @@ def conclude(recipe: Recipe, result: TrainResult, console: Console) -> Path | No
     console.print(outcome.table())
     for line in outcome.verdicts:
         _say(console, line)
-    page.write_text(outcome.page(result), encoding="utf-8")
+    scratch = page.with_name(f".{page.name}")
+    scratch.write_text(outcome.page(result), encoding="utf-8")
+    scratch.replace(page)
     _say(console, f"report: {page}")
     return page
 
@@ -110,7 +112,9 @@ def _without_pictures(questions: Questions, folder: Path) -> Path | None:
             path = (folder / "blank" / f"{size.width}x{size.height}.png").resolve()
             if not path.is_file():
                 path.parent.mkdir(exist_ok=True)
-                Image.new("RGB", (size.width, size.height), (GREY,) * 3).save(path)
+                scratch = path.with_name(f".{path.name}")
+                Image.new("RGB", (size.width, size.height), (GREY,) * 3).save(scratch, "PNG")
+                scratch.replace(path)
             blank[name] = str(path)
         return blank[name]
 
