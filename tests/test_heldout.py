@@ -16,8 +16,11 @@ from tiny_training import recipe, write_world
 from llavakit.checkpoints.convert import save
 from llavakit.checkpoints.files import read_folder
 from llavakit.errors import RecipeError
+from llavakit.evaluation.benchmarks.base import Question
+from llavakit.generation.chat import Chat
+from llavakit.generation.request import RequestFailed
 from llavakit.projects.create import create
-from llavakit.training.heldout import Questions, Samples
+from llavakit.training.heldout import Questions, Samples, answer_now
 from llavakit.training.recipe import load_recipe, parse_recipe
 from llavakit.training.run import train
 
@@ -125,6 +128,14 @@ def test_a_model_from_parts_has_none_before_it(project, tmp_path):
     assert said.count("asking 2 held-out questions") == 2
     assert "it looks at the picture" in said
     assert "before training" not in said
+
+
+def test_an_answer_that_fails_is_shown_as_such(monkeypatch):
+    chat = small_chat()
+    chat.model.train()
+    monkeypatch.setattr(Chat, "answer_all", lambda *_, **__: (_ for _ in ()).throw(RequestFailed("out of memory")))
+    assert answer_now(chat.model, chat.processor, Question("1", "What?", ())) == "(out of memory)"
+    assert chat.model.training
 
 
 def test_answers_of_lists_are_shown():

@@ -124,9 +124,11 @@ def test_in_bfloat16_it_is_close():
             assert F.cosine_similarity(own.flatten(), exact.flatten(), dim=0) > 0.999
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_nothing_to_learn_is_zero(frozen):
+def test_nothing_to_learn_is_zero(frozen, wrapped):
     head, (hidden, ids, _) = head_of().requires_grad_(not frozen), inputs()
+    head = Wrapped(head) if wrapped else head
     total = cross_entropy(head, hidden[:0], ids[:0]) + token_logps(head, hidden[:0], ids[:0]).logps.sum()
     assert total == 0
     assert all((gradient == 0).all() for gradient in gradients(total, hidden, head))

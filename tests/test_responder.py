@@ -344,7 +344,11 @@ def test_chat_and_evaluation_reach_it(checkpoint, tmp_path, capsys):
     assert {(row["reasoning"], row["text"]) for row in stored} == {("vote of 3", captured.out.strip())}
 
 
-def test_the_examples_of_the_documentation_run(chat, monkeypatch, capsys):
+def test_the_examples_of_the_documentation_run(chat, monkeypatch, capsys, tmp_path):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20), "red").save("photo.jpg")
     text = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.setitem(llavakit.__dict__, "load", lambda *arguments, **options: chat)

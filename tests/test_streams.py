@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from llavakit.data.webdataset import record_of
 from llavakit.errors import FieldError, RecipeError, RecordError, UserError
 from llavakit.training.recipe import Source, parse_recipe
 from llavakit.training.run import train
-from llavakit.training.streaming import DrawnBatch, StreamBatches, StreamSamples
+from llavakit.training.streaming import DrawnBatch, StreamBatches, StreamSamples, _draw
 
 QUIET = Console(quiet=True)
 
@@ -143,6 +144,8 @@ def test_a_stream_is_no_indexed_source(tmp_path: Path) -> None:
         ({"json": pair("a", image="000.jpg"), "jpg": b"J"}, "image", b"J"),
         ({"json": pair("a", image="coco/train/77.jpg"), "png": b"P"}, "image", b"P"),
         ({"json": pair("a", image=["000.2.png", "000.1.png"]), "1.png": b"1", "2.png": b"2"}, "image", [b"2", b"1"]),
+        ({"json": pair("a", image=["000.2.JPG", "000.1.JPG"]), "1.jpg": b"1", "2.jpg": b"2"}, "image", [b"2", b"1"]),
+        ({"json": pair("a", image=["000.jpg", "000.jpg"]), "jpg": b"J"}, "image", [b"J", b"J"]),
         ({"json": pair("a"), "mp4": b"V"}, "video", [b"V"]),
         ({"json": pair("a"), "nii.gz": b"N"}, "volume", [b"N"]),
         ({"json": pair("a", image="else.jpg")}, "image", "else.jpg"),
@@ -423,6 +426,29 @@ def test_batches_go_on_after_any_of_them(tmp_path: Path, changes: dict[str, Any]
         assert drawn(samples, again) == expected[count:]
 
 
+class Text(Words):
+    """Samples without media."""
+
+    def length(self, sample: dict[str, Any]) -> int:
+        return -10
+
+
+def test_the_short_buffer_at_the_end_of_an_epoch_may_fill_no_chunk(tmp_path: Path) -> None:
+    samples = StreamSamples(RecordStream(write_shards(tmp_path, 2, 5)), Text())
+    stage = stage_of(packing="stream", max_length=32, batch_size=1, buffer=8)  # of ten records two are left over
+    assert sum(batch is not None for batch in StreamBatches(samples, stage, 0)) == 12
+    with pytest.raises(UserError, match="its records do not fill a batch"):
+        list(StreamBatches(samples, stage_of(packing="stream", max_length=320, batch_size=1, buffer=8), 0))
+
+
+def test_a_broken_record_is_replaced_by_one_of_its_source(tmp_path: Path) -> None:
+    few, many = (RecordStream(write_shards(tmp_path / name, 1, count)) for name, count in (("few", 5), ("many", 40)))
+    one, other = list(few.entries(0, 0)), [replace(entry, source=1) for entry in many.entries(0, 0)]
+    batch = _draw([*other, *one], [40], 2, 0)
+    assert [entry.source for entry in batch.entries] == [0, 0, 0]
+    assert {entry.source for entry in _draw([*other, one[0]], [40], 2, 0).entries[1:]} == {1}
+
+
 def test_broken_records_stop_a_stream_or_are_left_out(tmp_path: Path) -> None:
     texts = ["n0", "n1", "broken", "n3", "n4", "n5", "n6", "n7"]
     samples = [(f"{n}", {"json": json.dumps(pair(text)).encode(), "png": picture()}) for n, text in enumerate(texts)]
@@ -438,7 +464,7 @@ def test_broken_records_stop_a_stream_or_are_left_out(tmp_path: Path) -> None:
     assert {text for batch in found for text in batch} == {"n0", "n3", "n5", "n6", "n7"}
     assert all(len(batch) == 2 for batch in found)
     assert [error.line for error in bad.errors()] == [2, 3, 5]
-    entries = [entry for entry in stream.entries(0, 0) if entry.line == 3]
+    entries = [entry for entry in stream.entries(0, 0) if entry.line == 3]  # nothing that could replace it
     with pytest.raises(UserError, match="no usable record in the source of"):
         lenient.__getitems__(DrawnBatch(entries, [0], 0))
 

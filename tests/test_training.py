@@ -579,7 +579,7 @@ def test_documented_commands_train_what_they_say() -> None:
     root = Path(__file__).parents[1]
     found: dict[str, None] = {}
     for page in (root / "README.md", *(root / "docs").glob("*.md"), *(root / "src").rglob("README.md")):
-        found |= dict.fromkeys(re.findall(r"llavakit train (\S+\.yaml.*)", page.read_text()))
+        found |= dict.fromkeys(re.findall(r"llavakit train (\S+\.yaml.*)", page.read_text().replace("\\\n", " ")))
     for recipe in (root / "src").rglob("recipe.yaml"):
         text = recipe.read_text().replace("\\\n#", " ")
         found |= dict.fromkeys(

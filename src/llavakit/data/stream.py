@@ -89,9 +89,10 @@ class Entries(Sequence[Record]):
         return self.entries[index].file, self.entries[index].line
 
     def same_source(self, index: int) -> list[int]:
-        """Numbers of the entries of the source that an entry belongs to."""
+        """Numbers of the entries of the source that an entry belongs to; all of them where it is the only one."""
         source = self.entries[index].source
-        return [number for number, entry in enumerate(self.entries) if entry.source == source]
+        own = [number for number, entry in enumerate(self.entries) if entry.source == source]
+        return own if len(own) > 1 else list(range(len(self.entries)))
 
 
 class Reader:

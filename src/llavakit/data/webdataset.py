@@ -125,15 +125,17 @@ def _place(raw: dict[str, Any], media: list[tuple[str, str, bytes]]) -> None:
     """Put the members where the record names them: by name, else in their order."""
     places = list(_places(raw))
     for modality in dict.fromkeys([*(kind for _, kind, _ in media), *(kind for kind, *_ in places)]):
-        waiting = {file: content for file, kind, content in media if kind == modality}
+        mine = {file: content for file, kind, content in media if kind == modality}
+        waiting = dict(mine)
         named = [(holder, key) for kind, holder, key in places if kind == modality]
         left = []
         for holder, key in named:
-            file = _named(holder[key], waiting)
+            file = _named(holder[key], mine)
             if file is None:
                 left.append((holder, key))
-            else:
-                holder[key] = waiting.pop(file)
+            else:  # a record may show the same picture twice
+                holder[key] = mine[file]
+                waiting.pop(file, None)
         if not named and waiting:
             raw[modality] = list(waiting.values())
         elif waiting and len(left) != len(waiting):
@@ -146,8 +148,9 @@ def _place(raw: dict[str, Any], media: list[tuple[str, str, bytes]]) -> None:
 
 def _named(value: str, files: Mapping[str, bytes]) -> str | None:
     """The member that a name means: the whole name, its last part, or its ending."""
+    value = value.lower()  # as the endings of members are kept
     last = value.rpartition("/")[2]
-    return next((file for file in files if file == value or file.rpartition("/")[2] == last), None)
+    return next((file for file in files if file.lower() == value or file.lower().rpartition("/")[2] == last), None)
 
 
 def _places(raw: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

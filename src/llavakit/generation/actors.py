@@ -131,6 +131,7 @@ def _resources(ray: Any, count: int) -> dict[str, float]:
     """What a worker takes: its share of the processors (its threads), and one GPU, or a part where there are fewer."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     processors = [int(machine.get("CPU", 0)) for machine in machines]
-    gpus = sum(machine.get("GPU", 0) for machine in machines)
+    gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
+    workers = -(-count // gpus) if gpus else 0  # on one GPU: a part of it must lie on one
     fitting = (share for share in range(max(processors), 0, -1) if sum(own // share for own in processors) >= count)
-    return {"num_cpus": next(fitting, 0), "num_gpus": min(1.0, gpus / count)}
+    return {"num_cpus": next(fitting, 0), "num_gpus": 1 / workers if workers else 0}

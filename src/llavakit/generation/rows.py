@@ -59,8 +59,6 @@ class PlainRows(DecodingRows):
         positions = cache.position_ids
         if self.compiled is not None:
             logits = self.compiled(embeds, self._masks(), positions)[: len(tokens)]
-        elif self.lean is not None:
-            logits = self.head(self.lean(embeds, positions, cache))
         else:
             logits = self.head(self.run(embeds, self._masks(), positions)[:, -1])
         cache.end_step(len(tokens))
@@ -73,6 +71,8 @@ class PlainRows(DecodingRows):
             masks: Additive mask [rows, 1, 1, width], or one for every kind of layer.
             positions: [rows, 1].
         """
+        if self.lean is not None:
+            return self.lean(embeds, positions, self.cache).unsqueeze(1)
         return self.core.language_model(
             inputs_embeds=embeds,
             attention_mask=masks,

@@ -74,10 +74,10 @@ def token_logps(head: nn.Module, hidden: Tensor, ids: Tensor, *, likeliest: bool
     if _plain(head):
         logps, best = _TokenLogps.apply(hidden, head.weight, head.bias, ids, head.scale, head.cap, likeliest)
         return Likelihood(logps, best if likeliest else None)
-    parts = []
-    for place in _chunks(hidden, head.out_features):  # adapters, quantised weights: the layer's own forward
+    parts = []  # adapters, quantised weights: the layer's own forward, also for no token, which gives a graph
+    for place in list(_chunks(hidden, head.out_features)) or [slice(0, 0)]:
         parts.append(checkpoint(_through, head, hidden[place], ids[place], use_reentrant=False))
-    logps, best = map(torch.cat, zip(*parts, strict=True)) if parts else (hidden.new_zeros(0).float(), ids)
+    logps, best = map(torch.cat, zip(*parts, strict=True))
     return Likelihood(logps, best if likeliest else None)
 
 

@@ -106,7 +106,7 @@ class QuantizedLinear(nn.Module):
         made = self.kernel(hidden.reshape(-1, self.in_features).float())
         if self.bias is not None:
             made = made.add_(self.bias)
-        return made.to(hidden.dtype).view(*hidden.shape[:-1], -1)
+        return made.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
 
     def get_extra_state(self) -> str:
         """Form and content, so that a model's digest knows them."""

@@ -320,9 +320,6 @@ def _streamed(samples: PreparedSamples, stage: Stage, order: list[int]) -> list[
         file, line = samples.dataset.place(media)
         raise RecordError(file, line, "record", "has media, which packing: stream would cut; use packing: true")
     rows = chunks(order, [-length for length in lengths], stage.max_length)
-    if not rows:
-        tokens = f"{-sum(lengths)} tokens do not fill a chunk of {stage.max_length}"
-        raise UserError(f"stage {stage.name!r}: {tokens}; take a smaller max_length")
     groups = (rows[begin : begin + stage.batch_size] for begin in range(0, len(rows), stage.batch_size))
     return [[piece for row in group for piece in row] for group in groups]
 
@@ -358,6 +355,10 @@ def plan_batches(
     epoch = 0
     while True:
         own = epoch_batches(samples, stage, seed, epoch, world)
+        if not own:
+            raise UserError(
+                f"stage {stage.name!r}: all tokens do not fill a chunk of {stage.max_length}; take a smaller max_length"
+            )
         if wanted is None and epoch + 1 >= stage.epochs:
             batches += own[: math.ceil(len(own) * (stage.epochs - epoch))]
             break

@@ -85,6 +85,8 @@ def read_questions(options: HeldOut) -> Questions:
     except UserError as error:
         raise RecipeError(f"heldout.{error}") from None
     rows = [record.data for record in read_records(options.questions)]
+    if len(rows) != len(asked):
+        raise RecipeError(f"heldout.task: {options.task!r} asks several questions per record; take exact_match, say")
     kept = spread(len(asked), options.limit)
     return Questions([rows[n] for n in kept], [asked[n] for n in kept], images)
 
@@ -129,6 +131,7 @@ class Samples(TrainerCallback):
 def answer_now(module: nn.Module, processor: LlavakitProcessor, question: Question) -> str:
     """The answer of a model that is being trained, which is left as it was; what goes wrong is the answer."""
     from llavakit.generation.chat import Chat
+    from llavakit.generation.request import RequestFailed
 
     training = module.training
     module.eval()
@@ -136,6 +139,8 @@ def answer_now(module: nn.Module, processor: LlavakitProcessor, question: Questi
         with torch.no_grad(), torch.random.fork_rng():
             chat = Chat(module, processor, max_batch=1)
             (answer,) = chat.answer_all([question.messages()], max_new_tokens=LONGEST)
+    except RequestFailed as error:  # out of memory, for one: no reason to lose the training
+        answer = UserError(str(error))
     finally:
         module.train(training)
     return f"({answer})" if isinstance(answer, UserError) else answer.content

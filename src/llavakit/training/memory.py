@@ -109,7 +109,7 @@ def static_bytes(model: nn.Module, stage: Stage) -> Memory:
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     if stage.dtype == "bfloat16":
         weights, trained = weights // 2, trained // 2
-    averages = 2 if stage.optimizer.startswith(("adamw_torch", "adamw_apex")) else 0
+    averages = 2 if stage.optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused") else 0
     return Memory(weights=weights, gradients=trained, optimiser=averages * trained)
 
 

@@ -29,6 +29,7 @@ from llavakit.evaluation.cases import Cases, Metrics
 from llavakit.evaluation.metrics.intervals import Paired, intervals, paired
 from llavakit.evaluation.records import read_answers
 from llavakit.evaluation.score import INTERVAL, metrics_of, show, show_interval
+from llavakit.generation.request import RequestFailed
 from llavakit.media.image import image_size, load_image
 from llavakit.pages import document, inline
 from llavakit.training.heldout import Questions, read_questions, write_rows
@@ -57,7 +58,7 @@ def conclude(recipe: Recipe, result: TrainResult, console: Console) -> Path | No
         folder.mkdir(exist_ok=True)
         files = _ask(recipe, result, questions, folder, console)
         outcome = Outcome(recipe, questions, files, folder)
-    except (UserError, OSError) as error:
+    except (UserError, RequestFailed, OSError) as error:
         said = " ".join(str(error).split())
         console.print(
             f"the model is finished, but not its report: {said}", markup=False, highlight=False, soft_wrap=True

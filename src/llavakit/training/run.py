@@ -137,9 +137,9 @@ def train(
     if _is_main():
         publish(results[-1].folder / "final", output / "final")
         console.print(f"finished: {output / 'final'}")
-        if recipe.heldout is not None:
-            conclude(recipe, TrainResult(output, results), console)
-    distributed.barrier()
+    distributed.barrier()  # before the questions, which take longer than others wait
+    if _is_main() and recipe.heldout is not None:
+        conclude(recipe, TrainResult(output, results), console)
     return TrainResult(output, results)
 
 

@@ -31,7 +31,7 @@ from llavakit.training.callbacks import write_json
 from llavakit.training.dataset import Failure, Maker, cut_to_piece, epoch_batches, record_words
 from llavakit.training.recipe import Stage
 
-SPARES = 3  # entries that go with a batch, in case that one of it proves broken
+SPARES = 16  # entries of every source that go with a batch, in case that one of it proves broken
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,8 @@ class StreamBatches:
             batches = self._drawn(reader, number)
             fruitless = 0 if batches else fruitless + 1
             if fruitless > 3:
-                raise UserError(f"stage {self.stage.name!r}: no usable record; {self.samples.bad.report(3)}")
+                why = "no usable record" if self.samples.bad else "its records do not fill a batch"
+                raise UserError(f"stage {self.stage.name!r}: {why}; {self.samples.bad.report(3)}")
             for batch in batches[skip : skip + len(self) - done]:
                 yield batch
                 done += 1
@@ -266,10 +267,13 @@ def read_state(checkpoint: Path, rank: int) -> dict[str, Any]:
 
 
 def _draw(entries: Sequence[Entry], batch: Sequence[int], spares: int, place: int) -> DrawnBatch:
-    """A batch with its entries alone, and spare ones that are not in it."""
+    """A batch with its entries alone, and spare ones that are not in it: of their sources, or of others instead."""
     numbers = list(dict.fromkeys(map(int, batch)))
     where = {number: at for at, number in enumerate(numbers)}
     chosen = [Piece(where[int(own)], own.begin, own.end) if isinstance(own, Piece) else where[own] for own in batch]
+    draw = random.Random(place)
     others = [number for number in range(len(entries)) if number not in where] if spares else []
-    numbers += random.Random(place).sample(others, min(spares, len(others)))
+    for source in dict.fromkeys(entries[number].source for number in where):
+        own = [number for number in others if entries[number].source == source] or others
+        numbers += draw.sample(own, min(spares, len(own)))
     return DrawnBatch([entries[number] for number in numbers], chosen, place)
