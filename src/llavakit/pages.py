@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
@@ -56,3 +57,25 @@ def inline(picture: Image.Image, widest: int = WIDEST) -> str:
     file = io.BytesIO()
     picture.convert("RGB").save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def curve(log: Sequence[Mapping[str, float]], width: int = 420, height: int = 170) -> str:
+    """A loss curve as inline SVG."""
+    points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    if len(points) < 2:
+        return '<p class="small">too few steps for a curve</p>'
+    left, bottom, top = 40, 24, 10
+    last, most = points[-1][0], max(loss for _, loss in points)
+    x = lambda step: left + (width - left - 8) * step / last  # noqa: E731
+    y = lambda loss: height - bottom - (height - bottom - top) * loss / most  # noqa: E731
+    line = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
+    marks = "".join(
+        f'<line x1="{left}" x2="{width - 8}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="var(--line)"/>'
+        f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2g}</text>'
+        for v in (0, most / 2, most)
+    )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" font-size="11" fill="var(--soft)" role="img" aria-label="loss by step">'
+        f'{marks}<polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="2"/>'
+        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">step {last}</text></svg>'
+    )

@@ -15,10 +15,9 @@ from typing import Any
 
 import gradio as gr
 
-from llavakit.demo.report import curve
 from llavakit.errors import UserError
 from llavakit.media import load_image
-from llavakit.pages import inline
+from llavakit.pages import curve, inline
 from llavakit.studio.actions import Studio, same
 from llavakit.studio.project import framed, listed
 

@@ -23,7 +23,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from llavakit.demo.report import curve
 from llavakit.errors import UserError
 from llavakit.evaluation.cases import Cases, Metrics
 from llavakit.evaluation.metrics.intervals import Paired, intervals, paired
@@ -31,7 +30,7 @@ from llavakit.evaluation.records import read_answers
 from llavakit.evaluation.score import INTERVAL, metrics_of, show, show_interval
 from llavakit.generation.request import RequestFailed
 from llavakit.media.image import image_size, load_image
-from llavakit.pages import document, inline
+from llavakit.pages import curve, document, inline
 from llavakit.training.heldout import Questions, read_questions, write_rows
 from llavakit.training.recipe import Recipe
 
