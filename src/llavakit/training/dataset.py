@@ -356,9 +356,9 @@ def plan_batches(
     while True:
         own = epoch_batches(samples, stage, seed, epoch, world)
         if not own:
-            raise UserError(
-                f"stage {stage.name!r}: all tokens do not fill a chunk of {stage.max_length}; take a smaller max_length"
-            )
+            tokens = sum(abs(samples.length(index)) for index in samples.dataset.order(seed, epoch))
+            said = f"{tokens} tokens do not fill a chunk of {stage.max_length}"
+            raise UserError(f"stage {stage.name!r}: {said}; take a smaller max_length")
         if wanted is None and epoch + 1 >= stage.epochs:
             batches += own[: math.ceil(len(own) * (stage.epochs - epoch))]
             break
