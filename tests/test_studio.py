@@ -135,9 +135,9 @@ def test_pictures_become_a_project_that_a_new_studio_finds(table, model, tmp_pat
     assert studio.project.folder == tmp_path / "runs" / "colours"
     assert studio.project.commands["train"] == ["train", str(tmp_path / "runs" / "colours" / "recipe.yaml")]
     assert studio.training() == "Not trained yet."
-    assert studio.score() is None
-    assert studio.answers() == []
-    (part,) = studio.media(studio.project.questions[0])
+    assert studio.project.score() is None
+    assert studio.project.answers() == []
+    (part,) = studio.project.media(studio.project.questions[0])
     assert Image.open(part["image"]).height == 8
     studio.make(str(table), str(model))
     assert studio.project.name == "colours-2", "nothing is written over"
@@ -166,7 +166,7 @@ def test_questions_may_hold_any_separator_of_lines(table, model, tmp_path):
     (path.parent / "answers.jsonl").write_text(
         json.dumps({"question_id": row["question_id"], "text": "a\u2028b"}, ensure_ascii=False), encoding="utf-8"
     )
-    assert [one["reply"] for one in studio.answers()] == ["a\u2028b"]
+    assert [one["reply"] for one in studio.project.answers()] == ["a\u2028b"]
 
 
 def test_a_folder_that_is_no_project_is_refused(tmp_path):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llavakit.data.strict_json import JsonError, parse_json
 from llavakit.errors import UserError
-from llavakit.evaluation.records import read_records
+from llavakit.evaluation.processors import plain_answer
+from llavakit.serving.run import check_port
 from llavakit.studio.jobs import Job
 from llavakit.studio.project import Project, projects
 
@@ -143,21 +140,12 @@ class Studio:
         if url is None:
             raise UserError("serve the model first")
         row = self.project.questions[number - 1]
-        content = [*self.media(row), {"type": "text", "text": question.strip() or row["text"]}]
+        content = [*self.project.media(row), {"type": "text", "text": question.strip() or row["text"]}]
         client = APIClient(f"{url}/v1", api_key_env=KEY, retries=0, timeout=600)
         try:
             return RemoteResponder(client).chat([{"role": "user", "content": content}], max_new_tokens=256)
         finally:
             client.close()
-
-    def media(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        """Media parts of a held-out question."""
-        parts = []
-        for kind in ("image", "video", "volume"):
-            names = row.get(kind)
-            for name in names if isinstance(names, list) else [names] if names else []:
-                parts.append({"type": kind, kind: str(self.project.images / name)})
-        return parts
 
     # where things stand
 
@@ -182,39 +170,17 @@ class Studio:
             "died": f"The training process is gone{at}: {job.problem}. It can go on from its last checkpoint.",
         }[state]
 
-    def score(self) -> dict[str, Any] | None:
-        """What the evaluation printed: "metrics", "n", "intervals"; None before it has."""
-        job = self.project.job("eval")
-        if job.state != "finished":
-            return None
-        try:
-            return parse_json(job.output())
-        except JsonError:
-            return None
-
-    def answers(self) -> list[dict[str, Any]]:
-        """The held-out questions with the model's answers ("reply"); those without one are left out."""
-        path = self.project.folder / "answers.jsonl"
-        if not path.is_file():
-            return []
-        replies = {str(record.data["question_id"]): record.data["text"] for record in read_records(path)}
-        rows = self.project.questions
-        return [row | {"reply": replies[str(row["question_id"])]} for row in rows if str(row["question_id"]) in replies]
-
 
 def same(answer: str, reply: str) -> bool:
-    """Whether a reply is the answer but for case and a full stop."""
-    plain = [text.strip().rstrip(".").lower() for text in (answer, reply)]
-    return plain[0] == plain[1]
+    """Whether a reply is the answer by the rule of `exact_match`."""
+    return plain_answer(answer) == plain_answer(reply)
 
 
 def _free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+    try:
+        check_port(host, port)
+    except UserError:
+        return False
     return True
 
 

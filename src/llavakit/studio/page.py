@@ -19,7 +19,7 @@ from llavakit.errors import UserError
 from llavakit.media import load_image
 from llavakit.pages import curve, inline
 from llavakit.studio.actions import Studio, same
-from llavakit.studio.project import framed, listed
+from llavakit.studio.project import Project, framed, listed
 
 EVERY = 2.0  # seconds between looks at the jobs
 CARDS = 24
@@ -201,32 +201,42 @@ def _score(studio: Studio) -> str:
     job = studio.project.job("eval")
     if job.problem:
         return f"<p>{html.escape(job.problem)}</p>"
-    result = studio.score()
-    if result is None or result.get("metrics") is None:
+    if job.state != "finished":
         return f"<pre>{html.escape(job.log()[-400:])}</pre>" if job.state == "running" else ""
+    return _scored(studio.project, (job.folder / "ended.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _scored(project: Project, ended: int) -> str:
+    """Score and answers of an evaluation that ended at a time; their pictures are not opened at every look."""
+    result = project.score()
+    if result is None or result.get("metrics") is None:
+        return ""
     lines = []
     for name, value in result["metrics"].items():
         if isinstance(value, (int, float)):
             bounds = (result.get("intervals") or {}).get(name)
             spread = f" (95 % interval {bounds[0]:.1f} to {bounds[1]:.1f})" if bounds else ""
             lines.append(f"{name}: {value:g}{spread}")
-    rows = sorted(studio.answers(), key=lambda row: same(row["answer"], row["reply"]))  # wrong ones first
-    return listed(lines) + '<div class="studio-cards">' + "".join(_card(studio, row) for row in rows[:CARDS]) + "</div>"
+    rows = sorted(project.answers(), key=lambda row: same(row["answer"], row["reply"]))  # wrong ones first
+    return (
+        listed(lines) + '<div class="studio-cards">' + "".join(_card(project, row) for row in rows[:CARDS]) + "</div>"
+    )
 
 
-def _card(studio: Studio, row: Mapping[str, Any]) -> str:
+def _card(project: Project, row: Mapping[str, Any]) -> str:
     said = f"{row['text'].splitlines()[0]}"
     mark = "✓" if same(row["answer"], row["reply"]) else "✗"
     return (
-        f"<div>{_pictures(studio, row)}<div>{html.escape(said)}</div>"
+        f"<div>{_pictures(project, row)}<div>{html.escape(said)}</div>"
         f"<b>{mark} {html.escape(row['reply'])}</b><div>truth: {html.escape(row['answer'])}</div></div>"
     )
 
 
-def _pictures(studio: Studio, row: Mapping[str, Any]) -> str:
+def _pictures(project: Project, row: Mapping[str, Any]) -> str:
     """Small copies of a question's pictures; of clips and volumes the names."""
     found = []
-    for part in studio.media(row):
+    for part in project.media(row):
         path = part[part["type"]]
         if part["type"] != "image":
             found.append(f"<div>{html.escape(path)}</div>")
@@ -280,5 +290,5 @@ def answer_of(studio: Studio, number: int | None, question: str) -> str:
         raise UserError(f"there are {len(rows)} held-out questions; choose one of them")
     row = rows[int(number) - 1]
     said = studio.ask(int(number), question)
-    card = _card(studio, {**row, "text": question.strip() or row["text"], "reply": said})
+    card = _card(studio.project, {**row, "text": question.strip() or row["text"], "reply": said})
     return f'<div class="studio-cards">{card}</div>'

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llavakit.data.strict_json import read_json
+from llavakit.data.strict_json import JsonError, parse_json, read_json
 from llavakit.errors import UserError
 from llavakit.evaluation.records import read_records
 from llavakit.studio.jobs import Job
@@ -109,6 +109,34 @@ class Project:
         """Folder that the pictures of the questions are in."""
         words = self.commands["eval"]
         return Path(words[words.index("--images") + 1])
+
+    def media(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        """Media parts of a held-out question."""
+        parts = []
+        for kind in ("image", "video", "volume"):
+            names = row.get(kind)
+            for name in names if isinstance(names, list) else [names] if names else []:
+                parts.append({"type": kind, kind: str(self.images / name)})
+        return parts
+
+    def score(self) -> dict[str, Any] | None:
+        """What the evaluation printed: "metrics", "n", "intervals"; None before it has."""
+        job = self.job("eval")
+        if job.state != "finished":
+            return None
+        try:
+            return parse_json(job.output())
+        except JsonError:
+            return None
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The held-out questions with the model's answers ("reply"); those without one are left out."""
+        path = self.folder / "answers.jsonl"
+        if not path.is_file():
+            return []
+        replies = {str(record.data["question_id"]): record.data["text"] for record in read_records(path)}
+        rows = self.questions
+        return [row | {"reply": replies[str(row["question_id"])]} for row in rows if str(row["question_id"]) in replies]
 
 
 def projects(workspace: Path) -> list[Project]:
