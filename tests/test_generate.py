@@ -87,6 +87,18 @@ def test_draws_repeat_and_a_prompt_may_have_several_replies(model: Path, tmp_pat
     assert outs[0].read_bytes() == outs[1].read_bytes() != outs[2].read_bytes()
 
 
+def test_quantised_weights_answer_as_in_chat(model: Path, tmp_path: Path, capsys: Any) -> None:
+    source, out = write_prompts(tmp_path, 2), tmp_path / "out.jsonl"
+    command = ["generate", str(model), str(source), str(out), "--device", "cpu", "--max-new-tokens", "6"]
+    assert cli.run([*command, "--quantize", "int8"]) == 0
+    chat = llavakit.load(model, device="cpu", quantize="int8")
+    first, reply = lines(source)[0], lines(out)[0]
+    length = first.get("max_tokens", 6)
+    assert reply["content"] == chat.submit(first["messages"], SamplingParams(max_new_tokens=length)).result().content
+    assert cli.run(command) == 2
+    assert "belongs to a run with other options" in capsys.readouterr().err
+
+
 def test_killed_at_any_line_nothing_is_lost_or_there_twice(model: Path, tmp_path: Path) -> None:
     source = write_prompts(tmp_path, 40)
     generate(llavakit.load(model, device="cpu"), source, tmp_path / "whole.jsonl", max_new_tokens=4, max_batch=4)

@@ -142,6 +142,8 @@ def generate(
     on_bad_record: Annotated[OnBadRecord, typer.Option(help="What to do with a broken prompt.")] = OnBadRecord.stop,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    quantize_parts: QuantizeParts = None,
     base: Base = None,
     vision_tower: Encoder = None,
     template: Template = None,
@@ -164,6 +166,7 @@ def generate(
     """
     answering = responder_choice(responder, responder_option, search=search, store=store) | tool_choice(tools)
     options = given(device=device, dtype=dtype, base=base, vision_tower=vision_tower, template=template)
+    options |= quantization(quantize, quantize_parts)
     from llavakit.synthesis.prompts import generate as run_generation
 
     with writing(output):
