@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,12 @@ from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.llava_plus.checkpoint import LlavaPlusLayout
 from llavakit.systems.llava_plus.cost import cost
+from llavakit.systems.llava_plus.dialogue import Dialogue
 from llavakit.systems.llava_plus.grammar import ThreeLines, decode, split
+from llavakit.systems.llava_plus.names import template_of
+from llavakit.systems.llava_plus.pictures import boxes_in_pixels
+from llavakit.systems.llava_plus.records import grounding_record, merged
+from llavakit.systems.llava_plus.workers import both
 from llavakit.tools import Artefacts
 from llavakit.training.build import build_meta
 from llavakit.training.recipe import load_recipe
@@ -187,6 +194,95 @@ def test_published_shapes_costs_and_recipe():
     llama = "LLaMA-7B, logits at every position"
     assert counted[llama, "prefill of 256 + 80 tokens"] == 4_499_148_767_232
     assert counted[llama, "prefill of 256 + 400 tokens"] == 8_894_110_892_032
+
+
+# What the published code does at the edges
+
+
+def test_actions_between_other_blanks_are_read():
+    assert decode("\u3000[]\u00a0\n") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("MPT-7B", "vicuna_v1"),
+        ("mpt-7b", "mpt_text"),
+        ("LLaVA-v1-plain-tools", "v1_mmtag"),
+        ("llava-tools", "llava_v0"),
+    ],
+)
+def test_templates_go_by_the_spelling_of_names(name, template):
+    assert template_of(name) == template
+
+
+@pytest.mark.parametrize(
+    ("found", "label"),
+    [({"phrases": ["a"]}, "a"), ({"logits": [0.5]}, "0.50"), ({"phrases": [""], "logits": [1]}, "1.00"), ({}, "")],
+)
+def test_boxes_are_labelled_with_what_there_is(found, label):
+    assert boxes_in_pixels({"boxes": [[0, 0, 1, 1]], **found}, (4, 2)).labels == [label]
+
+
+def test_a_tool_of_two_passes_on_the_words_of_its_first_alone():
+    replies = iter([{"tags": "a, b", "tags_chinese": "c", "caption": "no"}, {"boxes": []}])
+    assert both("ram+grounding_dino", {}, lambda name, params: next(replies)) == {
+        "boxes": [],
+        "tags": "a, b",
+        "tags_chinese": "c",
+    }
+
+
+def test_turns_keep_their_other_fields_and_may_lack_all_three():
+    assert merged([{"from": "human", "value": "q", "id": 3}, {"from": "gpt", "weight": 1}]) == [
+        {"from": "human", "value": "q", "id": 3},
+        {"from": "gpt", "weight": 1, "value": ""},
+    ]
+
+
+def test_annotations_become_records_with_the_published_draws():
+    item = {"question": "q", "grounding_dino_input": "x", "answer": "grounding_dino says"}
+    item["grounding_dino_output"] = {"boxes": [[0.12345, 0, 1, 1]], "size": [1, 2]}
+    draws = random.Random(0)
+    records, dropped = zip(*(grounding_record(item, "t", draws) for _ in range(4)), strict=True)
+    turns = [record["conversations"] for record in records]
+    assert [own[0]["value"] for own in turns] == ["q\n<image>", "q\n<image>", "<image>\nq", "q\n<image>"]
+    assert turns[0][2]["value"].startswith("grounding_dino output: {'boxes': [[0.12345, 0, 1, 1]]}\n")
+    assert not any(dropped)
+    assert grounding_record(item | {"answer": "As Grounding DINO says"}, "t", draws)[1]
+
+
+class Tools:
+    """Tools that find one thing."""
+
+    def __contains__(self, name):
+        return True
+
+    def __call__(self, name, payload):
+        return {"tags": "a"}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "hidden", "debug"),
+    [
+        (["Sure! " + lines()], "Sure! " + lines().strip(), "Sure! " + lines().strip()),
+        (['"thoughts🤔" only'], '"thinking....."', '"thoughts🤔" only'),
+        ([lines("{}")], "v", "{small}v"),
+        ([lines(CALL), "plain"], '"thinking."', "{small}{rule}{small}{rule}{small}"),
+        ([lines(CALL), lines()], "v", "{small}{rule}{small}{rule}{small}\nv"),
+    ],
+)
+def test_transcripts_are_those_of_the_published_page(outputs, hidden, debug):
+    dialogue, texts = Dialogue(Tools()), iter(outputs)
+
+    def ask(messages, changes):
+        yield from ()
+        return next(texts)
+
+    list(dialogue.say(ask, "q"))
+    assert [row.text for row in dialogue.transcript()] == ["q", hidden]
+    shown = re.sub("<span.*?</span>", "{small}", dialogue.transcript(True)[1].text, flags=re.DOTALL)
+    assert re.sub("<hr.*?>", "{rule}", shown) == debug
 
 
 # Records

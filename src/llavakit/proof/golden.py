@@ -126,6 +126,8 @@ def examples(
     """
     named = items.items() if isinstance(items, Mapping) else enumerate(items)
     prefix = f"{path}." if path else ""
+    if not items and path:
+        return [Example(path, lambda: {} if isinstance(items, Mapping) else [], path)]
     return [
         Example(
             name=f"{prefix}{key}",

@@ -19,7 +19,16 @@ from PIL import Image
 from llavakit.conversation.messages import Message
 from llavakit.conversation.turns import Event, PictureEvent, ReasoningDelta, TextDelta, TraceEvent
 from llavakit.systems.llava_plus import pictures
-from llavakit.systems.llava_plus.grammar import VALUE, asked_again, decode, split, the_action
+from llavakit.systems.llava_plus.grammar import (
+    ACTIONS,
+    THOUGHTS,
+    VALUE,
+    Lines,
+    asked_again,
+    decode,
+    split,
+    the_action,
+)
 from llavakit.systems.llava_plus.names import is_tagged
 from llavakit.systems.llava_plus.results import cleaned, result_text
 
@@ -155,7 +164,8 @@ class Dialogue:
         self.turn.opened = not self.said
         if reference is not None:
             self.reference = reference
-            self.reference_mask = None if reference_stroke is None else _picture(reference_stroke)
+            painted = np.zeros(reference.size[::-1]) if reference_stroke is None else reference_stroke
+            self.reference_mask = _picture(painted)
         self.said.append(Said("user", text, "question", image))
         yield from self._answer(ask)
 
@@ -181,7 +191,7 @@ class Dialogue:
         action = the_action(self.turn.actions)
         if action is not None:
             action.params.pop("image", None)
-            self.turn.actions = [{"API_name": action.name, "API_params": action.params}]
+            self.turn.actions = [{**self.turn.actions[0], "API_params": action.params}]
         if action is None or action.name not in self.tools:
             self._close(first, "answer")
             return
@@ -318,44 +328,64 @@ class Dialogue:
         """What the user is shown, in order, as the published page has it; texts of models and tools are not escaped.
 
         Args:
-            debug: Whether thoughts, calls and results are shown too, small and grey.
+            debug: Whether thoughts, calls and results are shown too, small and grey. Without, a text that has no
+                value to show is a placeholder.
         """
         rows: list[Row] = []
         said = iter(self.said)
         for one in said:
+            text = one.text or ""
             if one.image is not None:
                 rows.append(Row("user", "", [pictures.for_chat(one.image)]))
+                text = text.replace("<image>", "").strip()
             if one.role == "user":
-                text = (one.text or "").replace("<image>", "").strip() if one.image is not None else one.text or ""
                 rows += [Row("user", text, [])] if text else []
-                continue
-            if one.kind == "call":
+            elif one.kind == "call":
                 result, final = next(said), next(said)
-                steps = [one.text or "", (result.text or "").replace("\n\n", "\n")]
-                head, value = _parts(final.text or "")
-                text = RULE.join(map(_small, [*steps, head])) + f"\n{value}" if debug else value
-                rows.append(Row("assistant", text, list(map(pictures.for_chat, final.pictures))))
-                continue
-            lines = split(one.text or "")
-            ordinary = one.kind == "answer" and lines is not None and decode(lines.actions) != []
-            head, value = ("", one.text or "") if ordinary else _parts(one.text or "")
-            rows.append(Row("assistant", f"{_small(head + chr(10))}{value}" if debug and head else value, []))
+                shown = list(map(pictures.for_chat, final.pictures))
+                rows.append(Row("assistant", _with_call(text, result.text or "", final.text or "", debug), shown))
+            else:
+                rows.append(Row("assistant", _without_call(text, debug), []))
         return rows
 
 
 RULE = '<hr width="100%" size="1" color="silver" align="center">'
+BEGIN = '"th'  # of a text that the published page reads as three lines
 
 
 def _small(text: str) -> str:
     return f'<span style="font-size: 12px; color: gray;line-height: 1.0;">{text}</span>'
 
 
-def _parts(text: str) -> tuple[str, str]:
-    """What leads to a value, its label included, and the value; of another text nothing and all."""
-    if split(text) is None:
-        return "", text
-    head, label, value = text.rpartition(VALUE)
-    return head + label, value.strip()
+def _head(lines: Lines) -> str:
+    """The lines before a value, its label included."""
+    return f"{THOUGHTS} {lines.thoughts.strip()}\n{ACTIONS} {lines.actions.strip()}\n{VALUE}"
+
+
+def _waiting(text: str) -> str:
+    """The page's placeholder; its dots go by the length of what it stands for."""
+    return f'"thinking{"." * (len(text) % 21 // 3)}"'
+
+
+def _without_call(text: str, debug: bool) -> str:
+    if not text.startswith(BEGIN):
+        return text
+    lines = split(text)
+    if lines is None:
+        return text if debug else _waiting(text)
+    decoded = decode(lines.actions)
+    if decoded is None or decoded:  # nothing was called, so the text is the answer
+        return text
+    return (_small(_head(lines) + "\n") if debug else "") + lines.value.strip()
+
+
+def _with_call(call: str, result: str, final: str, debug: bool) -> str:
+    lines, last = split(call), split(final)
+    steps = [f"{_head(lines)} {lines.value.strip()}", result.strip().replace("\n\n", "\n")]
+    whole = RULE.join(map(_small, [*steps, final if last is None else _head(last)]))
+    if last is None:
+        return whole if debug else _waiting(whole)
+    return (f"{whole}\n" if debug else "") + last.value.strip()
 
 
 def _text(text: str) -> Iterator[Event]:

@@ -46,6 +46,7 @@ def split(text: str) -> Lines | None:
 
 def decode(text: str) -> Any:
     """What an actions field says; None if it is no JSON, also after single quotes are read as double ones."""
+    text = text.strip()
     for attempt in (text, text.replace("'", '"')):
         try:
             return json.loads(attempt)

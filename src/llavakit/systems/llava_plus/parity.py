@@ -41,6 +41,7 @@ from llavakit.views.plan import MediaSize
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CLIP = {"model_type": "clip_vision_model"}
 TINY_KEYS = ("image_aspect_ratio", "mm_vision_select_layer", "mm_vision_select_feature")
+CAPTIONS = ("plain", "v0_plain")
 TRAINED = {"conv_vicuna_v0": "llava_v0", "conv_vicuna_v1": "vicuna_v1", "llava_llama_2": "llava_llama_2"}
 
 
@@ -52,12 +53,14 @@ def prompt(case: Case) -> list[Example]:
     return examples(_prompt, case.inputs["items"], "items")
 
 
-def _prompt(item: Mapping[str, Any]) -> dict[str, str]:
+def _prompt(item: Mapping[str, Any]) -> Result:
     item = take(item)
     name, turns = item["template"], []
+    template = get_template(name)
+    preset = bool(template.values.get("preset"))  # then the message with the picture is not the first
     for number, message in enumerate(item["messages"]):
         who, text = int(message["role"] != "user"), message["text"] or ""
-        if number == 0 and message.get("image"):
+        if number == 0 and message.get("image") and not preset:
             question = text.replace("<image>", "").strip()
             if is_tagged(name):
                 turns += [(0, "<Image><image></Image>"), (1, "Received."), (0, question)]
@@ -68,7 +71,8 @@ def _prompt(item: Mapping[str, Any]) -> dict[str, str]:
     opened = bool(turns) and turns[-1] == (1, "")
     messages = turns_to_messages(turns[:-1] if opened else turns)
     text = prompt_text(name, messages, placement="keep", add_generation_prompt=opened)
-    return {"prompt": text, "stop": get_template(name).stop[0]}
+    ignored = {"*.stop": "the original has no stop string for pictures with captions"} if name in CAPTIONS else {}
+    return Result(json={"prompt": text, "stop": template.stop[0]}, ignored=ignored)
 
 
 def template_names(case: Case) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from llavakit.tools.rle import encode_mask
 
 COLOUR = (120, 60, 30)  # pictures of a case are flat; only their sizes are given
 ROLES = {"v0": ("Human", "Assistant"), "mpt": ("<|im_start|>user\n", "<|im_start|>assistant\n")}
-NAME_ERROR = "the original's log writer fails after an edited picture without an upload; here nothing fails"
 
 
 def blank(size: Sequence[int]) -> Image.Image:
@@ -136,7 +135,7 @@ def session(config: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]
             size = turn["image"]["size"]
             content.insert(0, {"type": "image", "image": blank(size)})
             options |= {"stroke": painted(size, turn["stroke"])} if turn.get("stroke") is not None else {}
-        if turn.get("ref"):
+        if turn.get("ref") and turn.get("image"):  # the original takes a reference with a new picture alone
             options["reference"] = data_url(blank(turn["ref"]["size"]))
             if turn.get("ref_stroke") is not None:
                 options["reference_stroke"] = painted(turn["ref"]["size"], turn["ref_stroke"])
@@ -165,8 +164,9 @@ def _turn(dialogue: Dialogue | None, stage: Stage, template: str, ignored: bool,
             return []
         shown = []
         for row in dialogue.transcript(debug):
-            pictures = "".join(f"<IMG {one.width}x{one.height}>" for one in row.pictures)
-            shown.append(["\n".join(part for part in (row.text, pictures) if part), None])
+            pictures = [f"<IMG {one.width}x{one.height}>" for one in row.pictures]
+            texts = [row.text] if row.text or row.role == "assistant" else []
+            shown.append(["\n".join([*texts, *pictures]), None])
         return shown
 
     return {

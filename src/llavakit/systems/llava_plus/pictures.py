@@ -99,12 +99,17 @@ def boxes_in_pixels(result: Mapping[str, Any], size: Size) -> Drawing | None:
         return None
     scale = np.array([size[0], size[1], size[0], size[1]], np.float32)
     pixels = [(np.array(box, np.float32) * scale).tolist() for box in boxes]
-    phrases, logits = result.get("phrases"), result.get("logits")
-    if isinstance(phrases, Sequence) and isinstance(logits, Sequence):
-        labels = [f"{phrase} {np.float32(logit):.2f}" for phrase, logit in zip(phrases, logits, strict=False)]
-    else:
-        labels = [""] * len(pixels)
+    phrases, logits = (_listed(result.get(name)) for name in ("phrases", "logits"))
+    labels = []
+    for number in range(len(pixels)):
+        parts = [str(phrase) for phrase in phrases[number : number + 1] if phrase]
+        parts += [f"{np.float32(logit):.2f}" for logit in logits[number : number + 1]]
+        labels.append(" ".join(parts))
     return Drawing(pixels, labels)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
 
 
 def _is_box(box: Any) -> bool:

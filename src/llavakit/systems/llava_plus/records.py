@@ -27,7 +27,7 @@ from llavakit.phantom import words
 from llavakit.phantom.base import check_choice
 from llavakit.systems.llava_plus.agent import published
 from llavakit.systems.llava_plus.grammar import FIELDS, NOTICE, asked_again, join, written
-from llavakit.systems.llava_plus.results import cleaned, result_text, rounded
+from llavakit.systems.llava_plus.results import result_text, rounded
 from llavakit.tools.artefacts import Artefacts
 from llavakit.tools.configuration import build_skill
 from llavakit.tools.toolbox import Toolbox, renamed
@@ -41,18 +41,29 @@ THOUGHTS = (
     "To answer well I should look for the objects in the image with a detector first.",
     "This asks where something is, so I will call a detector and read its boxes.",
 )
-_NAMED = re.compile(r"grounding[\s_-]*dino", re.IGNORECASE)
+NAMED = "grounding dino"  # an answer that says so is dropped, as published
 
 
-def merged(turns: Sequence[Mapping[str, Any]], where: str = "conversations") -> list[dict[str, str]]:
-    """Turns of `from` and `value`; the three fields of those that are not the human's become lines.
+def merged(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Turns in which the three fields of those that are not the human's are lines of `value`; other fields stay."""
+    found = []
+    for turn in turns:
+        if turn["from"].lower() == HUMAN:
+            found.append(dict(turn))
+        else:
+            rest = {name: own for name, own in turn.items() if name not in FIELDS}
+            found.append(rest | {"value": join(turn)})
+    return found
+
+
+def _checked(turns: Any, where: str = "conversations") -> Sequence[Mapping[str, Any]]:
+    """Turns of a published record.
 
     Raises:
         FieldError: If a turn has another form.
     """
     if isinstance(turns, (str, bytes)) or not isinstance(turns, Sequence):
         raise FieldError(where, f"must be a list of turns, not {type(turns).__name__}")
-    found = []
     for number, turn in enumerate(turns):
         place = f"{where}.{number}"
         speaker = turn.get("from") if isinstance(turn, Mapping) else None
@@ -64,12 +75,9 @@ def merged(turns: Sequence[Mapping[str, Any]], where: str = "conversations") -> 
         if speaker.lower() == HUMAN:
             if "value" not in turn:
                 raise FieldError(f"{place}.value", "is missing")
-            found.append({"from": speaker, "value": turn["value"]})
-            continue
-        if not any(name in turn for name in FIELDS):
+        elif not any(name in turn for name in FIELDS):
             raise FieldError(place, f"needs one of {', '.join(FIELDS)}")
-        found.append({"from": speaker, "value": join(turn)})
-    return found
+    return turns
 
 
 def _entries(source: Path, bad: Left) -> Iterator[tuple[int, Any]]:
@@ -98,8 +106,10 @@ def training_records(source: Path, output: Path, bad: Left) -> dict[str, Any]:
 def _training_record(raw: Any) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
         raise FieldError("record", f"must be an object, not {quoted(raw)}")
-    turns = merged(raw.get("conversations"))
-    turns = [turn | {"from": HUMAN if turn["from"].lower() == HUMAN else MODEL} for turn in turns]
+    turns = [
+        {"from": HUMAN if turn["from"].lower() == HUMAN else MODEL, "value": turn["value"]}
+        for turn in merged(_checked(raw.get("conversations")))
+    ]
     name = raw.get("image") or raw.get("file_name")
     seen = False
     for turn in turns:
@@ -141,9 +151,10 @@ def grounding_record(
         raise FieldError("grounding_dino_output", f"must be an object, not {quoted(result)}")
     question = texts["question"]
     if MARK not in question:
-        question = f"{MARK}\n{question}" if draws.random() < 0.5 else f"{question}\n{MARK}"
+        question = draws.choice((f"{MARK}\n{question}", f"{question}\n{MARK}"))
     asked = question if repeat_marker else question.replace(MARK, "").strip()
-    found = f"{DETECTOR} output: {cleaned(DETECTOR, result)}\n\nAnswer my first question: {asked}"
+    told = {key: value for key, value in result.items() if key != "size"}
+    found = f"{DETECTOR} output: {told}\n\nAnswer my first question: {asked}"
     call = [written(DETECTOR, {"caption": texts["grounding_dino_input"]})]
     record = {
         "unique_id": item.get("unique_id"),
@@ -157,7 +168,7 @@ def grounding_record(
             {"from": MODEL, "thoughts": THANKS.format(DETECTOR), "actions": [], "value": texts["answer"]},
         ],
     }
-    return record, _NAMED.search(texts["answer"]) is not None
+    return record, NAMED in texts["answer"].lower()
 
 
 def grounding_records(

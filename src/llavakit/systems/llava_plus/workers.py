@@ -76,7 +76,8 @@ def _suppressed(boxes: np.ndarray, scores: np.ndarray, most: float) -> list[int]
             corner = np.maximum(boxes[place, :2], boxes[better, :2])
             across, down = np.maximum(np.minimum(boxes[place, 2:], boxes[better, 2:]) - corner, np.float32(0))
             overlap = across * down
-            if overlap / (areas[place] + areas[better] - overlap) > most:
+            union = areas[place] + areas[better] - overlap
+            if union and float(overlap / union) > most:
                 break
         else:
             kept.append(place)
@@ -250,6 +251,7 @@ def caption_of_tags(tags: str) -> str:
     return tags.replace(",", ".")
 
 
+WORDS = {"ram": ("tags", "tags_chinese"), "blip2": ("caption",)}  # what goes on from the first of two tools
 Run = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -266,8 +268,8 @@ def both(name: str, params: Mapping[str, Any], run: Run) -> dict[str, Any]:
     found = dict(run(first, params))
     if "error" in found:
         return found
-    if first in ("ram", "blip2") and second == "grounding_dino":
-        words = {key: found[key] for key in ("tags", "tags_chinese", "caption") if key in found}
+    if first in WORDS and second == "grounding_dino":
+        words = {key: found[key] for key in WORDS[first] if key in found}
         caption = caption_of_tags(words["tags"]) if "tags" in words else words.get("caption")
         if not isinstance(caption, str):
             raise SkillError(f"{name}: {first} gave neither tags nor a caption")
