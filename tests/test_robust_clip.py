@@ -28,6 +28,7 @@ from llavakit.robustness.classify import open_encoder
 from llavakit.robustness.embedding import Embedder
 from llavakit.robustness.losses import squared_distance, targeted_dlr, unit
 from llavakit.robustness.pgd import pgd, uniform_start
+from llavakit.robustness.zero_shot import accuracy_among
 from llavakit.system import get_system
 from llavakit.systems.robust_clip.cost import cost, tower
 from llavakit.training.objectives.adversarial import FARE
@@ -99,6 +100,32 @@ def test_a_picture_is_attacked_alike_alone_and_in_a_batch_that_others_leave(netw
 def test_pgd_without_a_radius_changes_nothing():
     clean = torch.rand(2, 3, 4, 4)
     assert torch.equal(pgd(lambda x: x.square().sum(), clean, eps=0.0, step=0.1, steps=3), clean)
+
+
+def test_pgd_takes_a_gradient_that_is_not_a_number_for_zero():
+    clean = torch.full((1, 1, 1, 2), 0.5)
+
+    def loss(pixels):
+        return pixels[..., 0].sum() + (pixels[..., 1] - 0.5).sqrt().mul(0).sum()  # inf times 0
+
+    moved = pgd(loss, clean, eps=0.1, step=0.1, steps=1)
+    torch.testing.assert_close(moved, torch.tensor([[[[0.6, 0.5]]]]))
+
+
+def test_the_last_point_is_the_last_one_judged():
+    def judge(points, rows):
+        return Judged(-(points - 0.5).abs().flatten(1).sum(-1))
+
+    found = apgd(judge, torch.full((1, 1, 1, 1), 0.4), eps=0.3, steps=1, first_step=2.0)
+    assert found.best.item() == pytest.approx(0.4)  # where the window's end leads back to
+    assert found.last.item() == pytest.approx(0.7)
+
+
+def test_equally_likely_classes_are_told_apart_as_among_five():
+    logits = torch.zeros(1, 40)
+    first = logits.topk(5).indices[:, 0]
+    assert accuracy_among(logits, first, 1) == 1.0
+    assert accuracy_among(logits[:, :4], logits[:, :4].topk(1).indices[:, 0], 1) == 1.0
 
 
 def test_windows_shrink_to_six_percent():
@@ -228,6 +255,21 @@ def test_a_raw_file_becomes_a_folder_and_comes_back(tmp_path, wrapped):
     again = load_file(tmp_path / "again.safetensors")
     assert set(again) == set(state)
     assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_pixels_beyond_the_last_whole_patch_are_left_over(tmp_path):
+    torch.manual_seed(0)
+    state = {f"visual.{name}": torch.randn(shape) * 0.1 for name, shape in raw_names(2, 64, 4, 16, 24).items()}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    vision = {"image_size": 18, "patch_size": 4, "width": 64, "layers": 2}
+    config = {"model_cfg": {"embed_dim": 24, "quick_gelu": True, "vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert encoder_options(tmp_path)["image_size"] == 18
+    pixels = torch.rand(1, 3, 18, 18)
+    other = pixels.clone()
+    other[..., 16:, :] = other[..., 16:] = 0
+    embed = Embedder(open_encoder(tmp_path))
+    assert torch.equal(embed(pixels), embed(other))
 
 
 # training

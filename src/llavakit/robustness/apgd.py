@@ -52,7 +52,7 @@ class Attacked:
 
     Attributes:
         best, best_loss: The point of the highest loss, and that loss.
-        last: The last point.
+        last: The last point that was judged.
         broken: Whether a point on the way was broken.
         broken_at: The last broken point; the clean picture where there is none.
         steps: Gradients that were taken.
@@ -78,7 +78,7 @@ class _State:
         self.step = per_picture(torch.full((count,), step, dtype=points.dtype, device=points.device), points)
         self.history = torch.zeros(steps, count, dtype=points.dtype, device=points.device)
         self.reduced = torch.ones(count, dtype=torch.bool, device=points.device)
-        self.gradient = self.best = self.best_gradient = self.best_loss = self.checked_loss = points
+        self.gradient = self.best = self.best_gradient = self.best_loss = self.checked_loss = self.last = points
 
     def keep(self, stay: Tensor) -> None:
         """Only the pictures where `stay` is true."""
@@ -144,7 +144,7 @@ def apgd(
     def settle(gone: Tensor) -> None:
         rows = state.rows[gone]
         found.best[rows], found.best_loss[rows], found.last[rows] = (
-            value[gone] for value in (state.best, state.best_loss, state.points)
+            value[gone] for value in (state.best, state.best_loss, state.last)
         )
 
     state.best_loss = look(steps > 0)
@@ -166,6 +166,7 @@ def apgd(
             share, inertia = (INERTIA if number else 1.0), state.points - state.before
             state.before = state.points
             state.points = inside(state.points + (new - state.points) * share + inertia * (1 - share), own, norm, eps)
+        state.last = state.points  # a window's end may lead back to the best point
         losses = look(number < steps - 1)
         state.history[number] = losses
         better = losses > state.best_loss

@@ -37,7 +37,8 @@ def pgd(
     """The pictures after `steps` steps, as Robust CLIP's training and evaluation compute them.
 
     Velocity is the steepest direction of 0.9 times the last velocity plus the steepest direction; since signs outweigh
-    0.9 of signs, momentum matters in linf only where a gradient is exactly zero.
+    0.9 of signs, momentum matters in linf only where a gradient is exactly zero. Gradients that are not a number count as
+    zero.
 
     Args:
         loss: Pictures to a number; of a batch, a sum or a mean of losses that do not depend on one another.
@@ -61,6 +62,7 @@ def pgd(
         with torch.no_grad():
             if mask is not None:
                 gradient = gradient * mask
+            gradient = gradient.masked_fill(gradient.isnan(), 0.0)
             velocity = steepest(MOMENTUM * velocity + steepest(gradient, norm), norm)
             moved = moved + (-step if descend else step) * velocity
             moved = project(moved, norm, eps)

@@ -15,6 +15,8 @@ from torch import Tensor
 from llavakit.robustness.balls import at_least_single
 from llavakit.robustness.losses import LOGIT_SCALE, class_logits, unit
 
+DEPTH = 5  # classes that CLIP_benchmark ranks, where there are so many
+
 
 def classifier_of(text: Tensor, templates: int) -> Tensor:
     """The classifier [width, classes]: of every class the unit mean over templates of unit text embeddings.
@@ -37,10 +39,15 @@ def zero_shot(embed: Callable[[Tensor], Tensor], classifier: Tensor) -> Callable
 
 
 def accuracy_among(logits: Tensor, labels: Tensor, count: int) -> float:
-    """Share of pictures whose label is among the `count` most likely classes; NaN with fewer classes."""
-    if logits.shape[-1] < count:
+    """Share of pictures whose label is among the `count` most likely classes; NaN with fewer classes.
+
+    As published, the first of equally likely classes is the one that the five most likely ones begin with.
+    """
+    classes = logits.shape[-1]
+    if classes < count:
         return math.nan
-    found = logits.topk(count, -1, sorted=True).indices == labels[:, None]
+    ranked = logits.topk(max(count, DEPTH) if classes >= DEPTH else count, -1, sorted=True).indices
+    found = ranked[:, :count] == labels[:, None]
     return float(found.any(-1).sum()) / len(labels)
 
 

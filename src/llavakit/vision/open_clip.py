@@ -67,7 +67,11 @@ def read_open_clip_folder(folder: Path) -> OpenClipEncoder:
     width = vision.get("head_width", HEAD_WIDTH)
     if not isinstance(width, int) or width < 1:
         raise CheckpointError(f"{path}: head_width is {quoted(width)}, it should be a number of channels")
-    return read_open_clip(read_file(file), head_width=width, quick_gelu=bool(model.get("quick_gelu", False)))
+    found = read_open_clip(read_file(file), head_width=width, quick_gelu=bool(model.get("quick_gelu", False)))
+    side, patch = vision.get("image_size"), found.config.get("patch_size")
+    if isinstance(side, int) and patch and side // patch == found.config["image_size"] // patch:
+        found.config["image_size"] = side  # the pixels that are left over at the far edges are not seen
+    return found
 
 
 def _weights(folder: Path) -> Path:

@@ -87,11 +87,11 @@ class Seen:
         return tensors
 
 
-def _embedding_loss(case: Case, mean: bool) -> Callable[[Tensor], Tensor]:
-    """The training loss of a case: `loss` l2 or ce, on embeddings of length one if the case says so."""
+def _embedding_loss(case: Case, mean: bool, normalise: bool) -> Callable[[Tensor], Tensor]:
+    """The training loss of a case: `loss` l2 or ce, perhaps on embeddings of length one."""
     network, inputs, config = SmallNetwork(case.weights()), case.tensors, case.config
     wanted, text, labels = inputs.get("embedding_orig"), inputs.get("text"), inputs.get("y")
-    name, normalise = config["loss"], config.get("output_normalize", True)
+    name = config["loss"]
 
     def loss(points: Tensor) -> Tensor:
         embeddings = unit(network(points)) if normalise else network(points)
@@ -107,7 +107,7 @@ def pgd_inner_attack(case: Case) -> Result:
     """The inner attack of training."""
     case.informational("config.eps_times_255", "config.seed")
     config = case.config
-    loss = Seen(_embedding_loss(case, mean=True))
+    loss = Seen(_embedding_loss(case, mean=True, normalise=config["output_normalize"]))
     clean = case.tensors["x"]
     attacked = pgd(
         loss,
@@ -116,7 +116,7 @@ def pgd_inner_attack(case: Case) -> Result:
         step=config["stepsize"],
         steps=config["iterations"],
         norm=config["norm"],
-        start=case.tensors["perturbation_init"],
+        start=case.tensors.get("perturbation_init"),
     )
     with torch.no_grad():
         final = loss.loss(attacked).reshape(1)
@@ -125,9 +125,9 @@ def pgd_inner_attack(case: Case) -> Result:
 
 def apgd_train(case: Case) -> Result:
     """APGD as training code has it: the first step is twice the radius, or an absolute length."""
-    case.informational("config.eps_times_255", "config.seed")
+    case.informational("config.eps_times_255", "config.seed", "config.output_normalize")  # always of length one here
     config, network = case.config, SmallNetwork(case.weights())
-    loss = Seen(_embedding_loss(case, mean=False))
+    loss = Seen(_embedding_loss(case, mean=False, normalise=True))
     step, labels = config.get("initial_stepsize"), case.tensors["y"]
 
     def judge(points: Tensor, rows: Tensor) -> Judged:
@@ -165,6 +165,7 @@ def apgd_vlm(case: Case) -> Result:
     case.informational("config.eps_times_255", "config.seed")
     config, clean = case.config, case.tensors["x"]
     sign, start = (-1 if config["targeted"] else 1), case.tensors.get("pert_init")
+    step = config.get("initial_stepsize", 1.0)
     losses = _class_losses(case)
     loss = Seen(lambda points: sign * losses(points))
     alone = config.get("mask_out")
@@ -174,7 +175,7 @@ def apgd_vlm(case: Case) -> Result:
         eps=config["eps"],
         steps=config["n_iter"],
         norm=config["norm"],
-        first_step=config.get("initial_stepsize", 1.0),
+        first_step=2.0 if step is None else step,
         start=None if start is None else clean + start,
         mask=picture_mask(clean, None if alone in (None, "none") else alone),
     )
@@ -287,7 +288,7 @@ def lr_schedule(case: Case) -> Result:
     case.informational("inputs.json")
     config = case.config
     peak, said = config["lr"], open_clip_cosine(config["warmup"], config["steps"])
-    used, asked = after_step(said), config["query_steps"]
+    used, asked = after_step(said), config.get("query_steps") or case.inputs["query_steps"]
     return Result(
         json={
             "lr_after_scheduler_call": {str(step): peak * said(step) for step in asked},
@@ -302,7 +303,8 @@ def lr_schedule(case: Case) -> Result:
 def _open_clip_folder(folder: Path, weights: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> Path:
     """The weights as the hub's folders hold them."""
     folder.mkdir()
-    vision = {"head_width": sizes["width"] // sizes["heads"], "layers": sizes["layers"], "width": sizes["width"]}
+    vision = {key: sizes[key] for key in ("image_size", "patch_size", "layers", "width")}
+    vision["head_width"] = sizes["width"] // sizes["heads"]
     model = {"embed_dim": sizes["output_dim"], "quick_gelu": True, "vision_cfg": vision}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}), encoding="utf-8")
     named = {f"visual.{name}": tensor.contiguous() for name, tensor in weights.items()}
@@ -573,7 +575,7 @@ def _attacked(text_loss: TextLoss, pixels: Tensor, targeted: bool, eps: float, n
 def zeroshot_classification(case: Case) -> Result:
     """A classifier of text embeddings, its logits and figures."""
     case.informational("config.classes", "config.templates")
-    inputs, labels = case.tensors, case.tensors["target"]
+    inputs, labels = case.tensors, case.tensors["target"].long()
     classifier = classifier_of(inputs["text_raw"], case.config["n_templates"])
     if classifier.shape[1] != case.config["n_classes"]:
         raise UserError(f"config.n_classes: {case.config['n_classes']}, the embeddings are of {classifier.shape[1]}")

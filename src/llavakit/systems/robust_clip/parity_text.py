@@ -45,10 +45,19 @@ def _llava_prompt(given: Mapping[str, Any]) -> dict[str, str]:
     given.pop("answer", None)
     if given:
         raise ValueError(f"unknown fields {', '.join(given)}")
-    messages = messages_for(dataset, None, question, answer)
+    messages = _with_marks(messages_for(dataset, None, question, answer))
     prompt = prompt_text("vicuna_v1", messages, placement="keep", add_generation_prompt=not answer)
     # the published code counts the tokens of this text, wherever the mark first stands
     return {"prompt": prompt, "context_only": prompt.split(ANSWER_MARK)[0] + ANSWER_MARK}
+
+
+def _with_marks(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose texts hold marks of images, which the original's strings do not tell from those it writes."""
+
+    def parts(part: Mapping[str, Any]) -> list[Any]:
+        return split_literals(part["text"], {"<image>": "image"}) if part["type"] == "text" else [part]
+
+    return [{**message, "content": [own for part in message["content"] for own in parts(part)]} for message in messages]
 
 
 def prompts_openflamingo(case: Case) -> Any:
@@ -141,10 +150,10 @@ def _word_tokenizer(words: set[str]) -> Any:
             found["input_ids"] = [ids[token] for token in found["input_ids"]]
             return found
 
-    begin = "<s>"
-    vocabulary = {"<unk>": 0, begin: 1} | {word: n for n, word in enumerate(sorted(words - {""}), start=2)}
+    begin, unknown = "\N{START OF TEXT}", "\N{SUBSTITUTE}"  # no words
+    vocabulary = {unknown: 0, begin: 1} | {word: n for n, word in enumerate(sorted(words - {""}), start=2)}
     ids = {number: 5 + (7 * len(word) + ord(word[0])) % 50 for word, number in vocabulary.items()} | {1: 1}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="removed")
     backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])
     return Toy(tokenizer_object=backend, bos_token=begin)
