@@ -53,7 +53,11 @@ def losses(logits: Tensor, targets: Tensor, retrieval: Sequence[int]) -> Losses:
         targets: The right tokens [targets].
         retrieval: Ids of the retrieval tokens.
     """
-    each = F.cross_entropy(logits.float(), targets, reduction="none")
+    return means(F.cross_entropy(logits.float(), targets, reduction="none"), targets, retrieval)
+
+
+def means(each: Tensor, targets: Tensor, retrieval: Sequence[int]) -> Losses:
+    """Cross entropies [targets] of predicted tokens [targets] by kind; `retrieval` as in `losses`."""
     special = torch.isin(targets, torch.tensor(list(retrieval), device=targets.device))
     return Losses(each.mean(), each[special].mean(), each[~special].mean())
 
@@ -90,9 +94,13 @@ class Choices:
             targets: The right tokens [targets].
             groups: What every target belongs to, for instance the name of its data set.
         """
+        self.take(logits.argmax(-1), targets, groups)
+
+    def take(self, likeliest: Tensor, targets: Tensor, groups: Sequence[Any]) -> None:
+        """As `add`, of the likeliest tokens [targets]."""
         chosen = torch.isin(targets, torch.tensor(self.pair, device=targets.device)).nonzero().flatten()
         self.wanted += targets[chosen].tolist()
-        self.found += logits[chosen].argmax(-1).tolist()
+        self.found += likeliest[chosen].tolist()
         self.groups += [groups[place] for place in chosen.tolist()]
 
     def accuracy(self, *, token: int | None = None, group: Any = None) -> float | None:
@@ -147,12 +155,10 @@ class Reflective(LanguageObjective):
         """The loss of a batch, times its share of the step's labels; a kind without a label adds nothing."""
         if "label_weights" in batch:
             raise UserError("labels: weights of tokens have no meaning for the objective 'reflective'; take them out")
-        labels = batch["labels"]
-        rows, places = torch.where(labels[:, 1:] != IGNORE)
-        columns, kept = torch.unique(places, return_inverse=True)
-        outputs = self.forward(model, batch, logits_to_keep=columns, skip_loss=True)
-        logits, targets = outputs.logits[rows, kept], labels[rows, places + 1]
-        parts = losses(logits, targets, self.needs)
+        sources, targets, rows = targets_of(batch["labels"])
+        outputs = self.forward(model, batch, targets=(sources, targets), likeliest=True, skip_loss=True)
+        logps, likeliest = outputs.likelihood.logps, outputs.likelihood.likeliest
+        parts = means(-logps, targets, self.needs)
         value = parts.all
         if self.options.weight is not None:
             value = parts._replace(**{name: torch.nan_to_num(own) for name, own in parts._asdict().items()}).weighted(
@@ -162,9 +168,9 @@ class Reflective(LanguageObjective):
         logged = {"retrieval_loss": parts.retrieval, "answer_loss": parts.rest}
         for name, pair in (("retrieval_accuracy", self.needs), ("relevance_accuracy", self.fits)):
             choices = Choices(pair)
-            choices.add(logits, targets, rows.tolist())
+            choices.take(likeliest, targets, rows.tolist())
             share = choices.accuracy()
-            logged[name] = logits.new_tensor(torch.nan if share is None else share)
+            logged[name] = logps.new_tensor(torch.nan if share is None else share)
         if outputs.aux_loss is not None:
             value = value + outputs.aux_loss * (self.stage.loss_weights.auxiliary / step.batches)
             logged["auxiliary"] = outputs.aux_loss
