@@ -37,8 +37,8 @@ def pgd(
     """The pictures after `steps` steps, as Robust CLIP's training and evaluation compute them.
 
     Velocity is the steepest direction of 0.9 times the last velocity plus the steepest direction; since signs outweigh
-    0.9 of signs, momentum matters in linf only where a gradient is exactly zero. Gradients that are not a number count as
-    zero.
+    0.9 of signs, momentum matters in linf only where a gradient is exactly zero. Gradients that are not a number count
+    as zero.
 
     Args:
         loss: Pictures to a number; of a batch, a sum or a mean of losses that do not depend on one another.
