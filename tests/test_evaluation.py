@@ -163,6 +163,8 @@ def test_caption_and_report_metrics():
     assert rouge == pytest.approx(outputs["rouge_l_per_sample"])
     mean, each = text_metrics.cider(hypotheses, references)
     assert [mean, *each] == pytest.approx([outputs["cider"], *outputs["cider_per_sample"]])
+    short, long = ["a"], ["a", "b", "c"]  # unigrams alone know no length
+    assert text_metrics.cider([short, ["d"]], [[long], [["d"]]], order=1)[1][0] == pytest.approx(10 / 3**0.5)
 
     inputs, outputs = golden("llava-rad/eval-rouge-bleu")
     texts, references = inputs["predictions"], [[text] for text in inputs["references"]]

@@ -263,6 +263,7 @@ def test_scores_of_reports_hold_their_bounds():
     for level in reports.LEVELS:
         assert reports.radgraph_f1(both, both, level) == (1.0, 1.0, 1.0)
         assert reports.radgraph_f1(graph, lower, level) == (0.0, 0.0, 0.0)
+        assert reports.radgraph_f1(graph, lower, level, lower=True) == (1.0, 1.0, 1.0)
         assert reports.radgraph_f1({}, graph, level) == (0.0, 0.0, 0.0)
         f1, precision, recall = reports.radgraph_f1(graph, both, level)
         assert (f1, recall, precision) == reports.radgraph_f1(both, graph, level)
@@ -281,7 +282,7 @@ def test_scores_of_reports_hold_their_bounds():
     [
         (" [(A, 1), (B, 0)]", {"false_positive_finding": 1, "omission_finding": 0}),
         (" ((A, 1), (Z, 2))", {"false_positive_finding": 1, "Z": 2}),
-        ("[(A, 1), (B, 0)]", None),  # the published reader would count it under a wrong name
+        (" [(A, 1, 7), (B, 0)]", {"false_positive_finding": 1, "omission_finding": 0}),
         (" [(A, one)]", None),
         (" ", None),
     ],
@@ -292,6 +293,9 @@ def test_counts_of_a_judge_are_read_or_asked_for_again(significant, wanted):
     found = rubric.parse(f"Sure.\n{first}{significant}\n{second} [(C, 2)]\nExplanation: (D, 9)")
     assert found == [wanted, {"incorrect_location": 2}]
     assert rubric.parse(significant) is None
+    glued = rubric.parse(f"{first}[(A, 1), (B, 0)]\n{second}[(C, 2)]")  # no blank: the heading becomes a name
+    assert glued == [{f"{first}A": 1, "omission_finding": 0}, {"incorrect_location": 2}]
+    assert rubric.parse(f"{second} [(C, 2)]\n{first} [(A, 1)]")[1] is None
     assert rubric.counts(f"{first}{significant}\n{second} [(C, 2)]") is None  # not every type was counted
     assert rubric.counts(rubric.examples.split("Errors:\n")[1].split("##")[0])[0]["false_positive_finding"] == 1
 

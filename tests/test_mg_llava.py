@@ -24,6 +24,7 @@ from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.routes import MediaSpec
 from llavakit.proof.golden import find_cases, run_case
+from llavakit.registry import BENCHMARKS
 from llavakit.system import get_system
 from llavakit.systems.mg_llava.benchmarks import distance, first_letters, yes_or_no
 from llavakit.systems.mg_llava.boxes import cap, suppress
@@ -133,6 +134,8 @@ def test_caps():
     assert len(cap(many, "per_category", 49, near=False)) == 10
     assert cap(many[:3], "per_category", 100, near=True) == many[:2]
     assert cap(many, "per_image", 15, near=False) == many[:15]
+    assert cap(many, "per_image", None, near=False) == many
+    assert cap(many, "per_image", None, near=True) == many[:20]
     with pytest.raises(UserError, match="limit_mode"):
         cap(many, "best", 3, near=False)
 
@@ -147,6 +150,8 @@ def test_boxes_are_brought_into_the_view():
     crop = LowAndHigh(size=96, aspect="square")
     sides = [region(0, 0, 50, 50), region(300, 100, 340, 140)]  # of 640 x 480: the first lies left of the crop
     assert crop.plan(size, crop.select_regions(size, sides, 0)).views[1].regions == ((44.0, 20.0, 52.0, 28.0),)
+    touching = crop.plan(size, [region(0, 0, 80, 40), region(560, 0, 600, 40), region(0, 0, 77, 40)]).views[1].regions
+    assert touching == ((0.0, 0.0, 0.0, 8.0), (96.0, 0.0, 96.0, 8.0))  # what only touches the edge is kept
     exact = LowAndHigh(size=96, rounded=False)
     (box,) = exact.plan(size, [region(1, 1, 3, 3)]).views[1].regions
     assert box == pytest.approx((0.15, 12.15, 0.45, 12.45))
@@ -417,6 +422,23 @@ def test_answers_are_read_as_published():
     assert [first_letters(text) for text in ("(C)", "Answer: B", "none", "AB")] == ["C", "A", "", "AB"]
     assert distance("ABC", "abd") == pytest.approx(1 / 3)
     assert distance("", "") == 0.0
+
+
+def test_questions_keep_their_blanks_and_training_strips_them():
+    tokenizer = toy_tokenizer()
+    asked = {"role": "user", "content": [{"type": "image", "image": "-"}, {"type": "text", "text": " a \n"}]}
+    prompt = encode([asked], "mg_qwen", tokenizer, add_generation_prompt=True)
+    assert prompt.text.startswith("<s><|im_start|>user\n<image>\n a \n<|im_end|>")
+    sample = encode([asked, {"role": "assistant", "content": " b"}], "mg_qwen", tokenizer)
+    assert sample.text == "<s><|im_start|>user\n<image>\na<|im_end|>\n<|im_start|>assistant\n b<|im_end|>\n"
+
+
+def test_multiple_choice_shows_options_behind_d(tmp_path):
+    table = tmp_path / "questions.tsv"
+    table.write_text("index\tquestion\tA\tB\tC\tD\tE\timage\n1\tWhich?\tv\tw\tx\ty\tz\tp.jpg\n")
+    (question,) = BENCHMARKS.get("mg_multiple_choice")().questions(table)
+    assert "D. y\nE. z\n" in question.text
+    assert question.stored["option_char"] == list("ABCDE")
 
 
 @pytest.mark.slow

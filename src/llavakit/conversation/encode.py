@@ -65,7 +65,7 @@ def encode(
         add_generation_prompt: Whether the prompt ends where the assistant is to answer.
         continue_final_message: Whether the prompt ends inside the last message, so that the assistant continues it.
             Without either the conversation is a training sample.
-        placement: "front", "lead", "back" or "keep" instead of the template's own.
+        placement: "front", "ahead", "lead", "back" or "keep" instead of the template's own.
         labels: Label policy: a name, `{"type": NAME, OPTION: ...}`, or a policy. Default: the template's own for
             training samples; for prompts "spans", which marks the earlier answers.
         max_length: Cut text-only conversations to this many tokens (others are cut once their media are expanded).

@@ -90,9 +90,9 @@ class Template:
         after_media: Written behind every placeholder, whatever the placement; no further line break follows then.
         breaks: Strings after which the tokenizer starts anew, as where the original code tokenises the pieces of a
             prompt one by one.
-        placement: "front": a message's only media item is moved before its text as `<image>\\n`; "lead": the same,
-            unless it comes first already; "back": it is moved behind the text as `\\n<image>`; "keep": media stay
-            where they are.
+        placement: "front": a message's only media item is moved before its text, which is stripped, as `<image>\\n`;
+            "ahead": the same with the text as it is, whose own first line break counts; "lead": as "front", unless it
+            comes first already; "back": it is moved behind the text as `\\n<image>`; "keep": media stay where they are.
         training_placement: The placement in training samples, if it is another one.
         labels: Label policy, see `llavakit.conversation.labels`.
         rounds: For the policy "rounds".

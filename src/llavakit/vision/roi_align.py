@@ -28,9 +28,10 @@ def axis_weights(starts: Tensor, ends: Tensor, bins: int, cells: int) -> Tensor:
     most = int(samples.max()) if len(samples) else 1
     sample = torch.arange(most, device=starts.device)
     used = sample < samples[:, None]  # [regions, most]
-    within = (sample + 0.5) / samples[:, None]
-    steps = torch.arange(bins, device=starts.device)[:, None] + within[:, None]  # [regions, bins, most]
-    places = starts[:, None, None] + steps * (lengths / bins)[:, None, None]
+    step = lengths / bins
+    within = (sample + 0.5) * step[:, None] / samples[:, None]  # [regions, most]
+    begins = starts[:, None] + torch.arange(bins, device=starts.device) * step[:, None]  # [regions, bins]
+    places = begins[..., None] + within[:, None]  # rounded in torchvision's order: samples may lie on the edge
     inside = (places >= -1.0) & (places <= cells) & used[:, None]
     places = places.clamp(min=0.0)
     low = places.floor().long()

@@ -53,7 +53,8 @@ class Turn:
             media = iter(groups)
             content = [own for part in parts for own in (next(media) if is_media(part) else [part])]
         else:
-            text = "".join(part["text"] for part in parts if not is_media(part)).strip()
+            text = "".join(part["text"] for part in parts if not is_media(part))
+            text = text.strip() if places else text
             content = [*self.media, {"type": "text", "text": text}]
         return {"role": "user", "content": [dict(part) for part in content]}
 

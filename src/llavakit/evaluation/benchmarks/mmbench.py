@@ -101,6 +101,7 @@ class MMBench(Benchmark):
     title = "MMBench"
     max_new_tokens = 1024
     chinese: ClassVar[bool] = False
+    letters: ClassVar[Sequence[str]] = LETTERS  # columns of options
 
     def questions(
         self, path: str | Path, images: str | Path | None = None, *, all_rounds: bool = False, **options: Any
@@ -114,7 +115,7 @@ class MMBench(Benchmark):
         for row in read_table(path, ("index", "question", "A")):
             name = row.get("index", str)
             media = ({"type": "image", "image": _image(row, folder)},)
-            for turn in rounds(row.data, all_rounds, self.is_chinese(row.data)):
+            for turn in rounds(row.data, all_rounds, self.is_chinese(row.data), self.letters):
                 stored = {key: turn[key] for key in ("round_id", "prompt", "options", "option_char")}
                 found.append(Question(int(name) if _is_number(name) else name, turn["message"], media, stored))
         return found
@@ -150,7 +151,7 @@ class MMBench(Benchmark):
         for row, prediction in pairs:
             answer = row.get("answer", str).strip().upper()
             records = asked[prediction.id] if prediction is not None else {}
-            count = _options(row, records) if circular and copies[_base(row.data["index"])] == 1 else 1
+            count = _options(row, records, self.letters) if circular and copies[_base(row.data["index"])] == 1 else 1
             if len(records) < count and missing == "error":
                 raise row.error(
                     "index",
@@ -232,9 +233,9 @@ def _rounds_by_id(answers: Sequence[Record]) -> dict[str, dict[int, Record]]:
     return found
 
 
-def _options(row: Record, rounds_: Mapping[int, Record]) -> int:
+def _options(row: Record, rounds_: Mapping[int, Record], letters: Sequence[str]) -> int:
     """Number of options of a question, which is that of its rounds."""
-    shown = list(itertools.takewhile(lambda letter: not is_missing(row.data.get(letter)), LETTERS))
+    shown = list(itertools.takewhile(lambda letter: not is_missing(row.data.get(letter)), letters))
     stored = [len(record.get("option_char", list, [])) for record in rounds_.values()]
     return len(shown) or max(stored, default=0) or len(LETTERS)
 

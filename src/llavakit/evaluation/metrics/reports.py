@@ -182,17 +182,19 @@ def _agreement(found: np.ndarray, wanted: np.ndarray, weights: Sequence[float], 
 # RadGraph
 
 
-def graph_items(graph: Mapping[str, Mapping[str, Any]], level: str) -> set[tuple[Any, ...]]:
+def graph_items(graph: Mapping[str, Mapping[str, Any]], level: str, *, lower: bool = False) -> set[tuple[Any, ...]]:
     """What of a report's graph is compared.
 
     Args:
         graph: Entities by number: `tokens`, `label`, and `relations` as pairs of a kind and an entity's number.
         level: "simple": text and label; "partial": and whether the entity has relations; "complete": every relation
             with its target in lower case, entities without relations as they are written.
+        lower: All texts in lower case, as the package `radgraph` has them.
     """
     items: set[tuple[Any, ...]] = set()
     for entity in graph.values():
         tokens, label, relations = entity["tokens"], entity["label"], entity["relations"]
+        tokens = tokens.lower() if lower else tokens
         if level == "complete" and relations:
             items |= {(tokens.lower(), label, kind, graph[to]["tokens"].lower()) for kind, to in relations}
         else:
@@ -201,10 +203,10 @@ def graph_items(graph: Mapping[str, Mapping[str, Any]], level: str) -> set[tuple
 
 
 def radgraph_f1(
-    hypothesis: Mapping[str, Any], reference: Mapping[str, Any], level: str = "partial"
+    hypothesis: Mapping[str, Any], reference: Mapping[str, Any], level: str = "partial", *, lower: bool = False
 ) -> tuple[float, float, float]:
-    """(F1, precision, recall) of two reports' graphs; 0 if one is empty."""
-    said, true = graph_items(hypothesis, level), graph_items(reference, level)
+    """(F1, precision, recall) of two reports' graphs; 0 if one is empty. See `graph_items`."""
+    said, true = (graph_items(graph, level, lower=lower) for graph in (hypothesis, reference))
     if not said or not true:
         return (0.0, 0.0, 0.0)
     hits = len(said & true)

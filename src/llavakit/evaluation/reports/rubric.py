@@ -91,26 +91,20 @@ class Rubric:
         headings = list(self.severities.values())
         if not all(heading in reply for heading in headings):
             return None
-        rest = reply if self.stop is None else reply.split(self.stop)[0]
-        _, _, rest = rest.partition(headings[0])
-        found = []
-        for heading in headings[1:]:
-            part, _, rest = rest.partition(f"\n{heading}")
-            found.append(self._pairs(part))
-        return [*found, self._pairs(rest)]
+        text = reply if self.stop is None else reply.split(self.stop)[0]
+        # as CheXprompt reads: without a space behind it, the first heading becomes part of the first type's name
+        marks = [f"{headings[0]} ", *(f"\n{heading}" for heading in headings[1:])]
+        parts = [text.split(following)[0] for following in marks[1:]] + [text]
+        return [self._pairs(part.split(mark)[-1]) for part, mark in zip(parts, marks, strict=True)]
 
     def _pairs(self, text: str) -> Counts | None:
-        """Counts of ` [(A, 1), (B, 0)]`; CheXprompt's reader names the first type wrongly without a space in front."""
-        if not text.startswith(" "):
-            return None
+        """Counts of `[(A, 1), (B, 0)]`; what follows a second comma in a pair is not read."""
         counts: Counts = {}
         for pair in text.split("),"):
-            key, comma, number = pair.translate(str.maketrans("", "", "()[]")).partition(",")
+            key, *numbers = pair.translate(str.maketrans("", "", "()[]")).split(",")
             try:
-                counts[self.errors.get(key.strip(), key.strip())] = int(number)
-            except ValueError:
-                return None
-            if not comma:
+                counts[self.errors.get(key.strip(), key.strip())] = int(numbers[0])
+            except (IndexError, ValueError):
                 return None
         return counts
 

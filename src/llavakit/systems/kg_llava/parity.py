@@ -230,7 +230,7 @@ def radgraph_output(case: Case) -> Iterator[Example]:
 
     def rewards(pair: Any) -> list[float]:
         both = [entities[number] for number in pair]
-        return [report_metrics.radgraph_f1(*both, level)[0] for level in report_metrics.LEVELS]
+        return [report_metrics.radgraph_f1(*both, level, lower=True)[0] for level in report_metrics.LEVELS]
 
     def spans(item: Any) -> Any:
         return radgraph.entities_of(*take(item))

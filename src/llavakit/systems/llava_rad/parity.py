@@ -143,6 +143,7 @@ def data(case: Case) -> Iterator[Example]:
     """What the authors' loaders keep of a file, and the prompts of the test loader."""
     config = case.config
     case.informational("config.training_loader")
+    template = config["conv_mode"]
 
     def selected(selection: str) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as place:
@@ -154,7 +155,7 @@ def data(case: Case) -> Iterator[Example]:
     def prompts() -> list[str]:
         asked = [record["conversations"][:1] for record in selected(config["test_loader"])]
         messages = [from_llava({"image": "-", "conversations": turns}) for turns in asked]
-        return [prompt_text(config["conv_mode"], turns, add_generation_prompt=True) for turns in messages]
+        return [prompt_text(template, turns, add_generation_prompt=True) for turns in messages]
 
     for name in case.wanted.json["loaders"]:
         yield Example(name, partial(selected, name), f"loaders.{name}")

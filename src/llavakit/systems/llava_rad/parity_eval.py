@@ -69,7 +69,10 @@ def rouge_and_bleu(case: Case) -> Iterator[Example]:
         return [{kind: list(values[n]) for kind, values in columns.items()} for n in range(len(texts))]
 
     def rouge(kind: str) -> dict[str, float]:
-        return interval(scored(pairs, [kinds[kind]])[kinds[kind]])
+        found = scored(pairs, [kinds[kind]])[kinds[kind]]
+        if len(pairs) == 1:  # every resample of one report is the report, so `score report` gives no interval
+            return dict.fromkeys(("median", "ci_l", "ci_h"), found["value"])
+        return interval(found)
 
     def bleu(order: int) -> dict[str, float]:
         value = scored(pairs, [f"sacrebleu_{order}"])[f"sacrebleu_{order}"]["value"] * 100
@@ -92,11 +95,11 @@ def chexbert(case: Case) -> Iterator[Example]:
     case.informational(*(f"config.{name}" for name in ("five", "no_finding", "bootstrap", "condition_order")))
     case.informational("config.class_ids", "config.class_ids.*", "config.original_metrics_condition_names")
     found, wanted = (np.array(take(case.inputs[f"{side}_classes"])) for side in ("hypothesis", "reference"))
+    weights = [float(weight) for weight in case.inputs["weighted_f1_weights"]]
     kinds = {"f14": {}, "f5": {"five": True}, "f14p": {"uncertain": True}, "f5p": {"five": True, "uncertain": True}}
 
     def script() -> dict[str, Any]:
         names = [name for name in case.wanted.json["original_test"] if name != "avg"]  # in the script's wrong order
-        weights = [float(weight) for weight in case.inputs["weighted_f1_weights"]]
         return dict(zip([*names, "avg"], reports.agreement(found, wanted, weights), strict=True))
 
     def resampled() -> dict[str, Any]:

@@ -237,7 +237,7 @@ def ct_rate_accuracy(case: Case) -> Result:
     for row, reply in zip(inputs["answers"], inputs["predictions"], strict=True):
         found = metrics.choice_in_reply(reply, row["answer"])
         if found is not None:
-            items.append({"id": row["id"], "answer": found[0], "predict": reply, "correct": found[1]})
+            items.append({"id": row["id"], "answer": found[0], "predict": reply.strip(), "correct": found[1]})
     accuracy = 0.0  # the benchmark refuses files without multiple choice, for which the original prints 0
     if items:
         gold = [{"answer": row["answer"]} for row in inputs["answers"]]

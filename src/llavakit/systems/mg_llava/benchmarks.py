@@ -6,6 +6,7 @@ TextVQA, GQA and VQAv2 are asked and scored as in LLaVA-1.5.
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,10 +53,11 @@ class MultipleChoice(MMBench):
     """MMBench, SEED, MMStar, AI2D and ScienceQA in MMBench's table; the answer is the first run of letters."""
 
     title = "Multiple choice (MG-LLaVA)"
+    letters = tuple(string.ascii_uppercase)  # all are shown; only A to D are read in answers
 
     def is_chinese(self, row: Mapping[str, Any]) -> bool:
         """Whether a hint, question or option has a Chinese character."""
-        texts = (row.get(name) for name in ("hint", "question", "A", "B", "C", "D"))
+        texts = (row.get(name) for name in ("hint", "question", *self.letters))
         return any(_CHINESE.search(text) for text in texts if isinstance(text, str))
 
     def chosen(self, record: Record, row: Record) -> str | None:

@@ -52,7 +52,7 @@ def cap(regions: Sequence[Region], mode: str, limit: int | None, near: bool) -> 
     Args:
         mode: "per_category": if there are more than `limit`, or the text is long, the best of every label, labels in
             order of first appearance; there is no limit on the total. "per_image": the best.
-        limit: None for no cap.
+        limit: None for no cap, except that of the best boxes where the text is long.
         near: Whether the text is so long that few boxes fit.
 
     Raises:
@@ -60,11 +60,9 @@ def cap(regions: Sequence[Region], mode: str, limit: int | None, near: bool) -> 
     """
     if mode not in ("per_category", "per_image"):
         raise UserError(f"limit_mode: must be 'per_category' or 'per_image', not {mode!r}")
-    if limit is None:
-        return list(regions)
     if mode == "per_image":
         return list(regions[: PER_CATEGORY if near else limit])
-    if len(regions) <= limit and not near:
+    if limit is None or (len(regions) <= limit and not near):
         return list(regions)
     most = 1 if near else PER_CATEGORY_SMALL if limit < SMALL_LIMIT else PER_CATEGORY
     by_label: dict[str | None, list[Region]] = {}
@@ -116,6 +114,8 @@ def to_view(
 ) -> list[Region]:
     """Regions in the frame of a square view that shows the middle of the resized picture; those outside are dropped.
 
+    A region that only touches the view is kept, and corners are rounded as float32, as published.
+
     Args:
         width, height: Of the picture, padding included.
         offset: Pixels of padding on the left and above.
@@ -126,10 +126,13 @@ def to_view(
     left, top = (int(width * scale) - side) // 2, (int(height * scale) - side) // 2
     kept = []
     for region in regions:
-        corners = [(place + shift) * scale for place, shift in zip(region.box, offset * 2, strict=True)]
-        corners = [float(round(place)) for place in corners] if rounded else corners
+        corners = [place + shift for place, shift in zip(region.box, offset * 2, strict=True)]
+        if rounded:
+            corners = np.round(np.array(corners, np.float32) * np.float32(scale)).tolist()
+        else:
+            corners = [place * scale for place in corners]
         x1, y1, x2, y2 = (place - shift for place, shift in zip(corners, (left, top) * 2, strict=True))
-        if x1 < side and y1 < side and x2 > 0 and y2 > 0:
+        if x1 <= side and y1 <= side and x2 >= 0 and y2 >= 0:
             kept.append(region._replace(**_clamped(x1, y1, x2, y2, side)))
     return kept
 

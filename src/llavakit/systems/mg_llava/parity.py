@@ -14,8 +14,6 @@ from transformers import BatchFeature, CLIPVisionConfig
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.data.collate import Collator
-from llavakit.data.dataset import check_sample
-from llavakit.data.records import Record
 from llavakit.errors import UserError
 from llavakit.media.regions import Region, read_regions, to_corners
 from llavakit.model.configuration import LlavakitConfig
@@ -151,13 +149,12 @@ def box_pipeline(case: Case) -> Iterator[Example]:
         text_alone = length - 1  # the original's text holds a placeholder
         chosen = planner.select_regions(size, detections(sample["box_data"], "box_data"), text_alone)
         boxes = planner.plan(size, chosen).views[1].regions
-        ids = list(range(length))
-        cut = check_sample({"input_ids": ids, "labels": ids}, Record([], "case", 1, {}), settings["max_length"])
+        cut = Collator(0, settings["max_length"])([{"input_ids": range(length)}])
         return Result(
             json={
                 "boxes": [list(box) for box in boxes],
                 "labels": [region.label for region in planner.in_frame(size, chosen)],
-                "text_length": len(cut["input_ids"]),
+                "text_length": cut["input_ids"].shape[1],
             }
         )
 
@@ -168,7 +165,9 @@ def nms(case: Case) -> Iterator[Example]:
     """Suppression per label."""
 
     def run(sample: Mapping[str, Any]) -> Result:
-        kept = suppress(detections(sample, "samples"), sample["iou_threshold"])
+        rows = zip(sample["boxes"], sample["labels"], sample["scores"], strict=True)
+        given = [Region(*map(float, box), label, float(score)) for box, label, score in rows]
+        kept = suppress(given, sample["iou_threshold"])
         columns = {"boxes": [list(r.box) for r in kept], "labels": [r.label for r in kept]}
         return Result(json=columns | {"scores": [r.score for r in kept]})
 
@@ -211,7 +210,7 @@ class Constant:
     """A detector's network and processor that find what a case says, and remember what they were asked."""
 
     def __init__(self, boxes: Any, scores: Any, labels: Any) -> None:
-        self.found = {"boxes": boxes, "scores": scores, "labels": labels}
+        self.found = {"boxes": torch.tensor(boxes), "scores": torch.tensor(scores), "labels": torch.tensor(labels)}
         self.config, self.device, self.asked = SimpleNamespace(model_type="owlv2"), "cpu", {}
 
     def __call__(self, text: Any = None, **inputs: Any) -> BatchFeature:

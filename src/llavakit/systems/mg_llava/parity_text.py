@@ -77,10 +77,10 @@ def asked(sample: Mapping[str, Any]) -> Question:
     """A question as its benchmark puts it."""
     name, text = sample["dataset"], sample["question"]
     if name == "multiple_choice":
-        options = re.findall(r"^([A-D])\. (.*)$", sample.get("options") or "", re.MULTILINE)
+        options = re.findall(r"^([A-Z])\. (.*)$", sample.get("options") or "", re.MULTILINE)
         row = {"question": text, "hint": sample.get("context"), **dict(options)}
         choice = BENCHMARKS.get("mg_multiple_choice")()
-        return Question(0, rounds(row, chinese=choice.is_chinese(row))[0]["message"], (IMAGE,))
+        return Question(0, rounds(row, chinese=choice.is_chinese(row), letters=choice.letters)[0]["message"], (IMAGE,))
     if sample.get("options") or sample.get("context"):
         raise UserError("options and context belong to multiple choice")
     if name not in SENTENCES:

@@ -15,6 +15,8 @@ def _template(name: str, stop: str, **values: Any) -> Template:
         f"{__package__.rpartition('.')[0]}:turns",
         stop=(stop,),
         values={**defaults, **values},
+        placement="ahead",
+        training_placement="front",
         bos="written",
         pieces=True,
         drops_unanswered=True,
