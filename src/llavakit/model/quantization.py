@@ -31,7 +31,10 @@ DECODER = "language_model"
 _GROUP = 32  # weights that share a scale in int4
 _TILE = 16  # outputs that PyTorch packs together in int4
 _LEVELS = 64  # of a row's coarse part, on either side of zero; twice 128 * 127 still fits the kernel's 16 bits
-_FINER = 128  # levels of the fine part in one coarse step
+# Tensors, because a number is made into one in every call, which takes as long as a small product.
+_STEP = torch.tensor(1 / _LEVELS)  # a coarse step, as a share of the largest value of the row
+_LEAST = torch.tensor(1e-30)  # step of a row of zeros
+_FINER, _FINE_STEP = torch.tensor(128.0), torch.tensor(1 / 128)  # fine steps in a coarse one, and the inverse
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # they read the same, so one product makes them
 
 
@@ -44,20 +47,19 @@ class _Int8:
         with _fbgemm():
             whole = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(whole, None)
+        self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def kept(self) -> Iterator[Tensor]:
         whole = torch.ops.quantized.linear_unpack(self.packed)[0]
         yield from (whole.int_repr(), whole.q_per_channel_scales())
 
     def __call__(self, rows: Tensor) -> Tensor:
-        top = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1, keepdim=True)
-        top = top.clamp_min_(1e-30)
-        scaled = rows * (_LEVELS / top)
+        step = rows.abs().amax(-1, True).mul_(_STEP).clamp_min_(_LEAST)
+        scaled = rows / step
         coarse = scaled.round()
-        both = torch.cat([coarse, scaled.sub_(coarse).mul_(_FINER)])
-        made = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1.0, _LEVELS, self.packed)
-        count = len(rows)
-        return torch.add(made[:count], made[count:], alpha=1 / _FINER).mul_(top.div_(_LEVELS))
+        both = torch.cat((coarse, scaled.sub_(coarse).mul_(_FINER)))
+        coarse, fine = self.product(both, 1.0, _LEVELS, self.packed).chunk(2)
+        return coarse.addcmul_(fine, _FINE_STEP).mul_(step)
 
 
 class _Int4:
