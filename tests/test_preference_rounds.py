@@ -64,9 +64,12 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
 
 
-def test_two_rounds(world, tmp_path):
+def test_two_rounds(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    prompts = [{"path": "asked.json", "images": "images"}]
     with FakeAPI(likes_length) as api:
-        first, second = run_rounds(recipe(world, tmp_path / "out", api.url, rounds=2), QUIET)
+        wanted = recipe(world, tmp_path / "out", api.url, rounds=2, prompts=prompts)
+        first, second = run_rounds(wanted, QUIET)
     asked = [body for path, _, body in api.bodies if path.endswith("completions")]
     assert first.questions == second.questions == 4
     assert first.judge_calls["asked"] + second.judge_calls["asked"] == len(asked)

@@ -256,6 +256,19 @@ def test_an_unknown_part_is_named() -> None:
         freeze_all_but(tiny.model(), {"vision_towr": PartTraining()})
 
 
+def test_a_tied_head_trains_with_the_embeddings_where_they_train() -> None:
+    net = tiny.model(decoder="qwen2")
+    head = {"lm_head": PartTraining()}
+    freeze_all_but(net, {"language_model": PartTraining()} | head)
+    assert set(trainable_by_part(net)) == {"language_model"}
+    assert net.lm_head.weight.requires_grad
+    frozen = {"language_model": PartTraining(), "language_model.embed_tokens": PartTraining(freeze=True)}
+    with_own_rate = {"language_model": PartTraining(), "lm_head": PartTraining(learning_rate=1e-4)}
+    for parts in (head, {"multi_modal_projector": PartTraining()} | head, frozen | head, with_own_rate):
+        with pytest.raises(RecipeError, match=r"train\.lm_head: the model has no such part \(it is tied"):
+            freeze_all_but(net, parts)
+
+
 # Batches
 
 

@@ -25,7 +25,7 @@ def data_url(number: int) -> str:
 
 
 @thing("photo.jpg", "chart.png", "bridge.jpg", "street.jpg", "scene.png", "kite.jpg", "before.jpg", "after.jpg")
-@thing("ct.png", "kitchen.png", "film.png")
+@thing("ct.png", "kitchen.png", "film.png", "scan.png")
 def picture(path: Path) -> None:
     from llavakit.phantom.write import build_world
 

@@ -25,7 +25,6 @@ SYSTEM_OF = {
     "lmms-lab/llava-onevision-qwen2-0.5b-ov": "llava-onevision",
     "lmms-lab/llava-onevision-qwen2-7b-ov": "llava-onevision",
     "LLaVA-VL/llava_plus_v0_7b": "llava-plus",
-    "path/to/llava-uhd-144-13b": "llava-uhd",
     "m42-health/Llama3-Med42-8B": "med42-v2",
     "path/to/MedM-VL-CT-Chest-3B-en": "medm-vl",
     "aimagelab/ReflectiVA": "reflectiva",
@@ -124,20 +123,43 @@ def top(path: Path, name: str) -> Path:
     return path.parents[len(Path(name).parts) - 1]
 
 
+def model_of(slug: str, made: Path, **text_config: object) -> tuple[Any, Any]:
+    """Model and processor of a system's small recipe; `text_config` changes the size of its language model."""
+    from tiny_recipes import small_recipe
+
+    from llavakit.training.build import build_model
+    from llavakit.training.recipe import parse_recipe
+
+    raw = small_recipe(slug, world_of(slug, made), separators=not text_config)
+    raw["parts"]["text_config"] |= text_config
+    model, processor = build_model(parse_recipe(raw))
+    speak_briefly(model, processor.tokenizer)
+    return model, processor
+
+
 def small_model(name: str, slug: str) -> None:
     def system_model(path: Path) -> None:
-        from tiny_recipes import small_recipe
-
-        from llavakit.training.build import build_model
-        from llavakit.training.recipe import parse_recipe
-
-        model, processor = build_model(parse_recipe(small_recipe(slug, world_of(slug, top(path, name).parent))))
-        speak_briefly(model, processor.tokenizer)
-        model.save_pretrained(path)
-        processor.save_pretrained(path)
+        for part in model_of(slug, top(path, name).parent):
+            part.save_pretrained(path)
 
     system_model.__name__ = slug
     thing(name)(system_model)
+
+
+@thing("path/to/llava-uhd-144-13b")
+def released_uhd(path: Path) -> None:
+    """LLaVA-UHD in the layout of its authors, which has the separators of Llama's vocabulary."""
+    from llavakit.checkpoints.convert import convert
+
+    own = path.parent / "own"
+    for part in model_of("llava-uhd", path.parents[3], vocab_size=32_000):
+        part.save_pretrained(own)
+    convert(own, path, to="original")
+
+
+@thing("src/llavakit/systems/llava_uhd/README.md#openai/clip-vit-large-patch14-336")
+def encoder_of_uhd(path: Path) -> None:
+    model_of("llava-uhd", path.parents[2])[0].model.vision_tower.save_pretrained(path)
 
 
 def one_stage(slug: str, made: Path) -> dict[str, Any]:

@@ -164,6 +164,11 @@ def knowledge_questions(path: Path) -> None:
     lines(path, *rows)
 
 
+@thing("data/all/train_multiturn_mix.json")
+def visual_instructions(path: Path) -> None:
+    path.write_text(json.dumps([record(number, str(path.parent / f"{number}.png")) for number in range(3)]))
+
+
 @thing(*page("report_error_checking", "reports.jsonl"), "docs/data.md#reports.jsonl")
 def reports(path: Path) -> None:
     """Findings of two subjects in each split."""
@@ -174,6 +179,13 @@ def reports(path: Path) -> None:
         row = {"report_id": f"r{number}", "subject_id": f"p{number // 2}", "image": f"{number % 8}.png"}
         rows.append(row | {"split": "train" if number < 16 else "test", "findings": text})
     lines(path, *rows)
+
+
+@thing(*page("report_error_checking", "radiologist.jsonl"))
+def reader(path: Path) -> None:
+    """Answers about every draft that `reports` can become."""
+    names = [f"r{number}_{kind}" for number in range(16, 24) for kind in ("damaged", "original", "type")]
+    lines(path, *({"question_id": name, "text": "A" if name.endswith("type") else "Y"} for name in names))
 
 
 @thing(*page("llava_rad", "raw.jsonl"))
@@ -196,8 +208,10 @@ def findings(path: Path) -> None:
 
 @thing(*page("llava_plus", "annotations.json"))
 def detections(path: Path) -> None:
-    row = {"image": "1.png", "caption": "kite", "boxes": [[0.1, 0.2, 0.4, 0.5]], "labels": ["kite"], "scores": [0.9]}
-    path.write_text(json.dumps([{"id": str(number), **row} for number in IDS]))
+    row = {"question": "Where is the kite?", "grounding_dino_input": "kite", "answer": "In the sky."}
+    row |= {"grounding_dino_output": {"boxes": [[0.1, 0.2, 0.4, 0.5]], "logits": [0.9], "phrases": ["kite"]}}
+    row |= {"image_id": 1, "image_file_name": "1.png"}
+    path.write_text(json.dumps([{"unique_id": str(number), **row} for number in IDS]))
 
 
 @thing(*page("mg_llava", "boxes.jsonl"))

@@ -53,10 +53,23 @@ def freeze_all_but(model: nn.Module, train: Mapping[str, PartTraining]) -> None:
     names = [public_name(name) for name, _ in model.named_parameters()]
     for part in train:
         if part != EVERYTHING and not any(part_of(name, [part]) for name in names):
+            if part == "lm_head" and _head_trains_along(model, train):
+                continue
             tied = " (it is tied to the embeddings)" if part == "lm_head" else ""
             hint = nearest(part, [EVERYTHING, *top_level_parts(model)])
             raise RecipeError(f"train.{part}: the model has no such part{tied}{hint}")
     switch_on(model, train)
+
+
+def _head_trains_along(model: nn.Module, train: Mapping[str, PartTraining]) -> bool:
+    """Whether a head without settings of its own is the table of embeddings, and that trains."""
+    head = getattr(core(model), "lm_head", None)
+    if head is None or train["lm_head"] != PartTraining():
+        return False
+    table = core(model).get_input_embeddings().weight
+    if head.weight is not table:
+        return False
+    return any(trains(name, train) for name, parameter in model.named_parameters() if parameter is table)
 
 
 def switch_on(model: nn.Module, train: Mapping[str, PartTraining]) -> None:

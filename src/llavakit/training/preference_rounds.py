@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -391,10 +392,12 @@ def _written(message: Message, question: Question) -> dict[str, Any]:
     parts = []
     for part in message["content"]:
         value = part.get(part["type"])
-        if isinstance(value, Path):
-            part = {**part, part["type"]: str(value)}
-        elif part["type"] != "text" and not isinstance(value, (str, list)):
-            raise UserError(f"{question.name}: its {part['type']} is no file; prompts name media by their files")
+        if part["type"] != "text":  # paths are absolute, since these records lie in another folder than the prompts
+            files = value if isinstance(value, list) else [value]
+            if not all(isinstance(file, (str, Path)) for file in files):
+                raise UserError(f"{question.name}: its {part['type']} is no file; prompts name media by their files")
+            absolute = [os.path.abspath(file) for file in files]
+            part = {**part, part["type"]: absolute if isinstance(value, list) else absolute[0]}
         parts.append(part)
     return {**message, "content": parts}
 
