@@ -29,6 +29,7 @@ from llavakit.serving.service import Settings
 from llavakit.system import get_system
 from llavakit.systems.llava_o1 import teaching
 from llavakit.systems.llava_o1.judging import Judge, shown_text
+from llavakit.systems.llava_o1.questions import asked
 from llavakit.systems.llava_o1.responder import StagedSearch
 from llavakit.systems.llava_o1.searching import SAMPLING, Retracing, by_stage, knock_out, swires
 from llavakit.systems.llava_o1.stages import NAMES, end_of, stages_codec
@@ -400,6 +401,50 @@ def test_refused_questions_are_left_out_and_noted():
     assert [record["id"] for record in made] == [0]
     assert made[0]["conversations"][1]["value"] == REPLY
     assert refused == [2, 1]
+
+
+def test_a_record_keeps_what_follows_its_answers_and_its_id_counts_once():
+    turns = [("human", " <image> is it?\n<image>"), ("gpt", "yes"), ("human", "Why?")]
+    record = {"id": 1, "image": "a.jpg", "conversations": [{"from": own, "value": text} for own, text in turns]}
+    questions, checked = [], []
+
+    def teacher(image, texts):
+        questions.append(texts[1])
+        return "<CONCLUSION></CONCLUSION>" if len(questions) == 1 else REPLY
+
+    def verifier(image, texts):
+        checked.append(texts[0])
+        return "invalid" if len(checked) == 1 else "valid"
+
+    made, _ = teaching.staged_records([record, record], teacher, verifier, has_image=lambda name: True)
+    assert [[turn["value"] for turn in own["conversations"]] for own in made] == [[" <image> is it?", REPLY, "Why?"]]
+    assert questions == ["Question:  <image> is it?\n"] * 2
+    assert checked[0].endswith("Assistant's response: ")  # an empty conclusion is one too
+
+
+def test_questions_are_worded_as_published():
+    options = {"A": "a <image 2>", "K": "k"}
+    assert asked("MMMU_DEV_VAL", "Q <image 1>", options, None)[0].endswith(
+        "Question: Q  Options: A. a <image 2>\nK. k Indicate the correct answer at the end."
+    )
+    assert "<image" not in asked("MMMU_DEV_VAL", "Q <image 1>", options, None, pictures=2)[0]
+    assert asked("AI2D_TEST", "Q", {})[0].endswith("question: Q\nRespond only with the correct option digit.")
+    assert asked("ChartQA_TEST", "Q", {}, None) is None
+    assert asked("DocVQA_VAL", "Q", {}, None)[1] == 512
+
+
+@pytest.mark.parametrize(("second", "hint"), [("<CAPTION></CAPTION>", ""), ("<CAPTION>b</CAPTION>", "b")])
+def test_the_hint_is_that_of_the_last_candidate_even_if_it_is_empty(second, hint):
+    texts = []
+
+    def ask(text, image):
+        texts.append(text)
+        return "correct"
+
+    both = [f"<SUMMARY>s</SUMMARY>{own}<REASONING>r</REASONING>" for own in ("<CAPTION>a</CAPTION>", second)]
+    Judge(ask, "q")("REASONING", *both)
+    assert [f"Given Information: {hint}\n\n" in text for text in texts[:2]] == [True, True]
+    assert ("Hint about the Question" in texts[2]) == bool(hint)
 
 
 def write_source(folder, count=4):

@@ -103,13 +103,13 @@ def shown_text(kind: str, text: str) -> tuple[str | None, str | None]:
     if kind == SENTENCE:
         sentences = text.split(".")
         place = max(len(sentences) - 2, 0)
-        return sentences[place], " ".join(sentences[:place]) or None
+        return sentences[place], " ".join(sentences[:place]) if place else None
     found = sections(text)
     needed = NAMES[: NAMES.index(kind) + 1]
     if any(found[name] is None for name in needed):
         return None, None
-    hint = {"REASONING": ("CAPTION",), "CONCLUSION": ("CAPTION", "REASONING")}.get(kind, ())
-    return found[kind], "".join(found[name] for name in hint) or None
+    hint = {"REASONING": ("CAPTION",), "CONCLUSION": ("CAPTION", "REASONING")}.get(kind)
+    return found[kind], None if hint is None else "".join(found[name] for name in hint)
 
 
 class Judge:
@@ -134,7 +134,7 @@ class Judge:
         (text, hint), (other, later) = shown_text(kind, first), shown_text(kind, second)
         if text is None or other is None:
             return int(text is None and other is not None)
-        hint = later or hint  # if the earlier text differs, the last candidate's counts
+        hint = hint if later is None else later  # if the earlier text differs, the last candidate's counts
         if kind == "REASONING":
             for place, reasoning in enumerate((text, other)):
                 if "incorrect" in self.ask(check_prompt(hint or "", reasoning, self.indent), False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -149,7 +150,7 @@ def searched(implementation: str, item: Mapping[str, Any]) -> dict[str, Any]:
     """One search on a scripted model."""
     item = take(item)
     name, script = item["type"].lower(), Script(item, by_prefix=True)
-    candidates = item["beam_size"] if implementation == "simple_inference" else PUBLISHED_CANDIDATES[name]
+    candidates = item.get("beam_size", 2) if implementation == "simple_inference" else PUBLISHED_CANDIDATES[name]
     sampling = SamplingParams(**{**vars_of(SAMPLING), "n": candidates})
     judge = Judge(script.ask, item["prompt"], INDENTS[implementation])
     *_, reply = SEARCHES[name](script.expand, Branch(Request(input_ids=[0])), sampling, judge, script.draw)
@@ -198,7 +199,8 @@ def retracing(case: Case) -> list[Example]:
     """SWIRES on a scripted model and a table of rewards."""
     case.informational("inputs.items.*.image")
     config = case.config
-    settings = Retracing(captions=config["M"], kept=config["N"], rounds=config["max_rounds"], cutoff=config["cutoff"])
+    names = {"captions": "M", "kept": "N", "rounds": "max_rounds", "cutoff": "cutoff"}
+    settings = Retracing(**{own: config[name] for own, name in names.items() if name in config})
 
     def searched_with_rewards(item: Mapping[str, Any]) -> dict[str, Any]:
         item = take(item)
@@ -220,17 +222,23 @@ def retracing(case: Case) -> list[Example]:
 # Questions, labels, data
 
 
+def is_given(cell: Any) -> bool:
+    """Whether a cell of a benchmark's table holds something."""
+    return cell is not None and cell == cell
+
+
 def eval_prompts(case: Case) -> list[Example]:
     """Questions of the benchmarks."""
 
     def asked(item: Mapping[str, Any]) -> dict[str, Any]:
         item = take(item)
-        line, size = item["line"], next((s for s in ("11B", "90B") if s in item["model_name"]), None)
-        options = {letter: line[letter] for letter in "ABCDEFGHIJ" if line.get(letter) is not None}
-        found = questions.asked(item["dataset"], line["question"], options, size) if size else None
+        line, pictures = item["line"], len(item["images"])
+        options = {letter: line[letter] for letter in string.ascii_uppercase if is_given(line.get(letter))}
+        size = questions.size_of(item["model_name"])
+        found = questions.asked(item["dataset"] or "", line["question"], options, size, pictures)
         if found is None:
             return {"custom": False}
-        return {"custom": True, "text": found[0], "n_images": len(item["images"]), "max_new_tokens": found[1]}
+        return {"custom": True, "text": found[0], "n_images": pictures, "max_new_tokens": found[1]}
 
     return examples(asked, case.inputs["items"], "items")
 
@@ -302,7 +310,7 @@ def datagen(case: Case) -> dict[str, Any]:
             done=inputs.get("already_done") or (),
             refused=inputs.get("refused") or (),
         )
-        return {"exception": None, "output": output, "refusal": refused, "calls": calls}
+        return {"exception": None, "output": output, "refusal": list(map(str, refused)), "calls": calls}
 
     return made()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from typing import Any
 
 _CHART = "You are provided a chart image and will be asked a question. "
 _THINK = "<cot_start>Let's think step by step."
@@ -41,7 +41,10 @@ _DOCUMENT = (
     "or a "
     "phrase.\n Question: {question}"
 )
-_DIAGRAM = "Look at the scientific diagram carefully and answer the following question: {question}\n{options}\n"
+_DIAGRAM = (
+    "Look at the scientific diagram carefully and answer the following question: {question}\n"
+    "Respond only with the correct option digit."
+)
 _MMMU = (
     "Look at the image carefully and solve the following question step-by-step. Question: {question} Options: "
     "{options} "
@@ -50,20 +53,36 @@ _MMMU = (
 LONG, SHORT = 2048, 512  # most new tokens
 
 
-def asked(dataset: str, question: str, options: Mapping[str, str], size: str = "11B") -> tuple[str, int] | None:
+SIZES = ("11B", "90B")
+WORDED_BY_SIZE = ("AI2D", "ChartQA")
+
+
+def size_of(model: str) -> str | None:
+    """The size that a model's name says; None if it says neither."""
+    return next((size for size in SIZES if size in model), None)
+
+
+def asked(
+    dataset: str, question: str, options: Mapping[str, Any], size: str | None = "11B", pictures: int = 1
+) -> tuple[str, int] | None:
     """Text and most new tokens of a question; None where the benchmark has no wording of its own.
 
     Args:
         dataset: VLMEvalKit's name (`AI2D_TEST`, `MMMU_DEV_VAL`, `MathVista_MINI`, `ChartQA_TEST`, `DocVQA_VAL`).
         options: Texts by letter.
-        size: "11B" or "90B", for which the chart questions differ.
+        size: "11B" or "90B", for which the chart questions differ; for other models AI2D and ChartQA have no wording.
+        pictures: Of the question; their marks (`<image 1>`) are left out of MMMU's.
     """
-    listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+    if size is None and any(name in dataset for name in WORDED_BY_SIZE):
+        return None
+    listed = [f"{letter}. {text}" for letter, text in options.items()]
     if "AI2D" in dataset:
-        return _DIAGRAM.format(question=question, options=listed) + "Respond only with the correct option digit.", LONG
+        return _DIAGRAM.format(question="\n".join([question, *listed])), LONG
     if "MMMU" in dataset:
-        marks = re.compile(r"<image \d+>")
-        return _MMMU.format(question=marks.sub("", question), options=marks.sub("", listed)), LONG
+        text = _MMMU.format(question=question, options="\n".join(listed))
+        for number in range(pictures):
+            text = text.replace(f"<image {number + 1}>", "")
+        return text, LONG
     if "MathVista" in dataset:
         return question, LONG
     if "ChartQA" in dataset:

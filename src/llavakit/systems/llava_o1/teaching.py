@@ -69,7 +69,7 @@ def staged_reply(
     for _ in range(ATTEMPTS):
         reply = teacher(image, teacher_texts(question, answer, hints))
         conclusion = sections(reply)["CONCLUSION"]
-        if not conclusion:
+        if conclusion is None:
             continue
         if "invalid" not in verifier(None, [verifier_text(answer, conclusion)]).lower():
             return reply
@@ -78,15 +78,20 @@ def staged_reply(
 
 def staged_record(record: Mapping[str, Any], teacher: Ask, verifier: Ask) -> tuple[dict[str, Any] | None, bool]:
     """A record with answers in stages, and whether a question was refused; None if no question is left."""
-    turns, kept, refused = record["conversations"], [], False
-    for question, answer in zip(turns[::2], turns[1::2], strict=False):
-        text = question["value"].replace("<image>", "").strip()
-        reply = staged_reply(text, answer["value"], record["image"], record.get("hints") or (), teacher, verifier)
+    kept, answers, refused = [], 0, False
+    for turn in record["conversations"]:
+        if turn["from"] != "gpt":
+            kept.append(turn)
+            continue
+        question = kept.pop()
+        text = question["value"].replace("<image>\n", "").replace("\n<image>", "")
+        reply = staged_reply(text, turn["value"], record["image"], record.get("hints") or (), teacher, verifier)
         if reply is None:
             refused = True
             continue
-        kept += [question | {"value": text}, answer | {"value": reply}]
-    return (dict(record) | {"conversations": kept} if kept else None), refused
+        answers += 1
+        kept += [question | {"value": text}, turn | {"value": reply}]
+    return (dict(record) | {"conversations": kept} if answers else None), refused
 
 
 def staged_records(
@@ -110,6 +115,7 @@ def staged_records(
         if record["id"] in known or not record.get("image") or not has_image(record["image"]):
             continue
         found, failed = staged_record(record, teacher, verifier)
+        known.add(record["id"])
         if failed:
             ids.append(record["id"])
         if found is not None:

@@ -132,6 +132,7 @@ def train_tokens(case: Case) -> list[Example]:
     pad = {"unk": SPECIAL["unk_token"]}.get(config["pad_token"], config["pad_token"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(case.sibling("tokenizer.json")), **SPECIAL, pad_token=pad)
     template, length = TRAINED[config["template"]], config.get("model_max_length", 2048)
+    tokenizer.model_max_length = length
     processor = text_processor(tokenizer, template)
 
     def labelled(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +149,11 @@ def train_tokens(case: Case) -> list[Example]:
         messages = media_first(messages, collapse=True) if with_image else messages
         limit = None if with_image else length
         sample = training_sample(processor, messages, placement="keep", labels=policy, max_length=limit)
-        text = get_template(template).render(messages, training=True, placement="keep")[0] if with_image else None
+        text = None
+        if with_image:
+            rule = get_template(template)
+            kept = messages[messages[0]["role"] == "assistant" and not rule.keeps_first_answer :]
+            text = rule.render(kept, training=True, placement="keep")[0]
         return {"training_string": text, "input_ids": sample["input_ids"], "labels": sample["labels"]}
 
     return examples(labelled, case.inputs["items"], "items")
