@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llavakit.conversation.template import get_template
 from llavakit.proof.entries import prompt_text, turns_to_messages
 from llavakit.proof.golden import run_case
 from llavakit.system import systems
@@ -209,3 +210,29 @@ def test_pope_of_odd_answers(check, system, component, texts):
     found |= {"Accuracy": (found["TP"] + found["TN"]) / 10, "Precision": precision, "Recall": recall}
     found |= {"F1 score": 2 * precision * recall / (precision + recall), "Yes ratio": says_no.count(False) / 10}
     check(system, component, {}, inputs={texts: answers, "labels": labels}, outputs=found)
+
+
+# LLaVA-OneVision
+
+
+def test_a_sample_with_an_empty_reply_closes_it():
+    sample = get_template("qwen_1_5").render(turns_to_messages([(0, "Q"), (1, "")]), training=True)[0]
+    assert sample.endswith("<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n")
+    prompt = get_template("qwen_1_5").render(turns_to_messages([(0, "Q"), (1, "")]))[0]
+    assert prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_an_image_too_thin_for_every_canvas_gets_the_smallest(check):
+    queries = [{"size": [1, 10000], "possible": [[768, 384], [384, 384]]}]
+    check("llava-onevision", "select_best_resolution", {}, inputs={"queries": queries}, outputs={"best": [[384, 384]]})
+
+
+def test_a_stacked_video_is_so_many_images(check):
+    config = {
+        "side": 2,
+        "tower_image_size": 384,
+        "model_config": {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "pad"},
+    }
+    request = {"input_ids": [[-200]], "views": {"stacked": 1}, "image_sizes": [[9, 9]], "modalities": ["video"]}
+    rows = torch.tensor([[1.0, 0, row, col] for row in range(2) for col in range(2)])
+    check("llava-onevision", "token_layout", config, inputs={"video": request}, outputs={"video": rows[None]})

@@ -94,6 +94,7 @@ QWEN = Template(
     "You are a helpful assistant.",
     stop=("<|im_end|>",),
     values={"between": "\n"},
+    training_values={"keeps_empty": True},  # a reply without text is open in a prompt and closed in a sample
     placement="lead",
     labels="marks",
     marks=Marks(header=ASSISTANT_HEADER, after="\n", everywhere=("\n", "<|im_start|>", "<|im_end|>")),

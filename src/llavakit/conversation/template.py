@@ -110,6 +110,7 @@ class Template:
             begin token.
         drops_unanswered: Whether training samples leave out what the user says after the last answer.
         training: File that writes training samples, if it is another one.
+        training_values: Variables of the Jinja file that are others in training samples.
         jinja: The Jinja text itself, instead of `file`; see `own_template`.
         specials: Values of the special tokens that `jinja` may name (`bos_token`, `eos_token`).
     """
@@ -134,6 +135,7 @@ class Template:
     pieces: bool = False
     drops_unanswered: bool = False
     training: str | None = None
+    training_values: Mapping[str, Any] = field(default_factory=dict)
     jinja: str | None = None
     specials: Mapping[str, str] = field(default_factory=dict)
 
@@ -195,7 +197,9 @@ class Template:
         Raises:
             UserError: If the template cannot express the conversation.
         """
-        source = self._source(self.training) if training and self.training else self.source
+        source = self.source
+        if training and (self.training or self.training_values):
+            source = self._source(self.training or self.file, **self.training_values)
         bare = [{"role": m["role"], "content": [_bare(part) for part in m["content"]]} for m in messages]
         if placement is None and training:
             placement = self.training_placement

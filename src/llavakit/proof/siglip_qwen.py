@@ -29,10 +29,13 @@ SETTINGS = ("mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_positi
 # A request of the original as entries of a batch
 
 
-def entries_of(request: Mapping[str, Any], views: Sequence[Sequence[Tensor]], size: int) -> list[Entry]:
+def entries_of(
+    request: Mapping[str, Any], views: Sequence[Sequence[Tensor]], size: int, stacked: bool = False
+) -> list[Entry]:
     """Entries of a request.
 
     Args:
+        stacked: Whether the views come as one tensor, of which the original takes every one for an image.
         request: `image_sizes` as (width, height), or None where no view is a tile of a known picture, and `modalities`,
             of which those that are left out are images.
         views: Pixels or features of every entry.
@@ -42,7 +45,8 @@ def entries_of(request: Mapping[str, Any], views: Sequence[Sequence[Tensor]], si
     sizes = request.get("image_sizes") or [(max(len(own) - 1, 1) * size, size) for own in views]
     entries = []
     for own, (width, height), modality in zip(views, sizes, modalities, strict=False):
-        kind = "video" if modality == "video" else "image" if len(own) > 1 else "multi_image"
+        video = modality == "video" and not stacked
+        kind = "video" if video else "image" if len(own) > 1 else "multi_image"
         depth = len(own) if kind == "video" else 1
         entries.append(Entry(kind, MediaSize(depth, height, width), list(own)))
     return entries
@@ -101,7 +105,7 @@ def coordinates(first: int, views: int, side: int) -> list[Tensor]:
 
 def coordinate_model(rows: Sequence[Sequence[int]], side: int, media: Mapping[str, Any]) -> Any:
     """A model whose embeddings, visual features and newline say what they are, [kind, coordinates]."""
-    tokens = 1 + max(max(row, default=0) for row in rows)
+    tokens = 1 + max(0, *(max(row, default=0) for row in rows))
     size = media["image"]["views"]["size"]
     config = LlavakitConfig(
         text_config={"model_type": "qwen2", "vocab_size": tokens, **TINY, "num_key_value_heads": 1},
@@ -172,7 +176,7 @@ class SharedComponents:
             features.append(coordinates(first, max(count, 1), side))
             first += max(count, 1)
         model = coordinate_model(request["input_ids"], side, media)
-        entries = entries_of(request, features, size)
+        entries = entries_of(request, features, size, stacked)
         batch = batch_of(model, request, entries, settings, features=True)
         embeds = (batch.embeds() * batch.meaningful()).detach()
         facts = {"shape": embeds.shape, **_given(batch, request)}
@@ -235,7 +239,7 @@ class Run:
         counts = [len(own) for own in views]
         single = not self.request.get("stacked")
         self.model = shared.model(case, settings, counts, rounding=rounding, single_newline=single)
-        entries = entries_of(self.request, views, case.config["vision"]["image_size"])
+        entries = entries_of(self.request, views, case.config["vision"]["image_size"], not single)
         self.batch = batch_of(self.model, self.request, entries, settings)
 
     def __call__(self) -> Result:

@@ -67,12 +67,12 @@ def siglip_tower(case: Case) -> Result:
 def projector(case: Case) -> dict[str, Tensor]:
     """Every connector by its published name."""
     case.informational("config.mm_hidden_size")
-    features, outputs = case.tensors["features"], {}
+    features, outputs, output_width = case.tensors["features"], {}, case.config["hidden_size"]
     batch, tokens, width = features.shape
     rename = rename_with(OnevisionLayout().renames_in())
     for name in case.config["types"]:
         options = connector_options(name)
-        hidden = width if name == "identity" else case.config["hidden_size"]
+        hidden = width if name == "identity" else output_width
         connector = CONNECTORS.build(options, vision_width=width, hidden_size=hidden)
         own = {}
         for key, tensor in case.weights().items():

@@ -25,6 +25,7 @@ from llavakit.media.frame_sampling import choose as choose_frames
 from llavakit.media.frame_sampling import counted_times
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.entries import (
+    check_keys,
     picture,
     prompt_text,
     text_processor,
@@ -56,7 +57,7 @@ def prompts(case: Case) -> Iterator[Example | Result]:
 
     def written(query: Mapping[str, Any]) -> Result:
         turns = [(role, text or "") for role, text in query["turns"]]
-        opened = turns[-1] == (1, "")
+        opened = turns[-1:] == [(1, "")]
         messages = turns_to_messages(turns[:-1] if opened else turns)
         prompt = prompt_text(query["template"], messages, placement="keep", add_generation_prompt=opened)
         names = ("roles", "sep", "sep2", "sep_style", "stop_token_ids")
@@ -183,6 +184,12 @@ def length_grouped_sampler(case: Case) -> dict[str, Any]:
     return found
 
 
+ARGUMENTS = (
+    *("image_aspect_ratio", "image_grid_pinpoints", "video_fps", "frames_upbound", "force_sample"),
+    "add_time_instruction",
+)
+
+
 class Items:
     """The original's dataset over a case's records.
 
@@ -192,10 +199,10 @@ class Items:
 
     def __init__(self, case: Case) -> None:
         inputs = case.inputs
-        self.records, self.rates = inputs["records"], inputs.get("fps", {})
-        self.files = case.tensors
+        self.records, self.rates = inputs["records"], take(inputs.get("fps", {}))
+        self.files = case.tensors.copy()  # also those of records that are not fetched
         self.tokenizer = load_tokenizer(case)
-        self.options = case.config["data_args"]
+        self.options = check_keys(case.config["data_args"], ARGUMENTS, "config.data_args")
         self.size = case.config["size"]
         self.media = media_of(self.options, self.size)
         self.processor = view_processor(self.media, {"image_size": self.size, "patch_size": self.size})
@@ -259,7 +266,6 @@ class Items:
 
 def dataset_items(case: Case) -> Iterator[Example]:
     """Records and pixels to samples, and the batch of all of them."""
-    case.informational("inputs.*/*")  # frames that a video's sampling passes over
     data = Items(case)
     fetch = case.inputs["fetch"]
     records = [Record([], "case", number, record) for number, record in enumerate(take(data.records))]

@@ -19,16 +19,13 @@ from llavakit.views.plan import MediaSize, Plan
 
 
 def select_best_resolution(case: Case) -> dict[str, Any]:
-    """The canvas of every size; null where the image would vanish on all of them."""
-    best = []
-    for query in case.inputs["queries"]:
-        (width, height), possible = query["size"], [tuple(canvas) for canvas in query["possible"]]
-        canvas = tiles.select_canvas((width, height), possible)
-        if canvas is not None:
-            scale = min(canvas[0] / width, canvas[1] / height)
-            canvas = canvas if int(width * scale) and int(height * scale) else None
-        best.append(canvas)
-    return {"best": best}
+    """The canvas of every size."""
+    return {
+        "best": [
+            tiles.select_canvas(tuple(query["size"]), [tuple(canvas) for canvas in query["possible"]])
+            for query in case.inputs["queries"]
+        ]
+    }
 
 
 def _pinpoints(written: Any, tile: int) -> Any:
