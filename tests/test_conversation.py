@@ -443,6 +443,17 @@ def test_everything_behind_the_image_of_a_caption_is_learnt(vicuna, legacy):
             assert encoded.labels == [-100, -100, *encoded.ids[2:]], caption
 
 
+def test_typed_placeholder_is_read_as_its_letters(vicuna):
+    turns = [{"from": "human", "value": "<image> and a \n<image>"}, {"from": "gpt", "value": "b<image>"}]
+    encoded = encode(from_llava({"conversations": turns}), "v1", vicuna)
+    assert vicuna.decode(encoded.ids).count("<image>") == 3
+    assert vicuna.convert_tokens_to_ids("<image>") not in encoded.ids  # the tokenizer's token of that name
+    other = encode(from_llava({"conversations": [turn | {"value": "x"} for turn in turns]}), "v1", vicuna)
+    assert encoded.ids[:30] == other.ids[:30]
+    learned = [label for label in encoded.labels if label != -100]
+    assert vicuna.decode(learned) == "b<image></s>"
+
+
 def test_typed_placeholder_is_text(vicuna):
     encoded = encode([{"role": "user", "content": "what does <image> mean?"}], "v1", vicuna, add_generation_prompt=True)
     assert IMAGE_PLACEHOLDER not in encoded.ids

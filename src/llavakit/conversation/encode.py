@@ -14,8 +14,13 @@ from typing import Any
 
 from llavakit.conversation.labels import LabelPolicy, Tokens, label_policy
 from llavakit.conversation.messages import Message, Part, is_media, limit_images, normalise, text_of
-from llavakit.conversation.template import PLACEHOLDER, Span, Template, template_for
-from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, special_tokens, tokenize
+from llavakit.conversation.template import PLACEHOLDER, SPELT, TYPED, Span, Template, template_for
+from llavakit.conversation.tokens import (
+    IMAGE_PLACEHOLDER,
+    marks_first_word,
+    special_tokens,
+    tokenize,
+)
 from llavakit.errors import UserError
 from llavakit.media.regions import read_regions
 
@@ -30,7 +35,7 @@ class Encoded:
         ids: Token ids; `IMAGE_PLACEHOLDER` stands for one media item of any modality.
         labels: The id where the model is to learn it, else -100.
         media: The media parts in the order of their placeholders; an image's `regions` are in its part.
-        text: The rendered text.
+        text: The rendered text; `[image]` where a text spells `<image>`.
         fully_masked: Whether the label policy rejected the whole sample (`rounds` only).
         weights: Loss weight of every token, if the label policy weights them.
         notes: What of the conversation was left out, in words.
@@ -94,6 +99,7 @@ def encode(
         continue_final_message=continue_final_message,
         training=training,
         placement=placement,
+        typed=SPELT if template.jinja is None else TYPED,
     )
     media = collect_media(messages)
     if text.count(PLACEHOLDER) != len(media):
@@ -117,7 +123,7 @@ def encode(
     if max_length is not None and not media:
         ids, offsets = ids[:max_length], offsets[:max_length]
     found = policy(Tokens(text, answers, ids, offsets, template, tokenizer, max_length))
-    return Encoded(ids, found.ids, media, text, found.fully_masked, found.weights, notes)
+    return Encoded(ids, found.ids, media, text.replace(SPELT, TYPED), found.fully_masked, found.weights, notes)
 
 
 def chat_template_for(template: str | Template, tokenizer: Any, *, begins: bool | None = None) -> str:

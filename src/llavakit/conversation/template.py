@@ -24,6 +24,7 @@ from llavakit.registry import TEMPLATES
 OWN = "tokenizer"  # name of the chat template that a tokenizer brings
 PLACEHOLDER = "<image>"
 TYPED = "[image]"  # replaces a placeholder inside a text, because text must never ask for a media item
+SPELT = "<image\ufdd0"  # the same where the tokenizer is to read the letters as they are, which take as many characters
 VIDEO_MARK, TYPED_VIDEO = "<video>", "[video]"  # what templates of other libraries write for a video
 
 _RENDERING = threading.Lock()  # transformers keeps one span tracker per template, which two threads would share
@@ -183,16 +184,18 @@ class Template:
         continue_final_message: bool = False,
         training: bool = False,
         placement: str | None = None,
+        typed: str = TYPED,
     ) -> tuple[str, list[Span]]:
         """The text of normalised messages and the character spans that the assistant says.
 
-        Every media item is `<image>`; an `<image>` inside a text part becomes `[image]`.
+        Every media item is `<image>`; an `<image>` inside a text part becomes `typed`.
 
         Args:
             add_generation_prompt: Whether the text ends where the assistant is to answer.
             continue_final_message: Whether the last message is left open, so that the assistant continues it.
             training: Whether to use the form of training samples, where that differs.
             placement: Instead of the template's own.
+            typed: `TYPED`, or `SPELT` for a text that `tokenize` reads.
 
         Raises:
             UserError: If the template cannot express the conversation.
@@ -200,7 +203,7 @@ class Template:
         source = self.source
         if training and (self.training or self.training_values):
             source = self._source(self.training or self.file, **self.training_values)
-        bare = [{"role": m["role"], "content": [_bare(part) for part in m["content"]]} for m in messages]
+        bare = [{"role": m["role"], "content": [_bare(part, typed) for part in m["content"]]} for m in messages]
         if placement is None and training:
             placement = self.training_placement
         options = {} if placement is None else {"placement": placement}
@@ -276,10 +279,10 @@ def _as_text(parts: list[Part]) -> str:
     return "".join(texts)
 
 
-def _bare(part: Part) -> Part:
+def _bare(part: Part, typed: str) -> Part:
     """A part without the media item itself, as the Jinja file sees it."""
     if part["type"] == "text":
-        return {"type": "text", "text": part["text"].replace(PLACEHOLDER, TYPED)}
+        return {"type": "text", "text": part["text"].replace(PLACEHOLDER, typed)}
     return {"type": part["type"]}
 
 

@@ -7,13 +7,16 @@ starts a new word, and a begin token is kept only in front of the first piece. A
 from __future__ import annotations
 
 import itertools
+import json
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from llavakit.conversation.template import PLACEHOLDER, Span
+from llavakit.conversation.template import PLACEHOLDER, SPELT, Span
 from llavakit.errors import UserError
 
 IMAGE_PLACEHOLDER = -200
+_LETTERS: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
 
 
 def tokenize(
@@ -77,9 +80,27 @@ def _piece(piece: str, tokenizer: Any, *, add_special_tokens: bool = True) -> tu
     # prepend_scheme "first") leaves the mark out of a text that begins with a space, so such a text gets one more.
     extra = int(piece[:1] in (" ", "▁") and marks_first_word(tokenizer))
     settings = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": True}
-    encoded = tokenizer(" " * extra + piece, return_attention_mask=False, **settings)
-    offsets = [(max(start - extra, 0), end and max(end - extra, 1)) for start, end in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), offsets
+    text = " " * extra + piece
+    if SPELT in text:
+        encoded = _letters(tokenizer).encode(text.replace(SPELT, PLACEHOLDER), add_special_tokens=add_special_tokens)
+        ids, spans = encoded.ids, encoded.offsets
+    else:
+        encoded = tokenizer(text, return_attention_mask=False, **settings)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    return list(ids), [(max(start - extra, 0), end and max(end - extra, 1)) for start, end in spans]
+
+
+def _letters(tokenizer: Any) -> Any:
+    """The tokenizer's backend without a token of the placeholder's name, so that it reads the letters."""
+    size, backend = _LETTERS.get(tokenizer, (None, None))
+    if size != len(tokenizer):
+        from tokenizers import Tokenizer
+
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        settings["added_tokens"] = [own for own in settings["added_tokens"] if own["content"] != PLACEHOLDER]
+        backend = Tokenizer.from_str(json.dumps(settings | {"truncation": None, "padding": None}))
+        _LETTERS[tokenizer] = len(tokenizer), backend
+    return backend
 
 
 def marks_first_word(tokenizer: Any) -> bool:
