@@ -39,6 +39,7 @@ OPTIONS = {
     "num_layers": 1,
 }
 KEPT = int(16 * 0.3)
+MAX_LENGTH = ("llm", "tokenizer_model_max_length")
 
 
 def build(decoder: str = "llama", seed: int = 0, **options):
@@ -753,3 +754,13 @@ def test_the_miniature_tells_learned_from_random_dropping():
     assert measured["learned"] >= measured["full"] - 0.03
     assert measured["random"] <= 0.4
     assert measured["marks kept"] > 0.95
+
+
+def test_a_batch_cut_behind_its_images_trains_as_if_its_rows_were_that_short():
+    given = parity_variations.Given(next(path for path in GOLDEN if path.name == "train_step_a"))
+    inputs = given.tensors("inputs")
+    limit = inputs["input_ids"].shape[1] - 2  # two tokens less; an image takes 16 places of which the row has one
+    by_setting = {"case.json": parity_variations.with_setting(given.meta, MAX_LENGTH, limit + 15)}
+    cut = ("input_ids", "labels", "attention_mask")
+    rows = {name: tensor[:, :limit] if name in cut else tensor for name, tensor in inputs.items()}
+    assert not parity_variations.against_another_run(given, by_setting, {"inputs.safetensors": rows}, 1e-6, 1e-5)

@@ -225,8 +225,11 @@ class ClassicBatch:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
 
     def forward(self, **options: Any) -> Any:
-        """The model's output on the batch; through embeddings only where the original's cut asks for it."""
-        if not self.is_cut:
+        """The model's output on the batch; through embeddings where a cut goes through a media item."""
+        visual = self.model.config.image_token_id
+        rest = [int(token) for sample in self.samples for token in sample["input_ids"][self.max_length or 0 :]]
+        ready = any(entry.vectors is not None for entry in self.used)
+        if not self.is_cut or (visual not in rest and not ready):
             return self.model(**self.collated(), **options)
         labels = None if self.labels is None else self.targets
         return self.model(inputs_embeds=self.embeds(), attention_mask=self.attention, labels=labels, **options)

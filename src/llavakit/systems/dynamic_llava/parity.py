@@ -332,6 +332,7 @@ def cached_turns(case: Case) -> Result:
     session = Session(case)
     prefill = session.prefill()
     lengths, steps, decisions = [session.lengths()], [prefill[0, -1]], []
+    ran = int(session.adapter.selections[-1].run[0].sum())
     if session.adapter.prunes_instructions:  # the prompt's last instruction without its last token
         run, sample = session.adapter.selections[-1].run, session.adapter.samples[0]
         decisions.append(run[0, sample.last_instruct[:-1]].tolist())
@@ -344,7 +345,7 @@ def cached_turns(case: Case) -> Result:
         json={
             "cache_lengths": lengths,
             "instruct_decisions": decisions,
-            "prefill_logits_length": lengths[0][-1],
+            "prefill_logits_length": ran,
         },
         tensors={"step_last_logits": torch.stack(steps)},
     )
