@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, SiglipVisionConfig
 
 from llavakit.checkpoints.layouts import rename_with
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER
-from llavakit.conversation.messages import normalise
+from llavakit.conversation.messages import media_first, normalise
 from llavakit.data.preference import read_preference
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.classic_batch import ClassicBatch, Entry
@@ -135,6 +135,7 @@ def dpo_data(case: Case) -> Iterator[Example | Result]:
     tokenizer, size = load_tokenizer(case), case.config["size"]
     views = view_processor(media_of(case.config["data_args"], size), {"image_size": size, "patch_size": size})
     processor = text_processor(tokenizer, TEMPLATE)
+    tiled = str(case.config["data_args"]["image_aspect_ratio"]).startswith("anyres")
     fetch = case.inputs["fetch"]
     records = [
         read_preference(take(record), "case", number + 1, check_files=False)
@@ -143,6 +144,8 @@ def dpo_data(case: Case) -> Iterator[Example | Result]:
 
     def prompt_of(record: Any) -> str:
         (turn,) = record.messages
+        if any(part["type"] == "image" for part in turn["content"][1:]):  # the template of preferences moves it
+            (turn,) = media_first([turn])
         return "".join("<image>" if part["type"] == "image" else part["text"] for part in turn["content"])
 
     def item(index: int) -> dict[str, Any]:
@@ -151,7 +154,8 @@ def dpo_data(case: Case) -> Iterator[Example | Result]:
         images = []
         for name in names:
             image = picture(case.tensors[str(name).removeprefix("/")]).convert("RGB")
-            shape = torch.stack(views_of(views, "image", image)).shape
+            cut = views_of(views, "image", image)
+            shape = torch.stack(cut).shape if tiled else cut[0].shape
             images.append({"shape": list(shape), "size": list(image.size), "modality": "image"})
         return {
             "prompt": prompt_of(record),
@@ -237,21 +241,22 @@ class Trial:
         policy, reference = model_of(case, "policy"), model_of(case, "ref")
         plain, whole = zip(*(self.samples(policy, answer) for answer in ANSWERS), strict=True)
         pairs = [pair_of(*both) | {"key": number} for number, both in enumerate(zip(*whole, strict=True))]
-        sums = {}
+        sums, shown = {}, {}
         for name, model in (("reference", reference), ("policy", policy)):
             objective.use(model)
             batch = objective._collator()(pairs)
             with torch.no_grad():
-                sums[name] = objective.logps(model, batch)[0]
+                sums[name], tokens, _ = objective.logps(model, batch)
+            shown[name] = sums[name] / tokens if run["loss_type"] == "ipo" else sums[name]  # what the loss compares
         both = sums["reference"].chunk(2)
         objective.reference = dict(enumerate(zip(*(half.tolist() for half in both), strict=True)))
         loss = objective.loss(policy, batch, Step(torch.tensor(count), 1))
         loss.value.backward()
-        return Result(json=self._json(plain, loss, policy), tensors=self._tensors(sums, pairs, count))
+        return Result(json=self._json(plain, loss, policy), tensors=self._tensors(shown, pairs, count))
 
-    def _tensors(self, sums: Mapping[str, Tensor], pairs: Sequence[Any], count: int) -> dict[str, Tensor]:
+    def _tensors(self, shown: Mapping[str, Tensor], pairs: Sequence[Any], count: int) -> dict[str, Tensor]:
         found = {}
-        for name, values in sums.items():
+        for name, values in shown.items():
             for answer, own in zip(ANSWERS, values.chunk(2), strict=True):
                 found[f"{self.name}/{name}_{answer}_logps"] = own
         rows = [row for answer in zip(*map(answers_of, pairs), strict=True) for row in answer]
