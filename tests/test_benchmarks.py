@@ -226,6 +226,9 @@ def test_boxes_of_referring_expressions(tmp_path):
     found = score("referring", answers(tmp_path / "p.jsonl", texts), gold)["metrics"]
     assert found["mean_iou"] == pytest.approx(100 * (1 + 11 / 21) / 3)
     assert found["accuracy_at_0.5"] == pytest.approx(200 / 3)
+    half = write(tmp_path / "h.jsonl", [{"question_id": 0, **row, "bbox": [0, 0, 9, 9], "image_size": [100, 100]}])
+    found = score("referring", answers(tmp_path / "p.jsonl", {0: "{<0><0><9><4>}"}), half)["metrics"]
+    assert found == {"mean_iou": 50.0, "accuracy_at_0.5": 0.0, "count": 1}  # exactly half is too little
     bad = write(tmp_path / "b.jsonl", [{"question_id": 0, **row, "bbox": [1, 2, 3]}])
     with pytest.raises(RecordError, match="bbox: must be 4 numbers"):
         score("referring", answers(tmp_path / "p.jsonl", {0: texts[0]}), bad)

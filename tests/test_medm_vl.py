@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from llavakit.checkpoints.convert import convert
 from llavakit.checkpoints.opening import build, open_checkpoint
+from llavakit.conversation.messages import normalise
+from llavakit.conversation.template import get_template
 from llavakit.errors import CheckpointError, MediaError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.golden import find_cases, run_case
@@ -54,6 +56,12 @@ def test_a_bright_voxel_changes_the_token_of_its_patch():
         ]
     changed = (cut[0] - cut[1]).abs().sum(-1)[0].nonzero().tolist()
     assert changed == [[2, 2, 0]]
+
+
+def test_pretraining_learns_the_stripped_caption():
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": " Two lungs. \n"}]
+    text, spans = get_template("caption").render(normalise(said))
+    assert (text, [text[a:b] for a, b in spans]) == ("Two lungs.", ["Two lungs."])
 
 
 def volume(seed=0, shape=(12, 20, 24)):

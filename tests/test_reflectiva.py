@@ -323,6 +323,17 @@ def test_numbers_of_infoseek():
         metrics.infoseek_match("3", ["three"], "numerical")
 
 
+def test_answers_of_encyclopedic_vqa_at_their_edges():
+    assert metrics.preprocess_answer("<extra_id_0> Red <extra_id_0> fox") == "red fox"
+    for reference, kind, said in (
+        ("", "automatic", "cannot be empty"),
+        ("the", "automatic", "answer is empty after preprocessing"),
+        ("&&", "multi_answer", "list is empty after preprocessing"),
+    ):
+        with pytest.raises(UserError, match=said):
+            metrics.encyclopedic_score("?", [reference], "red", kind)
+
+
 @pytest.fixture
 def lines(tmp_path):
     def write(name, rows):

@@ -19,7 +19,7 @@ from llavakit.evaluation.records import Record
 
 
 class Referring(PairedBenchmark):
-    """Mean intersection over union, and the share of answers at or above 0.5."""
+    """Mean intersection over union, and the share of answers above 0.5."""
 
     title = "Referring expressions"
     questions_are_gold = True
@@ -56,12 +56,12 @@ class Referring(PairedBenchmark):
         return self.score_pairs(self.pairs(predictions, gold, missing, extra), value)
 
     def summary(self, scored: Scored) -> dict[str, Any]:
-        """Mean IoU and the share of answers at or above 0.5."""
-        return super().summary(scored) | {"accuracy_at_0.5": percent(mean(value >= 0.5 for _, value in scored))}
+        """Mean IoU and the share of answers above 0.5, as the published script counts."""
+        return super().summary(scored) | {"accuracy_at_0.5": percent(mean(value > 0.5 for _, value in scored))}
 
     def measures(self, scored: Scored) -> dict[str, Measure]:
         """Both."""
-        return super().measures(scored) | {"accuracy_at_0.5": Measure.mean([value >= 0.5 for _, value in scored])}
+        return super().measures(scored) | {"accuracy_at_0.5": Measure.mean([value > 0.5 for _, value in scored])}
 
 
 def _numbers(record: Record, field: str, count: int) -> list[float]:

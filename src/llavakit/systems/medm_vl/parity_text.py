@@ -24,6 +24,7 @@ from llavakit.splice.scatter import IGNORE
 from llavakit.systems.medm_vl.checkpoint import TEMPLATES
 
 LITERALS = {"image": "<image>", "volume": "<image3d>"}
+WRITTEN = {"pretrain": "<image>", "pretrain_image3d": "<image3d>"}
 
 
 def media_processor(tokenizer: Any, template: str) -> LlavakitProcessor:
@@ -46,6 +47,10 @@ def conversation(case: Case) -> Iterator[Example]:
             toy_tokenizer(dialogue["eos_string"], dialogue["adds_bos"]), TEMPLATES[dialogue["template"]]
         )
         turns = take(dialogue["messages"])
+        if dialogue["template"] in WRITTEN:  # the original leaves the question out and writes the mark itself
+            turns = [
+                turn | {"value": WRITTEN[dialogue["template"]]} if turn["from"] == "human" else turn for turn in turns
+            ]
         media = {}
         for literal, key in (("<image>", "image"), ("<image3d>", "image3d")):
             count = sum(turn["value"].count(literal) for turn in turns)
@@ -55,7 +60,7 @@ def conversation(case: Case) -> Iterator[Example]:
         if asked:
             sample = processor.encode(with_blank_media(messages), add_generation_prompt=True)
         else:
-            sample = training_sample(processor, messages)
+            sample = training_sample(processor, messages, labels=None if dialogue["template"] in WRITTEN else "rounds")
         kinds = iter([MODALITIES[kind].replace("multi_", "") for kind in sample["visual_modalities"]])
         ids, prompt, text = [], "", []
         for token in sample["input_ids"]:

@@ -25,5 +25,5 @@ VICUNA_LLAMA = _vicuna("vicuna_llama", "</s>")
 VICUNA_LLAMA_3 = _vicuna("vicuna_llama_3", "<|eot_id|>")
 VICUNA_QWEN_2 = _vicuna("vicuna_qwen_2", "<|im_end|>")
 VICUNA_PHI = _vicuna("vicuna_phi", "<|endoftext|>")
-# pretraining: the media item, then the caption, without an end mark
-CAPTION = replace(PLAIN, name="caption", stop=(), values={"end": ""}, bos="before_text")
+# pretraining: the media item, then the stripped caption, without an end mark
+CAPTION = replace(PLAIN, name="caption", stop=(), values={"end": "", "trims": True}, bos="before_text")

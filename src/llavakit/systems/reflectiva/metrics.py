@@ -30,7 +30,8 @@ def preprocess_answer(text: str) -> str:
 
     Apostrophes are deleted before contractions get theirs back, so that "dont" and "don't" are the same.
     """
-    text = text.lower().replace("\n", " ").replace("\t", " ").strip().removeprefix(_PREFIX)
+    text = text.lower().replace("\n", " ").replace("\t", " ").strip()
+    text = text.replace(_PREFIX, "") if text.startswith(_PREFIX) else text
     words = _DROPPED.sub(" ", text.translate(_DELETED)).split()
     words = [_WORDS.get(word, word) for word in words]
     return " ".join(contractions().get(word, word) for word in words)
@@ -41,12 +42,16 @@ def listed_match(reference: str, candidate: str, threshold: float = 0.5) -> bool
 
     Args:
         threshold: Least intersection over union.
+
+    Raises:
+        FieldError: If the reference has no item.
     """
     wanted = {preprocess_answer(item) for item in reference.split("&&")} - {""}
+    if not wanted:
+        raise FieldError("answer", "Reference list is empty after preprocessing.")
     found = candidate.replace(" and ", ",").replace(" & ", ",").split(",")
     given = {preprocess_answer(item) for item in found} - {""}
-    together = wanted | given
-    return bool(together) and len(wanted & given) / len(together) >= threshold
+    return len(wanted & given) / len(wanted | given) >= threshold
 
 
 def encyclopedic_score(
@@ -70,32 +75,34 @@ def encyclopedic_score(
     """
     if not references:
         raise FieldError("answer", "Reference list cannot be empty.")
-    if question_type not in QUESTION_TYPES:
-        raise FieldError("question_type", f"Unknown question type. Valid options are {list(QUESTION_TYPES)}")
     thresholds = {"iou_threshold": iou_threshold, "bem_threshold": bem_threshold}
-    listed = question_type == "multi_answer"
-    return max(_score(question, own, candidate, listed, equivalence, **thresholds) for own in references)
+    return max(_score(question, own, candidate, question_type, equivalence, **thresholds) for own in references)
 
 
 def _score(
     question: str,
     reference: str,
     candidate: str,
-    listed: bool,
+    question_type: str,
     equivalence: Equivalence | None,
     *,
     iou_threshold: float,
     bem_threshold: float,
 ) -> float:
-    wanted = preprocess_answer(reference)
-    if not wanted:
-        raise FieldError("answer", "Reference answer is empty after preprocessing.")
-    if listed:
+    if not reference:
+        raise FieldError("answer", "Reference answer cannot be empty.")
+    if question_type not in QUESTION_TYPES:
+        raise FieldError("question_type", f"Unknown question type. Valid options are {list(QUESTION_TYPES)}")
+    if question_type == "multi_answer":
         if listed_match(reference, candidate, iou_threshold):
             return 1.0
         reference = reference.replace("&&", ",")
-    elif preprocess_answer(candidate) == wanted:
-        return 1.0
+    else:
+        wanted = preprocess_answer(reference)
+        if not wanted:
+            raise FieldError("answer", "Reference answer is empty after preprocessing.")
+        if preprocess_answer(candidate) == wanted:
+            return 1.0
     return float(equivalence is not None and equivalence(candidate, reference, question) >= bem_threshold)
 
 

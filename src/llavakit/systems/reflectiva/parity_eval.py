@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llavakit.errors import RecordError
+from llavakit.errors import FieldError, RecordError
 from llavakit.evaluation.score import score
 from llavakit.proof.entries import scored
 from llavakit.proof.golden import Case, Example, examples, take
@@ -56,8 +56,11 @@ def infoseek_scores(case: Case) -> Iterator[Example]:
     def evaluated() -> dict[str, Any]:
         rows = {
             "predictions": [{"question_id": p["data_id"], "text": p["prediction"]} for p in inputs["predictions"]],
-            "references": inputs["references"],
-            "question_types": inputs["question_types"],
+            # of several entries with one id the original keeps the last; `score` refuses such files
+            **{
+                name: {row["data_id"]: row for row in inputs[name]}.values()
+                for name in ("references", "question_types")
+            },
         }
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / f"{name}.jsonl" for name in rows}
@@ -83,7 +86,13 @@ def encyclopedic_vqa_scores(case: Case) -> Iterator[Example]:
     inputs = take(case.inputs)
     thresholds = {name: case.config.get(name, 0.5) for name in ("iou_threshold", "bem_threshold")}
     yield from examples(metrics.preprocess_answer, inputs.get("strings", ()), "preprocess_answer")
-    listed = lambda pair: metrics.listed_match(*pair, thresholds["iou_threshold"])  # noqa: E731
+
+    def listed(pair: Sequence[Any]) -> Any:
+        try:
+            return metrics.listed_match(*pair, thresholds["iou_threshold"])
+        except FieldError as error:
+            return f"ValueError: {error.problem}"[:SHOWN]
+
     yield from examples(listed, inputs.get("multi", ()), "multianswer_exact_match")
 
     def right(example: Sequence[Any]) -> Any:
