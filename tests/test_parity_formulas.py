@@ -236,3 +236,21 @@ def test_a_stacked_video_is_so_many_images(check):
     request = {"input_ids": [[-200]], "views": {"stacked": 1}, "image_sizes": [[9, 9]], "modalities": ["video"]}
     rows = torch.tensor([[1.0, 0, row, col] for row in range(2) for col in range(2)])
     check("llava-onevision", "token_layout", config, inputs={"video": request}, outputs={"video": rows[None]})
+
+
+# LLaVA-Mini
+
+
+def test_a_whole_dialogue_ends_with_the_header_of_the_tokenizers_template(check):
+    golden = Path(__file__).parent / "golden" / "llava-mini" / "prompts"
+    inputs = json.loads((golden / "inputs.json").read_text())
+    opened = json.loads((golden / "outputs.json").read_text())["prompts"][0]
+    header, end = "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"
+    tokens = {token["content"]: token["id"] for token in inputs["tokenizer_json"]["added_tokens"]}
+    place = len(opened["input_ids"]) - 1 - opened["input_ids"][::-1].index(tokens["<|start_header_id|>"])
+    letter = inputs["tokenizer_json"]["model"]["vocab"]["B"]
+    dialogue = {"template": opened["template"], "messages": [opened["messages"][0], "B"]}
+    ids = [*opened["input_ids"], letter, tokens[end], *opened["input_ids"][place:]]
+    found = {**dialogue, "prompt": f"{opened['prompt']}B{end}{header}", "input_ids": ids}
+    asked = inputs | {"conversations": [dialogue]}
+    check("llava-mini", "prompt_strings", {}, inputs=asked, outputs={"prompts": [found]})

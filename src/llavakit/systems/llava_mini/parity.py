@@ -54,6 +54,7 @@ from llavakit.views.pixels import CLIP_MEAN, CLIP_STD
 from llavakit.views.plan import MediaSize, Plan
 
 FRAMES_IN_TRAINING = 8
+HEADED = "llava_llama_3_1"
 
 
 # Arithmetic
@@ -179,7 +180,8 @@ def prompt_strings(case: Case) -> Iterator[Example]:
         texts = dialogue["messages"]
         opened = texts[-1] is None
         messages = turns_to_messages((n % 2, text or "") for n, text in enumerate(texts[:-1] if opened else texts))
-        options = {"placement": "keep", "add_generation_prompt": opened}
+        # the tokenizer's own template ends every conversation with the assistant's header
+        options = {"placement": "keep", "add_generation_prompt": opened or dialogue["template"] == HEADED}
         text = prompt_text(dialogue["template"], messages, **options)
         if opened:
             ids = prompt_ids(text_processor(tokenizer, dialogue["template"]), messages, **options)
@@ -201,9 +203,10 @@ def supervision_labels(case: Case) -> Iterator[Example]:
         turns = [turn | {"value": turn["value"].replace("<video>", "<image>")} for turn in turns]
         images = sum(turn["value"].count("<image>") for turn in turns)
         messages = from_llava({"conversations": turns} | ({"image": ["-"] * images} if images else {}))
+        messages = media_first(messages, collapse=True)
         encoded = training_sample(text_processor(tokenizer, case.config["version"]), messages)
         return {
-            "normalised": to_llava(media_first(messages, collapse=True))["conversations"],
+            "normalised": to_llava(messages)["conversations"],
             "input_ids": encoded["input_ids"],
             "labels": [ignore if label == IGNORE else label for label in encoded["labels"]],
             "warning": "",  # what the original prints when its two ways of counting tokens disagree
