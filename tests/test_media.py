@@ -1,17 +1,19 @@
 """Reading of media: what is accepted, and the one line that refused files get."""
 
 import gzip
+import os
 import struct
 import sys
 import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from llavakit.errors import UserError
+from llavakit.errors import MediaError, UserError
 from llavakit.media import Limits, image_size, load_image, load_video, load_volume
 
 RED = (200, 30, 60)
@@ -452,3 +454,13 @@ def test_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nibabel", None)
     with pytest.raises(UserError, match=r"pip install 'llavakit\[medical\]'"):
         load_volume(path)
+
+
+def test_the_size_of_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "own.png"
+    for size in ((4, 6), (8, 2), (3, 3)):
+        Image.new("RGB", size).save(path)
+        os.utime(path, ns=(0, size[0]))
+        assert [image_size(path)[1:] for _ in range(2)] == [size[::-1]] * 2
+    with pytest.raises(MediaError, match="limit is 8"):
+        image_size(path, limits=Limits(pixels=8))

@@ -143,6 +143,14 @@ def image_size(
     """
     name = name_of(source)
     file = _file(source, name, limits, frame)
+    if not isinstance(file, Path):
+        return _size(file, name, limits, exif_transpose, frame)
+    stat = file.stat()
+    version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return _size_on_disk(version, file, name, limits, exif_transpose, frame)
+
+
+def _size(file: Any, name: str, limits: Limits, exif_transpose: bool, frame: int | None) -> MediaSize:
     if not isinstance(file, Image.Image) and is_dicom(file):
         from llavakit.media.dicom_picture import picture_size
 
@@ -157,6 +165,12 @@ def image_size(
     if image is not file:
         image.close()
     return MediaSize(1, width, height) if turned else MediaSize(1, height, width)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _size_on_disk(version: tuple[int, ...], *asked: Any) -> MediaSize:
+    """`_size` of a file, remembered while it does not change: every stage of a training asks for it again."""
+    return _size(*asked)
 
 
 def _orientation(image: Image.Image, given: bool) -> Any:

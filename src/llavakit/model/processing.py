@@ -334,8 +334,10 @@ class LlavakitProcessor(ProcessorMixin):
         if part["type"] != "image":
             return self.read_media(part)[1]
         options = (self.reading or {}).get("image", {})
-        names = inspect.signature(readers.image_size).parameters
-        return readers.image_size(_source_of(part), **{key: options[key] for key in options if key in names})
+        if options:
+            names = inspect.signature(readers.image_size).parameters
+            options = {key: options[key] for key in options if key in names}
+        return readers.image_size(_source_of(part), **options)
 
     def views_of(self, modality: str, item: Any, size: MediaSize, regions: Sequence[Region] = ()) -> list[torch.Tensor]:
         """Encoder inputs of a media item, float32 [channels, (depth,) height, width] each."""
