@@ -454,6 +454,15 @@ def test_typed_placeholder_is_read_as_its_letters(vicuna):
     assert vicuna.decode(learned) == "b<image></s>"
 
 
+@pytest.mark.parametrize("name", ["llama_3", "med42_v2"])
+def test_an_empty_reply_is_continued_where_a_prompt_ends(name):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]
+    template = get_template(name)
+    prompt = template.render(normalise(turns[:1]), add_generation_prompt=True)[0]
+    assert prompt.endswith("<|end_header_id|>\n\n")
+    assert template.render(normalise(turns), continue_final_message=True)[0] == prompt
+
+
 def test_typed_placeholder_is_text(vicuna):
     encoded = encode([{"role": "user", "content": "what does <image> mean?"}], "v1", vicuna, add_generation_prompt=True)
     assert IMAGE_PLACEHOLDER not in encoded.ids

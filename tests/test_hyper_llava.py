@@ -24,6 +24,7 @@ from llavakit.model.prompt import PromptInfo
 from llavakit.proof.golden import find_cases, run_case
 from llavakit.system import get_system
 from llavakit.systems.hyper_llava.connector import VisualExpertMLP
+from llavakit.systems.hyper_llava.cost import Size, golden_counts
 from llavakit.systems.hyper_llava.experts import ExpertShape, GeneratedExpert
 from llavakit.systems.hyper_llava.segments import find_segments
 from llavakit.training.build import build_meta
@@ -568,3 +569,9 @@ def test_miniature():
         "static",
     ]
     assert "4,976 learned" in verdict.comparisons[0].idea.name
+
+
+def test_counts_of_odd_widths():
+    counts = golden_counts(Size(d_vision=10, d_model=7, layers=3, embed_dim=5, hyper_hidden=2, bottleneck=3))
+    assert counts["generated_per_sample_per_language_layer"] == 3 * 3 * 7
+    assert counts["language_total"] == 201 + 2 * 103

@@ -200,6 +200,10 @@ class Template:
         Raises:
             UserError: If the template cannot express the conversation.
         """
+        if continue_final_message and self._opens_empty(messages):
+            return self.render(
+                messages[:-1], add_generation_prompt=True, training=training, placement=placement, typed=typed
+            )
         source = self.source
         if training and (self.training or self.training_values):
             source = self._source(self.training or self.file, **self.training_values)
@@ -222,6 +226,12 @@ class Template:
         if training and not spans:
             spans = self._answers(text, bare)
         return text, spans
+
+    def _opens_empty(self, messages: Sequence[Message]) -> bool:
+        """Whether the last message is an empty one of the assistant, of which a template that trims keeps no place."""
+        trims = self.jinja is not None or self.values.get("trims")
+        last = messages[-1] if trims and messages else {"role": ""}
+        return last["role"] == "assistant" and all(part.get("text", "-").strip() == "" for part in last["content"])
 
     def _rendered(self, source: str, messages: list[Message], **options: Any) -> tuple[str, list[Span]]:
         from jinja2.exceptions import TemplateError

@@ -42,7 +42,7 @@ class Size:
 
     def adapter(self, **options: Any) -> LanguageExperts:
         """Language experts on the meta device."""
-        text = LlamaConfig(hidden_size=self.d_model, num_hidden_layers=self.layers, num_attention_heads=1)
+        text = LlamaConfig(hidden_size=self.d_model, num_hidden_layers=self.layers, num_attention_heads=1, head_dim=2)
         return on_meta(lambda: LanguageExperts(text, **self.expert, **options))
 
 

@@ -59,6 +59,7 @@ def published_connector(variant: str, widths: tuple[int, int], expert: Mapping[s
         **{keys[name]: value for name, value in expert.items()},
         "hidden_size": widths[1],
         "vocab_size": 8,
+        "head_dim": 2,  # the connector's width need not be even
         **small,
     }
     encoder = {"hidden_size": widths[0], "image_size": 4, "patch_size": 2, **small}

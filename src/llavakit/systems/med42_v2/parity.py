@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llavakit.conversation.messages import normalise
-from llavakit.conversation.template import get_template
+from llavakit.conversation.template import PLACEHOLDER, get_template
 from llavakit.data.collate import Collator
 from llavakit.data.packing import chunks
 from llavakit.evaluation.benchmarks.likelihood import first_best, ranking_values, shares
@@ -37,7 +37,7 @@ def chat_prompt(case: Case) -> Iterator[Example | Result]:
     def written(query: Mapping[str, Any]) -> str:
         query = take(query)
         messages = query.pop("messages")
-        return TEMPLATE.render(normalise(messages), **query)[0]
+        return TEMPLATE.render(normalise(messages), typed=PLACEHOLDER, **query)[0]  # here a mark is nothing but text
 
     yield from examples(written, case.inputs["cases"])
 
@@ -61,16 +61,20 @@ def sft_labels(case: Case) -> list[Example]:
     processor = text_processor(known.tokenizer, TEMPLATE)
 
     def labelled(sequence: Sequence[int]) -> list[int]:
-        text = known.text(sequence).removeprefix(START)
-        if HEAD_START not in text:
-            return [IGNORE] * len(sequence)
-        messages = []
+        # what stands before the first header, and a header that is cut off, is nobody's
+        begun = next((n for n, number in enumerate(sequence) if number == heads[0]), len(sequence))
+        messages, text = [], known.text(sequence[begun:])
         for turn in text.split(HEAD_START)[1:]:
-            role, _, content = turn.partition(HEAD_END)
-            content = content.removeprefix(BREAK)
-            messages.append({"role": role, "content": content.removesuffix(TURN_END)})
-        sample = training_sample(processor, normalise(messages), max_length=len(sequence))
-        labels = [int(label) for label in sample["labels"]]
+            role, shut, content = turn.partition(HEAD_END)
+            if shut:
+                content = content.removeprefix(BREAK)
+                messages.append({"role": role, "content": content.removesuffix(TURN_END)})
+        if not messages:
+            return [IGNORE] * len(sequence)
+        length = len(sequence) - begun + 1  # the template writes one begin token
+        sample = training_sample(processor, normalise(messages), max_length=length)
+        labels = [IGNORE] * begun + [int(label) for label in sample["labels"]][1:]
+        labels += [IGNORE] * (len(sequence) - len(labels))
         return [label if label == IGNORE else known.original[label] for label in labels]
 
     return examples(labelled, sequences)
