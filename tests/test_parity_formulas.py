@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llavakit.conversation.template import get_template
 from llavakit.proof.entries import prompt_text, turns_to_messages
@@ -254,3 +255,20 @@ def test_a_whole_dialogue_ends_with_the_header_of_the_tokenizers_template(check)
     found = {**dialogue, "prompt": f"{opened['prompt']}B{end}{header}", "input_ids": ids}
     asked = inputs | {"conversations": [dialogue]}
     check("llava-mini", "prompt_strings", {}, inputs=asked, outputs={"prompts": [found]})
+
+
+# LLaVA-UHD
+
+
+def test_positions_of_a_square_view_of_another_size_are_resized(check):
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"image_size": 8, "patch_size": 4}
+    weights = CLIPVisionModel(CLIPVisionConfig(**config)).state_dict()
+    name = next(name for name in weights if name.endswith("position_embedding.weight"))
+    table = weights[name]
+    grid = table[1:].T.reshape(1, 8, 2, 2)
+    larger = torch.nn.functional.interpolate(grid, (4, 4), mode="bicubic").flatten(2)[0].T
+    outputs = {"view_pos": torch.cat([table[:1], larger])[None]}
+    kept = {key: tensor for key, tensor in weights.items() if tensor.is_floating_point()}
+    inputs = {"view": torch.zeros(1, 3, 16, 16)}
+    check("llava-uhd", "clip_native_aspect", config, inputs=inputs, weights=kept, outputs=outputs)

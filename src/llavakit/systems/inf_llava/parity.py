@@ -176,7 +176,7 @@ def prompts(case: Case) -> Iterator[Example]:
 
     def written(dialog: Mapping[str, Any]) -> Result:
         turns = [(who, text or "") for who, text in dialog["messages"]]
-        opened = turns[-1] == (1, "")
+        opened = turns[-1:] == [(1, "")]
         messages = turns_to_messages(turns[:-1] if opened else turns)
         template = TEMPLATES[dialog["template"]]
         prompt = prompt_text(template, messages, placement="keep", add_generation_prompt=opened)

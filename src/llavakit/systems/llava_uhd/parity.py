@@ -183,7 +183,9 @@ def clip_native_aspect(case: Case) -> Result:
             height, width = pixels.shape[-2:]
             table = embeddings.position_embedding.weight[None]
             if (height, width) != (case.config["image_size"],) * 2:
-                table = embeddings.interpolate_pos_encoding(table, height, width)
+                patch = encoder.config.patch_size
+                patches = table.new_empty(1, 1 + (height // patch) * (width // patch), table.shape[-1])
+                table = embeddings.interpolate_pos_encoding(patches, height, width)
             outputs[f"{name}_pos"] = table
             outputs[f"{name}_hidden_m2"] = encode_views(encoder, pixels, -2, "default", geometry_of(encoder.config))
     return Result(tensors=outputs)
@@ -313,7 +315,7 @@ def prompts(case: Case) -> Iterator[Example]:
 
     def written(dialog: Mapping[str, Any]) -> Result:
         turns = [(who, text or "") for who, text in dialog["messages"]]
-        opened = turns[-1] == (1, "")
+        opened = turns[-1:] == [(1, "")]
         messages = turns_to_messages(turns[:-1] if opened else turns)
         prompt = prompt_text(dialog["template"], messages, placement="keep", add_generation_prompt=opened)
         shape = ("roles", "sep", "sep2", "system")
