@@ -623,6 +623,7 @@ def test_the_miniature_measures_every_arm():
         ("<video>" + "<image>" * 17 + "\nWhich?", 16, "<video>" + "<image>" * 16 + "\nWhich?"),
         ("See <image>" + "<image>" * 17, 18, None),
         ("<image> " * 18, 18, None),
+        ("<image> " * 18 + "Which? ", 18, None),
         ("<image>" * 16 + " ", 16, None),
     ],
 )
@@ -640,5 +641,5 @@ def test_a_long_run_of_images_is_cut_as_published_with_a_note(text, images, said
     assert names == sorted(names, key=lambda name: int(name.split(".")[0]))
     assert (names[0], names[-1]) == ("0.png", f"{count - 1}.png")
     assert bool(found.notes) == (said is not None)
-    question = (said or text).replace("<video>", "<image>")
+    question = (said or (text.rstrip() if text.startswith("<image> ") else text)).replace("<video>", "<image>")
     assert f"USER: {question} ASSISTANT: A." in found.text

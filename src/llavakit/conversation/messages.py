@@ -298,7 +298,8 @@ def limit_images(messages: Sequence[Message], most: int) -> tuple[list[Message],
     """Normalised messages whose turns open with at most `most` images in an unbroken run, and how many are left out.
 
     Of a longer run as many images are kept, spread evenly, and the turn's text loses the space at its end (Video-LLaVA,
-    whose code draws them at random). Turns that open with text, and images with text between them, stay as they are.
+    whose code draws them at random). Turns that open with text stay as they are; of images with text between them all
+    are kept, and only that space goes.
     """
     limited, dropped = [], 0
     for message in messages:
@@ -306,8 +307,9 @@ def limit_images(messages: Sequence[Message], most: int) -> tuple[list[Message],
         places = [place for place, part in enumerate(parts) if part["type"] == "image"]
         run = parts[places[0] : places[-1] + 1] if places else []
         unbroken = all(part["type"] == "image" or part.get("text") == "" for part in run)
-        if len(places) > most and is_media(parts[0]) and unbroken:
+        if len(places) > most and is_media(parts[0]):
             kept = {places[number * (len(places) - 1) // max(most - 1, 1)] for number in range(most)}
+            kept = kept if unbroken else set(places)
             dropped += len(places) - len(kept)
             content = [dict(part) for place, part in enumerate(parts) if place not in places or place in kept]
             if content[-1]["type"] == "text":
