@@ -182,6 +182,9 @@ def test_controls_show_other_pictures(pictures, tmp_path):
     assert [(frame.size, frame.getextrema()) for frame in frames] == [((6, 4), ((0, 0),) * 3)] * 3
     with pytest.raises(UserError, match="question '0': there is no other picture"):
         swapped([about(0, "0.png")], [about(1, "0.png")])
+    for address in ("data:image/png;base64,{}", "http://localhost/{}.png"):  # told apart although they are no files
+        first, other = (Question(n, TEXT, ({"type": "image", "image": address.format(n)},)) for n in range(2))
+        assert swapped([first], [first, other])[0].media == other.media
     assert spread_over(list(range(10)), 3) == [0, 3, 6]
     assert spread_over(list(range(3)), 10) == [0, 1, 2]
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import tiny_training
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from llavakit.cli.app import app
 from llavakit.errors import RecipeError
-from llavakit.training import callbacks, memory, plan
+from llavakit.training import callbacks, check, memory, plan
+from llavakit.training.build import build_model
+from llavakit.training.lora import prepare
 from llavakit.training.plan import measure, plan_recipe
 from llavakit.training.recipe import parse_recipe
 from llavakit.training.run import train
@@ -98,6 +101,25 @@ def test_freezing_and_recomputing_take_less(world, tmp_path):
     assert connector.activations < full.activations
     assert full.optimiser == pytest.approx(2 * full.weights, rel=0.02)  # all but the encoder trains
     assert connector.optimiser < 0.02 * full.optimiser
+
+
+def test_weights_count_in_the_types_that_training_keeps_them_in(world, tmp_path, monkeypatch):
+    def recipe(**lora):
+        stage = {"dtype": "bfloat16", "train": ["multi_modal_projector"], "lora": {"rank": 4, **lora}}
+        return parse_recipe(raw(world, tmp_path, **stage))
+
+    found = plan_recipe(recipe())[0].memory
+    module = build_model(recipe())[0].to(torch.bfloat16)
+    adapted = prepare(module, recipe().stages[0])
+    assert found.weights == sum(tensor.nbytes for tensor in {*adapted.parameters(), *adapted.buffers()})
+    assert {p.dtype for name, p in adapted.named_parameters() if "lora_" in name} == {torch.float32}
+    layers = [layer.base_layer.weight for layer in adapted.modules() if hasattr(layer, "base_layer")]
+    count = sum(weight.numel() for weight in layers)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: name)  # bitsandbytes need not be here
+    for kind, bits in (("nf4", 4.127), ("int8", 8)):
+        quantised = plan_recipe(recipe(quantize=kind))[0].memory
+        assert found.weights - quantised.weights == pytest.approx(count * (16 - bits) / 8, rel=1e-4)
+        assert quantised.activations - found.activations == max(weight.nbytes for weight in layers)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_built(world, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from llavakit.data.collate import Collator
 from llavakit.errors import CheckpointError, RecipeError, UserError
@@ -33,6 +34,7 @@ from llavakit.registry import OBJECTIVES
 from llavakit.system import systems
 from llavakit.training.attention import packed_attention, segments_of, switch_on
 from llavakit.training.build import build_meta, build_model, config_of, load_checkpoint, part_config
+from llavakit.training.callbacks import Bar
 from llavakit.training.check import check_names, check_parts
 from llavakit.training.dataset import Samples, StageCollator, open_records, plan_batches
 from llavakit.training.features import FeatureCache
@@ -578,6 +580,9 @@ def test_the_first_lines_say_what_is_about_to_happen(world: Path, tmp_path: Path
     assert f"align: 24 records, 16 samples in 4 steps, {tokens:,} tokens, " in said
     assert "align: trains 1,856 of " in said
     assert " parameters: multi_modal_projector 1,856\n" in said
+    assert re.search(
+        r"align: takes [\d.]+ MB of memory \(weights [\d.]+ MB, .*gradients [\d.]+ MB.*\) and its activations", said
+    )
     assert "align: 4 steps are few, the loss will hardly move" in said
     tokens = result.stages[1].metrics["tokens"]
     found = re.search(
@@ -585,6 +590,24 @@ def test_the_first_lines_say_what_is_about_to_happen(world: Path, tmp_path: Path
     )
     assert int(found[1]) == result.stages[1].metrics["steps"]
     assert 0 < int(found[2]) < 60
+
+
+def test_a_line_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("llavakit.training.callbacks.time.monotonic", lambda: now)
+    said = Console(file=io.StringIO(), width=200)
+    bar, state = Bar("tune", said), TrainerState(max_steps=101)
+    for step in range(1, 102):
+        now += 60 if step == 1 else 3  # the first step also compiles and allocates
+        state.global_step = step
+        bar.on_step_end(None, state, None)
+        if step in (1, 11, 101):
+            bar.on_log(None, state, None, logs={"loss": 1.0})
+    assert said.file.getvalue().splitlines() == [
+        "tune: step 1 of 101, loss 1.0000",
+        "tune: step 11 of 101, loss 1.0000, 4 min left",
+        "tune: step 101 of 101, loss 1.0000",
+    ]
 
 
 def test_documented_commands_train_what_they_say() -> None:

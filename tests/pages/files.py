@@ -76,7 +76,7 @@ def dicom(path: Path) -> None:
     found.save_as(path)
 
 
-@thing("pictures", "photos", "val2014", "images", "docs/data.md#photos", "mm-vet")
+@thing("pictures", "photos", "val2014", "images", "docs/data.md#photos", "mm-vet", "MIMIC-CXR-JPG")
 def pictures(path: Path) -> None:
     path.mkdir()
     for number in range(95 if path.name == "photos" else 8):

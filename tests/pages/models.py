@@ -32,7 +32,6 @@ SYSTEM_OF = {
     "src/llavakit/systems/llava_med/README.md#runs/llava-med-7b/final": "llava-med",
     "src/llavakit/systems/surgical_llava/README.md#runs/surgical-llava-7b/final": "surgical-llava",
     "src/llavakit/systems/mg_llava/README.md#mg": "mg-llava",
-    "src/llavakit/systems/robust_clip/README.md#llava-fare4": "llava-1.5",
     "src/llavakit/systems/reflectiva/README.md#tiny": "reflectiva",
     "runs/checker-0/final": "report-error-checking",
     "runs/checker-1/final": "report-error-checking",

@@ -14,6 +14,11 @@ def reply(body: dict[str, Any]) -> str:
     text = json.dumps(body["messages"])
     if "severe" in text and "slight" in text:
         return '{"severe": {"side": 0, "size": 1}, "slight": {"side": 0, "size": 0}}'
+    if "errors by type" in text:
+        none = "((A, 0), (B, 1), (C, 0), (D, 0), (E, 0), (F, 0))"
+        return "\n".join(
+            f"Number of clinically {kind} errors by type: {none}" for kind in ("significant", "insignificant")
+        )
     if pair := re.search(r"The first response: \[(.*?)\]\\nThe second response: \[(.*?)\]", text):
         return f"The better response: [{1 if pair[1] > pair[2] else 2}]"  # whichever way round they are shown
     if "User:" in text:

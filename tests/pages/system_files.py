@@ -123,7 +123,7 @@ def notes(path: Path) -> None:
     (path / "bridge.md").write_text("# The bridge\n\nThe bridge was built in 1932. It is red.\n")
 
 
-@thing("google/siglip2-base-patch16-224", f"{SYSTEMS}/reflectiva/README.md#clip")
+@thing("google/siglip2-base-patch16-224", *page("reflectiva", "clip"), *page("robust_clip", "CLIP-FOLDER"))
 def clip_encoder(path: Path) -> None:
     """A CLIP with both sides, its tokenizer and its pictures' size."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -138,6 +138,27 @@ def clip_encoder(path: Path) -> None:
     tokenizer.save_pretrained(path)
     size = {"height": 32, "width": 32}
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(path)
+
+
+@thing(*page("robust_clip", "chs20/fare4-clip"))
+def robust_clip_encoder(path: Path) -> None:
+    """The visual side of a CLIP, as wide as the encoder of LLaVA-1.5's stand-in."""
+    from tiny_checkpoints import VISION
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION | {"projection_dim": 16})).save_pretrained(path)
+
+
+@thing(*page("robust_clip", "labels.jsonl"))
+def labelled(path: Path) -> None:
+    for number in IDS:
+        (path.parent / f"{number}.png").write_bytes(png(number))
+    lines(path, *({"image": str(path.parent / f"{number}.png"), "label": number % 2} for number in IDS))
+
+
+@thing(*page("robust_clip", "names.txt"))
+def class_names(path: Path) -> None:
+    path.write_text("bridge\ntower\n")
 
 
 @thing("intfloat/e5-small-v2")
@@ -223,6 +244,41 @@ def boxes(path: Path) -> None:
 @thing("tools.yaml")
 def tools(path: Path) -> None:
     path.write_text("skills:\n  segment: {}\n  detect_shapes: {}\n")
+
+
+@thing(*page("kg_llava", "medclip"))
+def medclip(path: Path) -> None:
+    """MedCLIP with few layers, in the form in which `llavakit prepare medclip` writes the published one."""
+    from tiny_training import write_tokenizer
+
+    from llavakit.systems.kg_llava.medclip import MedClip, write_medclip
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+    vision = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+    path.mkdir()
+    write_tokenizer(path)
+    write_medclip(MedClip({"vocab_size": 80, "hidden_size": 16} | sizes, vision | {"window_size": 2}, 8), path)
+
+
+@thing(*page("kg_llava", "mimic_nle_kg_suggestive.json", "mimic_nle_dataset.json"))
+def explanations(path: Path) -> None:
+    """Explanations of twelve films in MIMIC-NLE's form, with the triplets of their reports."""
+    rows = []
+    for number in range(12):
+        row = {"img_id": str(number), "img_path": f"{number % 8}.png", "split": "train", "study_id": number // 2}
+        row |= {"img_labels": [[1, 0, 0]] * 9 + [[0, 0, 1]], "nle": "The fissure is displaced."}
+        rows.append(row | {"triplets": f"{'mild ' * number}opacity suggestive_of atelectasis"})
+    path.write_text(json.dumps(rows))
+
+
+@thing(*page("surgical_llava", "cholec80"))
+def cholec80(path: Path) -> None:
+    """A minute of an operation whose phases have neither 25 rows a second nor one."""
+    path.mkdir()
+    rows = [f"{row}\tPreparation" for row in range(799)]
+    (path / "video01-phase.txt").write_text("\n".join(["Frame\tPhase", *rows]) + "\n")
+    cells = [f"{25 * second}\t1\t0" for second in range(60)]
+    (path / "video01-tool.txt").write_text("\n".join(["Frame\tGrasper\tHook", *cells]) + "\n")
 
 
 @thing(*page("surgical_llava", "Cholec80-VQA"))

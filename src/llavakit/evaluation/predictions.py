@@ -81,7 +81,10 @@ def media_digest(question: Question) -> str:
 def _content(media_item: Any) -> str:
     if isinstance(media_item, bytes):
         return hashlib.sha256(media_item).hexdigest()
-    path = Path(str(media_item))
+    address = str(media_item)
+    if address.startswith(("data:", "http://", "https://")):
+        return hashlib.sha256(address.encode()).hexdigest()
+    path = Path(address)
     try:
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         return " ".join(file_identity(file) for file in files)

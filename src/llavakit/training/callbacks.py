@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llavakit.data.strict_json import read_json
+from llavakit.training.summary import in_time
 
 EVERY = 2.0  # seconds between two writings of what was logged
 LEFT_OUT = ("step", "epoch", "num_input_tokens_seen", "total_flos")
@@ -98,6 +99,7 @@ class Bar(TrainerCallback):
         self.title, self.console = title, console
         self.progress: Progress | None = None
         self.printed = 0.0
+        self.first: tuple[int, float] | None = None  # a step and when it ended, the first of this process
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,6 +122,7 @@ class Bar(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
+        self.first = self.first or (state.global_step, time.monotonic())
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
 
@@ -141,7 +144,16 @@ class Bar(TrainerCallback):
             self.progress.update(self.task, note=note)
         elif time.monotonic() - self.printed > 10 or state.global_step >= state.max_steps:
             self.printed = time.monotonic()
+            note += self._left(state)
             self.console.print(f"{self.title}: step {state.global_step} of {state.max_steps}, {note}")
+
+    def _left(self, state: TrainerState) -> str:
+        """How long the rest takes at the pace since the first step, which also warms up; nothing at the end."""
+        step, ended = self.first or (state.global_step, 0.0)
+        left = state.max_steps - state.global_step
+        if left <= 0 or state.global_step <= step:
+            return ""
+        return f", {in_time((time.monotonic() - ended) / (state.global_step - step) * left)} left"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

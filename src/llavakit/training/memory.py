@@ -105,14 +105,23 @@ class Memory:
         return sum(self.terms.values())
 
 
-def static_bytes(model: nn.Module, stage: Stage) -> Memory:
-    """Weights, gradients and an Adam's two averages: what every step takes, whatever its batch. Counts meta tensors."""
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    if stage.dtype == "bfloat16":
+def static_bytes(model: nn.Module, stage: Stage, *, loaded: bool = False) -> Memory:
+    """Weights, gradients and an Adam's two averages: what every step takes, whatever its batch. Counts meta tensors.
+
+    Args:
+        loaded: Whether weights have the type in which the stage keeps them, and are sharded if they will be.
+    """
+    weights = sum(map(_own_bytes, (*model.parameters(), *model.buffers())))
+    trained = sum(_own_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    if stage.dtype == "bfloat16" and not loaded:
         weights, trained = weights // 2, trained // 2
     averages = 2 if stage.optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused") else 0
     return Memory(weights=weights, gradients=trained, optimiser=averages * trained)
+
+
+def _own_bytes(tensor: Tensor) -> int:
+    """Of a sharded tensor those of this process."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
 
 
 def give_back_at_once() -> None:

@@ -43,6 +43,8 @@ from llavakit.views.plan import MediaSize
 SAMPLED = 64  # samples whose size in memory is looked at
 TIMED = 2  # steps that are timed, behind one that is not
 IGNORE = -100
+PER_WEIGHT = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0}
+"""Bytes of a quantised weight; nf4 has a scale of 8 bits for 64 weights, and one of 32 bits for 256 of those."""
 
 
 @dataclasses.dataclass
@@ -122,6 +124,7 @@ def _plan(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _on_meta(stage, objective, config, tokenizer)
     parts = _count(model)
+    saved, unpacked = _quantised(model, stage)
     flat = stage.packing is True and isinstance(objective, LanguageObjective) and device == "cpu"
     size = summary.plan_of(samples, stage, batches, 1, flat)
     if isinstance(objective, LanguageObjective):
@@ -129,6 +132,8 @@ def _plan(
         shape = shape_of(samples, objective, stage, largest, config, flat=flat)
         arguments = training_arguments(recipe, stage, Path(recipe.output), 0)
         memory = rehearse(model, stage, shape, arguments, device=device, pairs=isinstance(objective, DPO))
+        memory.weights -= saved
+        memory.activations += unpacked
     else:
         memory = static_bytes(model, stage)
         memory.notes.append(f"the activations of objective {stage.objective.type!r} are not counted")
@@ -149,9 +154,21 @@ def _samples(recipe: Recipe, number: int, stage: Stage, objective: Objective, **
 def _on_meta(stage: Stage, objective: Objective, config: Any, tokenizer: Any) -> nn.Module:
     with torch.device("meta"):
         model = objective.skeleton(config)
+        if stage.dtype == "bfloat16":
+            model.to(torch.bfloat16)  # before adapters are added, which stay in float32
         if stage.lora is not None:
             stage = stage.model_copy(update={"lora": stage.lora.model_copy(update={"quantize": None})})
         return prepare(model, stage, tokenizer)
+
+
+def _quantised(model: nn.Module, stage: Stage) -> tuple[int, int]:
+    """Bytes that weights take less once they are quantised, and those of the largest one, unpacked to multiply with."""
+    if stage.lora is None or stage.lora.quantize is None:
+        return 0, 0
+    adapted = [getattr(module, "base_layer", None) for module in model.modules()]
+    weights = [layer.weight for layer in adapted if isinstance(layer, nn.Linear)]
+    kept = sum(weight.numel() * PER_WEIGHT[stage.lora.quantize] for weight in weights)
+    return round(sum(weight.nbytes for weight in weights) - kept), max(weight.nbytes for weight in weights)
 
 
 def _count(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -268,13 +285,7 @@ def lines(plan: StagePlan) -> Iterable[str]:
     for note in memory.notes:
         yield f"  note: {note}"
     if plan.seconds is not None:
-        yield f"  time, from {TIMED} timed steps: {in_time(plan.seconds)}"
-
-
-def in_time(seconds: float) -> str:
-    """As people read it."""
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 3 else f"{minutes:.0f} min" if hours < 3 else f"{hours:.1f} h"
+        yield f"  time, from {TIMED} timed steps: {summary.in_time(plan.seconds)}"
 
 
 # Time

@@ -56,7 +56,7 @@ def rehearse(
     """Run a step of a prepared model on meta tensors; the model is used up.
 
     Args:
-        model: As the trainer trains it, on meta tensors.
+        model: As the trainer trains it, on meta tensors of the types that it has then.
         shape: Of its largest batch.
         arguments: transformers' of the stage.
         pairs: Whether the loss takes log-probabilities of single tokens (preferences) instead of their sum.
@@ -65,8 +65,6 @@ def rehearse(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
         core(model).tie_weights()
-        if stage.dtype == "bfloat16":
-            model.to(torch.bfloat16)
         model.train()
         flat = shape.segments is not None and switch_on(core(model))
         recompute(model, stage.gradient_checkpointing)

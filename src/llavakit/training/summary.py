@@ -11,6 +11,7 @@ from torch import nn
 from llavakit.data.packing import pack_rows
 from llavakit.training.dataset import PreparedSamples
 from llavakit.training.fingerprint import spread
+from llavakit.training.memory import Memory, in_gb, static_bytes
 from llavakit.training.recipe import Stage
 
 FEW_STEPS = 20
@@ -94,6 +95,7 @@ def lines(stage: Stage, plan: Plan | StreamPlan, trainable: Mapping[str, int], m
     said = [
         f"{stage.name}: {_sizes(plan)}",
         f"{stage.name}: trains {sum(trainable.values()):,} of {total:,} parameters: {parts}",
+        f"{stage.name}: {_memory(static_bytes(model, stage, loaded=True))}",
     ]
     if plan.steps < FEW_STEPS:
         said.append(
@@ -101,6 +103,17 @@ def lines(stage: Stage, plan: Plan | StreamPlan, trainable: Mapping[str, int], m
             "batches make more of them"
         )
     return said
+
+
+def _memory(memory: Memory) -> str:
+    terms = ", ".join(f"{name} {in_gb(value)}" for name, value in memory.terms.items())
+    return f"takes {in_gb(memory.total)} of memory ({terms}) and its activations, which --plan counts"
+
+
+def in_time(seconds: float) -> str:
+    """As people read it."""
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 3 else f"{minutes:.0f} min" if hours < 3 else f"{hours:.1f} h"
 
 
 def _sizes(plan: Plan | StreamPlan) -> str:
