@@ -241,8 +241,10 @@ class DPO(LanguageObjective):
         ranks = (plan_batches(samples, self.stage, run.seed, world=run.world, rank=rank) for rank in range(run.world))
         planned = sorted({index for batches in ranks for batch in batches for index in batch})
         if distributed.is_main():
-            known, keys = read_reference(path), functools.partial(self.encode, media=False)
-            missing = [index for index in planned if samples.dataset.sample(index, keys)["key"] not in known]
+            known, missing = read_reference(path), planned
+            if known:
+                keys = functools.partial(self.encode, media=False)
+                missing = [index for index in planned if samples.dataset.sample(index, keys)["key"] not in known]
             if missing:
                 known |= self._measure(run, missing)
                 write_reference(path, known)
