@@ -463,6 +463,13 @@ def test_an_empty_reply_is_continued_where_a_prompt_ends(name):
     assert template.render(normalise(turns), continue_final_message=True)[0] == prompt
 
 
+@pytest.mark.parametrize("name", ["mpt", "chatml_direct"])
+def test_an_empty_question_is_an_open_turn(name):
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]
+    text = get_template(name).render(normalise(turns), add_generation_prompt=True)[0]
+    assert "<|im_start|>user\n<|im_start|>assistant\na<|im_end|><|im_start|>user\nq<|im_end|>" in text
+
+
 def test_typed_placeholder_is_text(vicuna):
     encoded = encode([{"role": "user", "content": "what does <image> mean?"}], "v1", vicuna, add_generation_prompt=True)
     assert IMAGE_PLACEHOLDER not in encoded.ids

@@ -82,7 +82,7 @@ MPT = Template(
     "chatml",
     "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
     stop=("<|im_end|>",),
-    values={"between": ""},
+    values={"between": "", "opens_empty": True},
     rounds=Rounds(end="<|im_end|>", answer="<|im_end|>" + ASSISTANT_HEADER, grouped=2, begin=0, counts_end=True),
 )
 _register(MPT)
