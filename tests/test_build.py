@@ -79,7 +79,7 @@ ENCODERS = {
             "image_size": 16,
             "patch_size": 8,
         },
-        "scales": [16, 32],
+        "scales": [32, 16],
     },
     "m3d_clip_vision": {
         "hidden_size": 16,
@@ -101,6 +101,7 @@ def test_an_encoder_of_llavakit_or_of_a_system_is_named_in_a_recipe(sources: Pat
     model = build_meta(recipe(sources, **{**raw, "media": media, **where}))
     found = model.model.vision_tower if name == "llavakit_multiscale" else model.model.second
     assert found.config.model_type == name
+    assert getattr(found.config, "scales", [16, 32]) == [16, 32], "kept ascending, as the classic towers sort them"
     wrong = {"model_type": name, "no_such_key": 1}
     with pytest.raises(RecipeError, match=f"no_such_key: unknown key of a {name} configuration"):
         build_meta(recipe(sources, **{**raw, "vision_config": wrong}))

@@ -26,7 +26,7 @@ class MultiscaleConfig(PreTrainedConfig):
 
     Args:
         encoder_config: The encoder that is run at every scale.
-        scales: Sides in pixels, ascending; the first is the encoder's own.
+        scales: Sides in pixels in any order, kept ascending; the smallest is the encoder's own.
     """
 
     model_type = "llavakit_multiscale"
@@ -37,6 +37,7 @@ class MultiscaleConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.encoder_config = build_config(self.encoder_config, "clip_vision_model")
+        self.scales = sorted(self.scales)
         super().__post_init__(**kwargs)
 
     @property
