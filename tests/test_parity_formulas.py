@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity_variations import Given, against_expected, with_setting
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -272,3 +273,15 @@ def test_positions_of_a_square_view_of_another_size_are_resized(check):
     kept = {key: tensor for key, tensor in weights.items() if tensor.is_floating_point()}
     inputs = {"view": torch.zeros(1, 3, 16, 16)}
     check("llava-uhd", "clip_native_aspect", config, inputs=inputs, weights=kept, outputs=outputs)
+
+
+# Keys of config.json
+
+
+@pytest.mark.parametrize(("key", "said"), [("mm_projector_lr", ""), ("mm_vision_magic", "is not understood")])
+def test_a_case_may_hold_what_a_checkpoint_may_hold(key, said):
+    given = Given(Path(__file__).parent / "golden" / "llava-uhd" / "end_to_end")
+    files = {"case.json": with_setting(given.meta, ("llama", key), 0.001)}
+    found = against_expected(given, files)
+    assert said in found
+    assert bool(said) == bool(found)

@@ -37,16 +37,6 @@ from llavakit.model.processing import LlavakitProcessor
 from llavakit.splice.scatter import IGNORE
 from llavakit.training.dataset import Samples
 
-# Keys of a classic config.json that concern the original's training, tokenizer or bookkeeping and say nothing about
-# the network. Layouts pass over them as config.json of a real checkpoint holds hundreds; a case may hold these.
-CLASSIC_KEYS = (
-    *("mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"),
-    *("mm_patch_merge_type", "mm_use_im_start_end", "mm_use_im_patch_token", "use_mm_proj"),
-    *("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "attn_implementation"),
-)
-
-
 # Checkpoints
 
 
@@ -56,7 +46,6 @@ def published_model(
     encoder: Mapping[str, Any] | None = None,
     *,
     encoders: Mapping[str, Mapping[str, Any]] | None = None,
-    known: Iterable[str] = (),
     added_tokens: Mapping[str, int] | None = None,
     change: Callable[[LlavakitConfig], None] | None = None,
 ) -> LlavakitForConditionalGeneration:
@@ -67,7 +56,6 @@ def published_model(
         weights: Tensors under their published names.
         encoder: Configuration of the encoder with its `model_type`; it goes into a folder that `raw` names.
         encoders: config.json of several encoders, by the key under which `raw` is to name each one's folder.
-        known: Keys of `raw` beside those of the language model and `CLASSIC_KEYS` that mean something to the layout.
         added_tokens: Special tokens of the folder's tokenizer by name, where the layout asks for them.
         change: Edits llavakit's configuration before the model is built, as a user may.
 
@@ -91,18 +79,6 @@ def published_model(
             (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": listed}), encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
         checkpoint = open_checkpoint(folder)
-        given = {
-            "model_type",
-            "architectures",
-            "mm_vision_tower",
-            "rope_theta",
-            *CLASSIC_KEYS,
-            *known,
-            *(encoders or ()),
-        }
-        unknown = set(raw) - given - set(checkpoint.config.text_config.to_dict())
-        if unknown:
-            raise UserError(f"config: {min(unknown)!r} means nothing to the layout {checkpoint.layout}")
         if change is not None:
             change(checkpoint.config)
         return build(checkpoint)

@@ -24,8 +24,6 @@ from llavakit.proof.entries import TINY, check_keys, greedy, published_model
 from llavakit.proof.golden import Case, Example, Result, take
 from llavakit.views.plan import MediaSize
 
-SETTINGS = ("mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position", "mm_tunable_parts")
-
 # A request of the original as entries of a batch
 
 
@@ -204,7 +202,6 @@ class SharedComponents:
             {"model_type": "llava_qwen", "mm_projector_type": "mlp2x_gelu", **settings},
             case.weights(),
             {"model_type": "siglip_vision_model", **encoder},
-            known=SETTINGS,
             change=laid_out,
         )
 

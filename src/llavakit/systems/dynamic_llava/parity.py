@@ -210,7 +210,7 @@ def tiny_model(case: Case) -> LlavakitForConditionalGeneration:
 
     raw = {"model_type": DynamicLlavaLayout.model_types[0], **case.config["llm"], "sparse_config": sparse}
     encoder = {"model_type": "clip_vision_model", **vision}
-    return published_model(raw, case.weights(), encoder, known=("sparse_config",), change=marked)
+    return published_model(raw, case.weights(), encoder, change=marked)
 
 
 def spliced_batch(case: Case, model: LlavakitForConditionalGeneration) -> ClassicBatch:

@@ -37,7 +37,6 @@ from llavakit.views.plan import MediaSize
 
 TEMPLATE = "qwen_1_5_preference"
 LAYOUT = "llava-onevision-classic"
-SETTINGS = ("mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_newline_position", "mm_tunable_parts")
 ANSWERS = ("chosen", "rejected")
 
 
@@ -191,7 +190,7 @@ def model_of(case: Case, kind: str) -> LlavakitForConditionalGeneration:
     vision = check_keys(case.config["vision"], SiglipVisionConfig().to_dict(), "config.vision")
     weights = {name.removeprefix(f"{kind}/"): t for name, t in case.weights().items() if name.startswith(f"{kind}/")}
     raw = {"model_type": "llava_qwen", "mm_projector_type": "mlp2x_gelu", **take(case.config["model_config"])}
-    return published_model(raw, weights, {"model_type": "siglip_vision_model", **vision}, known=SETTINGS)
+    return published_model(raw, weights, {"model_type": "siglip_vision_model", **vision})
 
 
 class Trial:

@@ -373,9 +373,6 @@ class Batch:
         return Result(tensors={name: value.detach() for name, value in found.items()}, mask=masks)
 
 
-SETTINGS = ("compressor_size", "prefusion_layer_num", "resolution_ratio")
-
-
 def model_of(case: Case, views: int, *, blank: bool) -> LlavakitForConditionalGeneration:
     """The case's model, opened as a published checkpoint.
 
@@ -399,7 +396,6 @@ def model_of(case: Case, views: int, *, blank: bool) -> LlavakitForConditionalGe
         {"model_type": LlavaMiniLayout.model_types[0], "mm_projector_type": "mlp2x_gelu", **llm},
         case.weights(),
         {"model_type": "clip_vision_model", **check_keys(vision, CLIPVisionConfig().to_dict(), "config.vision")},
-        known=SETTINGS,
         change=sized,
     )
 

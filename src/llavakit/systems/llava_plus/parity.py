@@ -291,7 +291,7 @@ def tiny_model(case: Case) -> Iterator[Example]:
     def own_pixels(own: LlavakitConfig) -> None:
         own.media["image"]["views"] |= views_options(config["image_processor"])
 
-    model = published_model(raw, case.weights(), vision, known=("_name_or_path",), change=own_pixels)
+    model = published_model(raw, case.weights(), vision, change=own_pixels)
     processor = LlavakitProcessor.from_config(model.config, byte_tokenizer())
     images = [picture(image) for image in inputs["image"]]
     views = [view for image in images for view in views_of(processor, "image", image)]

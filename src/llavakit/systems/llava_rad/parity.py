@@ -85,7 +85,7 @@ def end_to_end(case: Case) -> Iterator[Example]:
         **config["text"],
     }
     encoder = vit_options(config["vision"], "config.vision")
-    model = published_model(raw, case.weights(), encoder, known=("mm_vision_tower_checkpoint",))
+    model = published_model(raw, case.weights(), encoder)
 
     def entries(count: int) -> dict[int, list[Entry]]:
         return {IMAGE_PLACEHOLDER: [Entry(views=[view]) for view in inputs["pixel_values"][:count]]}

@@ -282,7 +282,7 @@ def model_of(case: Case, plans: Sequence[Any]) -> LlavakitForConditionalGenerati
     clip = check_keys(config["clip"], CLIPVisionConfig().to_dict(), "config.clip")
     raw = {"model_type": "llava_llama", "mm_projector_type": "adapt_spatial_resampler", **heads, **config["llama"]}
     encoder = {"model_type": "clip_vision_model", **clip}
-    return published_model(raw, case.weights(), encoder, known=heads, change=given)
+    return published_model(raw, case.weights(), encoder, change=given)
 
 
 def end_to_end(case: Case) -> Iterator[Example]:

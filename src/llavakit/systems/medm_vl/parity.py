@@ -200,7 +200,7 @@ def tiny_model(case: Case, slices: int) -> LlavakitForConditionalGeneration:
             own.connector["queries"] = queries[0]
 
     case.informational("config.llm.qkv_bias")  # a property of the language model's type
-    return published_model(raw, weights, known=raw, change=sized)
+    return published_model(raw, weights, change=sized)
 
 
 def end_to_end(case: Case) -> Iterator[Example]:

@@ -301,7 +301,7 @@ def end_to_end(case: Case) -> Iterator[Example]:
         "image_size_aux": inputs["pixel_values_aux"].shape[-1],
         "box_rules": {"frame": config["box_frame"], "rounded": False},
     }
-    model = published_model(raw, case.weights(), known=raw)
+    model = published_model(raw, case.weights())
     low, high = inputs["pixel_values"], inputs["pixel_values_aux"]
     entries = []
     for number, (small, large) in enumerate(zip(low, high, strict=True)):

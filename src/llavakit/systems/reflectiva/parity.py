@@ -405,7 +405,7 @@ def model_of(case: Case) -> LlavakitForConditionalGeneration:
         config.pop(name, None)
     vision = {"model_type": "clip_vision_model", **config.pop("vision")}
     raw = {"model_type": "llava_llama", "image_aspect_ratio": "pad", "template_paragraph": "template_1", **config}
-    return published_model(raw, case.weights(), vision, known=("template_paragraph",))
+    return published_model(raw, case.weights(), vision)
 
 
 def end_to_end(case: Case) -> Iterator[Example]:

@@ -99,7 +99,7 @@ def model_of(
             f"{prefix}{name}": tensor.to(own_type) for name, tensor in tower.items() if tensor.is_floating_point()
         }
     raw = {"model_type": "VideoChatGPT", **llama, **own}
-    return published_model(raw, weights, encoder, known=own)
+    return published_model(raw, weights, encoder)
 
 
 def frames_to_tokens(case: Case) -> Result:
