@@ -137,6 +137,28 @@ def test_undo_redo_and_the_chat_about_the_current_picture():
     assert remembers.say("b").endswith(" 3")
 
 
+def test_a_picture_stands_first_in_a_conversation_and_last_in_one_that_runs():
+    class Echoes(Responder):
+        def run(self, call):
+            self.told = list(call.messages)
+            yield TextDelta(text=" yes \n")
+
+    def said(chat):
+        parts = (part for message in chat.responder.told for part in message["content"])
+        return [part.get("text", part["type"]) for part in parts]
+
+    chat = PictureChat(Echoes(name="echoes"))
+    chat.changed(Image.fromarray(scene()))
+    chat.say(" See <image> here ")
+    assert said(chat) == ["image", "\nSee  here"]
+    for question, expected in (("Now?", ["Now?\n", "image"]), ("Is <image> it?", ["Is ", "image", " it?"])):
+        chat = PictureChat(Echoes(name="echoes"))
+        chat.say("Hi")
+        chat.changed(Image.fromarray(scene()))
+        chat.say(question)
+        assert said(chat) == ["Hi", "yes", *expected]
+
+
 def test_a_question_that_fails_is_taken_back():
     class Fails(Responder):
         def run(self, call):

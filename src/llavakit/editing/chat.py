@@ -44,7 +44,8 @@ class PictureChat:
         """The conversation with a further question, which the model is now to answer; None if there is nothing to ask.
 
         Args:
-            text: The question; where it says `<image>`, the picture stands there, otherwise in front.
+            text: The question. The picture stands in front of the first one; in a later one, as published, where it
+                says `<image>`, otherwise at the end.
         """
         picture, self.waiting = self.waiting, None
         if not text and picture is None:
@@ -53,16 +54,23 @@ class PictureChat:
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if picture is not None:
             text = text[:LONGEST_WITH_PICTURE]
-            before, mark, after = text.partition(MARK)
             part = {"type": "image", "image": picture.resize(shown_size(picture.size))}
-            content = [part, {"type": "text", "text": f"\n{text}"}]
-            if mark:
-                content = [{"type": "text", "text": before}, part, {"type": "text", "text": after}]
-                content = [one for one in content if one["type"] != "text" or one["text"]]
             if self.forgets and media_of(self.messages):
                 self.messages = []
+            content = self._joined(text, part) if self.messages and self.forgets else self._led(text, part)
         self.messages.append({"role": "user", "content": content})
         return self.messages
+
+    @staticmethod
+    def _led(text: str, part: dict[str, Any]) -> list[dict[str, Any]]:
+        return [part, {"type": "text", "text": "\n" + text.replace(MARK, "").strip()}]
+
+    @staticmethod
+    def _joined(text: str, part: dict[str, Any]) -> list[dict[str, Any]]:
+        before, mark, after = text.partition(MARK)
+        pieces = [before if mark else f"{before}\n", after]
+        content = [{"type": "text", "text": pieces[0]}, part, {"type": "text", "text": pieces[1]}]
+        return [one for one in content if one["type"] != "text" or one["text"]]
 
     def stream(self, text: str) -> Iterator[str]:
         """The answer to a question as far as it has come; nothing if nothing was asked.
@@ -86,7 +94,7 @@ class PictureChat:
         finally:
             if response is not None:
                 response.cancel()  # if nobody waits for the rest
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": said.content}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": said.content.strip()}]})
 
     def say(self, text: str) -> str | None:
         """The whole answer to a question; None if nothing was asked. See `stream`."""

@@ -381,7 +381,7 @@ class ScriptedModel(Responder):
         params = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         self.calls.append(
             {
-                "prompt": prompt_text(TEMPLATE, messages, add_generation_prompt=True),
+                "prompt": prompt_text(TEMPLATE, messages, placement="keep", add_generation_prompt=True),
                 "stop": get_template(TEMPLATE).stop[0],
                 "images": [list(image.size) for image in images],
                 "params": params | {"max_new_tokens": sampling.max_new_tokens},
