@@ -19,7 +19,7 @@ from llavakit.data.mixture import Mixture, read_specs
 from llavakit.data.packing import first_fit_decreasing, in_order, pack_rows
 from llavakit.data.readers import JsonlSource, JsonSource, Selected, open_source
 from llavakit.data.records import BadRecords, check_media, read_record
-from llavakit.data.sampler import length_grouped, modality_grouped, widely_grouped
+from llavakit.data.sampler import banded_by_length, length_grouped, modality_grouped, widely_grouped
 from llavakit.errors import RecordError, UserError
 from llavakit.proof.golden import run_case
 
@@ -441,6 +441,12 @@ def test_grouped_samplers_are_permutations_of_one_modality_per_megabatch():
             assert len({lengths[index] > 0 for index in whole[begin : begin + 6]}) == 1
     with pytest.raises(UserError, match="sample 1 has length 0"):
         modality_grouped([3, 0], 1, 1, generator)
+
+
+def test_batches_of_a_band_of_lengths():
+    lengths = [50, 98, 54, 6, 34, 66, 63, 52, 39, 62, 46, 75, 28, 65, 18, 37, 18, 97, 13, 80]
+    order = banded_by_length(lengths, 1, 2, torch.Generator().manual_seed(3))
+    assert order == [6, 0, 19, 10, 4, 17, 18, 16, 11, 7, 12, 1, 13, 9, 14, 3, 2, 8, 5, 15]  # of the published formula
 
 
 def test_wide_grouping_of_onevision():

@@ -285,3 +285,13 @@ def test_a_case_may_hold_what_a_checkpoint_may_hold(key, said):
     found = against_expected(given, files)
     assert said in found
     assert bool(said) == bool(found)
+
+
+def test_groups_of_a_frozen_part_are_empty(check):
+    meta = json.loads((Path(__file__).parent / "golden" / "llava-onevision" / "param_groups" / "case.json").read_text())
+    run = {"mm_tunable_parts": "mm_mlp_adapter", "learning_rate": 0.1, "weight_decay": 0.2, "mm_projector_lr": 0.3}
+    names = [[f"model.mm_projector.{layer}.{kind}" for layer in (0, 2)] for kind in ("weight", "bias")]
+    groups = [(0.1, 0.2, []), (0.1, 0.0, []), (0.3, 0.2, names[0]), (0.3, 0.0, names[1])]
+    wanted = [{"lr": rate, "weight_decay": decay, "params": params} for rate, decay, params in groups]
+    check("llava-onevision", "param_groups", meta["config"], inputs={"run": run}, outputs={"run": wanted})
+    check("llava-onevision", "param_groups", meta["config"], inputs={"run": run}, outputs={"run": wanted[2:]})

@@ -74,6 +74,22 @@ def widely_grouped(
     return [i for n in shuffled for chunk in even_chunks(megabatches[n], lengths, world_size) for i in chunk]
 
 
+def banded_by_length(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None
+) -> list[int]:
+    """All sample numbers, sorted by length and shuffled inside stretches of 8 megabatches, megabatches shuffled.
+
+    LLaVA-NeXT's `group_by_varlen`: lengths of a batch are as close as those of a stretch.
+    """
+    size = world_size * batch_size
+    places = torch.randperm(len(lengths), generator=generator).tolist()
+    ranked = _longest_first(range(len(lengths)), lengths)
+    order = [i for n in range(0, len(ranked), 8 * size) for i in _longest_first(ranked[n : n + 8 * size], places)]
+    megabatches = [order[n : n + size] for n in range(0, len(order), size)]
+    shuffled = torch.randperm(len(megabatches), generator=generator).tolist()
+    return [i for n in shuffled for i in megabatches[n]]
+
+
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
     return sorted(indices, key=lambda index: lengths[index], reverse=True)
 

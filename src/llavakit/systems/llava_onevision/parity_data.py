@@ -20,7 +20,7 @@ from llavakit.data.collate import Collator
 from llavakit.data.edits import build_edits
 from llavakit.data.mixing import choose
 from llavakit.data.records import Record
-from llavakit.data.sampler import modality_grouped, widely_grouped
+from llavakit.data.sampler import banded_by_length, modality_grouped, widely_grouped
 from llavakit.media.frame_sampling import choose as choose_frames
 from llavakit.media.frame_sampling import counted_times
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -37,7 +37,7 @@ from llavakit.proof.entries import (
 from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.systems.llava_onevision.checkpoint import OnevisionLayout, media_of
 from llavakit.training.dataset import WORDS_PER_IMAGE, Samples
-from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups
+from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, part_of, public_name
 from llavakit.training.recipe import PartTraining
 
 TEMPLATE = "qwen_1_5"
@@ -172,7 +172,9 @@ def length_grouped_sampler(case: Case) -> dict[str, Any]:
         lengths, sizes = run["lengths"], (run["batch_size"], run["world_size"])
         everywhere = torch.Generator().manual_seed(run["seed"])
         own = torch.Generator().manual_seed(run["generator_seed"]) if run.get("generator_seed") is not None else None
-        if run.get("group_by_modality"):
+        if run.get("variable_length"):
+            order = banded_by_length(lengths, *sizes, own or everywhere)
+        elif run.get("group_by_modality"):
             order = modality_grouped(lengths, *sizes, everywhere, order_generator=own)
         elif run.get("group_by_modality_auto"):
             order = modality_grouped(
@@ -325,15 +327,20 @@ def param_groups(case: Case) -> dict[str, Any]:
         train = {part: PartTraining(learning_rate=own.get(part)) for part in order}
         model = LlavakitForConditionalGeneration(config)
         freeze_all_but(model, train)
-        rates = Rates(run["learning_rate"], run.get("weight_decay", 0.0), train, decay_rms_norms=True)
-        found[name] = [
-            {
-                "lr": group["lr"],
-                "weight_decay": group["weight_decay"],
-                "params": sorted(rename(parameter) for parameter in group["names"]),
-            }
-            for group in optimizer_groups(model, rates)
-        ]
+        decay = run.get("weight_decay") or 0.0
+        rates = Rates(run["learning_rate"], decay, train, decay_rms_norms=True)
+        # the original's optimiser has a pair of groups for every rate, also without parameters that train at it
+        rated = ["", *(part for part, rate in own.items() if rate is not None)]
+        pairs: dict[str, list[dict[str, Any]]] = {part: [] for part in rated}
+        for group in optimizer_groups(model, rates):
+            part = part_of(public_name(group["names"][0]), rated[1:]) or ""
+            params = sorted(rename(parameter) for parameter in group["names"])
+            pairs[part].append({"lr": group["lr"], "weight_decay": group["weight_decay"], "params": params})
+        if len(case.wanted.json[name]) > sum(map(len, pairs.values())):
+            for part, groups in pairs.items():
+                empty = {"lr": own.get(part) or run["learning_rate"], "params": []}
+                groups += [] if groups else [empty | {"weight_decay": decay}, empty | {"weight_decay": 0.0}]
+        found[name] = [group for groups in pairs.values() for group in groups]
     return found
 
 
