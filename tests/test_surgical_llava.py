@@ -449,6 +449,18 @@ class Scripted(Responder):
         yield TextDelta(text=self.rule(call.messages[-1]["content"]))
 
 
+@pytest.mark.parametrize("aspect", ["3_context", "5_consistency"])
+def test_a_golden_case_may_name_some_of_the_aspects(tmp_path, aspect):
+    source = GOLDEN / "five_aspect_judge"
+    case, outputs = (json.loads((source / name).read_text()) for name in ("case.json", "outputs.json"))
+    case["config"]["aspects"] = [aspect]
+    write(tmp_path / "case.json", json.dumps(case))
+    write(tmp_path / "outputs.json", json.dumps({aspect: outputs[aspect]}))
+    write(tmp_path / "inputs.json", (source / "inputs.json").read_text())
+    report = run_case(tmp_path, [GOLDEN])
+    assert report.status == "passed", report.reason
+
+
 def test_judges_of_five_aspects(tmp_path):
     items = [{"video_name": "v", "Q": f"q{n}", "A": "a"} for n in range(3)]
     gold = write(tmp_path / "generic.json", json.dumps(items))

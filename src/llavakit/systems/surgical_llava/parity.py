@@ -44,7 +44,7 @@ from llavakit.proof.entries import (
     views_of,
     with_blank_media,
 )
-from llavakit.proof.golden import Case, Example, Result, component, examples
+from llavakit.proof.golden import Case, Example, Result, component, examples, take
 from llavakit.registry import CONNECTORS
 from llavakit.systems.surgical_llava.answers import published_answer
 from llavakit.systems.surgical_llava.checkpoint import MARKS, media_of
@@ -359,7 +359,8 @@ ASPECT_NAMES = {
 def five_aspects(case: Case) -> Iterator[Example]:
     """What a judge is told, what its replies say, and their mean."""
     case.informational("config.judge_model")  # asked through an API there; here its replies are given
-    items, replies, recorded = case.inputs["items"], case.inputs["judge_replies"], case.config["messages_recorded"]
+    items, replies = take(case.inputs["items"]), case.inputs["judge_replies"]  # an aspect asks for some of the fields
+    recorded = case.config["messages_recorded"]
 
     def told(aspect: str, item: Mapping[str, str], reply: str) -> list[dict[str, str]]:
         fields = ("Q1", "Q2", "A", "pred1", "pred2") if aspect == "consistency" else ("Q", "A", "pred")
