@@ -330,9 +330,12 @@ class PrefixStore:
         """Length of the longest shared prefix and its states [layers, 2, kv heads, length, head size]."""
         best, found = 0, None
         for number in list(self._held):
-            shared = shared_prefix(self._keys[number], keys)
-            if shared > best:
-                best, found = shared, number
+            held = self._keys[number]
+            # a longer one than the best so far agrees behind it too, which is soon seen
+            if min(len(held), len(keys)) > best and held[best] == keys[best]:
+                shared = shared_prefix(held, keys)
+                if shared > best:
+                    best, found = shared, number
         return (0, None) if found is None else (best, self._held.get(found)[:, :, :, :best])
 
     def put(self, keys: np.ndarray, states: Tensor) -> None:
@@ -342,11 +345,12 @@ class PrefixStore:
             return
         for number in list(self._held):
             held = self._keys[number]
-            shared = shared_prefix(held, keys)
-            if shared == len(keys):
+            length = min(len(held), len(keys))
+            if (length and held[length - 1] != keys[length - 1]) or shared_prefix(held, keys) < length:
+                continue  # neither begins with the other
+            if length == len(keys):
                 return
-            if shared == len(held):
-                self._held.drop(number)
+            self._held.drop(number)
         self._held.put(self._next, states.clone(), size)
         self._keys[self._next] = keys
         self._next += 1
