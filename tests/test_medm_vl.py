@@ -17,7 +17,7 @@ from llavakit.conversation.messages import normalise
 from llavakit.conversation.template import get_template
 from llavakit.errors import CheckpointError, MediaError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
-from llavakit.proof.golden import find_cases, run_case
+from llavakit.proof.golden import find_cases, results, run_case
 from llavakit.system import get_system
 from llavakit.systems.medm_vl.checkpoint import KNOWN_LLMS, Published
 from llavakit.systems.medm_vl.encoders import M3DClipConfig, M3DClipVision
@@ -56,6 +56,26 @@ def test_a_bright_voxel_changes_the_token_of_its_patch():
         ]
     changed = (cut[0] - cut[1]).abs().sum(-1)[0].nonzero().tolist()
     assert changed == [[2, 2, 0]]
+
+
+def test_a_tiny_phi_3_needs_no_padding_token(tmp_path):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    source = GOLDEN / "e2e_2d_siglip_mlp"
+    case = json.loads((source / "case.json").read_text())
+    llm = {name: value for name, value in case["config"]["llm"].items() if name not in ("type", "qkv_bias")}
+    case["config"]["llm"] = {"type": "phi3", **llm}
+    model = Phi3ForCausalLM(Phi3Config(**llm, pad_token_id=None)).eval()
+    weights = {name: own for name, own in load_file(source / "weights.safetensors").items() if name[:4] != "llm."}
+    save_file(weights | {f"llm.{k}": v for k, v in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    (tmp_path / "case.json").write_text(json.dumps(case))
+    for name in ("inputs", "outputs"):
+        save_file(load_file(source / f"{name}.safetensors"), tmp_path / f"{name}.safetensors")
+    found = next(iter(results(tmp_path, [GOLDEN]).values())).tensors
+    seen = found["spliced_attention_mask"]
+    with torch.no_grad():
+        logits = model(inputs_embeds=found["inputs_embeds"], attention_mask=seen).logits
+    assert torch.allclose(found["logits"][seen.bool()], logits[seen.bool()], atol=1e-5)
 
 
 def test_pretraining_learns_the_stripped_caption():

@@ -180,6 +180,7 @@ def tiny_model(case: Case, slices: int) -> LlavakitForConditionalGeneration:
     kind = config["encoder"]["type"]
     slot = "image3d" if kind in VOLUMETRIC else "image"
     llm = {key: value for key, value in config["llm"].items() if key not in ("type", "qkv_bias")}
+    llm.setdefault("pad_token_id", None)  # that of a type (Phi-3's) may lie outside of a tiny vocabulary
     raw = {
         "model_type": "lvlm",
         "llm_type": config["llm"]["type"],
