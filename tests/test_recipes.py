@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from plan_recipes import STARTS, planned
 from rich.console import Console
 from tiny_recipes import MARKS
 
@@ -25,25 +27,6 @@ from llavakit.training.run import train
 from llavakit.training.scaling import scale
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-STARTS = {  # recipe -> the system whose published model it starts from, and the changes to the system's own recipe
-    "finetune": ("llava-1.5", {}),
-    "lora-7b-24gb": ("llava-1.5", {}),
-    "qlora-7b-12gb": ("llava-1.5", {}),
-    "full-7b-8gpus": ("llava-1.5", {}),
-    "radiology-reports": ("llava-rad", {}),
-    "surgical-video": (
-        "llava-onevision",
-        {
-            "hidden_size": 896,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "intermediate_size": 4864,
-            "vocab_size": 151936,
-            "tie_word_embeddings": True,
-        },
-    ),
-}
 NAMES = [*STARTS, "nano"]
 SMALL = {
     "max_steps": 2,
@@ -88,6 +71,17 @@ def test_builds_at_published_scale_without_memory(name):
     assert trainable_by_part(trained)
     assert not stage.cache_features or cacheable(trained)
     assert all(one.save_steps for one in recipe.stages), "an interrupted run would begin again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_takes_the_memory_that_its_comment_says(name, tmp_path):
+    if name == "qlora-7b-12gb":
+        pytest.importorskip("bitsandbytes")
+    comment = re.match(r"(?:#.*\n)+", (FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))[0].replace("\n# ", " ")
+    said = re.findall(r"([\d.]+ GB) \(weights", comment)
+    assert said == [re.search(r": ([\d.]+ GB) \(", line)[1] for line in planned(name, tmp_path)]
+    assert f"scripts/plan_recipes.py {name}" in comment
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from rich.table import Table
 
 from llavakit.conversation.messages import Message, media_of, text_of
 from llavakit.data.mixture import Mixture, read_specs
-from llavakit.data.records import Record, read_record
+from llavakit.data.records import Record
 from llavakit.errors import RecipeError, UserError
 from llavakit.evaluation.benchmarks.base import write_lines
 from llavakit.evaluation.comparisons import Comparison, Verdict
@@ -227,7 +226,7 @@ def read_questions(recipe: RoundsRecipe) -> Iterator[Question]:
     specs = []
     for source in recipe.prompts:
         specs += read_specs(source_options(source), where=f"prompts.{source.name}")
-    for record in Mixture(specs, seed=recipe.seed, read=partial(read_record, needs_answer=False)):
+    for record in Mixture(specs, seed=recipe.seed, needs_answer=False):
         last = max((place for place, turn in enumerate(record.messages) if turn["role"] == "user"), default=None)
         if last is None:
             raise UserError(f"{record.file}:{record.line}: has no question; a user's turn is needed")
