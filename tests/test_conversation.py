@@ -24,6 +24,7 @@ from llavakit.conversation.stop import KeywordStop
 from llavakit.conversation.template import Template, get_template
 from llavakit.errors import UserError
 from llavakit.media.regions import Region
+from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.proof.golden import run_case
 from llavakit.registry import LABEL_POLICIES, TEMPLATES
 from llavakit.systems.llava_1_5.parity_text import load_tokenizer
@@ -452,6 +453,16 @@ def test_typed_placeholder_is_read_as_its_letters(vicuna):
     assert encoded.ids[:30] == other.ids[:30]
     learned = [label for label in encoded.labels if label != -100]
     assert vicuna.decode(learned) == "b<image></s>"
+
+
+def test_letters_of_a_placeholder_move_no_other_added_token():
+    names = ("<image>", "<later>", "<last>")
+    tokenizer = tiny_tokenizer(specials=names)
+    image, *behind = tokenizer.convert_tokens_to_ids(names)
+    asked = [{"role": "user", "content": "an <image> <later> <last>"}]
+    ids = encode(asked, "v1", tokenizer, add_generation_prompt=True).ids
+    assert image not in ids
+    assert [token for token in ids if token in behind] == behind
 
 
 @pytest.mark.parametrize("name", ["llama_3", "med42_v2"])

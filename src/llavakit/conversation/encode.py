@@ -15,12 +15,7 @@ from typing import Any
 from llavakit.conversation.labels import LabelPolicy, Tokens, label_policy
 from llavakit.conversation.messages import Message, Part, is_media, limit_images, normalise, text_of
 from llavakit.conversation.template import PLACEHOLDER, SPELT, TYPED, Span, Template, template_for
-from llavakit.conversation.tokens import (
-    IMAGE_PLACEHOLDER,
-    marks_first_word,
-    special_tokens,
-    tokenize,
-)
+from llavakit.conversation.tokens import IMAGE_PLACEHOLDER, marks_first_word, special_tokens, tokenize
 from llavakit.errors import UserError
 from llavakit.media.regions import read_regions
 

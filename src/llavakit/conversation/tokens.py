@@ -97,7 +97,14 @@ def _letters(tokenizer: Any) -> Any:
         from tokenizers import Tokenizer
 
         settings = json.loads(tokenizer.backend_tokenizer.to_str())
-        settings["added_tokens"] = [own for own in settings["added_tokens"] if own["content"] != PLACEHOLDER]
+        known = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+        # One beyond the model's vocabulary keeps its place under a name that no text has by now, because ids of added
+        # tokens follow from their order.
+        settings["added_tokens"] = [
+            own | {"content": SPELT, "normalized": False} if own["content"] == PLACEHOLDER else own
+            for own in settings["added_tokens"]
+            if own["content"] != PLACEHOLDER or own["id"] >= known
+        ]
         backend = Tokenizer.from_str(json.dumps(settings | {"truncation": None, "padding": None}))
         _LETTERS[tokenizer] = len(tokenizer), backend
     return backend

@@ -19,16 +19,7 @@ from PIL import Image
 from llavakit.conversation.messages import Message
 from llavakit.conversation.turns import Event, PictureEvent, ReasoningDelta, TextDelta, TraceEvent
 from llavakit.systems.llava_plus import pictures
-from llavakit.systems.llava_plus.grammar import (
-    ACTIONS,
-    THOUGHTS,
-    VALUE,
-    Lines,
-    asked_again,
-    decode,
-    split,
-    the_action,
-)
+from llavakit.systems.llava_plus.grammar import ACTIONS, THOUGHTS, VALUE, Lines, asked_again, decode, split, the_action
 from llavakit.systems.llava_plus.names import is_tagged
 from llavakit.systems.llava_plus.results import cleaned, result_text
 
