@@ -48,6 +48,17 @@ def test_golden(path):
     assert report.status == "passed", report.reason
 
 
+@pytest.mark.parametrize("name", ["object_tokens", "end_to_end"])
+def test_boxes_of_a_case_without_a_frame_are_in_that_of_the_original(tmp_path, name):
+    case = json.loads((GOLDEN / name / "case.json").read_text())
+    assert case["config"].pop("box_frame") == 768
+    (tmp_path / "case.json").write_text(json.dumps(case))
+    for path in (GOLDEN / name).glob("*.safetensors"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    report = run_case(tmp_path, [GOLDEN])
+    assert report.status == "passed", report.reason
+
+
 # Fusion and regions
 
 

@@ -35,6 +35,8 @@ from llavakit.views.plan import MediaSize, Plan, View
 from llavakit.vision.detection import Detector, entry, parse_tags
 from llavakit.vision.roi_align import pyramid_mean, roi_align, roi_mean
 
+FRAME = 768  # side of the square that the original's boxes are in
+
 # Parts
 
 
@@ -87,7 +89,7 @@ def object_tokens(case: Case) -> Result:
     tensors = {}
     for number in range(config["n_images"]):
         features = case.tensors["aux"][number]
-        scale = features.shape[-1] / config["box_frame"]
+        scale = features.shape[-1] / config.get("box_frame", FRAME)
         vectors = pyramid_mean([features], case.tensors[f"boxes{number}"], regions.bins, scale)
         with torch.no_grad():
             tensors[f"tokens{number}"] = projector(fitting(vectors, projector))
@@ -291,6 +293,7 @@ def _with_empty_rows(tensor: Tensor, rows: list[int | None]) -> Tensor:
 def end_to_end(case: Case) -> Iterator[Example]:
     """Spliced embeddings, labels, mask, logits and loss of a whole model."""
     config, inputs = case.config, case.tensors
+    frame = config.get("box_frame", FRAME)
     clip = check_keys(config["clip"], CLIPVisionConfig().to_dict(), "config.clip")
     raw = {
         "model_type": "mg_llava",
@@ -299,17 +302,17 @@ def end_to_end(case: Case) -> Iterator[Example]:
         "visual_encoder_aux": {"model_type": "convnext", **convnext_options(config["convnext"])},
         "image_size": inputs["pixel_values"].shape[-1],
         "image_size_aux": inputs["pixel_values_aux"].shape[-1],
-        "box_rules": {"frame": config["box_frame"], "rounded": False},
+        "box_rules": {"frame": frame, "rounded": False},
     }
     model = published_model(raw, case.weights())
     low, high = inputs["pixel_values"], inputs["pixel_values_aux"]
     entries = []
     for number, (small, large) in enumerate(zip(low, high, strict=True)):
         rows, columns = large.shape[-2:]
-        fractions = (inputs[f"boxes{number}"].double() / config["box_frame"]).tolist()
+        fractions = (inputs[f"boxes{number}"].double() / frame).tolist()
         boxes = tuple(to_corners(box, "fraction_corners", (columns, rows)) for box in fractions)
         views = (View(*small.shape[-2:]), View(rows, columns, encoder=1, regions=boxes or (NOTHING.box,)))
-        size = MediaSize(1, config["box_frame"], config["box_frame"])
+        size = MediaSize(1, frame, frame)
         own = {"plan": Plan("image", size, views), "regions": inputs[f"boxes{number}"].double()}
         entries.append(Entry("image", size, [small, large], **own))
     batch = ClassicBatch(
