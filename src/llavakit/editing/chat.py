@@ -44,8 +44,9 @@ class PictureChat:
         """The conversation with a further question, which the model is now to answer; None if there is nothing to ask.
 
         Args:
-            text: The question. The picture stands in front of the first one; in a later one, as published, where it
-                says `<image>`, otherwise at the end.
+            text: The question. A picture stands in front of it, or, as published, where it joins a running conversation
+                of a chat that `forgets`: in place of the question's `<image>`, otherwise behind the question. The
+                model's template may still put it first.
         """
         picture, self.waiting = self.waiting, None
         if not text and picture is None:

@@ -379,6 +379,7 @@ class ScriptedModel(Responder):
         images = [load_image(part["image"]) for turn in messages for part in turn["content"] if is_media(part)]
         sampling = call.sampling
         params = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        # the original writes the picture where the message has it; a model's template may put it first
         self.calls.append(
             {
                 "prompt": prompt_text(TEMPLATE, messages, placement="keep", add_generation_prompt=True),
