@@ -581,7 +581,7 @@ def test_the_first_lines_say_what_is_about_to_happen(world: Path, tmp_path: Path
     assert "align: trains 1,856 of " in said
     assert " parameters: multi_modal_projector 1,856\n" in said
     assert re.search(
-        r"align: takes [\d.]+ MB of memory \(weights [\d.]+ MB, .*gradients [\d.]+ MB.*\) and its activations", said
+        r"align: takes [\d.]+ MB of memory \(weights [\d.]+ MB, .*gradients [\d.]+ MB.*\) beside its activations", said
     )
     assert "align: 4 steps are few, the loss will hardly move" in said
     tokens = result.stages[1].metrics["tokens"]

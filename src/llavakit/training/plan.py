@@ -168,7 +168,7 @@ def _quantised(model: nn.Module, stage: Stage) -> tuple[int, int]:
     adapted = [getattr(module, "base_layer", None) for module in model.modules()]
     weights = [layer.weight for layer in adapted if isinstance(layer, nn.Linear)]
     kept = sum(weight.numel() * PER_WEIGHT[stage.lora.quantize] for weight in weights)
-    return round(sum(weight.nbytes for weight in weights) - kept), max(weight.nbytes for weight in weights)
+    return round(sum(weight.nbytes for weight in weights) - kept), max((weight.nbytes for weight in weights), default=0)
 
 
 def _count(model: nn.Module) -> dict[str, tuple[int, int]]:

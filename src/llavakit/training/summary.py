@@ -107,7 +107,7 @@ def lines(stage: Stage, plan: Plan | StreamPlan, trainable: Mapping[str, int], m
 
 def _memory(memory: Memory) -> str:
     terms = ", ".join(f"{name} {in_gb(value)}" for name, value in memory.terms.items())
-    return f"takes {in_gb(memory.total)} of memory ({terms}) and its activations, which --plan counts"
+    return f"takes {in_gb(memory.total)} of memory ({terms}) beside its activations, which --plan counts"
 
 
 def in_time(seconds: float) -> str:

@@ -190,7 +190,7 @@ def cider(
             for n in range(1, order + 1)
         ]
         norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in weighted]
-        # the toolkit takes the number of bigrams as the length, which it does not know of unigrams alone
+        # the toolkit takes the number of bigrams as the length, so that unigrams alone have no penalty for it
         return weighted, norms, max(0, len(words) - 1) if order > 1 else 0
 
     scores = []
