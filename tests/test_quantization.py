@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import tiny
 import tiny_training
@@ -46,6 +48,13 @@ def test_eight_bits_of_weights_and_fourteen_of_what_they_read(rows):
     broken = kernel(torch.cat([hidden, torch.full((1, 80), torch.nan)]))
     assert torch.equal(broken[:-1], made)
     assert broken[-1].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_eight_bits_can_be_pickled():
+    torch.manual_seed(0)
+    kernel, hidden = _Int8(torch.randn(8, 4)), torch.randn(2, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(kernel))(hidden), kernel(hidden))
 
 
 def test_four_bits_are_groups_with_a_zero():

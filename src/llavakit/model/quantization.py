@@ -31,10 +31,12 @@ DECODER = "language_model"
 _GROUP = 32  # weights that share a scale in int4
 _TILE = 16  # outputs that PyTorch packs together in int4
 _LEVELS = 64  # of a row's coarse part, on either side of zero; twice 128 * 127 still fits the kernel's 16 bits
-# Tensors, because a number is made into one in every call, which takes as long as a small product.
-_STEP = torch.tensor(1 / _LEVELS)  # a coarse step, as a share of the largest value of the row
-_LEAST = torch.tensor(1e-30)  # step of a row of zeros
-_FINER, _FINE_STEP = torch.tensor(128.0), torch.tensor(1 / 128)  # fine steps in a coarse one, and the inverse
+# Tensors, because a number is made into one in every call, which takes as long as a small product. They are on the CPU
+# whatever the default device is when this module is imported: a coarse step as a share of the largest value of the row,
+# the step of a row of zeros, and fine steps in a coarse one and the inverse.
+_STEP, _LEAST, _FINER, _FINE_STEP = torch.tensor(
+    [1 / _LEVELS, 1e-30, 128.0, 1 / 128], dtype=torch.float32, device="cpu"
+).unbind()
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # they read the same, so one product makes them
 
 
@@ -47,7 +49,6 @@ class _Int8:
         with _fbgemm():
             whole = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(whole, None)
-        self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def kept(self) -> Iterator[Tensor]:
         whole = torch.ops.quantized.linear_unpack(self.packed)[0]
@@ -58,7 +59,8 @@ class _Int8:
         scaled = rows / step
         coarse = scaled.round()
         both = torch.cat((coarse, scaled.sub_(coarse).mul_(_FINER)))
-        coarse, fine = self.product(both, 1.0, _LEVELS, self.packed).chunk(2)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        coarse, fine = product(both, 1.0, _LEVELS, self.packed).chunk(2)
         return coarse.addcmul_(fine, _FINE_STEP).mul_(step)
 
 

@@ -41,7 +41,7 @@ def zero_shot(embed: Callable[[Tensor], Tensor], classifier: Tensor) -> Callable
 def accuracy_among(logits: Tensor, labels: Tensor, count: int) -> float:
     """Share of pictures whose label is among the `count` most likely classes; NaN with fewer classes.
 
-    As published, the first of equally likely classes is the one that the five most likely ones begin with.
+    Ties are broken as in CLIP_benchmark, which ranks the five most likely classes even where one is asked for.
     """
     classes = logits.shape[-1]
     if classes < count:
