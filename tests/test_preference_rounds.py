@@ -13,9 +13,17 @@ from typer.testing import CliRunner
 
 from llavakit.cli.app import app
 from llavakit.data.preference import read_preference
+from llavakit.data.records import Record
 from llavakit.errors import UserError
 from llavakit.registry import COMPARISONS
-from llavakit.training.preference_rounds import RoundsRecipe, calls_of, read_questions, run_rounds
+from llavakit.training.preference_rounds import (
+    Question,
+    RoundsRecipe,
+    _written,
+    calls_of,
+    read_questions,
+    run_rounds,
+)
 from llavakit.training.recipe import parse_recipe
 from llavakit.training.run import train
 
@@ -91,6 +99,19 @@ def test_two_rounds(world, tmp_path, monkeypatch):
         assert row["chosen"] == given["answers"][lengths.index(max(lengths))]
     assert rows_of(tmp_path / "out" / "round-2")[0]["provenance"]["policy"] == first.final != second.final
     assert (tmp_path / "out" / "final" / "config.json").is_file()
+
+
+def test_questions_about_boxes_are_written_with_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    boxes = {"type": "boxes", "boxes": [[0.0, 0.0, 1.0, 1.0]], "labels": ["kite"]}
+    asked = {"role": "user", "content": [{"type": "image", "image": "a.png"}, boxes, {"type": "text", "text": "q"}]}
+    question = Question(Record([asked], "prompts.jsonl", 1, {}), [asked])
+    image, *rest = _written(asked, question)["content"]
+    assert image == {"type": "image", "image": str(tmp_path / "a.png")}
+    assert rest == asked["content"][1:]
+    inline = {"role": "user", "content": [{"type": "image", "image": b"png"}]}
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: its image is no file"):
+        _written(inline, question)
 
 
 def test_what_was_asked_is_not_asked_again(world, tmp_path):

@@ -28,7 +28,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from llavakit.conversation.messages import Message, media_of, text_of
+from llavakit.conversation.messages import Message, is_media, media_of, text_of
 from llavakit.data.mixture import Mixture, read_specs
 from llavakit.data.records import Record
 from llavakit.errors import RecipeError, UserError
@@ -391,7 +391,7 @@ def _written(message: Message, question: Question) -> dict[str, Any]:
     parts = []
     for part in message["content"]:
         value = part.get(part["type"])
-        if part["type"] != "text":  # paths are absolute, since these records lie in another folder than the prompts
+        if is_media(part):  # paths are absolute, since these records lie in another folder than the prompts
             files = value if isinstance(value, list) else [value]
             if not all(isinstance(file, (str, Path)) for file in files):
                 raise UserError(f"{question.name}: its {part['type']} is no file; prompts name media by their files")
