@@ -72,7 +72,11 @@ def page(browser, running):  # noqa: F811
 
 
 def press(page, name):
-    page.get_by_role("button", name=name, exact=True).click()
+    """Click a button, in view before the click: where the click itself scrolls, Chromium gives it to a frame above."""
+    button = page.get_by_role("button", name=name, exact=True)
+    button.scroll_into_view_if_needed()
+    page.wait_for_timeout(300)
+    button.click()
 
 
 def test_five_clicks_from_a_table_to_an_answer_of_the_served_model(page, running):
@@ -125,10 +129,10 @@ def test_mistakes_are_told_by_keyboard_alone_on_a_telephone(browser, tmp_path): 
         page.goto(running.url)
         page.wait_for_function("['INPUT', 'TEXTAREA'].includes(document.activeElement.tagName)")
         page.keyboard.type(str(tmp_path / "nothing.csv"))
-        page.keyboard.press("Tab")
-        page.keyboard.press("Tab")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("text=nothing.csv:")
+        for key in ("Tab", "Tab", "Enter"):
+            page.wait_for_timeout(200)  # the page takes a moment to know what was typed
+            page.keyboard.press(key)
+        page.wait_for_selector("text=nothing.csv:", timeout=30_000)
         wide = "() => [...document.querySelectorAll('button, input, textarea')].filter((one) => "
         wide += "one.getBoundingClientRect().right > 360).length"
         assert page.evaluate(wide) == 0

@@ -65,6 +65,15 @@ def served():
     running.stop()
 
 
+@pytest.fixture(autouse=True)
+def uploads():
+    """The folder of uploads, which Gradio has one of per process: another page that a test opens takes it over."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    yield
+    if before is not None:
+        os.environ["GRADIO_TEMP_DIR"] = before
+
+
 @pytest.fixture
 def page(browser, served):
     opened = browser.new_page(viewport={"width": 1000, "height": 800})
@@ -137,7 +146,8 @@ def test_stop_and_retry(page, served, monkeypatch):
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step())[1])
     ask(page, "Tell me a long story")
-    page.wait_for_function("document.querySelector('[data-testid=bot] .prose')?.innerText.trim()")  # it has begun
+    said = "document.querySelector('[data-testid=bot] .message-content')?.innerText.trim()"
+    page.wait_for_function(said)  # it has begun
     page.locator(".stop-button").click()
     deadline = time.time() + 5
     while engine.busy and time.time() < deadline:
