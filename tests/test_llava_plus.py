@@ -218,7 +218,13 @@ def test_templates_go_by_the_spelling_of_names(name, template):
 
 @pytest.mark.parametrize(
     ("found", "label"),
-    [({"phrases": ["a"]}, "a"), ({"logits": [0.5]}, "0.50"), ({"phrases": [""], "logits": [1]}, "1.00"), ({}, "")],
+    [
+        ({"phrases": ["a"]}, "a"),
+        ({"logits": [0.5]}, "0.50"),
+        ({"phrases": [""], "logits": [1]}, "1.00"),
+        ({"phrases": ["a"], "logits": ["high"]}, "a"),
+        ({}, ""),
+    ],
 )
 def test_boxes_are_labelled_with_what_there_is(found, label):
     assert boxes_in_pixels({"boxes": [[0, 0, 1, 1]], **found}, (4, 2)).labels == [label]
