@@ -103,7 +103,8 @@ def boxes_in_pixels(result: Mapping[str, Any], size: Size) -> Drawing | None:
     labels = []
     for number in range(len(pixels)):
         parts = [str(phrase) for phrase in phrases[number : number + 1] if phrase]
-        parts += [f"{np.float32(logit):.2f}" for logit in logits[number : number + 1] if isinstance(logit, (int, float))]
+        scores = [logit for logit in logits[number : number + 1] if isinstance(logit, (int, float))]
+        parts += [f"{np.float32(score):.2f}" for score in scores]
         labels.append(" ".join(parts))
     return Drawing(pixels, labels)
 
