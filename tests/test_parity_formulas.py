@@ -294,4 +294,5 @@ def test_groups_of_a_frozen_part_are_empty(check):
     groups = [(0.1, 0.2, []), (0.1, 0.0, []), (0.3, 0.2, names[0]), (0.3, 0.0, names[1])]
     wanted = [{"lr": rate, "weight_decay": decay, "params": params} for rate, decay, params in groups]
     check("llava-onevision", "param_groups", meta["config"], inputs={"run": run}, outputs={"run": wanted})
-    check("llava-onevision", "param_groups", meta["config"], inputs={"run": run}, outputs={"run": wanted[2:]})
+    with pytest.raises(AssertionError):  # none may be left out to suit what is expected
+        check("llava-onevision", "param_groups", meta["config"], inputs={"run": run}, outputs={"run": wanted[2:]})

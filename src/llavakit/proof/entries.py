@@ -60,7 +60,7 @@ def published_model(
         change: Edits llavakit's configuration before the model is built, as a user may.
 
     Raises:
-        UserError: If the files are not in a known layout, a tensor does not fit, or `raw` holds an unknown key.
+        UserError: If the files are not in a known layout, or a tensor does not fit.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "checkpoint"

@@ -246,7 +246,7 @@ class Trial:
             batch = objective._collator()(pairs)
             with torch.no_grad():
                 sums[name], tokens, _ = objective.logps(model, batch)
-            shown[name] = sums[name] / tokens if run["loss_type"] == "ipo" else sums[name]  # what the loss compares
+            shown[name] = objective.compared(sums[name], tokens)
         both = sums["reference"].chunk(2)
         objective.reference = dict(enumerate(zip(*(half.tolist() for half in both), strict=True)))
         loss = objective.loss(policy, batch, Step(torch.tensor(count), 1))

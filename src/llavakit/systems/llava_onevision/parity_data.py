@@ -336,10 +336,9 @@ def param_groups(case: Case) -> dict[str, Any]:
             part = part_of(public_name(group["names"][0]), rated[1:]) or ""
             params = sorted(rename(parameter) for parameter in group["names"])
             pairs[part].append({"lr": group["lr"], "weight_decay": group["weight_decay"], "params": params})
-        if len(case.wanted.json[name]) > sum(map(len, pairs.values())):
-            for part, groups in pairs.items():
-                empty = {"lr": own.get(part) or run["learning_rate"], "params": []}
-                groups += [] if groups else [empty | {"weight_decay": decay}, empty | {"weight_decay": 0.0}]
+        for part, groups in pairs.items():
+            empty = {"lr": own.get(part) or run["learning_rate"], "params": []}
+            groups += [] if groups else [empty | {"weight_decay": decay}, empty | {"weight_decay": 0.0}]
         found[name] = [group for groups in pairs.values() for group in groups]
     return found
 

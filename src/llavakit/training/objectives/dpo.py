@@ -301,6 +301,10 @@ class DPO(LanguageObjective):
         answers = 2 * self.items(batch)
         return sums_by(targets.owners, outputs.likelihood.logps, answers), counts_of(targets.owners, answers), outputs
 
+    def compared(self, sums: Tensor, tokens: Tensor) -> Tensor:
+        """What the loss compares of answers' log-probabilities [answers]: means over tokens under `ipo`, else sums."""
+        return sums / tokens if self.options.loss == "ipo" else sums
+
     def _known(self, keys: Sequence[int]) -> Tensor:
         """The reference's log-probabilities of chosen and then of rejected answers [2 x pairs]; zeros without one.
 
@@ -318,9 +322,7 @@ class DPO(LanguageObjective):
         options, count = self.options, self.items(batch)
         sums, tokens, outputs = self.logps(model, batch)
         reference = self._known(batch["keys"].tolist()).to(sums)
-        policy = sums
-        if options.loss == "ipo":
-            policy, reference = sums / tokens, reference / tokens
+        policy, reference = self.compared(sums, tokens), self.compared(reference, tokens)
         pairs = Pairs(*policy.chunk(2), *reference.chunk(2))
         losses, chosen, rejected = pair_losses(
             pairs,
