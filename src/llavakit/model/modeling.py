@@ -39,6 +39,7 @@ from llavakit.registry import ADAPTERS, CONNECTORS
 from llavakit.splice.layout import Arrangement
 from llavakit.splice.scatter import IGNORE, scatter
 from llavakit.views.plan import MediaSize, Plan
+from llavakit.vision.activations import with_lean_activations
 
 BLANK = MediaSize(1, 336, 336)  # size of the image of zeros that some connectors want for samples without media
 STREAM_ABOVE = 64  # above this many views, encode lazily (inference only)
@@ -101,7 +102,7 @@ class LlavakitModel(LlavakitPreTrainedModel):
         super().__init__(config)
         self.media = MediaSpec(config)
         for name in config.encoder_names():
-            setattr(self, name, AutoModel.from_config(config.encoder_config(name)[0]))
+            setattr(self, name, with_lean_activations(AutoModel.from_config(config.encoder_config(name)[0])))
         if config.vision_config is not None:
             setattr(self, MAIN_CONNECTOR, self._build_connector(MAIN_CONNECTOR))
         for name in config.extra_connectors:

@@ -19,7 +19,7 @@ from llavakit.vision.roi_align import roi_mean
 # Bytes of a layer's widest activation in one pass on a CPU. Above some megabytes the C library gives memory back to the
 # system after every operation, and asking for it again costs more than a larger matrix product saves
 # (benchmarks/inf_llava.py: 18 views at once 1.3 times as long as three at a time).
-CPU_PASS = 8 * 2**20
+CPU_PASS = 2 * 2**20
 REGION_BINS = 7  # points per axis that an encoder without `pool_regions` reads a region at
 
 

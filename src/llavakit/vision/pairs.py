@@ -28,6 +28,7 @@ from llavakit.data.preparation import Left
 from llavakit.data.readers import open_source
 from llavakit.errors import CheckpointError, RecordError, UserError
 from llavakit.model.configuration import build_config
+from llavakit.vision.activations import with_lean_activations
 
 TEXT, JOINT = "text", "joint.safetensors"
 START, MOST = math.log(1 / 0.07), math.log(100)  # of the factor of the scores, CLIP's
@@ -71,8 +72,8 @@ class Pair(nn.Module):
     def __init__(self, config: PairConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_tower = AutoModel.from_config(config.vision)
-        self.text_tower = AutoModel.from_config(config.text)
+        self.vision_tower = with_lean_activations(AutoModel.from_config(config.vision))
+        self.text_tower = with_lean_activations(AutoModel.from_config(config.text))
         self.image_projection = nn.Linear(config.vision.hidden_size, config.width, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, config.width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(START))
