@@ -14,7 +14,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), as in transformers.
 
     Where no gradient is wanted, one new block of memory is taken instead of three: on a CPU, where an encoder's widest
-    activations are larger than what the C library keeps, that saves a tenth of the encoder's time. Types of 16 bits are
+    activations are larger than what the C library keeps, that saves a few per cent of its time. Types of 16 bits are
     computed in transformers' own order, since every step rounds.
     """
 
