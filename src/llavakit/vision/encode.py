@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from llavakit.vision.geometry import Geometry
 from llavakit.vision.roi_align import roi_mean
 
-# Bytes of a layer's widest activation in one pass on a CPU. What is larger leaves the caches, and above some megabytes the
-# C library gives memory back to the system after every operation; both cost more than a larger matrix product saves
-# (benchmarks/inf_llava.py: three views at a time 1.2 times as long as one by one).
+# Bytes of a layer's widest activation in one pass on a CPU. What is larger leaves the caches, and above some megabytes
+# the C library gives memory back to the system after every operation; both cost more than a larger matrix product
+# saves (benchmarks/inf_llava.py: three views at a time 1.2 times as long as one by one).
 CPU_PASS = 2 * 2**20
 REGION_BINS = 7  # points per axis that an encoder without `pool_regions` reads a region at
 
