@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from llavakit.conversation.codecs import Codec
 from llavakit.conversation.encode import IMAGE_PLACEHOLDER, chat_template_for, encode, escape_special_tokens, tokenize
 from llavakit.conversation.labels import Labels
 from llavakit.conversation.messages import (
@@ -22,7 +23,7 @@ from llavakit.conversation.messages import (
 )
 from llavakit.conversation.stop import KeywordStop
 from llavakit.conversation.template import Template, get_template
-from llavakit.errors import UserError
+from llavakit.errors import FieldError, UserError
 from llavakit.media.regions import Region
 from llavakit.phantom.tokenizer import tiny_tokenizer
 from llavakit.proof.golden import run_case
@@ -225,6 +226,21 @@ def test_message_order_of_parts_is_kept_or_moved(vicuna):
     assert "USER: <image>\n<image>\nCompare" in encode(two, "v1", vicuna, add_generation_prompt=True).text
     verbatim = from_llava({"image": ["a", "b"], "conversations": [{"from": "human", "value": "<image><image>x"}]})
     assert "USER: <image><image>x" in encode(verbatim, "v1", vicuna, add_generation_prompt=True).text
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_v1_1", "qwen_1_5"])
+def test_a_message_may_keep_its_media_where_they_are(name):
+    content = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " it?"}]
+    turn = {"role": "user", "content": content}
+    moved, kept = (
+        get_template(name).render(normalise([one]), add_generation_prompt=True)[0]
+        for one in (turn, turn | {"placement": "keep"})
+    )
+    assert "Is <image> it?" in kept
+    assert "Is <image> it?" not in moved
+    assert Codec().prepare([turn | {"placement": "keep"}])[0]["placement"] == "keep"
+    with pytest.raises(FieldError, match=r"messages.0.placement: must be 'keep'"):
+        normalise([turn | {"placement": "up"}])
 
 
 @pytest.mark.parametrize("name", ["v1", "llava_llama_2", "mpt", "qwen_1_5", "llama_3", "gemma_instruct", "llava_v0"])

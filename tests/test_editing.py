@@ -150,7 +150,7 @@ def test_a_picture_stands_first_in_a_conversation_and_last_in_one_that_runs():
     chat = PictureChat(Echoes(name="echoes"))
     chat.changed(Image.fromarray(scene()))
     chat.say(" See <image> here ")
-    assert said(chat) == ["image", "\nSee  here"]
+    assert said(chat) == ["image", "See  here"]
     for question, expected in (("Now?", ["Now?\n", "image"]), ("Is <image> it?", ["Is ", "image", " it?"])):
         chat = PictureChat(Echoes(name="echoes"))
         chat.say("Hi")

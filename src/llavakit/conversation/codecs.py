@@ -188,7 +188,8 @@ class Codec:
                 names |= {call.id: call.name for call in turn.calls}
                 prepared.append({"role": "assistant", "content": self.render(turn)})
             else:
-                prepared.append({"role": message.get("role"), "content": message.get("content")})
+                placement = {"placement": message["placement"]} if "placement" in message else {}
+                prepared.append({"role": message.get("role"), "content": message.get("content"), **placement})
         if waiting:
             prepared += self.results(waiting, question)
         return _told(prepared, self.describe(tools, choice)) if tools and choice != NONE else prepared

@@ -9,6 +9,8 @@ A conversation is a list of `{"role": ..., "content": [parts]}`. A part is a dic
                                         regions of the image before it, corners in pixels; labels and scores optional
 
 An assistant's turn may also bring `token_ids`, the ids it was generated as; llavakit's own templates then read these.
+A message with `"placement": "keep"` has its media stay where they are in its text, wherever a template of llavakit's
+would move them.
 
 This module converts the forms in which conversations arrive (OpenAI requests, LLaVA's `conversations/from/value`) into
 this one and back. It opens no media and knows no template.
@@ -29,6 +31,7 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 MEDIA = ("image", "video", "volume")
+KEEP = "keep"  # the placement that moves nothing
 LITERALS = {"<image>": "image", "<video>": "video", "<image3d>": "volume"}
 
 _OPENAI = {"image_url": "image", "video_url": "video", "input_image": "image", "input_text": "text"}
@@ -97,12 +100,17 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
         raise FieldError(f"{where}.content", f"must be a string or a list of parts, not {type(content).__name__}")
     parts = [_part(part, f"{where}.content.{n}") for n, part in enumerate(content)]
+    found = {"role": role, "content": parts}
+    if message.get("placement") is not None:
+        if message["placement"] != KEEP:
+            raise FieldError(f"{where}.placement", f"must be {KEEP!r} or left out, not {quoted(message['placement'])}")
+        found["placement"] = KEEP
     given = message.get("token_ids")
     if given is None:
-        return {"role": role, "content": parts}
+        return found
     if role != "assistant" or not _is_ids(given):
         raise FieldError(f"{where}.token_ids", "must be a list of token ids, of an assistant's turn alone")
-    return {"role": role, "content": parts, "token_ids": list(given)}
+    return found | {"token_ids": list(given)}
 
 
 def _is_ids(value: Any) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
-from llavakit.conversation.messages import Message, Part
+from llavakit.conversation.messages import KEEP, Message, Part
 from llavakit.errors import UserError
 from llavakit.registry import TEMPLATES
 
@@ -207,7 +207,7 @@ class Template:
         source = self.source
         if training and (self.training or self.training_values):
             source = self._source(self.training or self.file, **self.training_values)
-        bare = [{"role": m["role"], "content": [_bare(part, typed) for part in m["content"]]} for m in messages]
+        bare = [{"role": m["role"], "content": self._content(m, typed)} for m in messages]
         if placement is None and training:
             placement = self.training_placement
         options = {} if placement is None else {"placement": placement}
@@ -226,6 +226,14 @@ class Template:
         if training and not spans:
             spans = self._answers(text, bare)
         return text, spans
+
+    def _content(self, message: Message, typed: str) -> list[Part] | str:
+        """What the Jinja file sees of a message: parts, or the whole text where its media are to stay."""
+        parts = [_bare(part, typed) for part in message["content"]]
+        if self.jinja is not None or message.get("placement") != KEEP:
+            return parts
+        shown = [part for part in parts if part["type"] != "boxes"]
+        return "".join(part["text"] if part["type"] == "text" else PLACEHOLDER + self.after_media for part in shown)
 
     def _opens_empty(self, messages: Sequence[Message]) -> bool:
         """Whether the last message is an empty one of the assistant, of which a template that trims keeps no place."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from PIL import Image
 
-from llavakit.conversation.messages import Message, media_of
+from llavakit.conversation.messages import KEEP, Message, Part, media_of
 from llavakit.generation.request import SamplingParams
 from llavakit.generation.responder import Responder
 from llavakit.tools.pictures import shown_size
@@ -15,6 +14,10 @@ from llavakit.tools.pictures import shown_size
 LONGEST, LONGEST_WITH_PICTURE = 1536, 1200  # characters of a message; what is more is left out
 SAMPLING = SamplingParams(temperature=0.2, top_p=0.7, max_new_tokens=512)
 MARK = "<image>"
+
+
+def _text(text: str) -> Part:
+    return {"type": "text", "text": text}
 
 
 class PictureChat:
@@ -44,34 +47,29 @@ class PictureChat:
         """The conversation with a further question, which the model is now to answer; None if there is nothing to ask.
 
         Args:
-            text: The question. A picture stands in front of it, or, as published, where it joins a running conversation
-                of a chat that `forgets`: in place of the question's `<image>`, otherwise behind the question. The
-                model's template may still put it first.
+            text: The question. A picture comes where the model's template has it; where it joins a running conversation
+                of a chat that `forgets`, as published, in place of the question's `<image>`, otherwise behind the
+                question.
         """
         picture, self.waiting = self.waiting, None
         if not text and picture is None:
             return None
         text = text[:LONGEST]
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        message: Message = {"role": "user", "content": [_text(text)]}
         if picture is not None:
             text = text[:LONGEST_WITH_PICTURE]
             part = {"type": "image", "image": picture.resize(shown_size(picture.size))}
             if self.forgets and media_of(self.messages):
                 self.messages = []
-            content = self._joined(text, part) if self.messages and self.forgets else self._led(text, part)
-        self.messages.append({"role": "user", "content": content})
+            if self.messages and self.forgets:
+                before, mark, after = text.partition(MARK)
+                pieces = [_text(before if mark else f"{before}\n"), part, _text(after)]
+                content = [one for one in pieces if one["type"] != "text" or one["text"]]
+                message |= {"content": content, "placement": KEEP}
+            else:
+                message["content"] = [part, _text(text.replace(MARK, "").strip())]
+        self.messages.append(message)
         return self.messages
-
-    @staticmethod
-    def _led(text: str, part: dict[str, Any]) -> list[dict[str, Any]]:
-        return [part, {"type": "text", "text": "\n" + text.replace(MARK, "").strip()}]
-
-    @staticmethod
-    def _joined(text: str, part: dict[str, Any]) -> list[dict[str, Any]]:
-        before, mark, after = text.partition(MARK)
-        pieces = [before if mark else f"{before}\n", after]
-        content = [{"type": "text", "text": pieces[0]}, part, {"type": "text", "text": pieces[1]}]
-        return [one for one in content if one["type"] != "text" or one["text"]]
 
     def stream(self, text: str) -> Iterator[str]:
         """The answer to a question as far as it has come; nothing if nothing was asked.
@@ -95,7 +93,7 @@ class PictureChat:
         finally:
             if response is not None:
                 response.cancel()  # if nobody waits for the rest
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": said.content.strip()}]})
+        messages.append({"role": "assistant", "content": [_text(said.content.strip())]})
 
     def say(self, text: str) -> str | None:
         """The whole answer to a question; None if nothing was asked. See `stream`."""

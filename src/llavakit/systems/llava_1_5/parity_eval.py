@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llavakit.errors import UserError
+from llavakit.errors import RecordError, UserError
 from llavakit.evaluation import processors
 from llavakit.evaluation.benchmarks import gqa, judged, mmbench, mmvet, scienceqa, seed, vqa
+from llavakit.evaluation.benchmarks.base import write_json, write_lines
 from llavakit.evaluation.metrics import answers as metrics
-from llavakit.evaluation.records import Record, as_records
+from llavakit.evaluation.records import Record, as_records, read_records
 from llavakit.evaluation.reviews import parse_pair, review_content, review_record
+from llavakit.evaluation.score import score
 from llavakit.proof.entries import pope, scored
 from llavakit.proof.golden import Case, Result, component
 
@@ -79,43 +81,49 @@ def _scienceqa(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def _seed(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    questions = as_records("annotation", inputs["annotation"]["questions"])
-    names = {number: name for name, number in inputs["annotation"]["question_type"].items()}
-    texts = {str(row["question_id"]): row["text"] for row in inputs["results"]}
-    pairs = [(question, texts.get(question.id)) for question in questions]
-    printed: list[str] = []
+    annotation, printed = inputs["annotation"], []
     outputs: dict[str, Any] = {"printed": printed, "error": None}
-    try:
-        for data_type in (None, "image", "video"):
-            chosen = [(row, text) for row, text in pairs if data_type in (None, row.data["data_type"])]
-            printed.extend(_seed_lines(chosen, names, data_type))
-        for question, text in pairs:
-            if text is None:  # the published script looks the id up as a number
-                raise KeyError(question.id) if question.id.isdigit() else ValueError(question.id)
-        outputs["upload"] = seed.seed_submission(as_records("results", inputs["results"]), questions)
-    except (KeyError, ValueError, ZeroDivisionError) as stopped:
-        outputs["error"] = type(stopped).__name__
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        answers, gold, upload = folder / "answers.jsonl", folder / "SEED-Bench.json", folder / "upload.jsonl"
+        last = {row["question_id"]: row for row in inputs["results"]}  # of several the script reads the last
+        write_lines(answers, last.values())
+        try:
+            for data_type in (None, "image", "video"):
+                questions = [row for row in annotation["questions"] if data_type in (None, row["data_type"])]
+                write_json(gold, {**annotation, "questions": questions})
+                printed.extend(_seed_lines(answers, gold, data_type))
+            write_json(gold, annotation)
+            rows = read_records(seed.SEEDBench().submission(answers, upload, gold))
+            outputs["upload"] = [row.data for row in rows]
+        except (KeyError, ZeroDivisionError) as stopped:
+            outputs["error"] = type(stopped).__name__
+        except RecordError as unanswered:  # the published script looks such a question up by its id as a number
+            number = annotation["questions"][unanswered.line - 1]["question_id"]
+            outputs["error"] = "KeyError" if str(number).isdigit() else "ValueError"
     return outputs
 
 
-def _seed_lines(pairs: list[tuple[Record, str | None]], names: dict[int, str], data_type: str | None) -> Iterator[str]:
-    """What the published script prints for all questions or one data type.
+def _seed_lines(answers: Path, gold: Path, data_type: str | None) -> Iterator[str]:
+    """What the published script prints for a file with all questions or those of one data type.
 
-    It stops at a question type that was answered without one right answer, and at a data type without questions;
-    llavakit's own score gives 0 and nothing there.
+    It stops at a data type without questions and at a question type that was answered without one right answer, for
+    which llavakit gives nothing and 0.
     """
-    _, _, total = seed.accuracies(pairs, names)
-    types = {row.data["question_type_id"] for row, _ in pairs}
-    for kind in sorted(types):
-        texts = [(row.data["answer"], text) for row, text in pairs if row.data["question_type_id"] == kind]
-        right = sum(answer == text for answer, text in texts)
-        if not right and all(text is not None for _, text in texts):
-            raise KeyError(kind)
-        if data_type is None:
-            yield f"{names[kind]}: {100 * right / len(texts):.2f}%"
-    if total is None:
+    whole = json.loads(gold.read_text(encoding="utf-8"))
+    if not whole["questions"]:
         raise ZeroDivisionError
-    yield f"{data_type or 'Total'} accuracy: {100 * total:.2f}%"
+    found = score("seed", answers, gold, missing="wrong", extra="ignore")["metrics"]
+    answered = {answer.id for answer in read_records(answers)}
+    names = {number: name for name, number in whole["question_type"].items()}
+    for number in sorted({row["question_type_id"] for row in whole["questions"]}):
+        accuracy = found["by_type"][names.get(number, str(number))]
+        own = [str(row["question_id"]) for row in whole["questions"] if row["question_type_id"] == number]
+        if not accuracy and answered.issuperset(own):
+            raise KeyError(number)
+        if data_type is None:
+            yield f"{names[number]}: {accuracy:.2f}%"
+    yield f"{data_type or 'Total'} accuracy: {found['accuracy']:.2f}%"
 
 
 def _textvqa(inputs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

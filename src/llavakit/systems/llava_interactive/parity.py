@@ -379,10 +379,9 @@ class ScriptedModel(Responder):
         images = [load_image(part["image"]) for turn in messages for part in turn["content"] if is_media(part)]
         sampling = call.sampling
         params = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        # the original writes the picture where the message has it; a model's template may put it first
         self.calls.append(
             {
-                "prompt": prompt_text(TEMPLATE, messages, placement="keep", add_generation_prompt=True),
+                "prompt": prompt_text(TEMPLATE, messages, add_generation_prompt=True),
                 "stop": get_template(TEMPLATE).stop[0],
                 "images": [list(image.size) for image in images],
                 "params": params | {"max_new_tokens": sampling.max_new_tokens},
