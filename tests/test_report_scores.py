@@ -530,8 +530,8 @@ def test_one_report_has_values_but_no_interval(tmp_path):
     one = write(tmp_path / "p.jsonl", [{"id": 1, "text": "a b c d"}])
     found = score("report", one, one, against=one)["metrics"]
     row = found["scores"]["google_rouge_l"]
-    assert (row["value"], row["median"], row["low"], row["unscored"]) == (100, None, None, 500)
-    assert found["scores"]["coco_cider"]["value"] is None
+    assert (row["value"], row["median"], row["low"], row["unscored"]) == (100, 100, None, 0)
+    assert (found["scores"]["coco_cider"]["value"], found["scores"]["coco_cider"]["unscored"]) == (None, 500)
     assert found["difference"]["google_rouge_l"]["difference"] == 0
     assert "one report: there is nothing to resample, so nothing has an interval" in found["notes"]
     json.dumps(found, allow_nan=False)

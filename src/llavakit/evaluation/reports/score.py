@@ -135,9 +135,10 @@ def _values(sums: Sequence[Mapping[str, Sums]], resamples: int, swaps: int, seed
     names = list(sums[0])
     metrics = [[own[name] for name in names] for own in sums]
     cases = len(metrics[0][0].table) if names else 0
-    if cases < 2:  # nothing to resample
+    if cases < 2:  # every resample of one report is that report, which says nothing of others
         rows = None
-        found = [[Estimate(one.whole, np.nan, np.nan, np.nan, resamples) for one in own] for own in metrics]
+        values = [[one.whole for one in own] for own in metrics]
+        found = [[Estimate(v, v, np.nan, np.nan, 0 if math.isfinite(v) else resamples) for v in own] for own in values]
     else:
         rows = draw(cases, resamples, seed)
         found = [estimates(own, rows) for own in metrics]

@@ -17,8 +17,7 @@ from transformers import BertConfig
 
 from llavakit.evaluation.metrics import reports
 from llavakit.evaluation.metrics.chexbert import CheXbert, report_ids, word_pieces
-from llavakit.evaluation.metrics.resampling import RESAMPLES, Sums, draw, estimate
-from llavakit.evaluation.packages import need
+from llavakit.evaluation.metrics.resampling import Sums, draw, estimate
 from llavakit.evaluation.reports.rubric import read_rubric
 from llavakit.evaluation.score import score
 from llavakit.proof.entries import check_keys
@@ -60,27 +59,25 @@ def rouge_and_bleu(case: Case) -> Iterator[Example]:
     pairs = [({"text": own}, {"text": other}) for own, other in zip(texts, wanted, strict=True)]
     kinds = {"rougeL": "google_rouge_l", "rouge1": "google_rouge_1", "rouge2": "google_rouge_2"}
 
-    def each(kind: str) -> list[tuple[float, float, float]]:
-        score = need("rouge_score.rouge_scorer").RougeScorer([kind]).score
-        return [tuple(getattr(score(b, a)[kind], part) for part in PARTS) for a, b in zip(texts, wanted, strict=True)]
+    def per_item() -> Result:
+        rows = [scored([pair], list(kinds.values())) for pair in pairs]
+        values = [{kind: [None, None, row[name]["value"]] for kind, name in kinds.items()} for row in rows]
+        ignored = {f"per_item.*.{part}": "`score report` gives F1 alone" for part in (0, 1)}
+        return Result(json=values, ignored=ignored)
 
-    def per_item() -> list[dict[str, Any]]:
-        columns = {kind: each(kind) for kind in kinds}
-        return [{kind: list(values[n]) for kind, values in columns.items()} for n in range(len(texts))]
+    def rouge(kind: str) -> Result:
+        own = interval(scored(pairs, [kinds[kind]])[kinds[kind]])
+        ends = {f"ROUGE-*.{end}": "one report: there is nothing to resample" for end in ("ci_l", "ci_h")}
+        return Result(json=own, ignored=ends if len(pairs) == 1 else {})
 
-    def rouge(kind: str) -> dict[str, float]:
-        found = scored(pairs, [kinds[kind]])[kinds[kind]]
-        if len(pairs) == 1:  # every resample of one report is the report, so `score report` gives no interval
-            return dict.fromkeys(("median", "ci_l", "ci_h"), found["value"])
-        return interval(found)
-
-    def bleu(order: int) -> dict[str, float]:
-        value = scored(pairs, [f"sacrebleu_{order}"])[f"sacrebleu_{order}"]["value"] * 100
-        # sacrebleu's own interval is symmetric and may leave the range, so `score report` has its own.
-        found = (
-            need("sacrebleu.metrics").BLEU(max_ngram_order=order).corpus_score(texts, [wanted], n_bootstrap=RESAMPLES)
+    def bleu(order: int) -> Result:
+        name = f"sacrebleu_{order}"
+        whole = scored(pairs, [name])[name]["value"] * 100  # which the script calls a median
+        reason = "sacrebleu's interval is symmetric and may leave the range; `score report` gives percentiles"
+        return Result(
+            json={"median": whole, "ci_l": None, "ci_h": None},
+            ignored={f"BLEU-*.{end}": reason for end in ("ci_l", "ci_h")},
         )
-        return {"median": value, "ci_l": found._mean - found._ci, "ci_h": found._mean + found._ci}
 
     yield Example("per_item", per_item, "per_item")
     for name in case.wanted.json:

@@ -61,21 +61,24 @@ def sft_labels(case: Case) -> list[Example]:
     processor = text_processor(known.tokenizer, TEMPLATE)
 
     def labelled(sequence: Sequence[int]) -> list[int]:
-        # what stands before the first header, and a header that is cut off, is nobody's
+        # the product makes sequences of messages: what no message says, a beginning without a header and a header that
+        # is cut off, is put around them
         begun = next((n for n, number in enumerate(sequence) if number == heads[0]), len(sequence))
-        messages, text = [], known.text(sequence[begun:])
-        for turn in text.split(HEAD_START)[1:]:
-            role, shut, content = turn.partition(HEAD_END)
-            if shut:
-                content = content.removeprefix(BREAK)
-                messages.append({"role": role, "content": content.removesuffix(TURN_END)})
+        end = len(sequence)
+        if heads[0] in sequence:
+            last = len(sequence) - 1 - sequence[::-1].index(heads[0])
+            end = end if heads[1] in sequence[last:] else last
+        messages = []
+        for turn in known.text(sequence[begun:end]).split(HEAD_START)[1:]:
+            role, _, content = turn.partition(HEAD_END)
+            messages.append({"role": role, "content": content.removeprefix(BREAK).removesuffix(TURN_END)})
         if not messages:
             return [IGNORE] * len(sequence)
-        length = len(sequence) - begun + 1  # the template writes one begin token
-        sample = training_sample(processor, normalise(messages), max_length=length)
-        labels = [IGNORE] * begun + [int(label) for label in sample["labels"]][1:]
-        labels += [IGNORE] * (len(sequence) - len(labels))
-        return [label if label == IGNORE else known.original[label] for label in labels]
+        sample = training_sample(processor, normalise(messages), max_length=end - begun + 1)
+        found = [label if label == IGNORE else known.original[label] for label in sample["labels"]]
+        if begun != 1:  # the template writes one begin token
+            found = [IGNORE] * begun + found[1:]
+        return found + [IGNORE] * (len(sequence) - end)
 
     return examples(labelled, sequences)
 
