@@ -7,7 +7,6 @@ is computed once for all replies of a request. Requests run one after the other,
 
 from __future__ import annotations
 
-import copy
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from llavakit.conversation.codecs import Codec, get_codec
 from llavakit.conversation.encode import escape_special_tokens
 from llavakit.conversation.messages import normalise
 from llavakit.conversation.turns import CallEvent, Event
 from llavakit.errors import CheckpointError, UserError
-from llavakit.generation.cache import ByteBounded
+from llavakit.generation.foreign_states import ENCODED, Prefixes, States, cut, with_reply
 from llavakit.generation.request import PromptTooLong, Reply, SamplingParams, StreamChunk
 from llavakit.generation.responder import Call, Messages, Responder
 from llavakit.generation.response import Answer, FinishEvent, Response, Usage, chunk_events
@@ -37,8 +35,6 @@ from llavakit.media.image import load_image
 from llavakit.media.source import Limits
 
 WEIGHTLESS = ("missing_keys", "unexpected_keys", "mismatched_keys")
-_MOST_PREFIXES = 4
-_ENCODED = re.compile(r"^(pixel_values|mm_encoder_outputs|input_features)")  # inputs that only the prompt has
 
 
 def classes_of(raw: Mapping[str, Any]) -> Any:
@@ -137,7 +133,7 @@ class TransformersResponder(Responder):
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         self.eos_token_ids = tuple(sorted({i for i in [*ends, self.tokenizer.eos_token_id] if i is not None}))
         placeholders = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
-        self._prefixes = _Prefixes(prefix_bytes if self._forks_anywhere else 0)
+        self._prefixes = Prefixes(prefix_bytes if self._forks_anywhere else 0)
         self._placeholders = re.compile("|".join(re.escape(str(one)) for one in placeholders if one) or r"(?!)")
 
     @property
@@ -231,7 +227,7 @@ class TransformersResponder(Responder):
                 continue
             seed = None if sampling.seed is None else choice_seed(sampling.seed, number * sampling.n)
             replies = [Reply(index) for index in range(sampling.n)]
-            longer = _longer(branch.request, branch.ids)
+            longer = with_reply(branch.request, branch.ids)
             for chunk in self._chunks(longer, replace(sampling, seed=seed), count=note, **stopping):
                 note(Usage(completion_tokens=len(chunk.token_ids)))
                 reply = replies[chunk.index]
@@ -272,7 +268,7 @@ class TransformersResponder(Responder):
                 ids = self._inputs(messages, reply)["input_ids"][0].tolist()
                 found.append((ids, shared_length(known, ids)))
             shared = min(length for _, length in found)
-            inputs = _cut(inputs, shared)
+            inputs = cut(inputs, shared)
         self._check_length(max(len(ids) for ids, _ in found))
         with self._turn, torch.inference_mode():
             logits = self._continuations(inputs, [ids[shared:] for ids, _ in found])
@@ -289,7 +285,7 @@ class TransformersResponder(Responder):
     def _continuations(self, inputs: Mapping[str, Tensor], replies: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits [tokens, vocabulary] in front of every id of given replies to one prompt."""
         if self._stateful:  # their states do not take several ids at once
-            whole = [self.model(**_longer(inputs, ids)).logits[0] for ids in replies]
+            whole = [self.model(**with_reply(inputs, ids)).logits[0] for ids in replies]
             return [logits[-len(ids) - 1 : -1] for logits, ids in zip(whole, replies, strict=True)]
         states, first, _ = self._prompt_states(inputs)
         found = []
@@ -377,17 +373,17 @@ class TransformersResponder(Responder):
 
     # ------------------------------------------------------------------ decoding
 
-    def _prefill(self, inputs: Mapping[str, Tensor]) -> tuple[_States, Tensor]:
+    def _prefill(self, inputs: Mapping[str, Tensor]) -> tuple[States, Tensor]:
         """States behind a prompt, and the logits of its last position [1, vocabulary]."""
 
         def prefill(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
             kwargs = {name: value for name, value in kwargs.items() if name not in ("generation_config", "streamer")}
-            return _States.behind(model, input_ids, kwargs)
+            return States.behind(model, input_ids, kwargs)
 
         # `generate` prepares what its decoding loops get (positions, cache), for every class as it needs it
         return self.model.generate(**inputs, custom_generate=prefill, do_sample=False, max_new_tokens=1, use_cache=True)
 
-    def _prompt_states(self, inputs: Mapping[str, Tensor]) -> tuple[_States, Tensor, Usage]:
+    def _prompt_states(self, inputs: Mapping[str, Tensor]) -> tuple[States, Tensor, Usage]:
         """States behind a prompt, the logits of its last position, and what was computed for them.
 
         States of a few prompts are kept. One that begins like a kept one, with the same media in the part that is
@@ -403,7 +399,7 @@ class TransformersResponder(Responder):
         return states, logits, Usage(length, cached_tokens=shared, encoded=0 if shared else media.count)
 
     def _media_in(self, inputs: Mapping[str, Tensor]) -> _Media:
-        if not any(_ENCODED.match(name) for name in inputs):
+        if not any(ENCODED.match(name) for name in inputs):
             return _Media(0, 0)
         names = [getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
         ids = [self.tokenizer.convert_tokens_to_ids(str(name)) for name in names if name]
@@ -498,84 +494,6 @@ class _Row:
         return StreamChunk(self.index, (token,), text, () if logprob is None else (logprob,), reason, stop)
 
 
-class _States:
-    """What a model keeps of some rows that it has read.
-
-    Args:
-        ids: All ids so far [rows, length].
-        kwargs: Inputs of the next forward pass besides.
-        outputs: Of the last one.
-    """
-
-    def __init__(self, model: Any, ids: Tensor, kwargs: dict[str, Any], outputs: Any) -> None:
-        self._model, self._ids, self._kwargs, self._outputs = model, ids, kwargs, outputs
-
-    @classmethod
-    def behind(cls, model: Any, ids: Tensor, kwargs: dict[str, Any]) -> tuple[_States, Tensor]:
-        """States behind a prompt and its last logits."""
-        inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
-        outputs = model(**inputs, return_dict=True)
-        kept = {name: value for name, value in kwargs.items() if not _ENCODED.match(name)}
-        return cls(model, ids, kept, outputs), outputs.logits[:, -1]
-
-    @property
-    def bytes(self) -> int:
-        """Size of keys and values."""
-        layers = getattr(self._outputs.past_key_values, "layers", ())
-        tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def beginning(self, length: int) -> _States | None:
-        """A copy that has read the first positions only; None if these states cannot be cut."""
-        whole, found = self._ids.shape[1], self.forked(1)
-        if length == whole:
-            return found
-        crossing = getattr(self._model.config.get_text_config(), "cross_attention_layers", None) or ()
-        for number, layer in enumerate(found._outputs.past_key_values.layers):
-            if type(layer) is not DynamicLayer:
-                return None
-            if number not in crossing:  # those hold what the text sees of the media
-                if layer.keys.shape[-2] != whole:
-                    return None
-                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-        found._ids = found._ids[:, :length]
-        found._kwargs = _cut(found._kwargs, length, whole)
-        return found
-
-    def forked(self, rows: int) -> _States:
-        """A copy, every row repeated."""
-        outputs, kwargs, ids = copy.copy(self._outputs), dict(self._kwargs), self._ids
-        cache = _copied(outputs.past_key_values)
-        kwargs.pop("past_key_values", None)
-        if rows > 1:
-            cache.batch_repeat_interleave(rows)
-            ids, kwargs = self._model._expand_inputs_for_generation(expand_size=rows, input_ids=ids, **kwargs)
-        outputs.past_key_values = cache
-        return _States(self._model, ids, kwargs, outputs)
-
-    def step(self, ids: Tensor) -> Tensor:
-        """Logits [rows, new, vocabulary] at new ids [rows, new]."""
-        new = ids.shape[1]
-        kwargs = self._model._update_model_kwargs_for_generation(
-            self._outputs, self._kwargs, is_encoder_decoder=False, num_new_tokens=new
-        )
-        if "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = new
-        self._ids = torch.cat([self._ids, ids], 1)
-        inputs = self._model.prepare_inputs_for_generation(self._ids, next_sequence_length=new, **kwargs)
-        self._kwargs, self._outputs = kwargs, self._model(**inputs, return_dict=True)
-        return self._outputs.logits[:, -new:]
-
-
-def _copied(cache: Any) -> Any:
-    """A cache that can be filled without the other one changing; dynamic layers make new tensors when they grow."""
-    if not all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", (None,))):
-        return copy.deepcopy(cache)
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
-    return found
-
-
 class _Media(NamedTuple):
     """How many media a prompt holds, and the position behind the last one."""
 
@@ -583,90 +501,8 @@ class _Media(NamedTuple):
     ends: int
 
 
-class _Prefixes:
-    """States of the newest prompts, found by what prompts begin with.
-
-    Args:
-        limit: Most bytes of keys and values.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._held = ByteBounded(limit, _MOST_PREFIXES)
-        self._inputs: dict[int, Mapping[str, Tensor]] = {}
-        self._next = 0
-
-    def find(self, inputs: Mapping[str, Tensor], least: int) -> tuple[int, _States | None]:
-        """Length of the longest beginning that a kept prompt shares, and its states; at least one position is left.
-
-        Args:
-            least: Positions that must be shared for media to be the same: up to the last one.
-        """
-        best, found = 0, None
-        for number in list(self._held):
-            shared = min(_shared(self._inputs[number], inputs), inputs["input_ids"].shape[1] - 1)
-            if shared > max(best, least - 1):
-                states = self._held.get(number).beginning(shared)
-                if states is not None:
-                    best, found = shared, states
-        return best, found
-
-    def put(self, inputs: Mapping[str, Tensor], states: _States) -> None:
-        """Keep states of a prompt; they must not be changed."""
-        if not self._held.limit:
-            return
-        self._held.put(self._next, states, states.bytes)
-        self._inputs[self._next] = inputs
-        self._next += 1
-        self._inputs = {number: self._inputs[number] for number in self._held}
-
-
-def _shared(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> int:
-    """Length of the common beginning of two prompts; 0 if they have other media or settings."""
-    lengths = [inputs["input_ids"].shape[1] for inputs in (one, other)]
-    if set(one) != set(other):
-        return 0
-    shared = min(lengths)
-    for name in one:
-        first, second = one[name], other[name]
-        if _by_position(first, lengths[0]) and _by_position(second, lengths[1]):
-            same = (first[0, :shared] == second[0, :shared]).reshape(shared, -1).all(-1)
-            shared = int(same.long().cumprod(0).sum())
-        elif first.shape != second.shape or not torch.equal(first, second):
-            return 0
-    return shared
-
-
 def _uncounted(usage: Usage) -> None:
     """Nobody wants to know."""
-
-
-def _cut(inputs: Mapping[str, Any], length: int, whole: int | None = None) -> dict[str, Any]:
-    """Inputs of the first positions."""
-    whole = inputs["input_ids"].shape[1] if whole is None else whole
-    return {name: value[:, :length] if _by_position(value, whole) else value for name, value in inputs.items()}
-
-
-def _longer(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
-    """Inputs with generated ids behind them."""
-    if not ids:
-        return dict(inputs)
-    whole, found = inputs["input_ids"].shape[1], {}
-    for name, value in inputs.items():
-        if not _by_position(value, whole):
-            found[name] = value
-            continue
-        if name == "input_ids":
-            more = value.new_tensor([list(ids)])
-        elif name in ("attention_mask", "cross_attention_mask"):  # all of the prompt stays visible
-            more = value[:, -1:].expand(-1, len(ids), *value.shape[2:])
-        else:  # kinds of tokens: 0 is text
-            more = torch.zeros_like(value[:, :1]).expand(-1, len(ids), *value.shape[2:])
-        found[name] = torch.cat([value, more], 1)
-    return found
-
-
-def _by_position(value: Any, length: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (1, length)
 
 
 __all__ = ["TransformersResponder", "classes_of", "load_foreign"]
