@@ -20,7 +20,8 @@ from llavakit.generation.chat import Chat
 from llavakit.media.source import MediaSize
 from llavakit.registry import PLANNERS
 from llavakit.robustness.model_attack import TextLoss
-from llavakit.robustness.run import AttackSettings, ModelAttack, attack_task, whole_levels
+from llavakit.robustness.questions import AttackSettings, ModelAttack, whole_levels
+from llavakit.robustness.run import attack_task
 from llavakit.robustness.tasks import HARMLESS_TARGETS, caption_words, open_task, refuses
 from llavakit.system import systems
 from llavakit.training.recipe import parse_recipe

@@ -13,7 +13,8 @@ from llavakit.conversation.template import template_for
 from llavakit.data.collate import Collator
 from llavakit.generation.chat import Chat
 from llavakit.robustness.model_attack import TextLoss
-from llavakit.robustness.run import AttackSettings, ModelAttack, attack_task, to_picture
+from llavakit.robustness.questions import AttackSettings, ModelAttack, to_picture
+from llavakit.robustness.run import attack_task
 from llavakit.robustness.tasks import open_task
 from llavakit.training.build import build_model
 from llavakit.training.recipe import parse_recipe
