@@ -155,6 +155,19 @@ def questions(tmp_path):
     return path
 
 
+def test_groups_are_told_apart_by_their_text(tmp_path):
+    likelihoods = [{"sum": own, "characters": 6, "tokens": 2} for own in (-1, -2)]
+    groups = [1, "1", ["a"], None]
+    asked = [{"question_id": n, "text": "?", "options": ["A. a", "B. b"]} for n in range(4)]
+    asked = [row | {"answer": n % 2, "group": group} for n, (row, group) in enumerate(zip(asked, groups, strict=True))]
+    given = [{"question_id": n, "text": "A. a", "likelihoods": likelihoods} for n in range(4)]
+    for name, rows in {"gold": asked, "given": given}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = score("likelihood", tmp_path / "given.jsonl", tmp_path / "gold.jsonl")["metrics"]
+    assert metrics["by_group"] == {"1": 50.0, "['a']": 100.0}
+    assert metrics["average"] == 75.0
+
+
 def test_options_are_ranked_by_their_likelihood(questions, tmp_path):
     chat = small_chat()
     result = evaluate(chat, "likelihood", questions, tmp_path / "p.jsonl", console=QUIET)

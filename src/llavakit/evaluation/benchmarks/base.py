@@ -350,12 +350,18 @@ class PairedBenchmark(Benchmark):
         return {table: [question.data.get(name) for question, _ in scored] for table, name in self.tables.items()}
 
 
+def field_text(question: Record, name: str) -> str | None:
+    """The content of a field as text, None where it is null or missing."""
+    value = question.data.get(name)
+    return None if value is None else str(value)
+
+
 def by_field(scored: Scored, name: str) -> dict[str, list[float]]:
     """Values by the content of a field, as text; questions without it are left out."""
     rows: dict[str, list[float]] = {}
     for question, value in scored:
-        if question.data.get(name) is not None:
-            rows.setdefault(str(question.data[name]), []).append(value)
+        if (text := field_text(question, name)) is not None:
+            rows.setdefault(text, []).append(value)
     return rows
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llavakit.evaluation.benchmarks.base import LETTER, PairedBenchmark, Question, Scored, by_field, percent
+from llavakit.evaluation.benchmarks.base import LETTER, PairedBenchmark, Question, Scored, by_field, field_text, percent
 from llavakit.evaluation.metrics.answers import bracket_choice_match, mean
 from llavakit.evaluation.metrics.intervals import Measure
 from llavakit.evaluation.processors import LETTERS, bracket_question, first_letter
@@ -57,7 +57,7 @@ class BracketChoice(PairedBenchmark):
 
     def measures(self, scored: Scored) -> dict[str, Measure]:
         """Accuracy, and its mean over tasks."""
-        values, tasks = [value for _, value in scored], [question.data.get("task") for question, _ in scored]
+        values, tasks = [value for _, value in scored], [field_text(question, "task") for question, _ in scored]
         return super().measures(scored) | {"average": Measure.macro(values, tasks)}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llavakit.evaluation.benchmarks.base import PairedBenchmark, Question, by_field, media_parts, percent
+from llavakit.evaluation.benchmarks.base import PairedBenchmark, Question, by_field, field_text, media_parts, percent
 from llavakit.evaluation.cases import Metrics
 from llavakit.evaluation.metrics.answers import mean
 from llavakit.evaluation.metrics.intervals import Measure
@@ -102,7 +102,7 @@ class LikelihoodChoice(PairedBenchmark):
         groups = {name: percent(mean(values)) for name, values in by_field(right[by], "group").items()}
         found |= {"count": len(right[by])} | ({"average": mean(groups.values()), "by_group": groups} if groups else {})
         values = {name: [value for _, value in right[name]] for name in RANKINGS}
-        rows = [question.data.get("group") for question, _ in pairs]
+        rows = [field_text(question, "group") for question, _ in pairs]
         measures = {"accuracy": Measure.mean(values[by])}
         measures |= {f"accuracy_{name}": Measure.mean(values[name]) for name in RANKINGS}
         measures |= {"average": Measure.macro(values[by], rows)}
