@@ -484,6 +484,10 @@ def test_graphs_features_and_notes(tmp_path):
     save_file({"images": torch.eye(4) * 3, "texts": torch.eye(4)[[0, 1, 3, 2]]}, tmp_path / "f.safetensors")
     found = score("report", own, other, features=tmp_path / "f.safetensors")["metrics"]
     assert found["scores"]["radgraph_partial"]["value"] == 75
+    shouted = {"1": graph["1"] | {"tokens": "EDEMA"}}
+    loud = write(tmp_path / "loud.jsonl", [record | {"graph": shouted if record["id"] else {}} for record in records])
+    told = score("report", loud, other, metrics=["radgraph_simple", "radgraph_lower_simple"])["metrics"]["scores"]
+    assert [told[name]["value"] for name in ("radgraph_simple", "radgraph_lower_simple")] == [0, 75]
     assert "radgraph: 1 references have no entities; their F1 is 0" in found["notes"]
     assert found["scores"]["image_to_text_R@1"]["value"] == 50
     assert found["scores"]["text_to_image_R@5"]["value"] == 100

@@ -311,6 +311,36 @@ def test_grouped_batches_hold_one_modality(world: Path) -> None:
     assert len(mixed) <= 1  # the remainder of both
 
 
+@pytest.mark.parametrize(
+    ("key", "grouping"), [("modality", "stretch"), ("modality", "band"), ("length", "stretch"), ("length", "band")]
+)
+def test_a_stage_trains_on_batches_that_its_grouping_makes(
+    world: Path, tmp_path: Path, key: str, grouping: str
+) -> None:
+    chosen = (f"stages.1.group_by_{key}=true", f"stages.1.grouping={grouping}")
+    result = run(world, tmp_path, *chosen, "stages.0.max_steps=1", "stages.1.max_steps=3")
+    assert len(losses(result)) == 3
+    _, samples, stage = prepared(world, *chosen, "stages.1.batch_size=2")
+    stage = stage.model_copy(update={"max_steps": None})
+    batches = plan_batches(samples, stage, seed=0)
+    assert batches != plan_batches(samples, stage.model_copy(update={"grouping": "megabatch"}), seed=0)
+    mixed = [batch for batch in batches if len({samples.words(index) > 0 for index in batch}) > 1]
+    if key == "modality" and grouping == "stretch":  # without the last batches of both modalities
+        assert sum(map(len, batches)) < len(samples)
+        assert not mixed
+    else:
+        assert sorted(index for batch in batches for index in batch) == list(range(len(samples)))
+        assert key == "length" or all(batch in batches[-2:] for batch in mixed)  # the last of both
+
+
+def test_grouping_needs_something_to_group_by(world: Path) -> None:
+    with pytest.raises(RecipeError, match="grouping: says how group_by_length or group_by_modality group"):
+        prepared(world, "stages.1.grouping=band")
+    _, samples, stage = prepared(world, "stages.1.group_by_modality=true", "stages.1.batch_size=24")
+    with pytest.raises(UserError, match="grouping: stretch leaves out the last batches of both modalities"):
+        plan_batches(samples, stage.model_copy(update={"grouping": "stretch"}), seed=0)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_packed_rows_give_the_loss_and_gradients_of_single_samples(world: Path, flat: bool) -> None:
     model, samples, _ = prepared(world)

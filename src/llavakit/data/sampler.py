@@ -90,6 +90,10 @@ def banded_by_length(
     return [i for n in shuffled for i in megabatches[n]]
 
 
+# A stage's `grouping` -> how it groups by length
+GROUPINGS = {"megabatch": length_grouped, "stretch": widely_grouped, "band": banded_by_length}
+
+
 def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
     return sorted(indices, key=lambda index: lengths[index], reverse=True)
 
@@ -112,7 +116,7 @@ def modality_grouped(
         lengths: Positive with media, negative without.
         generator: Shuffles the samples of each modality.
         order_generator: Shuffles the megabatches; `generator` is used if it is not given.
-        group: How each modality is grouped by length: `length_grouped` or `widely_grouped`.
+        group: How each modality is grouped by length, of `GROUPINGS`.
         drop_remainder: Whether to leave the joined remainder out.
 
     Raises:

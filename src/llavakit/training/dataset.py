@@ -27,7 +27,7 @@ from llavakit.data.mixture import Mixture, SourceSpec, read_specs
 from llavakit.data.packing import Piece, chunks, first_fit_decreasing
 from llavakit.data.paths import is_stream
 from llavakit.data.records import BadRecords, Record, read_record
-from llavakit.data.sampler import length_grouped, modality_grouped, word_length
+from llavakit.data.sampler import GROUPINGS, modality_grouped, word_length
 from llavakit.data.stream import RecordStream
 from llavakit.errors import RecordError, UserError
 from llavakit.model.modeling import LlavakitForConditionalGeneration
@@ -301,13 +301,15 @@ def epoch_batches(samples: Any, stage: Stage, seed: int, epoch: int, world: int)
             batch for begin in range(0, len(order), PACKING_WINDOW) for batch in _packed(samples, stage, order, begin)
         ]
     if stage.group_by_modality or stage.group_by_length:
-        generator = generator_of(seed, epoch)
+        generator, group = generator_of(seed, epoch), GROUPINGS[stage.grouping]
+        sizes = stage.batch_size, world * stage.accumulation
         if stage.group_by_modality:
             lengths = [samples.words(index) for index in order]
-            places = modality_grouped(lengths, stage.batch_size, world * stage.accumulation, generator)
+            drops = stage.grouping == "stretch"  # as published
+            places = modality_grouped(lengths, *sizes, generator, group=group, drop_remainder=drops)
         else:
-            sizes = [abs(samples.words(index, WORDS_PER_IMAGE)) for index in order]
-            places = length_grouped(sizes, stage.batch_size, world * stage.accumulation, generator)
+            lengths = [abs(samples.words(index, WORDS_PER_IMAGE)) for index in order]
+            places = group(lengths, *sizes, generator)
         order = [order[place] for place in places]
     return [order[begin : begin + stage.batch_size] for begin in range(0, len(order), stage.batch_size)]
 
@@ -355,6 +357,9 @@ def plan_batches(
     epoch = 0
     while True:
         own = epoch_batches(samples, stage, seed, epoch, world)
+        if not own and not stage.packing:
+            said = "grouping: stretch leaves out the last batches of both modalities, and there are no others"
+            raise UserError(f"stage {stage.name!r}: {said}; take grouping: megabatch or a smaller batch_size")
         if not own:
             tokens = sum(abs(samples.length(index)) for index in samples.dataset.order(seed, epoch))
             said = f"{tokens} tokens do not fill a chunk of {stage.max_length}"

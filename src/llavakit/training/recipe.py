@@ -264,6 +264,7 @@ class Stage(Section):
     max_length: int | None = Field(None, gt=1, lt=2**31)
     group_by_modality: bool = False
     group_by_length: bool = False
+    grouping: Literal["megabatch", "stretch", "band"] = "megabatch"
     buffer: Count = 1024
     cache_features: bool | Literal["float16", "float32"] = False
     loss_weights: LossWeights = Field(default_factory=LossWeights)
@@ -320,6 +321,8 @@ class Stage(Section):
             problem = "packing: rows are equally long already; switch group_by_length and group_by_modality off"
         elif self.group_by_length and self.group_by_modality:
             problem = "group_by_length: group_by_modality groups by length too; keep one of them"
+        elif self.grouping != "megabatch" and not (self.group_by_length or self.group_by_modality):
+            problem = "grouping: says how group_by_length or group_by_modality group; switch one of them on"
         elif not any(not part.freeze for part in self.train.values()) and self.lora is None:
             problem = "train: nothing trains; name at least one part"
         elif self.lora and self.lora.quantize and self.shard:

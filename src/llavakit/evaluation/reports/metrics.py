@@ -216,11 +216,14 @@ def _radgraph(predictions: Reports, references: Reports, sources: Sources) -> di
         given = annotate(predictions.texts), sources.once("radgraph references", lambda: annotate(references.texts))
     pairs = list(zip(*given, strict=True))
     return {
-        f"radgraph_{level}": Sums.mean([measures.radgraph_f1(own, other, level)[0] for own, other in pairs])
-        for level in measures.LEVELS
+        f"radgraph_{kind}{level}": Sums.mean(
+            [measures.radgraph_f1(own, other, level, lower=bool(kind))[0] for own, other in pairs]
+        )
+        for kind, level in _GRAPHS
     }
 
 
+_GRAPHS = [(kind, level) for kind in ("", "lower_") for level in measures.LEVELS]
 _RADGRAPHS = ("radgraph", "radgraph-xl", "modern-radgraph-xl")
 
 
@@ -318,7 +321,7 @@ GROUPS: tuple[Group, ...] = (
     Group(("nltk_meteor",), _nltk_meteor, "wordnet"),
     Group(tuple(f"bertscore_{part}" for part in ("precision", "recall", "f1")), _bertscore, "bertscore"),
     Group(_label_names("chexbert"), _chexbert, "chexbert, or labels in both files"),
-    Group(tuple(f"radgraph_{level}" for level in measures.LEVELS), _radgraph, "radgraph, or graphs in both files"),
+    Group(tuple(f"radgraph_{kind}{level}" for kind, level in _GRAPHS), _radgraph, "radgraph, or graphs in both files"),
     Group(tuple(f"{way}_R@{k}" for way in _WAYS for k in _AT), _retrieval, "features"),
 )
 NAMES = tuple(name for group in GROUPS for name in group.names)

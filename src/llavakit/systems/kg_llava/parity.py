@@ -16,8 +16,10 @@ from llavakit.checkpoints.files import LazyState
 from llavakit.connectors.base import Features
 from llavakit.conversation.messages import from_llava
 from llavakit.data.preparation import prepare
+from llavakit.evaluation.benchmarks.base import write_lines
 from llavakit.evaluation.metrics import reports as report_metrics
 from llavakit.evaluation.metrics import text as text_metrics
+from llavakit.evaluation.score import score
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.proof.entries import array, check_keys, fitting, picture, prompt_text, scored, view_processor, views_of
 from llavakit.proof.golden import Case, Example, Result, examples, take
@@ -229,8 +231,13 @@ def radgraph_output(case: Case) -> Iterator[Example]:
         return [text for found in radgraph.observations(graph) for text in found["suggestive_of"] or ()]
 
     def rewards(pair: Any) -> list[float]:
-        both = [entities[number] for number in pair]
-        return [report_metrics.radgraph_f1(*both, level, lower=True)[0] for level in report_metrics.LEVELS]
+        names = [f"radgraph_lower_{level}" for level in report_metrics.LEVELS]
+        with tempfile.TemporaryDirectory() as place:
+            files = Path(place) / "prediction.jsonl", Path(place) / "reference.jsonl"
+            for file, number in zip(files, pair, strict=True):
+                write_lines(file, [{"id": 0, "text": "", "graph": entities[number]}])
+            found = score("report", *files, metrics=names, empty="score")["metrics"]["scores"]
+        return [found[name]["value"] / 100 for name in names]
 
     def spans(item: Any) -> Any:
         return radgraph.entities_of(*take(item))
