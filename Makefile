@@ -116,7 +116,7 @@ test-smollm2:  ## a real language model of 135 million parameters: read from GGU
 	@touch $@
 
 test-ray:  ## workers of Ray that generate, evaluate and synthesize, one of them killed, in an environment of its own
-	@$(MAKE) --no-print-directory VENV=.venv-ray EXTRAS=dev,ray install
+	@$(MAKE) --no-print-directory VENV=.venv-ray EXTRAS=train,serve,medical,eval,dev,ray install
 	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m ray tests/test_generate.py tests/test_synthesis.py $(ARGS)
 
 test-web:  ## the web app and the studio in a headless Chromium (CHROMIUM=/path/to/it), in the environment of `make serve`
