@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import shutil
@@ -20,6 +21,7 @@ import llavakit
 from llavakit.conversation.turns import ReasoningDelta, TextDelta, TraceEvent
 from llavakit.data.preparation import prepare
 from llavakit.errors import RecordError, UserError
+from llavakit.evaluation.benchmarks.generic import ListedBenchmark
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.generation.responder import Responder
 from llavakit.generation.sampling import TokenSampler
@@ -600,3 +602,29 @@ def test_boards_follow_their_arrows():
     assert board.begun_right(text[: text.index("</CAPTION>")])
     assert reply(board, "direct") == ["green", "<end>"]
     assert not board.answered(" ".join(reply(board, "staged")).replace("<CONCLUSION> green", "<CONCLUSION> red"))
+
+
+def test_a_benchmark_table_becomes_questions_in_the_published_words(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode().ljust(256, "=")
+    data = base64.b64encode(base64.b64decode(data) + bytes(256)).decode()  # longer than a name
+    cells = ["index\tquestion\tA\tB\tC\timage\tanswer", '7\t"Which\nsign?"\tcat\tdog\t\ta.png\tA']
+    cells.append(f"8\tWhat?\tx\ty\tz\t\"['a.png', '{data}']\"\tB")
+    source, output = tmp_path / "AI2D_TEST.tsv", tmp_path / "q.jsonl"
+    source.write_text("\n".join(cells) + "\n")
+    counts = prepare("staged_questions", source, output, dataset="AI2D_TEST")
+    assert (counts["questions"], counts["max_new_tokens"]) == (2, 2048)
+    first, second = map(json.loads, output.read_text().splitlines())
+    assert first["text"] == asked("AI2D_TEST", "Which\nsign?", {"A": "cat", "B": "dog"})[0]
+    assert (first["question_id"], first["answer"]) == ("7", "A")
+    opened = ListedBenchmark().questions(output)
+    assert [part["type"] for part in opened[1].media] == ["image", "image"]
+    for path in second["image"]:
+        assert Image.open(path).size == (40, 30)
+    with pytest.raises(UserError, match="dataset=MMStar: is asked as it is; worded are AI2D, MMMU"):
+        prepare("staged_questions", source, output, dataset="MMStar")
+    with pytest.raises(UserError, match="need a model whose name says 11B or 90B"):
+        prepare("staged_questions", source, output, dataset="AI2D_TEST", model="runs/o1")
+    source.write_text("index\tquestion\timage\n1\tx\t[a\n")
+    with pytest.raises(RecordError, match=r"AI2D_TEST.tsv:2: image: must be a file name, base64 data, or a list"):
+        prepare("staged_questions", source, output, dataset="AI2D_TEST")

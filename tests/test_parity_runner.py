@@ -36,6 +36,22 @@ def run(folder: Path, result) -> parity.Report:
     return run_case(folder, adapter=result if callable(result) else lambda case: result)
 
 
+def test_null_nan_and_a_missing_value_are_three_things(write):
+    nan = float("nan")
+    for number, wanted in enumerate((nan, None)):
+        folder = write(f"case-{number}", outputs={"value": wanted, "rows": [wanted, 1.0]})
+        for given in (nan, None):
+            same = (given is None) == (wanted is None)
+            report = run(folder, Result(json={"value": given, "rows": [given, 1.0]}))
+            assert (report.status == "passed") == same, (wanted, given)
+        for missing in (
+            {"rows": [wanted, 1.0]},
+            {"value": wanted, "rows": [wanted]},
+            {"value": 0.0, "rows": [wanted, 1.0]},
+        ):
+            assert run(folder, Result(json=missing)).status == "failed", (wanted, missing)
+
+
 def test_floats_pass_within_tolerance_and_all_else_must_be_exact(write):
     expected = {"score": 0.5, "count": 3, "name": "a", "flag": True, "none": None, "list": [1, 2.0, {"x": "y"}]}
     folder = write(outputs=expected)

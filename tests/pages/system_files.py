@@ -331,5 +331,11 @@ def questions_with_answers(path: Path) -> None:
     path.write_text(json.dumps([record(number, f"{number}.png") for number in range(3)]))
 
 
+@thing(*page("llava_o1", "AI2D_TEST.tsv"))
+def table_of_questions(path: Path) -> None:
+    picture(path.parent / "0.png")
+    path.write_text("index\tquestion\tA\tB\timage\tanswer\n0\tWhich?\tcat\tdog\t0.png\tA\n")
+
+
 for _path in (*page("llava_o1", "scene-0-0000000.png"), *page("reflectiva", "images/red-tower-3.png")):
     thing(_path)(picture)

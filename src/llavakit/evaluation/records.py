@@ -165,7 +165,7 @@ def read_table(path: str | Path, columns: Iterable[str] = ()) -> list[Record]:
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images are stored in cells
     file = str(path)
-    lines = read_text(path).split("\n")
+    lines = (f"{line}\n" for line in read_text(path).split("\n"))  # cells may hold line breaks
     reader = csv.reader(lines, delimiter="\t")
     header = next(reader, [])
     for column in columns:

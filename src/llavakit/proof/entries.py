@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -370,6 +371,11 @@ def scored(task: str, texts: Sequence[str], gold: Sequence[Mapping[str, Any]], *
             lines = [json.dumps({"question_id": number, **row}) for number, row in enumerate(own)]
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return score(task, *files, **options)["metrics"]
+
+
+def or_nan(value: float | None) -> float:
+    """A metric as the originals' NumPy has it: what is not defined is null in llavakit's reports and NaN there."""
+    return math.nan if value is None else value
 
 
 def pope(answers: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:

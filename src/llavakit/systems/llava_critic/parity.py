@@ -12,7 +12,7 @@ from llavakit.conversation.encode import IMAGE_PLACEHOLDER
 from llavakit.evaluation.benchmarks.mmvet import grade_prompt
 from llavakit.evaluation.rewards import best_and_worst, ordered_pairs, pairwise_rewards
 from llavakit.evaluation.score import score
-from llavakit.proof.entries import prompt_ids, prompt_text, text_processor, with_blank_media
+from llavakit.proof.entries import or_nan, prompt_ids, prompt_text, text_processor, with_blank_media
 from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.systems.llava_critic import parity_dpo, prompts, verdicts
 from llavakit.systems.llava_critic.benchmarks import reward_summary
@@ -150,10 +150,10 @@ def judge_pointwise_agreement(case: Case) -> list[Example]:
         found = _scored("agreement", rows["judge"], rows["reference"])
         models = [found["models"][str(number)] for number in range(len(run["judge"][0]))]
         return {
-            "pearson_instances": found["pearson"],
+            "pearson_instances": or_nan(found["pearson"]),
             "model_means_judge": [own["score"] for own in models],
             "model_means_reference": [own["gold"] for own in models],
-            "kendall_model_ranking": {"tau_a": found["model_tau_a"], "tau_b": found["model_tau_b"]},
+            "kendall_model_ranking": {name: or_nan(found[f"model_{name}"]) for name in ("tau_a", "tau_b")},
         }
 
     return examples(agreement, case.inputs)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llavakit.evaluation.run import block_of
 from llavakit.evaluation.score import benchmark, score
+from llavakit.proof.entries import or_nan
 from llavakit.proof.golden import Case, Example, Result, examples, take
 from llavakit.systems.llava_next_interleave.scoring import harness_overall, normalised
 
@@ -24,7 +25,9 @@ def reported(rows: Sequence[Mapping[str, Any]], variant: str = "published") -> d
         file, report = Path(folder) / "result.jsonl", Path(folder) / "report.json"
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         score(TASK, file, variant=variant, report=report)
-        return json.loads(report.read_text(encoding="utf-8"))
+        found = json.loads(report.read_text(encoding="utf-8"))
+    values = found["datasets"].items()
+    return found | {"datasets": {name: {kind: or_nan(value) for kind, value in own.items()} for name, own in values}}
 
 
 def normalise(case: Case) -> Iterator[Example]:

@@ -17,7 +17,10 @@ SYSTEM = System(
         "templates": {"llava_o1": ".templates:LLAVA_O1"},
         "codecs": {"llava_o1": ".stages:stages_codec"},
         "label_policies": {"header_break": ".labels:HeaderBreak"},
-        "preparations": {"staged_answers": ".records:staged_answers"},
+        "preparations": {
+            "staged_answers": ".records:staged_answers",
+            "staged_questions": ".questions:staged_questions",
+        },
     },
     codec="llava_o1",
     responder=".responder:StagedSearch",

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import base64
 import re
-import string
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llavakit.conversation.messages import normalise
+from llavakit.data.preparation import prepare
+from llavakit.errors import UserError
+from llavakit.evaluation.benchmarks.base import write_lines
+from llavakit.evaluation.records import read_records
 from llavakit.generation.request import Request, SamplingParams
 from llavakit.generation.search import Branch
 from llavakit.proof.entries import text_processor, training_sample
 from llavakit.proof.golden import Case, Example, declined, examples, take
 from llavakit.proof.id_tokenizer import IdTokenizer
 from llavakit.splice.scatter import IGNORE
-from llavakit.systems.llava_o1 import questions, teaching
+from llavakit.systems.llava_o1 import teaching
 from llavakit.systems.llava_o1.judging import ALL, SENTENCE, Judge
 from llavakit.systems.llava_o1.searching import PUBLISHED_CANDIDATES, SAMPLING, SEARCHES, Retracing, swires
 from llavakit.systems.llava_o1.stages import NAMES, end_of, sections
@@ -222,23 +227,23 @@ def retracing(case: Case) -> list[Example]:
 # Questions, labels, data
 
 
-def is_given(cell: Any) -> bool:
-    """Whether a cell of a benchmark's table holds something."""
-    return cell is not None and cell == cell
-
-
 def eval_prompts(case: Case) -> list[Example]:
     """Questions of the benchmarks."""
 
     def asked(item: Mapping[str, Any]) -> dict[str, Any]:
         item = take(item)
-        line, pictures = item["line"], len(item["images"])
-        options = {letter: line[letter] for letter in string.ascii_uppercase if is_given(line.get(letter))}
-        size = questions.size_of(item["model_name"])
-        found = questions.asked(item["dataset"] or "", line["question"], options, size, pictures)
-        if found is None:
-            return {"custom": False}
-        return {"custom": True, "text": found[0], "n_images": pictures, "max_new_tokens": found[1]}
+        given = {name: cell for name, cell in item["line"].items() if cell == cell}  # without NaN
+        with tempfile.TemporaryDirectory() as place:
+            source, output = Path(place) / "source.jsonl", Path(place) / "questions.jsonl"
+            write_lines(source, [given | {"image": item["images"]}])
+            try:
+                options = {"dataset": item["dataset"] or "", "model": item["model_name"]}
+                counts = prepare("staged_questions", source, output, **options)
+            except UserError:  # asked as it is
+                return {"custom": False}
+            (question,) = (record.data for record in read_records(output))
+        limit = counts["max_new_tokens"]
+        return {"custom": True, "text": question["text"], "n_images": len(question["image"]), "max_new_tokens": limit}
 
     return examples(asked, case.inputs["items"], "items")
 
