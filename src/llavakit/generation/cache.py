@@ -7,6 +7,7 @@ and positions only; which request sits in which row is the engine's business.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -111,7 +112,7 @@ class RowCache(Cache):
         self.max_rows, self.max_length, self.window, self.fixed = max_rows, max_length, window, fixed
         rows = max_rows if fixed else rows
         capacity = max_length if fixed else min(_round_up(length + WIDTH_STEP), max_length)
-        self.store = like.new_zeros(layers, 2, rows, heads, capacity, size)
+        self.store = _zeros(like, layers, 2, rows, heads, capacity, size)
         self.lengths = [0] * max_rows
         self.rows = self.width = 0  # of the present step
         self.positions = torch.zeros(max_rows, dtype=torch.long, device=like.device)
@@ -158,8 +159,9 @@ class RowCache(Cache):
         new_rows = old_rows if rows <= old_rows else min(max(rows, 2 * old_rows), self.max_rows)
         new_capacity = capacity if length <= capacity else min(max(_round_up(length), 2 * capacity), self.max_length)
         layers, two, _, heads, _, size = self.store.shape
-        store = self.store.new_zeros(layers, two, new_rows, heads, new_capacity, size)
-        store[:, :, :old_rows, :, :capacity] = self.store
+        store = _zeros(self.store, layers, two, new_rows, heads, new_capacity, size)
+        filled = max(self.lengths[:old_rows])
+        store[:, :, :old_rows, :, :filled] = self.store[..., :filled, :]
         self.store = store
         self._allocated()
 
@@ -250,6 +252,16 @@ class RowCache(Cache):
 
 def _round_up(length: int) -> int:
     return -(-length // WIDTH_STEP) * WIDTH_STEP
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of a tensor's kind; on CPUs NumPy's, whose pages are large and cost nothing until they are written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    size, alignment = math.prod(shape) * like.element_size(), 64
+    memory = torch.from_numpy(np.zeros(size + alignment, dtype=np.uint8))
+    start = -memory.data_ptr() % alignment
+    return memory[start : start + size].view(like.dtype).view(shape)
 
 
 class ByteBounded:

@@ -2,8 +2,9 @@
 
 A decoding step of a small model is made of hundreds of operations on a few numbers each, and the operations cost more
 than the numbers. Here a layer is written out: norms in five operations instead of eight, queries and keys rotated
-together, one write of keys and values, attention without a choice of its kind. Linear layers and the MLP are called as
-the modules they are, so adapters and quantised layers inside them stay what they are.
+together, one write of keys and values, attention without a choice of its kind. Plain linear layers multiply few rows in
+the order of factors that is fast for them (`product`); all others, adapted and quantised ones, are called as the
+modules they are.
 """
 
 from __future__ import annotations
@@ -18,13 +19,38 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from llavakit.generation.cache import RowCache
+from llavakit.language.head import Head, finished
 from llavakit.language.layers import layer_kind
+
+_FEW_ROWS = 8  # up to so many the order of factors matters to a product on a CPU
 
 _LAYERS = {
     llama.LlamaModel: (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaRMSNorm),
     mistral.MistralModel: (mistral.MistralDecoderLayer, mistral.MistralAttention, mistral.MistralRMSNorm),
     qwen2.Qwen2Model: (qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2RMSNorm),
 }
+_MLPS = (llama.LlamaMLP, mistral.MistralMLP, qwen2.Qwen2MLP)
+
+
+def product(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """A linear layer's output [rows, out], whose columns may lie one behind the other.
+
+    BLAS libraries multiply two to eight rows up to twice as fast where the weights come first: tuned for tall left
+    factors, they otherwise fill vectors with what are few columns.
+
+    Args:
+        layer: Any module from [rows, in] to [rows, out]; a plain linear layer and the output layer are written out.
+        hidden: [rows, in]
+    """
+    written_out = type(layer) in (nn.Linear, Head) and type(layer.weight) is nn.Parameter
+    if not (1 < len(hidden) <= _FEW_ROWS and hidden.device.type == "cpu" and written_out) or layer._forward_hooks:
+        return layer(hidden)
+    columns = hidden.contiguous().t()
+    if layer.bias is None:
+        found = torch.mm(layer.weight, columns).t()
+    else:
+        found = torch.addmm(layer.bias[:, None], layer.weight, columns).t()
+    return finished(found, layer.scale, layer.cap) if type(layer) is Head else found
 
 
 class LeanDecoder:
@@ -70,14 +96,15 @@ class LeanDecoder:
             positions: [rows, 1].
             cache: Rows whose step has begun; takes the new keys and values.
         """
+        hidden = embeds.squeeze(1)
         cos, sin = self.decoder.rotary_emb(embeds, positions)
         sin = sin * self._signs
         masks = cache.mask, cache.window_mask
-        hidden = embeds.squeeze(1)
+        attend = _attend if hidden.device.type == "cpu" else _attend_fused
         for number, (layer, sliding) in enumerate(zip(self.decoder.layers, self._sliding, strict=True)):
             attention = layer.self_attn
             read = self._norm(hidden, layer.input_layernorm)
-            new = torch.cat([attention.q_proj(read), attention.k_proj(read), attention.v_proj(read)], -1)
+            new = torch.cat([product(one, read) for one in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
             keys, values = cache.views[number]
             rows, heads, _, size = keys.shape
             new = new.view(rows, -1, size)
@@ -85,19 +112,39 @@ class LeanDecoder:
             rotated = torch.addcmul(rotated * cos, rotated.roll(size // 2, -1), sin)
             queries, own_keys = rotated[:, :-heads], rotated[:, -heads:]
             cache.write(number, torch.cat([own_keys, new[:, -heads:]], 1))
-            seen = F.scaled_dot_product_attention(
-                # queries that share keys stand where a sequence would, so keys and values are read once
-                queries.reshape(rows, heads, -1, size),
-                keys,
-                values,
-                attn_mask=masks[sliding],
-                scale=attention.scaling,
-            )
-            hidden = hidden + attention.o_proj(seen.reshape(rows, -1))
-            hidden = hidden + layer.mlp(self._norm(hidden, layer.post_attention_layernorm))
+            # queries that share keys stand where a sequence would, so keys and values are read once
+            seen = attend(queries.reshape(rows, heads, -1, size), keys, values, masks[sliding], attention.scaling)
+            hidden = hidden + product(attention.o_proj, seen.reshape(rows, -1))
+            hidden = hidden + self._mlp(layer.mlp, self._norm(hidden, layer.post_attention_layernorm))
         return self._norm(hidden, self.decoder.norm)
+
+    @staticmethod
+    def _mlp(mlp: nn.Module, read: Tensor) -> Tensor:
+        if type(mlp) not in _MLPS:
+            return mlp(read)
+        return product(mlp.down_proj, mlp.act_fn(product(mlp.gate_proj, read)) * product(mlp.up_proj, read))
 
     def _norm(self, hidden: Tensor, norm: Any) -> Tensor:
         length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps, length, length, value=1 / hidden.shape[-1]).rsqrt_()
         return (hidden * scale).mul_(norm.weight)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of one position in two products: fused kernels gain by blocks of many positions.
+
+    Args:
+        queries: [rows, kv heads, queries that share a kv head, size]
+        keys, values: [rows, kv heads, width, size]
+        mask: Additive [rows, 1, 1, width].
+
+    Returns:
+        [rows * kv heads, queries, size]
+    """
+    hidden = mask.expand(-1, *queries.shape[1:3], -1).flatten(0, 1)
+    scores = torch.baddbmm(hidden, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1))
+
+
+def _attend_fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 from llavakit.errors import UserError
 from llavakit.generation.cache import RowCache
 from llavakit.generation.compiled import compiled_step
-from llavakit.generation.lean import LeanDecoder
+from llavakit.generation.lean import LeanDecoder, product
 from llavakit.language.rows import DecodingRows
 
 
@@ -60,7 +60,7 @@ class PlainRows(DecodingRows):
         if self.compiled is not None:
             logits = self.compiled(embeds, self._masks(), positions)[: len(tokens)]
         else:
-            logits = self.head(self.run(embeds, self._masks(), positions)[:, -1])
+            logits = product(self.head, self.run(embeds, self._masks(), positions)[:, -1]).contiguous()
         cache.end_step(len(tokens))
         return logits
 
