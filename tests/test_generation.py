@@ -28,13 +28,15 @@ from llavakit.conversation.template import Template
 from llavakit.errors import UserError
 from llavakit.generation import Engine, Request, RequestFailed, SamplingParams
 from llavakit.generation.cache import ByteBounded, PrefixStore, RowCache, one_row_cache, prompt_keys, stack_layers
-from llavakit.generation.lean import LeanDecoder
+from llavakit.generation.lean import LeanDecoder, product
 from llavakit.generation.rows import PlainRows
 from llavakit.generation.sampling import RowRng, TokenSampler
 from llavakit.generation.search import Branch, best_of_n, expand_branches, stage_beam_search
 from llavakit.generation.stopping import StopStrings
 from llavakit.generation.streaming import TextStream
+from llavakit.language import likelihood
 from llavakit.language.adapter import LanguageAdapter
+from llavakit.language.head import Head
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.registry import ADAPTERS, CONNECTORS
 
@@ -129,6 +131,20 @@ def test_lean_step_gives_the_decoders_own_logits_and_leaves_others_alone(decoder
     assert not LeanDecoder.fits(language)  # a step written out would never call it
     hook.remove()
     assert not LeanDecoder.fits(tiny.model(decoder="gpt2").model.language_model)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_few_rows_are_the_layers_own(rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    plain, head = torch.nn.Linear(6, 10, bias=bias), Head(6, 10, bias=bias)
+    head.scale, head.cap = 0.5, 2.0
+    for layer in (plain, head):
+        hidden = torch.randn(6, rows).t()  # one column behind the other
+        torch.testing.assert_close(product(layer, hidden), layer(hidden))
+    handle = plain.register_forward_hook(lambda module, args, out: out + 1)
+    torch.testing.assert_close(product(plain, hidden), plain(hidden))
+    handle.remove()
 
 
 def test_requests_join_while_others_decode(net: Any, samples: list[dict[str, Any]]) -> None:
@@ -587,6 +603,19 @@ def test_memory_is_bounded() -> None:
     store.put(prompt_keys([4, 2, 3, 9, 9, 7], 9, [(2, bytes([4] * 16))]), torch.full((1, 1, 1, 6, 8), 6.0))
     assert store.find(prompt_keys([4, 2, 3, 9, 9, 7, 1], 9, [(2, bytes([4] * 16))]))[0] == 6
     assert len(store._held) == 2, "the entry that was extended is gone"
+
+
+def test_likelihoods_of_replies_come_in_stretches(
+    net: Any, samples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(likelihood.CHUNK, "cpu", 4 * 3 * net.lm_head.out_features)  # three positions at a time
+    engine, replies = Engine(net), [[5, 6, 7, 8, 9, 10, 11], [4]]
+    found = engine.reply_likelihoods(request(samples[1]), replies)
+    logits = engine.reply_logits(request(samples[1]), replies)
+    for own, expected, ids in zip(found, logits, replies, strict=True):
+        every = expected.log_softmax(-1)
+        torch.testing.assert_close(own.logps, every[torch.arange(len(ids)), torch.tensor(ids)])
+        assert torch.equal(own.likeliest, every.argmax(-1))
 
 
 def test_rows_grow_and_keep_their_states() -> None:

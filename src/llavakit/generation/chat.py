@@ -244,12 +244,11 @@ class Chat(Responder):
                 f"score: context and reply have {length} positions, this model takes {self.engine.max_length}"
             )
         scores = []
-        found = self.engine.reply_logits(request, [ids for ids, _ in wanted])
-        for (ids, skipped), logits, reply in zip(wanted, found, replies, strict=True):
-            logits, own = logits[skipped:].float(), torch.tensor(ids[skipped:], device=logits.device)
-            logprobs = logits.log_softmax(-1).gather(-1, own[:, None])[:, 0]
-            likeliest = bool((logits.argmax(-1) == own).all())
-            scores.append(Score(tuple(ids[skipped:]), tuple(logprobs.tolist()), len(reply), likeliest))
+        found = self.engine.reply_likelihoods(request, [ids for ids, _ in wanted])
+        for (ids, skipped), likelihood, reply in zip(wanted, found, replies, strict=True):
+            own = ids[skipped:]
+            likeliest = likelihood.likeliest[skipped:].tolist() == own
+            scores.append(Score(tuple(own), tuple(likelihood.logps[skipped:].tolist()), len(reply), likeliest))
         return scores
 
     def _text_parts(self, context: str, replies: Sequence[str]) -> tuple[Request, list[tuple[list[int], int]]]:

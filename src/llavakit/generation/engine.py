@@ -14,7 +14,7 @@ import functools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from llavakit.generation.rows import PlainRows, sliding_window
 from llavakit.generation.sampling import RowRng, TokenSampler
 from llavakit.generation.stopping import StopStrings, check_stops, stop_token_ids
 from llavakit.generation.streaming import TextStream
+from llavakit.language.likelihood import Likelihood, token_logps
 from llavakit.language.rows import DecodingRows, decode_given
 
 _LEAST_REUSE = 16  # copying a shorter prefix costs more than computing it
@@ -196,11 +197,32 @@ class Engine:
         Returns:
             One tensor [tokens] per reply, float32.
         """
-        logits = self.reply_logits(request, continuations)
-        return [
-            own.float().log_softmax(-1).gather(-1, torch.tensor(list(ids), device=own.device)[:, None]).squeeze(-1)
-            for own, ids in zip(logits, continuations, strict=True)
-        ]
+        return [found.logps for found in self.reply_likelihoods(request, continuations)]
+
+    def reply_likelihoods(self, request: Request, replies: Sequence[Sequence[int]]) -> list[Likelihood]:
+        """How likely every token of given replies to one prompt is, which is computed once.
+
+        Logits of long replies come stretch by stretch; only those of an adapter's rows are held together.
+
+        Args:
+            replies: Token ids of every reply, at least one each.
+
+        Returns:
+            Log probability and likeliest token at every place, [tokens] each, per reply.
+        """
+        with self._stepping, torch.inference_mode():
+            targets = [torch.tensor(list(ids), device=self.device) for ids in replies]
+            if self._adapter is not None:
+                found = self.reply_logits(request, replies)
+                return [_likelihood(logits, ids) for logits, ids in zip(found, targets, strict=True)]
+            first, later = self._given(request, replies)
+            likelihoods = []
+            for ids, hidden in zip(targets, later, strict=True):
+                begin = _likelihood(first, ids[:1])
+                rest = token_logps(self.model.lm_head, hidden, ids[1:], likeliest=True)
+                pairs = zip(begin, rest, strict=True)
+                likelihoods.append(Likelihood(*(torch.cat(pair) for pair in pairs)))
+            return likelihoods
 
     def reply_logits(self, request: Request, replies: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits that the model gives for every token of given replies to one prompt, which is computed once.
@@ -212,21 +234,26 @@ class Engine:
             One tensor [tokens, vocabulary] per reply; the first row belongs to the prompt's last position.
         """
         with self._stepping, torch.inference_mode():
-            handle = RequestHandle(self, request)
-            prompt = self.prompts.read(request)
-            states, first = self._run_prompt(handle, prompt)
             if self._adapter is not None:
+                prompt = self.prompts.read(request)
+                states, first = self._run_prompt(RequestHandle(self, request), prompt)
                 size = {"max_rows": self.max_batch, "max_length": self.max_length}
                 make = functools.partial(self._adapter.rows, self.model, states, **size)
                 later = decode_given(make, states, prompt.length, replies, self.max_batch)
                 return [torch.cat([first, *rest]) for rest in later]
-            if prompt.keys is not None and self.prefixes.enabled:
-                self.prefixes.put(prompt.keys, states)
-            found = []
-            for reply in replies:
-                ids = torch.tensor([list(reply)[:-1]], dtype=torch.long, device=self.device)
-                found.append(torch.cat([first, self._continue(states, prompt, ids)]) if ids.shape[1] else first)
-            return found
+            first, later = self._given(request, replies)
+            return [torch.cat([first, self.model.lm_head(hidden)]) for hidden in later]
+
+    def _given(self, request: Request, replies: Sequence[Sequence[int]]) -> tuple[Tensor, Iterator[Tensor]]:
+        """For a plain decoder: logits [1, vocabulary] behind the prompt, and per reply what predicts its later tokens.
+
+        Hidden states [tokens - 1, hidden], computed when they are taken.
+        """
+        prompt = self.prompts.read(request)
+        states, first = self._run_prompt(RequestHandle(self, request), prompt)
+        if prompt.keys is not None and self.prefixes.enabled:
+            self.prefixes.put(prompt.keys, states)
+        return first, (self._continue(states, prompt, list(reply)[:-1]) for reply in replies)
 
     def next_logits(self, requests: Sequence[Request]) -> Tensor:
         """Logits of the token that follows each of several prompts.
@@ -419,16 +446,18 @@ class Engine:
         ).last_hidden_state
         return stack_layers(cache), self.model.lm_head(hidden[:, -1])
 
-    def _continue(self, states: Tensor, prompt: Prompt, ids: Tensor) -> Tensor:
-        """Logits [tokens, vocabulary] behind a prompt with given ids; the prompt's states stay as they are."""
-        length = prompt.length + ids.shape[1]
-        hidden = self.core.language_model(
-            inputs_embeds=self.core.embed_ids(ids),
+    def _continue(self, states: Tensor, prompt: Prompt, ids: list[int]) -> Tensor:
+        """Hidden states [tokens, hidden] behind a prompt with given ids; the prompt's states stay as they are."""
+        embeds = self.core.embed_ids(torch.tensor([ids], dtype=torch.long, device=self.device))
+        if not ids:
+            return embeds[0]
+        length = prompt.length + len(ids)
+        return self.core.language_model(
+            inputs_embeds=embeds,
             position_ids=torch.arange(prompt.length, length, device=self.device).unsqueeze(0),
             past_key_values=one_row_cache(states),
             use_cache=True,
-        ).last_hidden_state
-        return self.model.lm_head(hidden[0])
+        ).last_hidden_state[0]
 
     def _find_prefix(self, prompt: Prompt) -> tuple[int, Tensor | None]:
         """States of the longest known beginning of a prompt; its last position is always computed anew."""
@@ -574,6 +603,12 @@ class Engine:
         for reply in handle.replies:
             if reply.finish_reason is None:
                 _deliver(handle, StreamChunk(reply.index, (), finish_reason="error"))
+
+
+def _likelihood(logits: Tensor, ids: Tensor) -> Likelihood:
+    """Of tokens [tokens] under logits [tokens, vocabulary]."""
+    logps = logits.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    return Likelihood(logps, logits.argmax(-1))
 
 
 def _deliver(handle: RequestHandle, piece: StreamChunk) -> None:
