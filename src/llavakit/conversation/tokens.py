@@ -87,7 +87,9 @@ def _piece(piece: str, tokenizer: Any, *, add_special_tokens: bool = True) -> tu
     else:
         encoded = tokenizer(text, return_attention_mask=False, **settings)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-    return list(ids), [(max(start - extra, 0), end and max(end - extra, 1)) for start, end in spans]
+    if not extra:
+        return list(ids), list(spans)
+    return list(ids), [(max(start - 1, 0), end and max(end - 1, 1)) for start, end in spans]
 
 
 def _letters(tokenizer: Any) -> Any:

@@ -45,27 +45,21 @@ def expand(
         weights: Loss weights of equal length; visual positions get 1.
 
     Raises:
-        ValueError: If the number of placeholders differs from the number of media.
+        ValueError: If the number of placeholders differs from the number of media, or the lengths differ.
     """
-    found = sum(1 for token in ids if token == placeholder)
-    if found != len(layouts):
-        raise ValueError(f"{found} placeholders in the prompt, but {len(layouts)} media")
-    labels = [IGNORE] * len(ids) if labels is None else labels
-    out_ids: list[int] = []
-    out_labels: list[int] = []
-    out_weights: list[float] = []
-    remaining = iter(layouts)
-    for token, label, weight in zip(ids, labels, [1.0] * len(ids) if weights is None else weights, strict=True):
-        if token != placeholder:
-            out_ids.append(token)
-            out_labels.append(label)
-            out_weights.append(weight)
-            continue
-        for run in next(remaining):
-            out_ids += [image_token_id] * run.visual + list(run.ids)
-            out_labels += [IGNORE] * (run.visual + len(run.ids))
-            out_weights += [1.0] * (run.visual + len(run.ids))
-    return Spliced(out_ids, out_labels, None if weights is None else out_weights)
+    places = [place for place, token in enumerate(ids) if token == placeholder]
+    if len(places) != len(layouts):
+        raise ValueError(f"{len(places)} placeholders in the prompt, but {len(layouts)} media")
+    rows = [list(ids), [IGNORE] * len(ids) if labels is None else list(labels)]
+    if weights is not None:
+        rows.append(list(weights))
+    if any(len(row) != len(ids) for row in rows):
+        raise ValueError("ids, labels and weights must be of equal length")
+    for place, layout in zip(reversed(places), reversed(layouts), strict=True):  # so that earlier places stay valid
+        own = [token for run in layout for token in (*[image_token_id] * run.visual, *run.ids)]
+        for row, values in zip(rows, (own, [IGNORE] * len(own), [1.0] * len(own)), strict=False):
+            row[place : place + 1] = values
+    return Spliced(*rows)
 
 
 def scatter(inputs_embeds: Tensor, mask: Tensor, vectors: Tensor) -> Tensor:
