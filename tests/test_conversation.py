@@ -639,6 +639,13 @@ def test_placeholder_of_an_image_takes_whatever_medium_is_left():
             "conversations: 2 <image> in the text, but 1 media",
         ),
         (
+            {
+                "image": "a",
+                "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<image> tag"}],
+            },
+            "conversations.1.value: 2 <image> in the text, but 1 media in the record, and this answer holds",
+        ),
+        (
             {"conversations": [{"from": "human", "value": "\n<image> "}]},
             "conversations.0.value: is <image> alone, but the record has no media",
         ),

@@ -330,6 +330,13 @@ def test_yaml_lists_of_the_published_kind(tmp_path):
     entries = ["{json_path: a.jsonl, sampling_strategy: end:25%}", "{json_path: b.jsonl, sampling_strategy: first:1}"]
     (tmp_path / "mix.yaml").write_text("datasets:\n" + "".join(f"- {entry}\n" for entry in entries))
     assert questions(Mixture(tmp_path / "mix.yaml")) == ["Q6?", "Q7?", "Q0?"]
+    for strategy in ("end:0", "end:0%", "end", "first", "random", "all"):  # as the published code slices and compares
+        (tmp_path / "odd.yaml").write_text(f"datasets:\n- {{json_path: a.jsonl, sampling_strategy: '{strategy}'}}\n")
+        assert len(Mixture(tmp_path / "odd.yaml")) == 8, strategy
+    for strategy in ("first:0", "random:0"):
+        (tmp_path / "odd.yaml").write_text(f"datasets:\n- {{json_path: a.jsonl, sampling_strategy: '{strategy}'}}\n")
+        assert len(Mixture(tmp_path / "odd.yaml")) == 0, strategy
+    assert len(Mixture(f"{tmp_path}/a.jsonl#end:0")) == 0
     assert len(Mixture(f"{tmp_path}/{{a,b}}.jsonl")) == 16
     with pytest.raises(UserError, match="data: unknown key 'sampling_stategy'; did you mean 'sampling_strategy'"):
         read_specs({"path": "a.jsonl", "sampling_stategy": "all"})

@@ -292,6 +292,16 @@ def test_the_engine_scores_replies_as_it_would_have_generated_them():
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_scores_beyond_the_last_position_are_refused_in_one_line():
+    net, _ = build()
+    engine = Engine(net, max_length=24)
+    prompt = Request(input_ids=torch.arange(5, 25))
+    assert len(engine.reply_logits(prompt, [[7] * 5])[0]) == 5
+    for ids, reply in ((prompt.input_ids, [7] * 6), (torch.arange(5, 35), [7])):
+        with pytest.raises(UserError, match=r"prompt and reply have \d+ positions, this model takes 24"):
+            engine.reply_logits(Request(input_ids=ids), [reply])
+
+
 def test_beams_and_several_replies():
     net, _ = build(seed=2)
     sample = tiny.prompt(net, "ttItt")

@@ -254,7 +254,14 @@ def from_llava(record: Mapping[str, Any]) -> list[Message]:
     if taken != total:
         texts = "".join(str(turn["value"]) for turn in turns)
         used = " and ".join(literal for literal in LITERALS if literal in texts) or "<image>"
-        raise FieldError("conversations", f"{taken} {used} in the text, but {total} media in the record")
+        problem = f"{taken} {used} in the text, but {total} media in the record"
+        answers = [n for n, said in enumerate(messages) if said["role"] == "assistant" and media_of([said])]
+        if taken > total and answers:
+            raise FieldError(
+                f"conversations.{answers[0]}.value",
+                f"{problem}, and this answer holds one of them; if it is meant as text, write it otherwise ([image])",
+            )
+        raise FieldError("conversations", problem)
     if waiting:
         raise FieldError("conversations", f"no place in the text for the {waiting[0]['type']} of the record")
     return messages

@@ -69,6 +69,16 @@ def choose(items: Sequence[Item], strategy: str = "all", shuffle: random.Random 
     return items[:count]
 
 
+def published_strategy(strategy: str) -> str:
+    """A strategy of a published list of files, as LLaVA-OneVision's code reads it.
+
+    A kind without a number keeps everything, and so does `end:0`, whose slice begins at -0.
+    """
+    kind, _, amount = strategy.partition(":")
+    nothing = amount.strip().removesuffix("%") in ("", "0")
+    return "all" if nothing and (kind == "end" or (kind in ("first", "random") and not amount)) else strategy
+
+
 def mixed_order(
     sizes: Sequence[int], weights: Sequence[float] | None = None, *, seed: int = 0, epoch: int = 0, shuffle: bool = True
 ) -> list[tuple[int, int]]:

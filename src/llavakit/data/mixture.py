@@ -15,7 +15,7 @@ import numpy as np
 
 from llavakit.data.boxes import BoxFile, with_boxes
 from llavakit.data.edits import build_edits
-from llavakit.data.mixing import mixed_order
+from llavakit.data.mixing import mixed_order, published_strategy
 from llavakit.data.paths import HUB, is_stream, split_part
 from llavakit.data.readers import ListSource, Selected, Source, open_source
 from llavakit.data.records import BadRecords, Record, check_media, read_record
@@ -140,7 +140,9 @@ def _read_yaml(path: Path, outer: SourceSpec) -> list[SourceSpec]:
         beside = path.parent / name
         found = name if name.startswith(HUB) or Path(split_part(name)[0]).exists() else beside
         edits = [*spec.edits, *outer.edits]
-        specs.append(replace(spec, path=found, weight=spec.weight * outer.weight, edits=edits))
+        strategy = published_strategy(spec.sampling_strategy)
+        weight = spec.weight * outer.weight
+        specs.append(replace(spec, path=found, weight=weight, edits=edits, sampling_strategy=strategy))
     return specs
 
 

@@ -232,10 +232,17 @@ class Engine:
 
         Returns:
             One tensor [tokens, vocabulary] per reply; the first row belongs to the prompt's last position.
+
+        Raises:
+            PromptTooLong: If a language adapter runs the decoder and prompt and reply have more positions than it has.
         """
         with self._stepping, torch.inference_mode():
             if self._adapter is not None:
                 prompt = self.prompts.read(request)
+                length = prompt.length + max(len(reply) for reply in replies) - 1  # the last token is not read
+                if length > self.max_length:
+                    said = f"prompt and reply have {length} positions, this model takes {self.max_length}"
+                    raise PromptTooLong(f"reply_logits: {said}")
                 states, first = self._run_prompt(RequestHandle(self, request), prompt)
                 size = {"max_rows": self.max_batch, "max_length": self.max_length}
                 make = functools.partial(self._adapter.rows, self.model, states, **size)

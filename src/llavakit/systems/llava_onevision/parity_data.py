@@ -18,7 +18,7 @@ from llavakit.conversation.messages import media_of as media_in
 from llavakit.conversation.timing import listed_times
 from llavakit.data.collate import Collator
 from llavakit.data.edits import build_edits
-from llavakit.data.mixing import choose
+from llavakit.data.mixing import choose, published_strategy
 from llavakit.data.records import Record
 from llavakit.data.sampler import banded_by_length, modality_grouped, widely_grouped
 from llavakit.media.frame_sampling import choose as choose_frames
@@ -160,7 +160,7 @@ def dataset_sampling(case: Case) -> dict[str, Any]:
         found[name] = [
             f"{number}-{entry}"
             for number, source in enumerate(mixture["datasets"])
-            for entry in choose(range(source["n"]), source.get("sampling_strategy", "all"), shuffle)
+            for entry in choose(range(source["n"]), published_strategy(source.get("sampling_strategy", "all")), shuffle)
         ]
     return found
 
