@@ -80,14 +80,25 @@ class States:
         """Logits [rows, new, vocabulary] at new ids [rows, new]."""
         new = ids.shape[1]
         kwargs = self._model._update_model_kwargs_for_generation(
-            self._outputs, self._kwargs, is_encoder_decoder=False, num_new_tokens=new
+            self._outputs, dict(self._kwargs), is_encoder_decoder=False, num_new_tokens=new
         )
+        kwargs = {name: _grown_by(new, self._kwargs.get(name), value) for name, value in kwargs.items()}
         if "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = new
         self._ids = torch.cat([self._ids, ids], 1)
         inputs = self._model.prepare_inputs_for_generation(self._ids, next_sequence_length=new, **kwargs)
         self._kwargs, self._outputs = kwargs, self._model(**inputs, return_dict=True)
         return self._outputs.logits[:, -new:]
+
+
+def _grown_by(new: int, before: Any, now: Any) -> Any:
+    """An input per position that grew by fewer positions than are new: some classes (Mllama) always add one."""
+    if not isinstance(before, Tensor) or not isinstance(now, Tensor) or before.dim() < 2 or now.dim() != before.dim():
+        return now
+    grown = now.shape[1] - before.shape[1]
+    if not 0 < grown < new:
+        return now
+    return torch.cat([now, now[:, -1:].expand(-1, new - grown, *now.shape[2:])], 1)
 
 
 def _copied(cache: Any) -> Any:
