@@ -176,7 +176,7 @@ def one_at_a_time(folder: str) -> Callable[[bytes, int], tuple[str, float]]:
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         image = Image.open(io.BytesIO(content)).convert("RGB")
-        inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
+        inputs = processor(images=image, text=text, return_tensors="pt")
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
         output = model.generate(**inputs, **options)
         reply = output[0, inputs["input_ids"].shape[1] :]
