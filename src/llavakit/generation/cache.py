@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 WIDTH_STEP = 64  # attention looks at a multiple of this many positions, so that views live for many steps
+_AHEAD = 256 << 20  # most bytes of rows to lay out for lengths to come
 _MOST_PREFIXES = 128  # every new prompt is compared with all of them
 
 
@@ -93,6 +94,8 @@ class RowCache(Cache):
         rows: Rows to begin with.
         max_rows: Most rows that will be used at once.
         max_length: Most positions of a row.
+        expected: Positions that rows will probably get to. On a CPU they are laid out at once, up to 256 MiB, so that
+            nothing is copied when a row has grown.
         window: Sliding window of the decoder's sliding layers, or None.
         fixed: Allocate everything now and look at the whole capacity at every step (for compiled steps).
     """
@@ -104,6 +107,7 @@ class RowCache(Cache):
         rows: int = 1,
         max_rows: int,
         max_length: int,
+        expected: int = 0,
         window: int | None = None,
         fixed: bool = False,
     ) -> None:
@@ -112,6 +116,9 @@ class RowCache(Cache):
         self.max_rows, self.max_length, self.window, self.fixed = max_rows, max_length, window, fixed
         rows = max_rows if fixed else rows
         capacity = max_length if fixed else min(_round_up(length + WIDTH_STEP), max_length)
+        if like.device.type == "cpu" and not fixed:
+            most = _AHEAD // max(2 * layers * rows * heads * size * like.element_size(), 1)
+            capacity = max(capacity, min(_round_up(expected), max_length, most))
         self.store = _zeros(like, layers, 2, rows, heads, capacity, size)
         self.lengths = [0] * max_rows
         self.rows = self.width = 0  # of the present step
@@ -234,6 +241,11 @@ class RowCache(Cache):
     def window_mask(self) -> Tensor:
         """Additive mask [rows, 1, 1, width] of sliding layers."""
         return self._seen[-1]
+
+    def mask_of_heads(self, sliding: bool) -> Tensor:
+        """The mask of sliding layers, or of those that see everything, for every head [rows * kv heads, 1, width]."""
+        mask = self._seen[-1 if sliding else 0]
+        return mask.expand(-1, self.store.shape[3], -1, -1).flatten(0, 1)
 
     def end_step(self, active: int, kept: Sequence[bool] | None = None) -> None:
         """The first `active` rows have become one position longer.

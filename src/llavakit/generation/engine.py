@@ -484,10 +484,12 @@ class Engine:
 
     def _place(self, row: _Row, states: Any) -> None:
         if self._states is None:
-            expected = 1 + sum(handle.request.sampling.n for handle in list(self._waiting))
-            size = {"rows": min(expected, self.max_batch), "max_rows": self.max_batch, "max_length": self.max_length}
+            known = [row.handle, *self._waiting]
+            count = 1 + sum(handle.request.sampling.n for handle in known[1:])
+            size = {"rows": min(count, self.max_batch), "max_rows": self.max_batch, "max_length": self.max_length}
             if self._adapter is None:
-                self._states = PlainRows(self.model, states, **size, compile=self._compile)
+                expected = max(one.prompt_tokens + one.request.sampling.max_new_tokens for one in known)
+                self._states = PlainRows(self.model, states, **size, expected=expected, compile=self._compile)
             else:
                 self._states = self._adapter.rows(self.model, states, **size)
         self._states.insert(len(self._rows), states, row.prompt.length)

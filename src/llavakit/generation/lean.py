@@ -99,8 +99,10 @@ class LeanDecoder:
         hidden = embeds.squeeze(1)
         cos, sin = self.decoder.rotary_emb(embeds, positions)
         sin = sin * self._signs
-        masks = cache.mask, cache.window_mask
-        attend = _attend if hidden.device.type == "cpu" else _attend_fused
+        masks, attend = (cache.mask, cache.window_mask), _attend_fused
+        if hidden.device.type == "cpu":
+            attend = _attend
+            masks = [None if kind not in self._sliding else cache.mask_of_heads(kind) for kind in (False, True)]
         for number, (layer, sliding) in enumerate(zip(self.decoder.layers, self._sliding, strict=True)):
             attention = layer.self_attn
             read = self._norm(hidden, layer.input_layernorm)
@@ -136,13 +138,12 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: 
     Args:
         queries: [rows, kv heads, queries that share a kv head, size]
         keys, values: [rows, kv heads, width, size]
-        mask: Additive [rows, 1, 1, width].
+        mask: Additive [rows * kv heads, 1, width].
 
     Returns:
         [rows * kv heads, queries, size]
     """
-    hidden = mask.expand(-1, *queries.shape[1:3], -1).flatten(0, 1)
-    scores = torch.baddbmm(hidden, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), values.flatten(0, 1))
 
 

@@ -22,18 +22,33 @@ class PlainRows(DecodingRows):
         states: States of the first request, see `llavakit.generation.cache.stack_layers`.
         rows: Rows to begin with.
         max_rows, max_length: Most rows, and most positions of one.
+        expected: Positions that rows will probably get to.
         compile: Decode with a compiled graph over all rows.
     """
 
     def __init__(
-        self, model: Any, states: Tensor, *, rows: int, max_rows: int, max_length: int, compile: bool = False
+        self,
+        model: Any,
+        states: Tensor,
+        *,
+        rows: int,
+        max_rows: int,
+        max_length: int,
+        expected: int = 0,
+        compile: bool = False,
     ) -> None:
         self.core, self.head = model.model, model.lm_head
         config = self.core.config.text_config
         self.window = sliding_window(config)
         self.mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
         self.cache = RowCache(
-            states, rows=rows, max_rows=max_rows, max_length=max_length, window=self.window, fixed=compile
+            states,
+            rows=rows,
+            max_rows=max_rows,
+            max_length=max_length,
+            expected=expected,
+            window=self.window,
+            fixed=compile,
         )
         decoder = self.core.language_model
         self.compiled = compiled_step(decoder, self.head, self.cache) if compile else None
