@@ -120,7 +120,7 @@ def ours(
     """Processor seconds, steps and tokens of llavakit's trainer.
 
     Args:
-        own_attention: Attend sample by sample (`training.attention`) rather than with a mask over packed rows.
+        own_attention: Attend sample by sample (`llavakit.language.packed`) rather than with a mask over packed rows.
     """
     model, processor = load_checkpoint(work / "model")
     model.train()

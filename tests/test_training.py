@@ -30,9 +30,9 @@ from transformers import TrainerState
 
 from llavakit.data.collate import Collator
 from llavakit.errors import CheckpointError, RecipeError, UserError
+from llavakit.language.packed import can_narrow, can_share, packed_attention, packed_row, switch_on
 from llavakit.registry import OBJECTIVES
 from llavakit.system import systems
-from llavakit.training.attention import packed_attention, segments_of, switch_on
 from llavakit.training.build import build_meta, build_model, config_of, load_checkpoint, part_config
 from llavakit.training.callbacks import Bar
 from llavakit.training.check import check_names, check_parts
@@ -42,6 +42,7 @@ from llavakit.training.lora import prepare
 from llavakit.training.objectives.language import LanguageObjective
 from llavakit.training.parameter_groups import Rates, freeze_all_but, optimizer_groups, public_name, trainable_by_part
 from llavakit.training.recipe import PartTraining, load_recipe, parse_recipe
+from llavakit.training.recompute import recompute
 from llavakit.training.run import TrainResult, train
 from llavakit.training.scaling import scale
 
@@ -341,8 +342,8 @@ def test_grouping_needs_something_to_group_by(world: Path) -> None:
         plan_batches(samples, stage.model_copy(update={"grouping": "stretch"}), seed=0)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_packed_rows_give_the_loss_and_gradients_of_single_samples(world: Path, flat: bool) -> None:
+@pytest.mark.parametrize("layout", ["rows", "one row", "shared beginning"])
+def test_packed_rows_give_the_loss_and_gradients_of_single_samples(world: Path, layout: str) -> None:
     model, samples, _ = prepared(world)
     chosen = [samples[index] for index in range(9)]
     items = sum(int((sample["labels"] != -100).sum()) for sample in chosen)
@@ -356,14 +357,21 @@ def test_packed_rows_give_the_loss_and_gradients_of_single_samples(world: Path, 
         alone += loss.item()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    batch = StageCollator(0, 128, packing=True, flat=flat)(chosen)
-    assert batch.pop("tokens") == sum(len(sample["input_ids"]) for sample in chosen)
-    if flat:
+    shares = layout == "shared beginning"
+    placeholder = model.config.image_token_id if shares else None
+    batch = StageCollator(0, 128, packing=True, flat=layout != "rows", placeholder=placeholder)(chosen)
+    tokens = sum(len(sample["input_ids"]) for sample in chosen)
+    assert batch.pop("tokens") == tokens
+    if layout != "rows":
         assert batch["input_ids"].shape[0] == 1
+        assert (batch["input_ids"].shape[1] < tokens - 100) == shares
         assert switch_on(model)
+        assert can_share(model)
+        assert can_narrow(model)
         with packed_attention():
-            segments = segments_of(batch["position_ids"])
-            packed = model(**batch, packed_segments=segments, skip_logits=True, num_items_in_batch=items).loss
+            row = packed_row(batch["position_ids"][0].tolist())
+            options = {"skip_logits": True, "num_items_in_batch": items, "narrow": shares}
+            packed = model(**batch, packed_row=row, **options).loss
     else:
         packed = model(**batch, skip_logits=True, num_items_in_batch=items).loss
     packed.backward()
@@ -376,16 +384,65 @@ def test_packed_rows_give_the_loss_and_gradients_of_single_samples(world: Path, 
 @pytest.mark.parametrize("decoder", sorted(tiny.DECODERS))
 def test_packed_attention_is_exact_or_stays_off(decoder: str) -> None:
     net = tiny.model(decoder=decoder)
-    ids = torch.randint(3, 90, (2, 12))
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1, 2], [*range(12)]])
+    ids = torch.randint(3, 90, (1, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1, 2]])
     wanted = net(input_ids=ids, position_ids=positions).logits
     if switch_on(net):
         with packed_attention():
-            got = net(input_ids=ids, position_ids=positions, packed_segments=segments_of(positions)).logits
+            row = packed_row(positions[0].tolist())
+            got = net(input_ids=ids, position_ids=positions, packed_row=row, use_cache=False).logits
         assert torch.allclose(got, wanted, atol=1e-5)
-    padded = {"input_ids": ids, "attention_mask": torch.tensor([[0] * 3 + [1] * 9, [1] * 12])}
+    padded = {"input_ids": ids.repeat(2, 1), "attention_mask": torch.tensor([[0] * 3 + [1] * 9, [1] * 12])}
     unswitched = tiny.model(decoder=decoder)
     assert torch.allclose(net(**padded).logits[1], unswitched(**padded).logits[1], atol=1e-5)
+
+
+def test_a_row_whose_samples_go_on_from_one_another_is_that_of_whole_samples() -> None:
+    samples = [[0, 1, 2, 3, 4], [0, 1, 5, 6], [0, 1, 5, 7, 8, 9], [0, 1, 2, 3, 10], [11, 12]]
+    row = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 10, 11, 12]
+    positions = [0, 1, 2, 3, 4, 2, 3, 3, 4, 5, 2, 3, 4, 0, 1]
+    net = tiny.model()
+    with torch.no_grad():
+        wanted = {own[-1]: net(input_ids=torch.tensor([own]) + 3).logits[0, -1] for own in samples}
+        assert switch_on(net)
+        assert can_narrow(net)
+        given = {"input_ids": torch.tensor([row]) + 3, "position_ids": torch.tensor([positions]), "use_cache": False}
+        with packed_attention():
+            found = net(**given, packed_row=packed_row(positions)).logits[0]
+            places = torch.tensor([row.index(last) for last in wanted])
+            targets = (places.flip(0), torch.arange(5))  # in any order
+            narrow = net(**given, packed_row=packed_row(positions), targets=targets, narrow=True).likelihood.logps
+    for last, logits in wanted.items():
+        torch.testing.assert_close(found[row.index(last)], logits, atol=1e-5, rtol=1e-5)
+    logps = torch.stack(list(wanted.values())).log_softmax(-1).flip(0)[torch.arange(5), torch.arange(5)]
+    torch.testing.assert_close(narrow, logps, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", sorted(tiny.DECODERS))
+@pytest.mark.parametrize("again", [False, True])
+def test_a_narrow_last_layer_learns_the_same(decoder: str, again: bool) -> None:
+    net = tiny.model(decoder=decoder).train()
+    assert switch_on(net)
+    assert can_narrow(net) == (decoder != "gpt2")
+    if decoder == "gpt2":
+        return
+    if again:
+        recompute(net, "light")
+    ids, labels = torch.randint(3, 90, (1, 12)), torch.full((1, 12), -100)
+    labels[0, [3, 4, 9, 11]] = torch.tensor([5, 6, 7, 8])
+    positions = [0, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1, 2]
+    found = []
+    for narrow in (False, True):
+        net.zero_grad()
+        with packed_attention():
+            given = {"position_ids": torch.tensor([positions]), "packed_row": packed_row(positions)}
+            loss = net(input_ids=ids, labels=labels, use_cache=False, skip_logits=True, narrow=narrow, **given).loss
+        loss.backward()
+        grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), grads))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-6, rtol=1e-6)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-5, rtol=1e-5)
 
 
 # Features

@@ -71,27 +71,12 @@ class Collator:
         Raises:
             ValueError: If a sample's ids and labels differ in length.
         """
-        rows = [self._tokens(sample) for sample in samples]
+        rows = [_tokens(sample, self.max_length) for sample in samples]
         if not self.packing:
-            return self._pad(rows) | self._media(samples)
+            return self._pad(rows) | _media(samples)
         plan = pack_rows([len(ids) for ids, *_ in rows], self.max_length)
         in_order = [samples[index] for row in plan for index in row]
-        return self._pack([[rows[index] for index in row] for row in plan]) | self._media(in_order)
-
-    def _tokens(self, sample: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-        ids = torch.as_tensor(sample["input_ids"], dtype=torch.long)[: self.max_length]
-        labels = sample.get("labels")
-        labels = torch.full_like(ids, IGNORE) if labels is None else torch.as_tensor(labels, dtype=torch.long)
-        labels = labels[: self.max_length]
-        if ids.shape != labels.shape or ids.dim() != 1:
-            raise ValueError(f"input_ids {list(ids.shape)} and labels {list(labels.shape)} must be equal rows")
-        weights = sample.get("label_weights")
-        if weights is not None:
-            weights = torch.as_tensor(weights, dtype=torch.float32)[: self.max_length]
-            if weights.shape != labels.shape:
-                shapes = f"labels {list(labels.shape)} and label_weights {list(weights.shape)}"
-                raise ValueError(f"{shapes} must be equal rows")
-        return ids, labels, weights
+        return self._pack([[rows[index] for index in row] for row in plan]) | _media(in_order)
 
     def _pad(self, rows: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> dict[str, Tensor]:
         longest = max(len(ids) for ids, *_ in rows)
@@ -129,27 +114,82 @@ class Collator:
         weighted = {"label_weights": weights} if any(own is not None for samples in rows for *_, own in samples) else {}
         return {"input_ids": input_ids, "labels": labels, "position_ids": positions} | weighted
 
-    @staticmethod
-    def _media(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        views: list[Tensor] = []
-        sizes: list[Sequence[int]] = []
-        modalities: list[int] = []
-        regions: list[Tensor] = []
-        for sample in samples:
-            views += [torch.as_tensor(view) for view in _listed(sample, "pixel_values")]
-            sizes += [[int(x) for x in size] for size in _listed(sample, "visual_sizes")]
-            modalities += [int(modality) for modality in _listed(sample, "visual_modalities")]
-            own = [torch.as_tensor(boxes, dtype=torch.float64) for boxes in _listed(sample, "visual_regions")]
-            regions += own or [torch.zeros(0, 4, dtype=torch.float64)] * (len(sizes) - len(regions))
-        if not views:
-            return {}
-        same = all(view.shape == views[0].shape for view in views)
-        media = {"visual_regions": regions} if any(map(len, regions)) else {}
-        return media | {
-            "pixel_values": torch.stack(views) if same else views,
-            "visual_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 3),
-            "visual_modalities": torch.tensor(modalities, dtype=torch.long),
-        }
+
+def one_row(samples: Sequence[Mapping[str, Any]], cuts: Sequence[int] | None = None) -> dict[str, Any]:
+    """A packed batch of one row that is exactly as long as its samples, in their order.
+
+    Args:
+        cuts: How many first tokens of each sample are left out, since the row begins with them: its position ids then
+            start there, which is how attention knows (`llavakit.language.packed`).
+    """
+    ids, labels, positions, weights = [], [], [], []
+    rows = [_tokens(sample) for sample in samples]
+    for (own, own_labels, own_weights), cut in zip(rows, cuts or [0] * len(rows), strict=True):
+        ids.append(own[cut:])
+        own_labels = own_labels[cut:].clone()
+        own_labels[:1] = IGNORE  # the token in front of it in the row is another sample's
+        labels.append(own_labels)
+        positions.append(torch.arange(cut, len(own)))
+        weights.append(torch.ones(len(own) - cut) if own_weights is None else own_weights[cut:])
+    row = {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": torch.cat(positions)}
+    if any(own_weights is not None for *_, own_weights in rows):
+        row["label_weights"] = torch.cat(weights)
+    return {name: tensor[None] for name, tensor in row.items()} | _media(samples)
+
+
+def common_beginning(samples: Sequence[Mapping[str, Any]], placeholder: int) -> int:
+    """How many first tokens all samples share that a row may hold once.
+
+    They lie in front of all media, each sample has a token behind them, and nothing is learned up to that one.
+
+    Args:
+        placeholder: Id that stands for media.
+    """
+    first = torch.as_tensor(samples[0]["input_ids"])
+    length = min(len(sample["input_ids"]) for sample in samples) - 1
+    same = first[:length] != placeholder
+    for sample in samples:
+        own, labels = torch.as_tensor(sample["input_ids"]), torch.as_tensor(sample["labels"])
+        same = same & (own[:length] == first[:length]) & (labels[1 : length + 1] == IGNORE)
+    return int(same.long().cumprod(0).sum())
+
+
+def _tokens(sample: Mapping[str, Any], max_length: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    ids = torch.as_tensor(sample["input_ids"], dtype=torch.long)[:max_length]
+    labels = sample.get("labels")
+    labels = torch.full_like(ids, IGNORE) if labels is None else torch.as_tensor(labels, dtype=torch.long)
+    labels = labels[:max_length]
+    if ids.shape != labels.shape or ids.dim() != 1:
+        raise ValueError(f"input_ids {list(ids.shape)} and labels {list(labels.shape)} must be equal rows")
+    weights = sample.get("label_weights")
+    if weights is not None:
+        weights = torch.as_tensor(weights, dtype=torch.float32)[:max_length]
+        if weights.shape != labels.shape:
+            shapes = f"labels {list(labels.shape)} and label_weights {list(weights.shape)}"
+            raise ValueError(f"{shapes} must be equal rows")
+    return ids, labels, weights
+
+
+def _media(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    views: list[Tensor] = []
+    sizes: list[Sequence[int]] = []
+    modalities: list[int] = []
+    regions: list[Tensor] = []
+    for sample in samples:
+        views += [torch.as_tensor(view) for view in _listed(sample, "pixel_values")]
+        sizes += [[int(x) for x in size] for size in _listed(sample, "visual_sizes")]
+        modalities += [int(modality) for modality in _listed(sample, "visual_modalities")]
+        own = [torch.as_tensor(boxes, dtype=torch.float64) for boxes in _listed(sample, "visual_regions")]
+        regions += own or [torch.zeros(0, 4, dtype=torch.float64)] * (len(sizes) - len(regions))
+    if not views:
+        return {}
+    same = all(view.shape == views[0].shape for view in views)
+    media = {"visual_regions": regions} if any(map(len, regions)) else {}
+    return media | {
+        "pixel_values": torch.stack(views) if same else views,
+        "visual_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 3),
+        "visual_modalities": torch.tensor(modalities, dtype=torch.long),
+    }
 
 
 def _listed(sample: Mapping[str, Any], name: str) -> Sequence[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.utils import can_return_tuple
 from llavakit.connectors.base import Connector, Prompt
 from llavakit.language.head import Head
 from llavakit.language.likelihood import Likelihood, cross_entropy, token_logps
+from llavakit.language.packed import last_layer_at
 from llavakit.model.configuration import MAIN_CONNECTOR, LlavakitConfig
 from llavakit.model.prompt import (
     PromptInfo,
@@ -515,6 +517,7 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         label_weights: Tensor | None = None,
         targets: tuple[Tensor, Tensor] | None = None,
         likeliest: bool = False,
+        narrow: bool = False,
         **kwargs: Any,
     ) -> LlavakitOutput:
         """Logits and loss; see `LlavakitModel.forward` for what is not explained here.
@@ -530,40 +533,50 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             targets: Positions (indices into the flattened rows) and the tokens that they predict [targets] each; the
                 output has their `likelihood` instead of logits and loss.
             likeliest: Whether the likeliest tokens there are wanted too.
+            narrow: Whether the decoder's last layer may leave out what neither loss nor likelihood reads; for packed
+                rows, see `llavakit.language.packed.can_narrow`.
 
         Returns:
             Loss is the mean next-token cross entropy over labels, plus the adapter's own term.
         """
         media = {"pixel_values": pixel_values, "visual_sizes": visual_sizes, "visual_modalities": visual_modalities}
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            visual_regions=visual_regions,
-            visual_mask=visual_mask,
-            mm_encoder_outputs=mm_encoder_outputs,
-            labels=labels,
-            prompt_info=prompt_info,
-            **media,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
-        loss = logits = likelihood = None
-        if skip_loss or targets is not None:
-            labels = None
-        if labels is not None and (skip_logits or label_weights is not None):
-            loss = self._supervised_loss(hidden, labels, num_items_in_batch, label_weights)
+        places = ids = factors = None
         if targets is not None:
             places, ids = targets
-            likelihood = token_logps(
-                self.lm_head, hidden.flatten(0, 1).index_select(0, places), ids, likeliest=likeliest
+        elif labels is not None and not skip_loss and (skip_logits or label_weights is not None):
+            places, ids, factors = _supervised(labels, label_weights)
+        narrows = nullcontext()
+        if narrow and places is not None and len(places) and (targets is not None or skip_logits):
+            kept, places = places.unique(return_inverse=True)
+            narrows = last_layer_at(self.model.language_model, kept.tolist())
+        with narrows:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                visual_regions=visual_regions,
+                visual_mask=visual_mask,
+                mm_encoder_outputs=mm_encoder_outputs,
+                labels=labels,
+                prompt_info=prompt_info,
+                **media,
+                **kwargs,
             )
-        elif labels is None or not skip_logits:
+        hidden = outputs.last_hidden_state
+        loss = logits = likelihood = None
+        if places is not None:
+            read = hidden.flatten(0, 1).index_select(0, places)
+            if targets is not None:
+                likelihood = token_logps(self.lm_head, read, ids, likeliest=likeliest)
+            else:
+                items = num_items_in_batch if num_items_in_batch is not None else max(len(ids), 1)
+                loss = cross_entropy(self.lm_head, read, ids, factors) / items
+        if targets is None and (labels is None or skip_loss or not skip_logits):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep] if logits_to_keep is not None else hidden)
-            if labels is not None and loss is None:
+            if labels is not None and not skip_loss and loss is None:
                 loss = self.loss_function(
                     logits=logits,
                     labels=labels,
@@ -582,16 +595,6 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
             aux_loss=outputs.aux_loss,
             likelihood=likelihood,
         )
-
-    def _supervised_loss(
-        self, hidden: Tensor, labels: Tensor, items: Tensor | int | None, weights: Tensor | None = None
-    ) -> Tensor:
-        """Cross entropy from the supervised positions alone: prompt and visual positions never reach the head."""
-        targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].reshape(-1)
-        chosen = torch.nonzero(targets != IGNORE).squeeze(-1)
-        factors = None if weights is None else F.pad(weights, (0, 1), value=1.0)[:, 1:].reshape(-1)[chosen]
-        total = cross_entropy(self.lm_head, hidden.flatten(0, 1).index_select(0, chosen), targets[chosen], factors)
-        return total / (items if items is not None else max(len(chosen), 1))
 
     def _supports_mm_encoder_outputs(self) -> bool:
         """Whether transformers' `generate` may encode media alone, in front of everything else."""
@@ -624,6 +627,17 @@ class LlavakitForConditionalGeneration(LlavakitPreTrainedModel, GenerationMixin)
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
         return super().generate(**kwargs)
+
+
+def _supervised(labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Positions in the flattened rows that predict a label, the labels, and their factors [targets] each.
+
+    Prompt and visual positions never reach the head.
+    """
+    targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].reshape(-1)
+    places = torch.nonzero(targets != IGNORE).squeeze(-1)
+    factors = None if weights is None else F.pad(weights, (0, 1), value=1.0)[:, 1:].reshape(-1)[places]
+    return places, targets[places], factors
 
 
 __all__ = ["LlavakitForConditionalGeneration", "LlavakitModel", "LlavakitPreTrainedModel"]

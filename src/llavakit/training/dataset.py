@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from llavakit.connectors.base import tokens_in
 from llavakit.conversation.messages import is_media
-from llavakit.data.collate import Collator
+from llavakit.data.collate import Collator, common_beginning, one_row
 from llavakit.data.dataset import SampleDataset, check_sample, media_field
 from llavakit.data.mixing import generator_of
 from llavakit.data.mixture import Mixture, SourceSpec, read_specs
@@ -39,6 +39,7 @@ from llavakit.views.plan import MediaSize
 
 MEMORY = 512 * 1024**2
 WORDS_PER_IMAGE = 128  # what the original adds for an image where it groups by length alone
+WORTH_SHARING = 8  # tokens that samples begin with: fewer cost more in attention than they save
 PACKING_WINDOW = 2048  # samples that are packed together: enough for full rows, few enough to stay fast
 
 Messages = Sequence[Mapping[str, Any]]
@@ -401,7 +402,9 @@ class StageCollator:
         pad_token_id, max_length, packing, padding_side: See `llavakit.data.collate.Collator`.
         features: Whether the samples hold encoder features instead of pixels.
         flat: Lay a packed batch into one row that is exactly as long as its samples, without any padding; for
-            attention that computes samples one by one (`training.attention`).
+            attention that computes samples one by one (`llavakit.language.packed`).
+        placeholder: Of media. If it is given, a flat row holds the tokens with which all samples begin only once, see
+            `llavakit.data.collate.common_beginning`; if they are few, they stay where they are.
         stand_ins: Samples by route, see `stand_ins`; a batch gets those of the routes that it does not use.
     """
 
@@ -413,29 +416,42 @@ class StageCollator:
         packing: bool | str = False,
         features: bool = False,
         flat: bool = False,
+        placeholder: int | None = None,
         stand_ins: Mapping[tuple[int, ...], Mapping[str, Any]] | None = None,
         padding_side: str = "right",
     ) -> None:
-        self.pad_token_id, self.features, self.flat = pad_token_id, features, flat
+        self.pad_token_id, self.features, self.flat, self.placeholder = pad_token_id, features, flat, placeholder
         self.stand_ins = dict(stand_ins or {})
         self.settings = {"max_length": max_length, "padding_side": padding_side, "packing": bool(packing)}
         self.settings["joined"] = packing == "stream"
 
     def collate(self, samples: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
         """Tokens and media alone, with `pad` at padding."""
-        settings = dict(self.settings)
-        if self.flat:
-            settings = {"packing": True, "max_length": sum(len(sample["input_ids"]) for sample in samples)}
-        return Collator(pad, **settings)(samples)
+        return one_row(samples) if self.flat else Collator(pad, **self.settings)(samples)
+
+    def cut(self, samples: Sequence[Mapping[str, Any]]) -> int:
+        """How many first tokens a flat row holds once for all samples."""
+        if self.placeholder is None or len(samples) < 2:
+            return 0
+        length = common_beginning(samples, self.placeholder)
+        return length if length >= WORTH_SHARING else 0
 
     def __call__(self, samples: Sequence[Mapping[str, Any] | Failure]) -> dict[str, Any] | Failure:
         failed = next((sample for sample in samples if isinstance(sample, Failure)), None)
         if failed is not None:
             return failed
-        tokens = sum(len(sample["input_ids"]) for sample in samples)
         used = {modality for sample in samples for modality in sample["visual_modalities"]}
-        samples = [*samples, *(own for modalities, own in self.stand_ins.items() if not used.intersection(modalities))]
-        batch = self.collate(samples, self.pad_token_id) | {"tokens": tokens}
+        further = [own for modalities, own in self.stand_ins.items() if not used.intersection(modalities)]
+        if self.flat:
+            cut = self.cut(samples)
+            batch = one_row([*samples, *further], [0, *[cut] * (len(samples) - 1), *[0] * len(further)])
+        else:
+            batch = self.collate([*samples, *further], self.pad_token_id)
+        return self.named(batch, samples)
+
+    def named(self, batch: dict[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch of samples with their number of tokens, and features under their name."""
+        batch["tokens"] = sum(len(sample["input_ids"]) for sample in samples)
         if self.features and "pixel_values" in batch:
             batch["features"] = batch.pop("pixel_values")
         return batch
@@ -444,7 +460,7 @@ class StageCollator:
 def sample_index(collator: StageCollator, samples: Sequence[Mapping[str, Any]]) -> Tensor:
     """Which sample is at each position of the batch that a collator makes of samples, -1 at padding.
 
-    For objectives that look at single samples of a packed batch.
+    For objectives that look at single samples of a packed batch, whose collator has no `placeholder`.
     """
     numbered = [
         {"input_ids": torch.full((len(sample["input_ids"]),), number), "visual_modalities": ()}

@@ -24,17 +24,25 @@ from transformers import TrainerCallback, set_seed
 from llavakit.data.packing import pack_rows
 from llavakit.data.stream import RecordStream
 from llavakit.errors import UserError
+from llavakit.language.packed import can_share
 from llavakit.model.routes import MODALITIES, MediaSpec
 from llavakit.training import summary
 from llavakit.training.check import check_names, check_parts, named
-from llavakit.training.dataset import MEMORY, PreparedSamples, global_batch, open_records, plan_batches
+from llavakit.training.dataset import (
+    MEMORY,
+    PreparedSamples,
+    StageCollator,
+    global_batch,
+    open_records,
+    plan_batches,
+)
 from llavakit.training.fingerprint import spread
 from llavakit.training.lora import prepare
 from llavakit.training.memory import Memory, check_room, in_gb, room_on, static_bytes
 from llavakit.training.objectives.base import Objective, Run
-from llavakit.training.objectives.dpo import DPO, answers_of
+from llavakit.training.objectives.dpo import DPO, answers_of, prompt_of
 from llavakit.training.objectives.language import LanguageObjective
-from llavakit.training.parameter_groups import is_lora, public_name, trained_values
+from llavakit.training.parameter_groups import core, is_lora, public_name, trained_values
 from llavakit.training.recipe import Recipe, Stage
 from llavakit.training.recompute import recompute
 from llavakit.training.rehearsal import Shape, rehearse
@@ -129,9 +137,11 @@ def _plan(
     size = summary.plan_of(samples, stage, batches, 1, flat)
     if isinstance(objective, LanguageObjective):
         largest = max(batches, key=lambda batch: _positions(samples, stage, batch, flat))
-        shape = shape_of(samples, objective, stage, largest, config, flat=flat)
+        shares = objective.by_position and can_share(core(model))
+        shape = shape_of(samples, objective, stage, largest, config, flat=flat, shares=shares)
         arguments = training_arguments(recipe, stage, Path(recipe.output), 0)
-        memory = rehearse(model, stage, shape, arguments, device=device, pairs=isinstance(objective, DPO))
+        options = {"pairs": isinstance(objective, DPO), "narrow": objective.by_position}
+        memory = rehearse(model, stage, shape, arguments, device=device, **options)
         memory.weights -= saved
         memory.activations += unpacked
     else:
@@ -198,14 +208,32 @@ def _sample(samples: PreparedSamples, index: int) -> dict[str, Any]:
 
 
 def shape_of(
-    samples: PreparedSamples, objective: Any, stage: Stage, batch: Sequence[int], config: Any, *, flat: bool
+    samples: PreparedSamples,
+    objective: Any,
+    stage: Stage,
+    batch: Sequence[int],
+    config: Any,
+    *,
+    flat: bool,
+    shares: bool = False,
 ) -> Shape:
-    """The sizes of a batch, without opening its pictures."""
+    """The sizes of a batch, without opening its pictures.
+
+    Args:
+        flat: Whether it is one row, see `StageCollator`.
+        shares: Whether that row holds once what its samples begin with.
+    """
     chosen = [_sample(samples, index) for index in batch]
     if chosen and "fork" in chosen[0] and not flat:
         chosen = [row for pair in chosen for row in answers_of(pair)]
     lengths = [len(sample["input_ids"]) for sample in chosen]
-    rows = (1, sum(lengths)) if flat else (len(lengths), max(lengths))
+    rows, row = (len(lengths), max(lengths)), None
+    if flat:
+        collator = StageCollator(0, flat=True, placeholder=objective.processor.image_token_id if shares else None)
+        cut = collator.cut([prompt_of(sample) if "fork" in sample else sample for sample in chosen])
+        cuts = [0, *[cut] * (len(chosen) - 1)]
+        row = [place for length, own in zip(lengths, cuts, strict=True) for place in range(own, length)]
+        rows = (1, len(row))
     if stage.packing and not flat:
         lengths = [abs(samples.length(index)) for index in batch]
         rows = (len(pack_rows(lengths, stage.max_length)), stage.max_length)
@@ -217,7 +245,7 @@ def shape_of(
             views += view_shapes(config, spec, size, int(modality))
             sizes.append(list(map(int, size)))
             modalities.append(int(modality))
-    return Shape(rows, lengths if flat else None, targets, views, sizes, modalities)
+    return Shape(rows, row, targets, views, sizes, modalities)
 
 
 def view_shapes(config: Any, spec: MediaSpec, size: Sequence[int], modality: int) -> list[tuple[int, ...]]:

@@ -7,6 +7,7 @@ real one, with encoder, connector, decoder, loss, backward pass and optimiser; `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers import Trainer
 
 from llavakit.errors import UserError
 from llavakit.language.likelihood import cross_entropy, token_logps
+from llavakit.language.packed import can_narrow, last_layer_at, packed_attention, packed_row, switch_on
 from llavakit.model.visuals import Visuals
-from llavakit.training.attention import packed_attention, switch_on
 from llavakit.training.memory import LiveBytes, Memory
 from llavakit.training.parameter_groups import Rates, core, optimizer_groups
 from llavakit.training.recipe import Stage
@@ -31,14 +32,14 @@ class Shape:
 
     Attributes:
         rows: Rows and their length.
-        segments: Lengths of the samples in the one row, where they are attended to one by one; else None.
+        row: Position ids of the one row, where its samples are attended to one by one; else None.
         targets: Positions whose tokens are learned.
         views: Shape of every view [channels, (depth,) height, width].
         sizes, modalities: Of the media, see `LlavakitModel.encode_media`.
     """
 
     rows: tuple[int, int]
-    segments: Sequence[int] | None
+    row: Sequence[int] | None
     targets: int
     views: Sequence[Sequence[int]]
     sizes: Sequence[Sequence[int]]
@@ -51,7 +52,14 @@ class Shape:
 
 
 def rehearse(
-    model: nn.Module, stage: Stage, shape: Shape, arguments: Any, *, device: str, pairs: bool = False
+    model: nn.Module,
+    stage: Stage,
+    shape: Shape,
+    arguments: Any,
+    *,
+    device: str,
+    pairs: bool = False,
+    narrow: bool = False,
 ) -> Memory:
     """Run a step of a prepared model on meta tensors; the model is used up.
 
@@ -60,16 +68,18 @@ def rehearse(
         shape: Of its largest batch.
         arguments: transformers' of the stage.
         pairs: Whether the loss takes log-probabilities of single tokens (preferences) instead of their sum.
+        narrow: Whether the last layer leaves out what is not read, if it can.
     """
     sizes, modalities = torch.tensor([list(size) for size in shape.sizes]), torch.tensor(list(shape.modalities))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
         core(model).tie_weights()
         model.train()
-        flat = shape.segments is not None and switch_on(core(model))
+        flat = shape.row is not None and switch_on(core(model))
         recompute(model, stage.gradient_checkpointing)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        run = _Step(core(model), stage, shape, device, flat=flat, pairs=pairs)
+        narrow = narrow and flat and shape.targets > 0 and can_narrow(core(model))
+        run = _Step(core(model), stage, shape, device, flat=flat, pairs=pairs, narrow=narrow)
         memory = run(trained, sizes, modalities)
         memory.weights = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
         memory.optimiser = _optimiser_bytes(model, stage, arguments, memory.notes)
@@ -79,9 +89,11 @@ def rehearse(
 
 
 class _Step:
-    def __init__(self, net: Any, stage: Stage, shape: Shape, device: str, *, flat: bool, pairs: bool) -> None:
+    def __init__(
+        self, net: Any, stage: Stage, shape: Shape, device: str, *, flat: bool, pairs: bool, narrow: bool
+    ) -> None:
         self.net, self.stage, self.shape, self.device = net, stage, shape, device
-        self.flat, self.pairs = flat, pairs
+        self.flat, self.pairs, self.narrow = flat, pairs, narrow
         self.notes: list[str] = []
         self.gradients = self.loss = 0
 
@@ -152,12 +164,12 @@ class _Step:
             self.notes.append("the language adapter is not counted")
         if not self.flat:
             return model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        bounds = [0]
-        for length in self.shape.segments:
-            bounds.append(bounds[-1] + length)
-        with packed_attention():
+        row, length = packed_row(self.shape.row), len(self.shape.row)
+        read = range(max(length - self.shape.targets, 0), length)
+        narrows = last_layer_at(model.language_model, read) if self.narrow else nullcontext()
+        with packed_attention(), narrows:
             return model.language_model(
-                inputs_embeds=embeds, position_ids=ids, use_cache=False, packed_segments=[bounds]
+                inputs_embeds=embeds, position_ids=ids, use_cache=False, packed_row=row
             ).last_hidden_state
 
 

@@ -140,6 +140,7 @@ class Reflective(LanguageObjective):
 
     Options = ReflectiveOptions
     uses = LanguageObjective.uses - {"loss_weights"}
+    by_position = True
 
     def bind(self, config: LlavakitConfig, processor: Any) -> None:
         """As in the base class; looks up the tokens."""

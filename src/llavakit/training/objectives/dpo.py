@@ -2,10 +2,11 @@
 
     objective: {type: dpo, loss: sigmoid, beta: 0.1, label_smoothing: 0.0, reference_free: false, sft: 0.0}
 
-**Layout.** Both answers share one prompt. Where the decoder can attend in forks (`training.attention`), a pair is one
-stretch of a row, `prompt | chosen | rejected`: media and prompt are computed once, the second answer does not see the
-first, and rows have no padding. Otherwise (language adapters, connectors that read the prompt) a pair is two padded
-rows. Logits are computed where they predict an answer, nowhere else.
+**Layout.** Both answers share one prompt. Where the decoder can attend in forks (`llavakit.language.packed`), all pairs
+of a batch are one row without padding, each as `prompt | chosen | rejected`: media and prompt are computed once, the
+second answer does not see the first, and what all prompts begin with is there once. Otherwise (language adapters,
+connectors that read the prompt) a pair is two padded rows. Logits are computed where they predict an answer, nowhere
+else.
 
 **Reference.** What the stage started from, whatever that was: before the first step its log-probabilities of all
 planned pairs are computed once and kept in `reference.safetensors` of the stage's folder, where a run that goes on
@@ -25,11 +26,12 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llavakit.data.collate import one_row
 from llavakit.data.preference import PreferenceRecord, check_answers, read_preference
 from llavakit.data.records import Record
 from llavakit.errors import RecipeError, RecordError, UserError
+from llavakit.language.packed import can_narrow, can_share, packed_attention, packed_row, switch_on
 from llavakit.training import distributed
-from llavakit.training.attention import Fork, packed_attention, switch_on
 from llavakit.training.dataset import Failure, StageCollator, plan_batches
 from llavakit.training.objectives.base import Loss, Run, Step
 from llavakit.training.objectives.language import LanguageObjective
@@ -112,7 +114,7 @@ class PairCollator:
     """Batches of pairs.
 
     Gives what the model takes, with `targets` (sources, ids, owners; the owners number all chosen answers and then all
-    rejected ones), `keys` of the pairs, and in forked batches `forks` and `position_ids`.
+    rejected ones), `keys` of the pairs, and in forked batches `position_ids`, from which attention knows the forks.
 
     Args:
         inner: Lays single answers together where pairs are not forked; chosen ones first.
@@ -135,28 +137,33 @@ class PairCollator:
         return batch | {"targets": tuple(targets_of(batch["labels"]))}
 
     def _forked(self, samples: Sequence[Any]) -> dict[str, Any]:
-        batch = self.inner(samples)
-        forks, positions, begin = [], [], 0
+        shared = self.inner.cut([prompt_of(sample) for sample in samples])
+        cuts = [0, *[shared] * (len(samples) - 1)]
+        positions, begin = [], 0
         sources, ids, owners = [], [], []
-        for number, sample in enumerate(samples):
+        for number, (sample, cut) in enumerate(zip(samples, cuts, strict=True)):
             (prefix, first), end = sample["fork"], len(sample["input_ids"])
-            forks.append(Fork(begin, begin + prefix, begin + first, begin + end))
             place = torch.arange(end)
-            positions.append(torch.where(place < first, place, place - first + prefix))
+            positions.append(torch.where(place < first, place, place - first + prefix)[cut:])
             for answer, (start, stop) in enumerate(((prefix, first), (first, end))):
                 places = torch.cat([place[1:prefix], place[max(start, 1) : stop]])
                 places = places[sample["labels"][places] != IGNORE]
                 before = places - 1
                 if start:  # both continuations follow the prefix
                     before = torch.where(places == start, torch.tensor(prefix - 1), before)
-                sources.append(before + begin)
+                sources.append(before + begin - cut)
                 ids.append(sample["labels"][places])
                 owners.append(torch.full_like(places, answer * len(samples) + number))
-            begin += end
+            begin += end - cut
+        batch = self.inner.named(one_row(samples, cuts), samples)
         batch.pop("labels")
         targets = (torch.cat(sources), torch.cat(ids), torch.cat(owners))
-        layout = {"position_ids": torch.cat(positions)[None], "forks": torch.tensor(forks)}
-        return batch | layout | {"targets": targets}
+        return batch | {"position_ids": torch.cat(positions)[None], "targets": targets}
+
+
+def prompt_of(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids and labels of what both answers of a pair's sample begin with."""
+    return {name: pair[name][: pair["fork"][0]] for name in ("input_ids", "labels")}
 
 
 class DPO(LanguageObjective):
@@ -164,6 +171,7 @@ class DPO(LanguageObjective):
 
     Options = DPOOptions
     streams = False
+    by_position = True
     forked = False
 
     # from records to batches
@@ -224,7 +232,9 @@ class DPO(LanguageObjective):
         pad = tokenizer.pad_token_id
         pad = pad if pad is not None else tokenizer.eos_token_id or 0
         features = self.conversations.features is not None
-        return PairCollator(StageCollator(pad, features=features, flat=self.forked, stand_ins=stand_ins), self.forked)
+        placeholder = self.processor.image_token_id if self.shares else None
+        inner = StageCollator(pad, features=features, placeholder=placeholder, stand_ins=stand_ins)
+        return PairCollator(inner, self.forked)
 
     # learning
 
@@ -252,9 +262,11 @@ class DPO(LanguageObjective):
         self.reference = read_reference(path)
 
     def use(self, module: nn.Module) -> None:
-        """Prepare for a module: whether its decoder attends in forks."""
+        """Prepare for a module: whether its decoder attends in forks, prompts share and the last layer is narrow."""
         self.net = module
         self.forked = not module.model.reads_prompt and switch_on(module)
+        self.shares = self.forked and can_share(module)
+        self.narrow = self.forked and can_narrow(module)
 
     def _measure(self, run: Run, indices: Sequence[int]) -> dict[int, tuple[float, float]]:
         """The reference's log-probabilities of pairs, by key."""
@@ -264,9 +276,10 @@ class DPO(LanguageObjective):
             self.fit(module)
             module.to(run.module.dtype)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        was_training, net, forked = module.training, self.net, self.forked
+        was_training = module.training
         module.eval().to(device)
-        self.use(module)
+        if module is not run.module:
+            self.use(module)
         collate, found = self._collator(), {}
         size = stage.batch_size if not stage.packing else 4 * stage.batch_size
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=stage.bf16):
@@ -277,7 +290,8 @@ class DPO(LanguageObjective):
                 pairs = zip(batch["keys"].tolist(), sums[: len(samples)], sums[len(samples) :], strict=True)
                 found |= {key: both for key, *both in pairs}
         module.train(was_training)
-        self.net, self.forked = net, forked
+        if module is not run.module:
+            self.use(run.module)
         return {key: tuple(both) for key, both in found.items()}
 
     def items(self, batch: Mapping[str, Any]) -> int:
@@ -290,12 +304,12 @@ class DPO(LanguageObjective):
         Chosen answers come first.
         """
         targets = Targets(*batch["targets"])
-        inputs = {name: value for name, value in batch.items() if name not in ("keys", "forks", "targets")}
+        inputs = {name: value for name, value in batch.items() if name not in ("keys", "targets")}
         options = {"targets": (targets.sources, targets.ids)}
-        if "forks" in batch:
+        if "position_ids" in batch:
             with packed_attention():
-                forks = [Fork(*fork) for fork in batch["forks"].tolist()]
-                outputs = self.forward(model, inputs, packed_forks=forks, **options)
+                row = packed_row(batch["position_ids"][0].tolist())
+                outputs = self.forward(model, inputs, packed_row=row, narrow=self.narrow, **options)
         else:
             outputs = self.forward(model, inputs, **options)
         answers = 2 * self.items(batch)

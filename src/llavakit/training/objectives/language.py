@@ -14,13 +14,13 @@ from llavakit.conversation.labels import label_policy
 from llavakit.conversation.template import template_for
 from llavakit.data.records import Record
 from llavakit.errors import RecipeError, RecordError, UserError
+from llavakit.language.packed import can_narrow, can_share, packed_attention, packed_row, switch_on
 from llavakit.model.configuration import LlavakitConfig
 from llavakit.model.modeling import LlavakitForConditionalGeneration
 from llavakit.model.processing import LlavakitProcessor, architecture_of
 from llavakit.model.routes import MediaSpec
 from llavakit.model.visuals import gather_media
 from llavakit.training import distributed
-from llavakit.training.attention import packed_attention, segments_of, switch_on
 from llavakit.training.build import build_model, build_processor, config_of, load_checkpoint, merged_media
 from llavakit.training.dataset import Conversations, PreparedSamples, StageCollator, stand_ins
 from llavakit.training.features import FeatureCache
@@ -36,7 +36,16 @@ class LanguageObjective(Objective):
 
     A subclass defines `items` and `loss`, and calls `forward` there. What it learns from need not be one conversation
     per record: then it defines `read`, `encode`, `check`, `length` and `collator` too.
+
+    Attributes:
+        by_position: Whether `loss` looks at a batch by its labels or targets alone. Packed rows may then hold once what
+            their samples begin with, and the decoder leaves out what is not read.
+        shares, narrow: Set by `begin`: whether rows and decoder of the stage do so.
     """
+
+    by_position = False
+    shares = False
+    narrow = False
 
     uses = frozenset(
         {
@@ -129,6 +138,7 @@ class LanguageObjective(Objective):
             packing=self.stage.packing,
             features=self.conversations.features is not None,
             flat=self.flat,
+            placeholder=self.processor.image_token_id if self.shares else None,
             stand_ins=self._stand_ins(run),
         )
 
@@ -146,6 +156,8 @@ class LanguageObjective(Objective):
         stage = self.stage
         self.net = run.module
         self.flat = stage.packing is True and switch_on(run.module)
+        if self.flat and self.by_position:
+            self.shares, self.narrow = can_share(run.module), can_narrow(run.module)
         if stage.cache_features:
             dtype = "float16" if stage.cache_features is True else stage.cache_features
             cache = FeatureCache(run.cache, run.module, self.processor, dtype)
@@ -179,7 +191,7 @@ class LanguageObjective(Objective):
         if not self.flat:
             return model(**inputs)
         with packed_attention():
-            return model(**inputs, packed_segments=segments_of(inputs["position_ids"]))
+            return model(**inputs, packed_row=packed_row(inputs["position_ids"][0].tolist()), narrow=self.narrow)
 
 
 def _readable(samples: PreparedSamples) -> Iterator[Record]:

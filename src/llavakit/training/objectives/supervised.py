@@ -15,6 +15,8 @@ from llavakit.training.objectives.language import LanguageObjective
 class Supervised(LanguageObjective):
     """The default objective."""
 
+    by_position = True
+
     def items(self, batch: Mapping[str, Any]) -> Tensor:
         """Supervised positions."""
         return (batch["labels"][:, 1:] != IGNORE).sum()
