@@ -1,13 +1,12 @@
 """Preference training: llavakit's objective `dpo` beside TRL's DPOTrainer, in one run.
 
-    python benchmarks/dpo.py [--pairs 96] [--threads 1] [--hidden 192] [--layers 4] [--words 12]
+    python benchmarks/dpo.py [--pairs 96] [--vocabulary 512 32000] [--threads 1] [--hidden 192] [--layers 4]
 
 Both align the same tiny LLaVA-1.5 (same weights, float32, full training, same pictures and pairs, batches of eight, one
-epoch), each in a process of its own, and are charged for all that a user calls: from opening records to the last step,
-the reference included; llavakit also for opening the model, its checks, and writing and reading back the result. Tokens
-that count are those of both sequences of a pair (picture and prompt twice, both answers), whether a trainer computes
-the prompt once or twice. Seconds are processor time of all threads. Memory is the highest resident set above that
-of the process before it trains.
+epoch), each in a process of its own, and are charged for all that a user pays: from the folder of the model and the
+file of pairs to the folder of the trained model, the reference included. Tokens that count are those of both sequences
+of a pair (picture and prompt twice, both answers), whether a trainer computes the prompt once or twice. Seconds are
+processor time of all threads. Memory is the highest resident set above that of the process before it loads the model.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any
 warnings.filterwarnings("ignore")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pairs", type=int, default=96)
+parser.add_argument("--vocabulary", type=int, nargs="+", default=[512], help="its entries; one table each")
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--hidden", type=int, default=192)
 parser.add_argument("--layers", type=int, default=4)
@@ -49,7 +49,7 @@ WORDS = TEXT.split()
 def recipe(folder: Path) -> dict[str, Any]:
     """The model's parts, and one stage on its pairs."""
     text = {"model_type": "llama", "hidden_size": options.hidden, "intermediate_size": 4 * options.hidden}
-    text |= {"num_hidden_layers": options.layers, "num_attention_heads": 4, "vocab_size": 512}
+    text |= {"num_hidden_layers": options.layers, "num_attention_heads": 4, "vocab_size": options.vocabulary[0]}
     vision = {"model_type": "clip_vision_model", "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4}
     vision |= {"num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH, "projection_dim": 16}
     parts = {"text_config": text, "vision_config": vision, "tokenizer": str(folder / "tokenizer")}
@@ -61,7 +61,7 @@ def recipe(folder: Path) -> dict[str, Any]:
 
 
 def prepare(folder: Path) -> None:
-    """Pictures, pairs, tokenizer, and the model in both forms."""
+    """Pictures, pairs, tokenizer, and the model in both layouts."""
     from llavakit.checkpoints.convert import convert, save
     from llavakit.phantom.tokenizer import tiny_tokenizer
     from llavakit.training.build import build_model
@@ -84,7 +84,7 @@ def prepare(folder: Path) -> None:
 
 
 def run_llavakit(folder: Path) -> dict[str, float]:
-    """One epoch, and the tokens of both sequences of every pair."""
+    """From folder to folder, and the tokens of both sequences of every pair."""
     from rich.console import Console
 
     from llavakit.training.build import load_checkpoint
@@ -108,16 +108,16 @@ def run_llavakit(folder: Path) -> dict[str, float]:
 
 
 def run_trl(folder: Path) -> dict[str, float]:
-    """One epoch."""
+    """From folder to folder."""
     from datasets import Dataset
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import DPOConfig, DPOTrainer
 
     system = "A chat between a curious user and an artificial intelligence assistant. "
     system += "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    before, start = rss(), time.process_time()
     policy, reference = (AutoModelForImageTextToText.from_pretrained(folder / "hf") for _ in range(2))
     processor = AutoProcessor.from_pretrained(folder / "hf")
-    before, start = rss(), time.process_time()
     rows = []
     for line in (folder / "pairs.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -147,6 +147,7 @@ def run_trl(folder: Path) -> dict[str, float]:
         processing_class=processor,
     )
     trainer.train()
+    trainer.save_model(str(folder / "trl" / "final"))  # with its processor
     return {"seconds": time.process_time() - start, "memory": rss() - before}
 
 
@@ -156,24 +157,29 @@ def rss() -> float:
 
 
 def main() -> None:
-    """Run both sides and print the table."""
+    """Run both sides and print the tables."""
     if options.side != "both":
         found = {"prepare": prepare, "llavakit": run_llavakit, "trl": run_trl}[options.side](options.folder)
         print("RESULT " + json.dumps(found))
         return
+    for vocabulary in options.vocabulary:
+        table(vocabulary)
+
+
+def table(vocabulary: int) -> None:
+    """Run both sides with a vocabulary and print what they took."""
     with tempfile.TemporaryDirectory() as place:
         results = {}
         for side in ("prepare", "llavakit", "trl"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", place]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            given = [*sys.argv[1:], "--vocabulary", str(vocabulary), "--side", side, "--folder", place]
+            done = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True, check=False)
             line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
             if line is None:
                 sys.exit(f"{side} failed: {done.stderr[-2000:]}")
             results[side] = json.loads(line.removeprefix("RESULT "))
     tokens = results["llavakit"]["tokens"]
-    print(
-        f"{options.pairs} pairs, {tokens} tokens of both sequences, {options.layers} layers of width {options.hidden}"
-    )
+    shape = f"{options.layers} layers of width {options.hidden}, vocabulary {vocabulary}"
+    print(f"{options.pairs} pairs, {tokens} tokens of both sequences, {shape}")
     print("| | processor s | tokens/s | memory above the start, MB |\n|---|---|---|---|")
     for side in ("trl", "llavakit"):
         own = results[side]
