@@ -15,7 +15,7 @@ import numpy as np
 
 from llavakit.conversation.messages import normalise
 from llavakit.data.preparation import prepare
-from llavakit.errors import UserError
+from llavakit.errors import RecordError, UserError
 from llavakit.evaluation.benchmarks.base import write_lines
 from llavakit.evaluation.records import read_records
 from llavakit.generation.request import Request, SamplingParams
@@ -239,6 +239,8 @@ def eval_prompts(case: Case) -> list[Example]:
             try:
                 options = {"dataset": item["dataset"] or "", "model": item["model_name"]}
                 counts = prepare("staged_questions", source, output, **options)
+            except RecordError:
+                raise
             except UserError:  # asked as it is
                 return {"custom": False}
             (question,) = (record.data for record in read_records(output))
