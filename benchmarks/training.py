@@ -1,4 +1,4 @@
-"""Training throughput: llavakit beside transformers' Trainer with its own LLaVA class, in one run.
+"""Training throughput: llavakit beside transformers' Trainer and TRL's SFTTrainer with transformers' own LLaVA class.
 
     python benchmarks/training.py [--records 288] [--epochs 3] [--threads 1] [--hidden 192] [--layers 4]
 
@@ -13,6 +13,7 @@ timing, both models must give the same loss on the same batch.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -36,7 +37,13 @@ os.environ["OMP_NUM_THREADS"] = str(options.threads)
 import torch  # noqa: E402
 from mixed_records import mixed_records  # noqa: E402
 from rich.console import Console  # noqa: E402
-from transformers import LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils import logging  # noqa: E402
 
 from llavakit.checkpoints.convert import convert, save  # noqa: E402
@@ -87,27 +94,42 @@ def pad(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "pixel_values") if name in batch}
 
 
-def baseline(model: Any, samples: list[dict[str, Any]], work: Path) -> float:
-    """Processor seconds of transformers' Trainer."""
+def baseline(model: Any, samples: list[dict[str, Any]], work: Path, *, trl: bool = False) -> float:
+    """Processor seconds of transformers' Trainer, or of TRL's SFTTrainer on the same prepared samples."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision_tower" not in name)
-    arguments = TrainingArguments(
-        output_dir=str(work / "baseline"),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,
-        max_grad_norm=1.0,
-        logging_steps=1000,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(model, arguments, train_dataset=samples, data_collator=pad)
+    settings = {
+        "output_dir": str(work / "baseline"),
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": options.batch_size,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1000,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    if trl:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        prepared = {"max_length": None, "bf16": False, "gradient_checkpointing": False}
+        prepared["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        processor = AutoProcessor.from_pretrained(work / "hf")
+        numbers = Dataset.from_dict({"number": list(range(len(samples)))})  # it takes no list of samples
+
+        def collate(rows: list[dict[str, int]]) -> dict[str, Any]:
+            return pad([samples[row["number"]] for row in rows])
+
+        given = {"train_dataset": numbers, "data_collator": collate, "processing_class": processor}
+        trainer = SFTTrainer(model, SFTConfig(**settings, **prepared), **given)
+    else:
+        trainer = Trainer(model, TrainingArguments(**settings), train_dataset=samples, data_collator=pad)
     trainer.remove_callback(PrinterCallback)
     began = time.process_time()
     trainer.train()
@@ -169,7 +191,11 @@ def ours(
         collator=objective.collator(about),
         processor=processor,
     )
-    trainer.train()
+    gc.freeze()  # as `llavakit train` does: what lives already need not be searched by accelerate
+    try:
+        trainer.train()
+    finally:
+        gc.unfreeze()
     return time.process_time() - began, len(trainer.batches), trainer.count_tokens()
 
 
@@ -205,6 +231,8 @@ def main() -> None:
         )
         steps = -(-len(samples) // options.batch_size) * options.epochs
         rows = [("transformers Trainer, padded", baseline(reference, samples, work), steps)]
+        again = LlavaForConditionalGeneration.from_pretrained(work / "hf").train()
+        rows.append(("TRL SFTTrainer, padded", baseline(again, samples, work, trl=True), steps))
         variants = (
             ("llavakit, padded", {"packing": False, "cached": False}),
             ("llavakit, packed, mask over rows", {"packing": True, "cached": False, "own_attention": False}),
