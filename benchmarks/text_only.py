@@ -211,7 +211,11 @@ def step(ours: Any, steps: int) -> None:
             entries = [entry for entry in found.key_averages() if entry.self_cpu_time_total]
             total = sum(entry.self_cpu_time_total for entry in entries)
             products = sum(entry.self_cpu_time_total for entry in entries if entry.key in ("aten::mm", "aten::addmm"))
-            attention = sum(entry.self_cpu_time_total for entry in entries if "flash" in entry.key)
+            attention = sum(
+                entry.self_cpu_time_total
+                for entry in entries
+                if "flash" in entry.key or entry.key in ("aten::bmm", "aten::baddbmm", "aten::_softmax")
+            )
             spent = (products, attention, total - products - attention)
             count = sum(entry.count for entry in entries) // steps
             line(rows, name, *(f"{one / steps / 1000:.1f}" for one in spent), count)
