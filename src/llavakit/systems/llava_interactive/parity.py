@@ -22,6 +22,7 @@ from llavakit.editing.tabs import COMPOSE, CREATE, INPAINT, TABS
 from llavakit.errors import UserError
 from llavakit.generation.responder import Call, Responder
 from llavakit.media.image import load_image
+from llavakit.proof.entries import array as array_of
 from llavakit.proof.entries import prompt_text
 from llavakit.proof.golden import Case, Result, component
 from llavakit.systems.llava_interactive.published import (
@@ -46,7 +47,7 @@ FILLING, DRAWN = (1, 2, 3), (9, 8, 7)  # what the scripted tools paint
 
 def arrays(case: Case) -> dict[str, np.ndarray]:
     """The case's tensors."""
-    return {name: tensor.numpy() for name, tensor in case.tensors.items()}
+    return {name: array_of(values) for name, values in case.tensors.items()}
 
 
 def tensor(array: np.ndarray) -> Tensor:
@@ -329,7 +330,7 @@ def generator_requests(case: Case) -> Result:
     return Result(json={"items": items}, tensors={name: torch.from_numpy(np.array(v)) for name, v in tensors.items()})
 
 
-@component(echoes=("log.*.0.other",))
+@component(echoes=("log.*.0.other",), ordered=True)  # a log of events
 def shared_state(case: Case) -> dict[str, Any]:
     """The working image between tabs, and what each tab shows."""
     working, log = WorkingImage(), []
