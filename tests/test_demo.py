@@ -12,7 +12,7 @@ from llavakit.demo.run import Budget, Demo
 
 
 def test_the_demo_runs_from_nothing_and_is_found_again(tmp_path):
-    budget = Budget(cases=30, tower_steps=4, caption_epochs=1.0, align_epochs=1.0, tune_epochs=1.0, questions=6)
+    budget = Budget(cases=30, tower_steps=4, caption_epochs=1.0, tune_epochs=1.0, questions=6)
     console = Console(quiet=True)
     first = Demo(tmp_path / "demo", budget, console).run()
     assert first["questions"] == 6

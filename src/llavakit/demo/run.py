@@ -61,8 +61,9 @@ class Budget:
     Attributes:
         cases: Cases per world, a tenth of them held out.
         tower_steps: Steps of the encoder's stand-in pretraining.
-        caption_epochs, align_epochs, tune_epochs: Passes over captions and conversations.
-        blind_epochs: Passes of the baseline without pictures; more do not make it guess better.
+        caption_epochs, tune_epochs: Passes over captions and conversations.
+        align_share, blind_share: Share of the captions and of the conversations that alignment and the baseline
+            without pictures see, once; with more neither gets better.
         questions: Held-out questions that are asked.
         seed: Of the stages; worlds and encoder are always the same.
     """
@@ -70,9 +71,9 @@ class Budget:
     cases: int = 3000
     tower_steps: int = 1000
     caption_epochs: float = 2.0
-    align_epochs: float = 0.5
+    align_share: float = 0.5
     tune_epochs: float = 2.0
-    blind_epochs: float = 0.5
+    blind_share: float = 0.5
     questions: int = 600
     seed: int = 0
 
@@ -134,6 +135,7 @@ class Demo:
             self._tokenizer()
             self._tower()
             parts = self._train("parts", self._parts_recipe())
+            self._share_features()
             baseline = beside.submit(_train_blind, self.out, self.budget, parts.final)
             tuned = self._train("llava", self._llava_recipe(parts.final))
             baseline.result()
@@ -231,6 +233,13 @@ class Demo:
         with atomic_folder(folder) as scratch:
             encoder.save_pretrained(scratch)
 
+    def _share_features(self) -> None:
+        """Let the second run read what the first one's encoder, which is its own, said of the same pictures."""
+        cache = self.out / "llava" / "cache"
+        if not cache.exists():
+            cache.parent.mkdir(exist_ok=True)
+            cache.symlink_to(Path("..", "parts", "cache"), target_is_directory=True)
+
     # recipes
 
     def _recipe(self, name: str, init: dict[str, str], data: list[dict[str, Any]], stages: list[dict]) -> Recipe:
@@ -257,8 +266,9 @@ class Demo:
             }
         )
 
-    def _captions(self) -> list[dict[str, Any]]:
-        return [{"path": str(self._world(name) / "captions.json"), "name": f"{name}-captions"} for name in CAPTIONED]
+    def _captions(self, share: float = 1.0) -> list[dict[str, Any]]:
+        files = {f"{name}-captions": self._world(name) / "captions.json" for name in CAPTIONED}
+        return [{"path": str(path), "name": name, "subset": _subset(share)} for name, path in files.items()]
 
     def _dialogues(self) -> list[dict[str, Any]]:
         return [{"path": str(self._world(name) / "train.json"), "name": f"{name}-dialogues"} for name in ASKED]
@@ -287,12 +297,13 @@ class Demo:
 
     def _llava_recipe(self, parts: Path) -> Recipe:
         init = {"vision_tower": str(parts), "language_model": str(parts)}
+        captions = self._captions(self.budget.align_share)
         stages = [
             self._stage(
                 "align",
                 {"multi_modal_projector": 3e-3},
-                self.budget.align_epochs,
-                data=[source["name"] for source in self._captions()],
+                1.0,
+                data=[source["name"] for source in captions],
                 template="plain",
                 cache_features=True,
             ),
@@ -304,13 +315,14 @@ class Demo:
                 cache_features=True,
             ),
         ]
-        return self._recipe("llava", init, [*self._captions(), *self._dialogues()], stages)
+        return self._recipe("llava", init, [*captions, *self._dialogues()], stages)
 
     def _blind_recipe(self, parts: Path) -> Recipe:
         init = {"vision_tower": str(parts), "language_model": str(parts)}
-        data = [{"path": str(self.out / "data" / "blind" / f"{name}.json"), "name": f"{name}-blind"} for name in ASKED]
-        stage = self._stage("tune", {"language_model": 2e-3}, self.budget.blind_epochs)
-        return self._recipe("text-only", init, data, [stage])
+        files = {f"{name}-blind": self.out / "data" / "blind" / f"{name}.json" for name in ASKED}
+        part = _subset(self.budget.blind_share)
+        data = [{"path": str(path), "name": name, "subset": part} for name, path in files.items()]
+        return self._recipe("text-only", init, data, [self._stage("tune", {"language_model": 2e-3}, 1.0)])
 
     def _blind(self, parts: Path) -> TrainResult:
         return self._train("text-only", self._blind_recipe(parts))
@@ -396,6 +408,11 @@ class Demo:
             question = row["text"].splitlines()[0]
             self.console.print(f"{row['path']}: {question} [bold]{row['reply']}[/bold] (truth: {row['answer']})")
         self.console.print(f"report: {self.out / 'report.html'}   checkpoint: {self.out / 'final'}")
+
+
+def _subset(share: float) -> str:
+    """The part of a source that a share of its records is, as recipes spell it."""
+    return "all" if share == 1.0 else f"random:{100 * share:g}%"
 
 
 def _plain(text: str) -> str:
