@@ -99,16 +99,13 @@ class PackedRow:
         parts = []
         for query, mask, stretch in zip(queries, masks, stretches, strict=True):
             pieces = (*stretch.seen, *stretch.own)
-            own = [
-                held[pieces[0]] if len(pieces) == 1 else torch.cat([held[p] for p in pieces], 2)
-                for held in (keys, values)
-            ]
+            own = [_joined([held[piece] for piece in pieces]) for held in (keys, values)]
             parts.append(F.scaled_dot_product_attention(query, *own, attn_mask=mask, is_causal=mask is None, **options))
         return torch.cat(parts, dim=2)
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim=2)
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
 
 
 @dataclass
