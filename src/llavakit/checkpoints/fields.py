@@ -171,6 +171,9 @@ def not_understood(where: str, key: str, value: Any, known: Sequence[str]) -> st
     )
 
 
+UNDECLARED = frozenset({"vision_use_head"})  # read by models, but not declared by every release
+
+
 def check_known(config: PreTrainedConfig, options: Mapping[str, Any], where: str) -> None:
     """Refuse options that a transformers configuration took without knowing them.
 
@@ -185,7 +188,7 @@ def check_known(config: PreTrainedConfig, options: Mapping[str, Any], where: str
         CheckpointError: It names the first unknown option.
     """
     cls = type(config)
-    known = {*getattr(cls, "__dataclass_fields__", ()), *cls.attribute_map, *cls.sub_configs, *TOKEN_IDS}
+    known = {*getattr(cls, "__dataclass_fields__", ()), *cls.attribute_map, *cls.sub_configs, *TOKEN_IDS, *UNDECLARED}
     for key, value in options.items():
         if key in known or not hasattr(config, key) or is_inert(key, value):
             continue

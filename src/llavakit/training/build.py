@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 
 from llavakit.checkpoints.adapters import CONFIG as ADAPTER
 from llavakit.checkpoints.encoders import encoder_options, is_published_form, read_encoder
+from llavakit.checkpoints.fields import UNDECLARED
 from llavakit.checkpoints.files import read_json
 from llavakit.checkpoints.layouts import published
 from llavakit.checkpoints.opening import (
@@ -40,7 +41,7 @@ from llavakit.training.recipe import Parts, Recipe
 
 VOCABULARY_MULTIPLE = 64
 # Keys that some releases of transformers take without listing them.
-_MORE_KEYS = {"rope_theta", "rope_scaling", "torch_dtype", "vision_use_head"}
+_MORE_KEYS = {"rope_theta", "rope_scaling", "torch_dtype", *UNDECLARED}
 
 
 def checked_config(
