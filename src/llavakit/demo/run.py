@@ -63,7 +63,7 @@ class Budget:
         tower_steps: Steps of the encoder's stand-in pretraining.
         caption_epochs, tune_epochs: Passes over captions and conversations.
         align_share, blind_share: Share of the captions and of the conversations that alignment and the baseline
-            without pictures see, once; with more neither gets better.
+            without pictures see, once; a whole pass did not make the baseline guess better (benchmarks/RESULTS.md).
         questions: Held-out questions that are asked.
         seed: Of the stages; worlds and encoder are always the same.
     """
