@@ -81,7 +81,7 @@ def attack_classifier(
     Returns:
         Accuracies with intervals and the attacks that made them; also in OUTPUT/result.json.
     """
-    from llavakit.robustness.run import _measured
+    from llavakit.robustness.run import measured
     from llavakit.training.objectives.adversarial import class_embeddings
 
     begun = time.monotonic()
@@ -121,8 +121,8 @@ def attack_classifier(
         "steps": steps,
         "unit": f"accuracy, %, under {' and '.join(settings.possible(classifier.shape[1]))}",
         "attacks": list(settings.possible(classifier.shape[1])),
-        "clean": _measured([100.0 * value for value in right]),
-        "attacked": _measured([100.0 * value for value in found.robust.tolist()]),
+        "clean": measured([100.0 * value for value in right]),
+        "attacked": measured([100.0 * value for value in found.robust.tolist()]),
         "accuracy_5": 100 * accuracy_among(logits, labels, 5),
         "mean_recall": 100 * mean_recall(clean, labels),
         "notes": ["fewer than 4 classes have no targeted loss; cross entropy alone attacked"] if few else [],

@@ -272,7 +272,8 @@ def _stored(run: Run, name: str, number: int | None) -> Tensor | None:
     return load_file(_place(run, name, number).with_suffix(".safetensors"))["pixels"]
 
 
-def _measured(values: Sequence[float]) -> dict[str, Any]:
+def measured(values: Sequence[float]) -> dict[str, Any]:
+    """The mean of scores in percent, and its 95 % interval."""
     mean = sum(values) / len(values)
     measure = Measure.mean([value / 100 for value in values])
     low, high = intervals({"mean": measure}, np.arange(len(values)))["mean"] or (mean, mean)
@@ -305,20 +306,20 @@ def _summary(
         clean = [
             100.0 * contains(row["answer"], _target(task, settings, stages[1], row["question_id"])) for row in said
         ]
-        result |= {"unit": "answers that say the target, %", "clean": _measured(clean), "attacked": _measured(reached)}
+        result |= {"unit": "answers that say the target, %", "clean": measured(clean), "attacked": measured(reached)}
         if task.name == "jailbreak":
             free = [
                 100.0 * (value > 0) for value in task.scores({n: run.lines[n, 0]["answer"] for n in names}).values()
             ]
             best = {n: run.lines[n, schedule.best_stage[n]]["answer"] for n in names}
             result["not_refused"] = {
-                "clean": _measured(free),
-                "attacked": _measured(list(task.scores(best).values())),
+                "clean": measured(free),
+                "attacked": measured(list(task.scores(best).values())),
             }
         return result
     clean = [run.lines[name, 0]["score"] for name in names]
     attacked = [schedule.best[name] for name in names]
-    result |= {"unit": task.unit, "clean": _measured(clean), "attacked": _measured(attacked)}
+    result |= {"unit": task.unit, "clean": measured(clean), "attacked": measured(attacked)}
     result["after_stage"] = [round(value, 4) for value in after]
-    result["lost"] = _measured([a - b for a, b in zip(clean, attacked, strict=True)])
+    result["lost"] = measured([a - b for a, b in zip(clean, attacked, strict=True)])
     return result
